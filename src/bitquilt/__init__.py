@@ -1,0 +1,26 @@
+"""Bitquilt: fit a language model into the memory you have.
+
+    import bitquilt
+    bitquilt.quantize("path/or/hub-id", "slim-llm", calibration="text.txt", out="small", bits=2, group_size=32)
+    model = bitquilt.load("small")
+    print(bitquilt.evaluate("small", "held-out.txt", reference="path/or/hub-id"))
+
+Importing the package registers the checkpoint format with transformers.
+"""
+
+import bitquilt.integrations.transformers  # noqa: F401  registers the format
+from bitquilt._version import __version__
+from bitquilt.api import Result, load, quantize
+from bitquilt.errors import UserError, VerificationError
+from bitquilt.evaluation import Evaluation, evaluate
+
+__all__ = [
+    "Evaluation",
+    "Result",
+    "UserError",
+    "VerificationError",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+]

@@ -1,0 +1,44 @@
+"""Which bit maps does salience allow? pair_candidates(salience, bits) -> maps, p = 0, 1, ... pairs each.
+
+SliM-LLM's salience-determined allocation (arXiv 2405.14917, section 3.2): the p least salient column groups give
+one bit to the p most salient ones, the mean stays. Pure Python: no tensors.
+"""
+
+from collections.abc import Sequence
+
+from bitquilt.types import MAX_BITS, MIN_BITS, Cost, LayerPlan
+
+
+def pairs(salience: Sequence[float]) -> list[tuple[int, int]]:
+    """(p-th least, p-th most salient group) for p = 1 .. floor(K / 2); equal saliences in column order."""
+    order = sorted(range(len(salience)), key=lambda k: salience[k])
+    return [(order[p], order[-1 - p]) for p in range(len(order) // 2)]
+
+
+def pair_candidates(salience: Sequence[float], bits: int) -> list[tuple[int, ...]]:
+    """Bit maps `[K]` for p = 0 .. floor(K / 2); only p = 0 where bits - 1 or bits + 1 leaves 1 .. 8."""
+    maps = [(bits,) * len(salience)]
+    if not MIN_BITS < bits < MAX_BITS:
+        return maps
+    for low, high in pairs(salience):
+        changed = list(maps[-1])
+        changed[low], changed[high] = bits - 1, bits + 1
+        maps.append(tuple(changed))
+    return maps
+
+
+def cheapest_within(cost: Cost, in_features: int, bits: int) -> LayerPlan:
+    """The plan of least loss whose width-weighted bits do not exceed bits * in_features; the earliest wins a tie.
+
+    Raises ValueError if a loss is not a finite number, or if no plan fits.
+    """
+    best: tuple[float, LayerPlan] | None = None
+    for plan, loss in zip(cost.plans, cost.losses, strict=True):
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise ValueError(f"the objective of candidate {plan.bits} is {loss}")
+        spent = sum(width * b for width, b in zip(plan.widths(in_features), plan.bits, strict=True))
+        if spent <= bits * in_features and (best is None or loss < best[0]):
+            best = (loss, plan)
+    if best is None:
+        raise ValueError(f"no candidate fits {bits} bits per weight over {in_features} columns")
+    return best[1]

@@ -1,0 +1,7 @@
+"""How good is a model? `evaluate(model, text, reference=...)`: quantized or not, measured the same way."""
+
+from bitquilt.evaluation.harness import run_tasks
+from bitquilt.evaluation.measure import Evaluation, evaluate
+from bitquilt.evaluation.size import ModelSize, full_precision_size
+
+__all__ = ["Evaluation", "ModelSize", "evaluate", "full_precision_size", "run_tasks"]

@@ -1,0 +1,1 @@
+"""Fitting grids to column groups: the levels a code can stand for."""

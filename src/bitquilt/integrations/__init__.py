@@ -1,0 +1,1 @@
+"""Other people's tools: how they find and load what we write."""

@@ -1,0 +1,113 @@
+"""What can these points show? `identify(runs) -> Axes`: which terms of the law are free, dropped, or doubtful.
+
+A term without variation in the data is dropped and its value merged into E (no variation in N, or in r) or into B
+(none in D); predictions along that axis are then refused instead of invented.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitquilt.errors import UserError
+from bitquilt.laws.data import Runs
+from bitquilt.laws.fit import Array
+
+LABELS = {"n": "N (n_params, in 1e9)", "d": "D (n_tokens, in 1e9)", "ratio": "ratio"}
+FAR = 2.0  # times the largest, or below half the smallest, fitted N or D
+_SAME = 1e-6
+
+
+class LawWarning(UserWarning):
+    """The law answered where the data say little: an extrapolation, or a parameter nothing identifies."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """`free` parameters of the D-CPT form, fitted `ranges` (low, high) of n, d, ratio, the constant value of every
+    `dropped` axis, and one sentence for each parameter the data cannot identify."""
+
+    free: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]]
+    dropped: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
+def identify(runs: Runs) -> Axes:
+    """Axes of the runs of one domain. Raises UserError when neither N nor D nor the ratio varies."""
+    values = {"n": runs.n, "d": runs.d, "ratio": runs.ratio}
+    ranges = {axis: (float(column.min()), float(column.max())) for axis, column in values.items()}
+    dropped = {axis: low for axis, (low, high) in ranges.items() if high - low <= _SAME * high}
+    if len(dropped) == 3:
+        raise UserError(
+            f"nothing varies in the {len(runs)} points: got one N, one D and one ratio, wanted at least one of "
+            "them to differ between rows; there is no law to fit"
+        )
+    free = ["E"]
+    free += [] if "n" in dropped else ["A", "alpha"]
+    free += [] if "d" in dropped and "ratio" in dropped else ["B"]
+    free += [] if "d" in dropped else ["beta"]
+    free += [] if "ratio" in dropped else ["eta", "C", "eps", "gamma"]
+    return Axes(tuple(free), ranges, dropped, tuple(_doubts(runs, dropped, len(free))))
+
+
+def _doubts(runs: Runs, dropped: Mapping[str, float], free: int) -> list[str]:
+    said = []
+    if "n" in dropped:
+        said.append(
+            f"all points have N = {dropped['n']:g}e9: A and alpha cannot be identified, their term is merged into "
+            "E, and other sizes are refused"
+        )
+    elif (sizes := _distinct(runs.n)) < 3:
+        said.append(f"{sizes} model sizes, wanted at least 3: alpha (and with it A) cannot be told from E")
+    if "d" in dropped:
+        said.append(
+            f"all points have D = {dropped['d']:g}e9: beta cannot be identified, D^-beta is merged into B, and other "
+            "token counts are refused"
+        )
+    elif (tokens := _distinct(runs.d)) < 3:
+        said.append(f"{tokens} token counts, wanted at least 3: beta (and with it B) cannot be told from E")
+    if "ratio" in dropped:
+        said.append(
+            f"all points have ratio {dropped['ratio']:g}: eta, C, eps and gamma cannot be identified, their terms "
+            "are merged into B and E, and other ratios are refused"
+        )
+    elif (ratios := _distinct(runs.ratio)) < 4:
+        said.append(f"{ratios} ratios, wanted at least 4: eta, C, eps and gamma cannot be told apart")
+    if len(runs) < free:
+        said.append(
+            f"{len(runs)} points for {free} free parameters: no parameter is identified; trust the spread, not "
+            "the value"
+        )
+    return said
+
+
+def _distinct(column: Array) -> int:
+    """How many values differ by more than rounding."""
+    return 1 + int(np.sum(np.diff(np.sort(column)) > _SAME * column.max()))
+
+
+def refuse_dropped(dropped: Mapping[str, float], point: Mapping[str, Array]) -> None:
+    """Raise UserError for points off an axis the data did not vary."""
+    for axis, value in dropped.items():
+        off = np.abs(point[axis] - value) > 1e-3 * max(abs(value), _SAME)
+        if off.any():
+            raise UserError(
+                f"the law knows one {LABELS[axis]} only: got {point[axis][off][0]:g}, wanted {value:g}, the value of "
+                "every fitted point; fit runs that vary it"
+            )
+
+
+def extrapolations(ranges: Mapping[str, tuple[float, float]], point: Mapping[str, Array]) -> list[str]:
+    """One sentence for each axis on which some point lies far outside the fitted range."""
+    said = []
+    for axis, column in point.items():
+        low, high = ranges[axis]
+        reach = (low / FAR, high * FAR) if axis != "ratio" else (low - 0.01, high + 0.01)
+        far = (column < reach[0]) | (column > reach[1])
+        if far.any():
+            said.append(
+                f"{int(far.sum())} of {far.size} points extrapolate in {LABELS[axis]}: asked up to "
+                f"{column[far].max():g} and down to {column[far].min():g}, fitted on {low:g} to {high:g}"
+            )
+    return said

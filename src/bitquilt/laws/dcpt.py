@@ -1,0 +1,238 @@
+"""What will a mixture cost in loss? `DCPTLaw.fit(runs).predict(N, D, r)`. The D-CPT Law, arXiv 2406.01375.
+
+    L(N, D, r) = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma      (section 3 of the paper)
+
+N in 1e9 parameters, D in 1e9 tokens, L in nats per token; r in [0, 1] is the share of the corpus whose loss is
+modelled: the domain's share for its own loss, one minus that for the general loss. One law is one fit of one
+corpus' loss under one tokeniser.
+
+Deviations: Huber on log residuals with delta 1e-3, starts, bounds and the scaling of N and D by their geometric
+means are ours (the paper gives L-BFGS, Huber and many starts only); uncertainty by bootstrap is ours.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bitquilt.errors import UserError
+from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
+from bitquilt.laws.bootstrap import bootstrap
+from bitquilt.laws.data import Runs
+from bitquilt.laws.fit import HUBER_DELTA, Array, Goodness, goodness, solve
+from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
+
+Scalar = TypeVar("Scalar")
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """What a fit knows beyond its parameters. `near_best [k, p]` and `bootstrap [draws, p]` hold the parameters of
+    the best starts and of the refits; `ranges` and `dropped` are the fitted axes (1e9, 1e9, share)."""
+
+    points: int
+    goodness: Goodness
+    ranges: Mapping[str, tuple[float, float]]
+    dropped: Mapping[str, float]
+    warnings: tuple[str, ...]
+    near_best: Array
+    bootstrap: Array
+    data_sha256: str
+    starts: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Losses `[points]` with the bootstrap interval `low`..`high` at `level` (of the law's value; a single run also
+    has its own noise), the `spread` between the best starts, and what the law has to say about the question."""
+
+    loss: Array
+    low: Array
+    high: Array
+    spread: Array
+    level: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One demand of section 3: the derivative is negative on the whole fitted range. `worst` is its largest value,
+    reached `at` (N, D, r); a term that was dropped makes it 0 everywhere and it counts as holding."""
+
+    derivative: str
+    holds: bool
+    failing: float
+    worst: float
+    at: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class DCPTLaw:
+    """The nine parameters, for N and D in 1e9. All positive; A, B or C = 0 (or an exponent 0) switches a term off.
+
+    Raises UserError for negative or non-finite parameters.
+    """
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    eta: float
+    C: float
+    eps: float
+    gamma: float
+    report: FitReport | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in self.parameters.items():
+            if not math.isfinite(value) or value < 0:
+                raise UserError(f"the parameter {name} of a D-CPT law is {value}, wanted a finite number of at least 0")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Name -> value, in the order of the formula."""
+        return {name: float(getattr(self, name)) for name in NAMES}
+
+    @property
+    def theta(self) -> Array:
+        """The nine parameters as an array `[9]`."""
+        return np.array(list(self.parameters.values()))
+
+    @staticmethod
+    def fit(runs: Runs, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA, draws: int = 100) -> "DCPTLaw":
+        """Fit the runs of ONE domain. `starts`: 60 for few points, 300 for noisy ones; `draws`: bootstrap refits.
+
+        Raises UserError for several domains at once and for data in which nothing varies.
+        """
+        if len(runs.domains) > 1:
+            raise UserError(
+                f"one law models the loss of one corpus: got {', '.join(runs.domains)}; fit each with "
+                "runs.of_domain(name), or all with CrossDomainLaw"
+            )
+        axes = identify(runs)
+        scale = unit_scale(runs)
+        law_form, x = form(axes.free), runs.x / np.array([*scale, 1.0])
+        solution = solve(law_form, x, runs.loss, starts=starts, seed=seed, delta=delta)
+        refits = bootstrap(law_form, x, runs.loss, solution, runs.run, draws=draws, seed=seed, delta=delta)
+        theta = _to_billions(solution.theta, axes.free, scale)
+        report = FitReport(
+            points=len(runs),
+            goodness=goodness(runs.loss, slopes_by_log(theta, *runs.x.T)[0], delta),
+            ranges=axes.ranges,
+            dropped=axes.dropped,
+            warnings=axes.warnings,
+            near_best=_to_billions(solution.near_best, axes.free, scale),
+            bootstrap=_to_billions(refits, axes.free, scale),
+            data_sha256=runs.sha256,
+            starts=starts,
+            seed=seed,
+        )
+        return DCPTLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
+
+    def value(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
+        """The formula and nothing else: no checks, no warnings. Shapes broadcast."""
+        return np.asarray(sum(terms(self.theta, *_arrays(n, d, r))), dtype=np.float64)
+
+    def predict(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
+        """Loss at N (1e9 parameters), D (1e9 tokens), r (share), broadcast together.
+
+        Raises UserError for impossible inputs and for points along an axis the fit had to drop; warns with
+        `LawWarning` beyond twice the fitted range.
+        """
+        for note in self._notes(*_arrays(n, d, r)):
+            warnings.warn(note, LawWarning, stacklevel=2)
+        return self.value(n, d, r)
+
+    def interval(self, n: ArrayLike, d: ArrayLike, r: ArrayLike, level: float = 0.9) -> Prediction:
+        """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
+        if not 0 < level < 1:
+            raise UserError(f"level is {level:g}, wanted a probability between 0 and 1, such as 0.9")
+        point = _arrays(n, d, r)
+        notes = self._notes(*point)
+        loss = self.value(*point)
+        if self.report is None:
+            return Prediction(loss, loss, loss, np.zeros_like(loss), level, tuple(notes))
+        near = _values(self.report.near_best, point)
+        low, high = near.min(axis=0), near.max(axis=0)
+        spread = high - low
+        if len(self.report.bootstrap):
+            tails = [(1 - level) / 2, (1 + level) / 2]
+            low, high = np.quantile(_values(self.report.bootstrap, point), tails, axis=0)
+        else:
+            notes = [*notes, "no bootstrap: the interval is the spread of the best starts"]
+        return Prediction(loss, low, high, spread, level, tuple(notes))
+
+    def check(self, steps: int = 25) -> tuple[Sign, ...]:
+        """The signs that the paper demands (section 3): dL/dN, dL/dD, dL/dr and d2L/dDdr are negative, on a grid of
+        `steps` values an axis over the fitted range (N, D 0.1 to 100 and all ratios for a law without a report).
+        Positive parameters guarantee all but dL/dr."""
+        ranges = self.report.ranges if self.report else {"n": (0.1, 100.0), "d": (0.1, 100.0), "ratio": (0.0, 1.0)}
+        low_r, high_r = ranges["ratio"]
+        ratios = np.linspace(max(low_r, min(1e-3, high_r or 1e-3)), high_r or 1e-3, steps)
+        n, d, r = np.meshgrid(
+            np.geomspace(*ranges["n"], steps), np.geomspace(*ranges["d"], steps), ratios, indexing="ij"
+        )
+        signs = []
+        for name, slope in derivatives(self.theta, n, d, r).items():
+            worst = int(slope.argmax())
+            at = (float(n.flat[worst]), float(d.flat[worst]), float(r.flat[worst]))
+            failing = float(np.mean(slope > 0))
+            signs.append(Sign(name, failing == 0, failing, float(slope.flat[worst]), at))
+        return tuple(signs)
+
+    def _notes(self, n: Array, d: Array, r: Array) -> list[str]:
+        check_points(n, d, r)
+        if self.report is None:
+            return []
+        point = {"n": np.atleast_1d(n), "d": np.atleast_1d(d), "ratio": np.atleast_1d(r)}
+        refuse_dropped(self.report.dropped, point)
+        return extrapolations(self.report.ranges, point)
+
+
+def unit_scale(runs: Runs) -> tuple[float, float]:
+    """The geometric means of N and D: the units of the fit."""
+    return float(np.exp(np.log(runs.n).mean())), float(np.exp(np.log(runs.d).mean()))
+
+
+def check_points(n: Array, d: Array, r: Array) -> None:
+    """Raise UserError for inputs no law can answer."""
+    for name, column in (("N", n), ("D", d)):
+        if not (np.isfinite(column) & (column > 0)).all():
+            raise UserError(f"{name} is {np.min(column):g}, wanted a number above 0, in units of 1e9")
+    outside = ~((r >= 0) & (r <= 1))
+    if outside.any():
+        raise UserError(
+            f"ratio is {np.atleast_1d(r)[np.atleast_1d(outside)][0]:g}, wanted a share between 0 and 1; "
+            "divide a percentage by 100"
+        )
+
+
+def _to_billions(theta: Array, free: tuple[str, ...], scale: tuple[float, float]) -> Array:
+    """Parameters `[..., free]` in the units of the fit -> all nine `[..., 9]` in 1e9: A N^-alpha is unchanged."""
+    full = np.zeros((*theta.shape[:-1], len(NAMES)))
+    full[..., [NAMES.index(name) for name in free]] = theta
+    full[..., 1] *= scale[0] ** full[..., 2]
+    full[..., 3] *= scale[1] ** full[..., 4]
+    return full
+
+
+def _arrays(n: ArrayLike, d: ArrayLike, r: ArrayLike) -> tuple[Array, Array, Array]:
+    first, second, third = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in (n, d, r)))
+    return first, second, third
+
+
+def _values(thetas: Array, point: tuple[Array, Array, Array]) -> Array:
+    return np.stack([np.asarray(sum(terms(theta, *point))) for theta in thetas])
+
+
+def report_as_dict(report: FitReport) -> dict[str, object]:
+    """Plain lists and numbers, for JSON."""
+    plain = {**report.__dict__, "goodness": asdict(report.goodness), "ranges": dict(report.ranges)}
+    plain |= {"dropped": dict(report.dropped), "warnings": list(report.warnings)}
+    return plain | {"near_best": report.near_best.tolist(), "bootstrap": report.bootstrap.tolist()}

@@ -1,0 +1,148 @@
+"""The one module: a linear layer whose weight is stored as `QuantizedWeight` is, in the checkpoint's own tensors."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bitquilt import ops
+from bitquilt.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
+from bitquilt.types import Layout, QuantizedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b on packed codes. Input `[..., in]`, output `[..., out]`, any floating dtype.
+
+    Buffers are named and shaped as `packing.tensor_specs(layout)` says and keep their dtype through `.to(dtype)`,
+    `.half()` and `.bfloat16()`: scales are part of the solved weight. The bias is an ordinary parameter.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        self._op_layout = op_layout(layout)
+        for name, spec in tensor_specs(layout).items():
+            self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None = None) -> Self:
+        """A module around packed tensors. Raises ValueError naming the tensor that disagrees with `layout`."""
+        check_tensors(tensors, layout, "weight")
+        module = cls(layout, bias is not None, device="meta")
+        for name in tensor_specs(layout):
+            module.register_buffer(name, tensors[name])
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return module
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
+        """A module around a solved weight."""
+        return cls.from_tensors(pack(weight), weight.layout, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]` -> `[..., out]` in the dtype of x."""
+        output: Tensor = ops.quantized_matmul(x, *self._stored(), self.bias, self.out_features)
+        return output
+
+    def dequantize(self) -> Tensor:
+        """The weight fp32 `[out, in]` this module computes with."""
+        weight: Tensor = ops.dequantize(*self._stored(), self.out_features)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that looks at `layer.weight` (its dtype, device or shape): dequantized on each access."""
+        dtype = self.bias.dtype if self.bias is not None else torch.float32
+        return self.dequantize().to(dtype)
+
+    def _stored(self) -> tuple[Any, ...]:
+        segments = range(len(self.layout.segments))
+        empty = self.scale_0.new_empty(0)
+        buffers = self._buffers
+        zeros = [buffers.get(f"zero_{i}") for i in segments]
+        return (
+            [buffers[f"codes_{i}"] for i in segments],
+            [buffers[f"scale_{i}"] for i in segments],
+            [empty if zero is None else zero for zero in zeros],
+            self._op_layout,
+            buffers.get("permutation"),
+            self.layout.block,
+            buffers.get("outlier_values"),
+            buffers.get("outlier_columns"),
+            buffers.get("outlier_rows"),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let `.to()` and friends move the packed tensors but never cast them."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            self._buffers[name] = keep_dtype(tensor)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, code widths and true bits per weight."""
+        widths = " ".join(f"{width}x{form.bits}bit" for form, width in self.layout.segments)
+        return f"in={self.in_features}, out={self.out_features}, {widths}, bpw={bits_per_weight(self.layout):.3f}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A layer that multiplies by one matrix: `nn.Linear` itself, or GPT-2's `Conv1D`, which stores it transposed.
+
+    Subclasses are left alone: what they do beside the product is not known here.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of an `is_linear` module as `[out, in]`."""
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `path` below `root`."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def replace_linears(root: nn.Module, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
+    """Put an empty `QuantizedLinear` at each path of `layouts`, on the device of the layer it replaces.
+
+    Raises ValueError naming the layer that does not exist, is no linear layer, or has another shape.
+    """
+    for path, layout in layouts.items():
+        try:
+            module = root.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"the checkpoint quantizes {path}, but the model has no such layer") from None
+        if not is_linear(module):
+            raise ValueError(f"the checkpoint quantizes {path}, but the model has a {type(module).__name__} there")
+        weight = linear_weight(module)
+        if tuple(weight.shape) != (layout.out_features, layout.in_features):
+            raise ValueError(
+                f"{path} is {list(weight.shape)} in the model, but the checkpoint's layout says "
+                f"[{layout.out_features}, {layout.in_features}]"
+            )
+        bias = module.bias is not None
+        replace_module(root, path, QuantizedLinear(layout, bias, device=weight.device, dtype=dtype or weight.dtype))

@@ -1,0 +1,212 @@
+"""Which parts of a model repeat, and which of them can be quantized? Found by looking, not from a list of families.
+
+A model here is a skeleton: parameters on the meta device, buffers real. A block's weights are read from the
+checkpoint when its turn comes and dropped afterwards.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from bitquilt.errors import UserError
+from bitquilt.models.checkpoint import Checkpoint
+from bitquilt.models.linear import is_linear, replace_linears, replace_module
+from bitquilt.types import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without weights, and where they are.
+
+    `blocks`: dotted paths of the repeated blocks, in order. `sources`: checkpoint names of each block's tensors, by
+    path; under "" those of the rest. `parameters`: checkpoint name -> the model's own name, where a tensor goes in
+    unchanged (it does not where a family stores tensors split or stacked).
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    blocks: tuple[str, ...]
+    sources: dict[str, list[str]]
+    parameters: dict[str, str]
+
+    def load(self, path: str) -> nn.Module:
+        """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
+
+        Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
+        """
+        tensors = self.checkpoint.read(self.sources[path])
+        load_tensors(self.model, tensors)
+        module = self.model.get_submodule(path)
+        if not path:
+            self.model.tie_weights()
+        inside = () if path else self.blocks
+        for name, parameter in (*module.named_parameters(), *module.named_buffers()):
+            if parameter.is_meta and not name.startswith(tuple(f"{b}." for b in inside)):
+                full = f"{path}.{name}".strip(".")
+                raise UserError(f"tensor {full} is missing in {self.checkpoint.folder}: the checkpoint is incomplete")
+        return module
+
+    def template(self, path: str) -> nn.Module:
+        """A copy of the empty block, to put back with `reset` when its weights are no longer needed."""
+        return copy.deepcopy(self.model.get_submodule(path))
+
+    def reset(self, path: str, template: nn.Module) -> None:
+        """Drop the block's weights."""
+        replace_module(self.model, path, template)
+
+    def release_outer(self) -> None:
+        """Drop the weights outside the blocks."""
+        inside = tuple(f"{block}." for block in self.blocks)
+        for name, parameter in list(self.model.named_parameters()):
+            if not name.startswith(inside) and not parameter.is_meta:
+                replace_parameter(self.model, name, torch.empty_like(parameter, device="meta"))
+
+
+def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None = None) -> Skeleton:
+    """Build the model of `checkpoint` without weights, computing in float32; `layouts` puts quantized layers in.
+
+    Raises UserError if the config names no known model or the model has no blocks with linear layers.
+    """
+    config = load_config(checkpoint)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = _model_class(config)(config, torch.float32)
+    model.eval().requires_grad_(False)
+    if layouts:
+        replace_linears(model, layouts)
+    blocks = find_blocks(model)
+    sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
+    parameters: dict[str, str] = {}
+    for source, (name, converted) in source_names(model, checkpoint.tensors).items():
+        home = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        sources[home].append(source)
+        if not converted:
+            parameters[source] = name
+    return Skeleton(model, checkpoint, blocks, sources, parameters)
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's config object, without any quantization settings (a skeleton loads its layers itself)."""
+    values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if "model_type" not in values:
+        raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
+    try:
+        return AutoConfig.for_model(**values)
+    except ValueError as error:
+        raise UserError(f"transformers {transformers.__version__} does not know this model: {error}") from None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the repeated blocks: the members of the outermost ModuleList that holds most linear weights.
+
+    Raises UserError if no ModuleList has members with linear layers.
+    """
+    best: tuple[int, tuple[str, ...]] = (0, ())
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in inside):
+            continue
+        size = sum(p.numel() for m in module.modules() if is_linear(m) or _is_quantized(m) for p in _tensors(m))
+        if size:
+            inside.append(path)
+            best = max(best, (size, tuple(f"{path}.{i}" for i in range(len(module)))), key=lambda item: item[0])
+    if not best[1]:
+        raise UserError(
+            f"{type(model).__name__} has no blocks (a ModuleList of modules with nn.Linear): nothing to quantize"
+        )
+    return best[1]
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The block's linear layers by path inside the block, in the model's order."""
+    return {path: module for path, module in block.named_modules() if is_linear(module)}
+
+
+def source_names(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Checkpoint name -> (the model's name for it, whether it is split, stacked or otherwise converted on the way).
+
+    transformers' own rules for old names, missing prefixes and stacked experts are applied.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    own = dict(model.state_dict())
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = name, None
+        found[name] = (renamed, pattern is not None)
+    return found
+
+
+def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Put checkpoint tensors into `model`, converted as the family demands."""
+    mapping = get_model_conversion_mapping(model)
+    load_config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
+    with quiet_transformers():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
+    if info.mismatched_keys:
+        name, *shapes = next(iter(info.mismatched_keys))
+        raise UserError(f"tensor {name} has shape {shapes[0]}, the model of this config wants {shapes[1]}")
+    if info.conversion_errors:
+        name, reason = next(iter(info.conversion_errors.items()))
+        raise UserError(f"tensor {name} could not be converted: {reason}")
+
+
+def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:
+    """Set the parameter at the dotted `path`."""
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent).register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+class quiet_transformers:  # noqa: N801 - reads as a statement
+    """Within the block, transformers logs errors only and draws no progress bars of its own."""
+
+    def __enter__(self) -> None:
+        self._level = transformers_logging.get_verbosity()
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._level)
+        if self._bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _model_class(config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    for name in names:
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return lambda config, dtype: kind._from_config(config, dtype=dtype)
+    for auto in (AutoModelForCausalLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            return lambda config, dtype, auto=auto: auto.from_config(config, dtype=dtype)
+    raise UserError(f"no transformers model class for config {type(config).__name__} (architectures: {names})")
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return hasattr(module, "layout")
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

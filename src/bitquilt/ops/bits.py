@@ -1,0 +1,53 @@
+"""How b-bit codes become bytes. One row of codes is one little-endian bit stream, padded to a whole byte.
+
+Eight codes of b bits fill exactly b bytes, so every column group whose width is a multiple of 8 starts on a
+byte. Three bits, codes a..h, least significant bit on the right:
+
+    byte 0      byte 1      byte 2
+    c c b b b a a a    f e e e d d d c    h h h g g g f f
+"""
+
+import torch
+from torch import Tensor
+
+CODES_PER_UNIT = 8  # the smallest count of codes that fills whole bytes at every width
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take as one stream."""
+    return (count * bits + 7) // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes `[rows, n]`, each below 2^bits -> uint8 stream `[rows, ceil(n * bits / 8)]`."""
+    if bits == 8:
+        return codes.contiguous()
+    rows, count = codes.shape
+    padding = -count % CODES_PER_UNIT
+    units = torch.nn.functional.pad(codes, (0, padding)).view(rows, -1, CODES_PER_UNIT).to(torch.int64)
+    word = torch.zeros(units.shape[:2], dtype=torch.int64, device=codes.device)
+    for position in range(CODES_PER_UNIT):
+        word |= units[..., position] << (bits * position)
+    shifts = torch.arange(0, 8 * bits, 8, device=codes.device)
+    stream = ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8).view(rows, -1)
+    return stream[:, : packed_bytes(count, bits)].contiguous()
+
+
+def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 stream `[rows, ceil(count * bits / 8)]` -> uint8 codes `[rows, count]`."""
+    if bits == 8:
+        return stream
+    rows = stream.shape[0]
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:  # codes never straddle bytes: stay in 8-bit arithmetic, 8x less traffic
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        codes = (stream.unsqueeze(-1) >> shifts) & mask
+        return codes.view(rows, -1)[:, :count]
+    padding = -stream.shape[1] % bits
+    units = torch.nn.functional.pad(stream, (0, padding)).view(rows, -1, bits).to(torch.int64)
+    word = torch.zeros(units.shape[:2], dtype=torch.int64, device=stream.device)
+    for position in range(bits):
+        word |= units[..., position] << (8 * position)
+    shifts = torch.arange(0, CODES_PER_UNIT * bits, bits, device=stream.device)
+    codes = ((word.unsqueeze(-1) >> shifts) & mask).to(torch.uint8)
+    return codes.view(rows, -1)[:, :count]

@@ -1,0 +1,121 @@
+"""What a quantized matmul means: the definition that every faster body is tested against.
+
+Arguments, as in the op's schema (one entry per column segment in the three lists):
+  codes[i]   uint8 [out, ceil(width_i * bits_i / 8)], the bit streams of `ops.bits`
+  scales[i]  uniform: step between levels [out, groups_i];  codebook: the levels [width_i, 2^bits_i]
+  zeros[i]   uniform, bits >= 2: integer zeros, packed along the rows: uint8 [groups_i, ceil(out * bits_i / 8)];
+             uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
+             codebook, or a symmetric uniform grid: empty
+  layout     per segment four integers: grid (0 uniform, 1 codebook), bits, group_size, width
+  permutation, block
+             order of the input channels in storage, in blocks of that many neighbours; None = as they come.
+             int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
+             at the width of the largest segment index; blocks keep their order inside a segment
+  outlier_*  compressed sparse rows of what is added to the dense weight, original channel order; None = nothing
+"""
+
+import torch
+from torch import Tensor
+
+from bitquilt.ops.bits import unpack_bits
+
+GRID_UNIFORM, GRID_CODEBOOK = 0, 1
+LAYOUT_FIELDS = 4
+
+
+def map_bits(segments: int) -> int:
+    """Bits of one entry of a segment map."""
+    return max(1, (segments - 1).bit_length())
+
+
+def expand_permutation(stored: Tensor, block: int, segments: int, in_features: int) -> Tensor:
+    """Stored permutation (see above) -> order of channels int64 `[in]`; the last block may be narrower."""
+    order = stored
+    if stored.dtype == torch.uint8:
+        blocks = -(-in_features // block)
+        order = unpack_bits(stored.unsqueeze(0), map_bits(segments), blocks).squeeze(0).argsort(stable=True)
+    channels = order.to(torch.int64).unsqueeze(1) * block + torch.arange(block, device=order.device)
+    channels = channels.view(-1)
+    return channels[channels < in_features] if in_features % block else channels
+
+
+def decode_uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    """Codes `[out, width]` on per-row, per-group grids -> fp32 `[out, width]`.
+
+    bits >= 2: scale * (code - zero), integer zero.  bits = 1: zero + scale * code, zero is the lower level.
+    Empty zero: scale * (code - (2^bits - 1) / 2).
+    `scale` and `zero` are `[out, groups]`; the last group may be narrower.
+    """
+    width = codes.shape[1]
+    step = scale.float().repeat_interleave(group_size, dim=1)[:, :width]
+    if zero.numel() == 0:
+        return step * (codes - (2**bits - 1) / 2)
+    base = zero.float().repeat_interleave(group_size, dim=1)[:, :width]
+    return base + step * codes if bits == 1 else step * (codes - base)
+
+
+def decode_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
+    """Codes `[out, width]` into one table per column, `[width, 2^bits]` -> fp32 `[out, width]`."""
+    return codebook.float().t().gather(0, codes.to(torch.int64))
+
+
+def dequantize(
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    layout: list[int],
+    permutation: Tensor | None,
+    block: int,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """The weight fp32 `[out, in]` in the original channel order, outliers included."""
+    dense = _stored_order(codes, scales, zeros, layout, out_features)
+    in_features = dense.shape[1]
+    if permutation is not None:
+        channels = expand_permutation(permutation, block, len(codes), in_features)
+        dense = torch.empty_like(dense).index_copy_(1, channels, dense)
+    if outlier_values is not None and outlier_columns is not None and outlier_rows is not None:
+        counts = outlier_rows.diff()
+        rows = torch.repeat_interleave(torch.arange(out_features, device=dense.device), counts)
+        dense.index_put_((rows, outlier_columns.to(torch.int64)), outlier_values.float(), accumulate=True)
+    return dense
+
+
+def quantized_matmul(
+    x: Tensor,
+    codes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    layout: list[int],
+    permutation: Tensor | None,
+    block: int,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """x `[..., in]` -> x W^T + bias `[..., out]` in the dtype of x; the weight is rounded to that dtype once."""
+    weight = dequantize(
+        codes, scales, zeros, layout, permutation, block,
+        outlier_values, outlier_columns, outlier_rows, out_features,
+    )  # fmt: skip
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _stored_order(
+    codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], layout: list[int], out_features: int
+) -> Tensor:
+    parts = []
+    for i, (stream, scale, zero) in enumerate(zip(codes, scales, zeros, strict=True)):
+        grid, bits, group_size, width = layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
+        unpacked = unpack_bits(stream, bits, width)
+        if grid == GRID_CODEBOOK:
+            parts.append(decode_codebook(unpacked, scale))
+        else:
+            base = zero if bits == 1 or zero.numel() == 0 else unpack_bits(zero, bits, out_features).t()
+            parts.append(decode_uniform(unpacked, scale, base, bits, group_size))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

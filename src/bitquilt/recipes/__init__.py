@@ -1,0 +1,59 @@
+"""The recipes by name, and `make_recipe`, which turns a name and options into one."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from bitquilt.errors import UserError
+from bitquilt.recipes.gptq import GPTQ
+from bitquilt.recipes.rtn import RTN
+from bitquilt.recipes.slim_llm import SlimLLM
+from bitquilt.types import Recipe
+
+RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM)}
+MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
+GROUP_SIZE_STEP = 8
+
+
+def make_recipe(name: str, **options: Any) -> Recipe:
+    """A recipe from its name and its fields; `published=True` starts from the public implementation's settings.
+
+    Raises UserError for an unknown name or field, a value of the wrong kind, bits outside 2 .. 8 or a group size
+    that is not a positive multiple of 8.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}; known are {', '.join(RECIPES)}")
+    kind = RECIPES[name]
+    published = options.pop("published", False)
+    if published and not hasattr(kind, "published"):
+        raise UserError(f"recipe {name} has no published variant; leave out `published`")
+    known = {field.name for field in fields(kind)}
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"recipe {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(sorted(known))}"
+            )
+    start = {f.name: getattr(kind.published(), f.name) for f in fields(kind)} if published else {}
+    try:
+        recipe: Recipe = TypeAdapter(kind).validate_python({**start, **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"recipe {name}, option {first['loc'][0]!r}: got {first['input']!r}; {first['msg']}") from None
+    _check_ranges(recipe)
+    return recipe
+
+
+def _check_ranges(recipe: Any) -> None:
+    if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
+        raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
+    if recipe.group_size < GROUP_SIZE_STEP or recipe.group_size % GROUP_SIZE_STEP:
+        raise UserError(f"group size is {recipe.group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
+    if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
+        raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

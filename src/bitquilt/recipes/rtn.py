@@ -1,0 +1,59 @@
+"""Round to nearest: every weight to the closest level of its group's min-max grid. No calibration.
+
+The floor that every method has to beat at the same bytes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.solvers.rtn import round_to_nearest
+from bitquilt.solvers.solve import assemble, layer_events
+from bitquilt.types import (
+    Cost,
+    Layer,
+    LayerPlan,
+    LayerStats,
+    Solution,
+    check_finite,
+    group_slices,
+    uniform_plan,
+)
+
+
+@dataclass(frozen=True)
+class RTN:
+    """`scale_search`: choose each range by its squared error instead of taking min and max."""
+
+    name: ClassVar[str] = "rtn"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    bits: int = 4
+    group_size: int = 128
+    scale_search: bool = False
+
+    def prepare(self, stats: LayerStats | None) -> None:
+        """Nothing to share: rounding asks nothing of the data."""
+
+    def measure(self, layer: Layer, prepared: None) -> Cost:
+        """One way to spend the bits."""
+        return Cost((uniform_plan(layer.weight.shape[1], self.bits, self.group_size),), (0.0,))
+
+    def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
+        """The same bits everywhere."""
+        return cost.plans[0]
+
+    def quantize(self, layer: Layer, plan: LayerPlan, prepared: None) -> Solution:
+        """Round the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        check_finite(layer.name, weight=layer.weight)
+        scale_dtype = scale_dtype_for(layer.weight)
+        search = RangeSearch() if self.scale_search else MIN_MAX
+
+        def fit_group(k: int, columns: Tensor) -> UniformGrid:
+            return fit(columns, plan.bits[k], search=search, scale_dtype=scale_dtype)
+
+        groups = group_slices(layer.weight.shape[1], plan.group_size)
+        rounded = round_to_nearest(layer.weight, groups, fit_group)
+        return Solution(assemble(rounded, plan, scale_dtype), None, layer_events(layer, scale_dtype))

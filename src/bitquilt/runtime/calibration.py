@@ -1,0 +1,133 @@
+"""Which token ids does a run calibrate on? make_calibration(source, ...) -> int64 [samples, tokens].
+
+`self`, the default, lets the full-precision model write its own text by seeded sampling: nothing to download, and
+the text is in every language and format the model knows.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitquilt.errors import UserError
+from bitquilt.models.checkpoint import Checkpoint
+from bitquilt.models.structure import quiet_transformers
+from bitquilt.text import content_hash, token_stream, windows
+
+SELF = "self"
+# Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens).
+_SAMPLED_AT_ONCE = 16
+
+
+def context_limit(config: dict[str, Any]) -> int | None:
+    """The longest sequence the model was built for, or None if its config does not say."""
+    text = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(text.get(key), int) and text[key] > 0:
+            return int(text[key])
+    return None
+
+
+def describe_source(source: str | Path) -> dict[str, Any]:
+    """What identifies the calibration source in a fingerprint."""
+    return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}
+
+
+def make_calibration(
+    checkpoint: Checkpoint,
+    source: str | Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    vocabulary: int,
+    progress: Callable[[str], None],
+) -> Tensor:
+    """Token ids `[samples, seq_len]` for any source that `bitquilt.text` reads, or `self`.
+
+    Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
+    cannot sample for itself (too large for the memory, or no causal language model).
+    """
+    if str(source) == SELF:
+        return sample_from_model(
+            checkpoint, samples=samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+        )
+    progress(f"reading calibration text from {source}")
+    stream = token_stream(source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
+    return windows(stream, seq_len, samples, seed)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside the model, or None where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def sample_from_model(
+    checkpoint: Checkpoint,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    vocabulary: int,
+    progress: Callable[[str], None],
+) -> Tensor:
+    """Sequences the full-precision model writes at temperature 1, from its BOS token (a random token without one).
+
+    Own generator: the global random state is not touched. The whole model is in memory while it writes.
+    """
+    _check_memory(checkpoint)
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.name} is no causal language model, so it cannot write its own calibration text; "
+                f"give --calibration FILE ({str(error).splitlines()[0]})"
+            ) from None
+    if model.dtype == torch.float16:
+        model = model.float()  # half precision is slow and overflows on CPUs
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    bos = checkpoint.config.get("bos_token_id")
+    parts = []
+    for start in range(0, samples, _SAMPLED_AT_ONCE):
+        progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")
+        count = min(_SAMPLED_AT_ONCE, samples - start)
+        first = (
+            torch.full((count, 1), bos)
+            if isinstance(bos, int)
+            else torch.randint(0, vocabulary, (count, 1), generator=generator)
+        )
+        parts.append(_sample(model, first, seq_len, generator))
+    return torch.cat(parts)
+
+
+def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    ids, cache, token = [first], None, first
+    for _ in range(length - 1):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged or overflow")
+        token = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
+        ids.append(token)
+    return torch.cat(ids, dim=1)
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    wanted = int(1.2 * checkpoint.nbytes)
+    available = psutil.virtual_memory().available
+    if wanted > available:
+        raise UserError(
+            f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free, so it cannot write "
+            "its own calibration text; give --calibration FILE: with a text, one block at a time is enough"
+        )

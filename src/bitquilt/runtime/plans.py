@@ -1,0 +1,58 @@
+"""plan.json: where the bits went, readable, diffable, editable by hand and replayable.
+
+    {"recipe": {"name": "slim-llm", "bits": 2, ...},
+     "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...}}
+
+One digit per column group, in the original order of the columns.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from bitquilt.errors import UserError
+from bitquilt.types import LayerPlan
+
+
+class PlannedLayer(BaseModel):
+    """One layer's entry."""
+
+    model_config = ConfigDict(extra="forbid")
+    group_size: int = Field(ge=8, multiple_of=8)
+    bits: Annotated[str, StringConstraints(pattern=r"^[1-8]+$")]
+
+
+class PlanFile(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: dict[str, Any]
+    layers: dict[str, PlannedLayer]
+
+
+def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plan of a finished run."""
+    layers = {
+        name: {"group_size": entry["group_size"], "bits": entry["bits"]}
+        for record in records
+        for name, entry in record["layers"].items()
+    }
+    return {"recipe": dict(recipe), "layers": layers}
+
+
+def read_plan(path: str | Path) -> dict[str, LayerPlan]:
+    """Layer plans by module path. Raises UserError naming the entry that is wrong."""
+    try:
+        file = PlanFile.model_validate(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"the plan {path} is not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " > ".join(map(str, first["loc"]))
+        raise UserError(f"the plan {path}, entry {where}: {first['msg']}; got {str(first['input'])[:60]!r}") from None
+    return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in file.layers.items()}

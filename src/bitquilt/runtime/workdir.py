@@ -1,0 +1,156 @@
+"""What survives `kill -9`? A work directory: every file appears under its name by one rename, when it is complete.
+
+fingerprint.json           what the run was asked to do; another run is refused, with the difference named
+calibration.safetensors    token ids
+block-00003.safetensors    the tensors of block 3 as the checkpoint will hold them
+activations-00004.f32      what block 4 will read, one memory-mapped matrix, and probe-00004.safetensors
+block-00003.json           the commit mark of block 3: written last
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitquilt.errors import UserError
+
+FINGERPRINT = "fingerprint.json"
+
+
+@contextmanager
+def open_workdir(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
+    """Create or re-enter `folder` for this run, holding its lock.
+
+    Raises UserError if another process holds it, if it belongs to a run with other inputs, or if it is not ours.
+    """
+    mark = folder / FINGERPRINT
+    if folder.exists() and not mark.is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder} exists and is no work directory of a run; move it away or give another --work-dir")
+    with full_disk_is_an_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process is working in {folder}; wait for it or give another --work-dir") from None
+        try:
+            if mark.is_file():
+                check_fingerprint(folder, json.loads(mark.read_text()), fingerprint)
+            else:
+                write_json(mark, fingerprint)
+            yield folder
+        finally:
+            lock.release()
+
+
+def check_fingerprint(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise UserError naming the first setting in which two runs differ."""
+    ours, theirs = dict(_flatten(here)), dict(_flatten(there))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{folder} belongs to another run: {key} was {_shown(theirs.get(key))}, now it is "
+                f"{_shown(ours.get(key))}; give another output folder, or delete this one to start afresh"
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write and rename into place."""
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and rename it into place."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file this run wrote."""
+    return load_file(path)
+
+
+class Activations:
+    """A fp32 matrix `[samples, tokens, width]` on disk. A batch is mapped while it is used, then let go, so that
+    memory holds one batch whatever the size of the file. Space is reserved first: writing into a mapped hole of a
+    full disk would kill the process instead of raising an error."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path, self.shape = path, shape
+
+    @classmethod
+    def create(cls, path: Path, shape: tuple[int, int, int]) -> "Activations":
+        """Reserve the file. Raises OSError (no space) before anything is computed."""
+        with path.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(1, 4 * int(np.prod(shape))))
+        return cls(path, shape)
+
+    def read(self, rows: slice) -> Tensor:
+        """A batch, in memory."""
+        return torch.from_numpy(np.array(self._map("r", rows)))
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Store a batch."""
+        mapped = self._map("r+", rows)
+        mapped[:] = values.detach().float().cpu().numpy()
+        mapped.flush()
+
+    def commit(self, path: Path) -> "Activations":
+        """Make the bytes durable and rename the file."""
+        with self.path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(self.path, path)
+        return Activations(path, self.shape)
+
+    def _map(self, mode: str, rows: slice) -> np.memmap:  # type: ignore[type-arg]
+        count, tokens, width = self.shape
+        start, stop, _ = rows.indices(count)
+        offset = 4 * start * tokens * width
+        return np.memmap(self.path, np.float32, mode, offset, (stop - start, tokens, width))  # type: ignore[call-overload, no-any-return]
+
+
+@contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """Turn "no space left" into a message that says where, how much is free and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+            raise
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise UserError(
+            f"the disk of {folder} is full ({free / 1e6:.0f} MB free); finished blocks are kept: free some space, or "
+            "give --work-dir on another disk, and run the same command again"
+        ) from None
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with temporary.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

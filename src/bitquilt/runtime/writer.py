@@ -1,0 +1,131 @@
+"""How does a finished work directory become a checkpoint? assemble(...), then verify(...): reload, compare logits.
+
+One shard per block, linked into place, so that a 70B model needs no second copy on the disk; the rest of the model
+is copied tensor by tensor, under its own names and types.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bitquilt.errors import VerificationError
+from bitquilt.models.checkpoint import INDEX_NAME, open_checkpoint
+from bitquilt.models.config import quantization_config, read_layouts
+from bitquilt.models.structure import Skeleton, open_skeleton
+from bitquilt.packing import layout_from_json
+from bitquilt.runtime.calls import embed, finish, learn_extras, record_calls
+from bitquilt.runtime.workdir import read_tensors, write_json, write_tensors
+
+_SHARD_BYTES = 10**9
+# The reloaded model runs the same ops on the same bytes: what differs is the order of thread sums at most.
+_LOGIT_TOLERANCE = 1e-4
+
+
+def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> Path:
+    """Build the checkpoint folder inside the work directory, from scratch; returns its path."""
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files = [work / f"block-{i:05d}.safetensors" for i in range(len(records))]
+    files += _write_rest(skeleton, work)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        _link(file, folder / name)
+        with safe_open(file, framework="pt") as handle:
+            weight_map |= dict.fromkeys(handle.keys(), name)
+        total += file.stat().st_size
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    layouts = {
+        name: layout_from_json(entry["layout"], name) for record in records for name, entry in record["layers"].items()
+    }
+    config = {**skeleton.checkpoint.config, "quantization_config": quantization_config(layouts)}
+    write_json(folder / "config.json", config)
+    for companion in skeleton.checkpoint.companions():
+        shutil.copyfile(companion, folder / companion.name)
+    return folder
+
+
+def verify(folder: Path, work: Path) -> float:
+    """Reload the checkpoint block by block and compare its logits on the probe with the run's.
+
+    Returns the largest difference relative to the largest logit. Raises VerificationError if it is not tiny.
+    """
+    checkpoint = open_checkpoint(folder)
+    skeleton = open_skeleton(checkpoint, read_layouts(checkpoint.config))
+    expected = read_tensors(work / "logits.safetensors")
+    logits = streamed_logits(skeleton, expected["ids"])
+    largest = float(expected["logits"].abs().max().clamp_min(1e-30))
+    difference = float((logits - expected["logits"]).abs().max()) / largest
+    if not difference <= _LOGIT_TOLERANCE:
+        raise VerificationError(
+            f"the checkpoint in {folder} does not compute what the run computed: logits differ by {difference:.2g} of the "
+            f"largest (allowed {_LOGIT_TOLERANCE}); the disk may be failing. The work directory is kept"
+        )
+    return difference
+
+
+@torch.no_grad()
+def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
+    """The model's logits for ids `[batch, tokens]` with one block in memory at a time."""
+    skeleton.load("")
+    first = skeleton.blocks[0]
+    template = skeleton.template(first)
+    skeleton.load(first)
+    extras = learn_extras(skeleton, ids)
+    skeleton.reset(first, template)
+    calls = record_calls(skeleton, ids, extras)
+    hidden = embed(skeleton, ids)
+    for path, call in zip(skeleton.blocks, calls, strict=True):
+        template = skeleton.template(path)
+        hidden = call(skeleton.load(path), hidden)
+        skeleton.reset(path, template)
+    return finish(skeleton, ids, hidden, extras).float()
+
+
+def _write_rest(skeleton: Skeleton, work: Path) -> list[Path]:
+    """Everything outside the blocks, unchanged, in shards of about a gigabyte."""
+    infos = skeleton.checkpoint.tensors
+    shards: list[list[str]] = [[]]
+    for name in skeleton.sources[""]:
+        if shards[-1] and sum(infos[n].nbytes for n in shards[-1]) + infos[name].nbytes > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = []
+    for number, names in enumerate(filter(None, shards)):
+        path = work / f"rest-{number:05d}.safetensors"
+        write_tensors(path, skeleton.checkpoint.read(names))
+        files.append(path)
+    return files
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any]) -> None:
+    """plan.json and report.json beside the weights."""
+    write_json(folder / "plan.json", plan)
+    write_json(folder / "report.json", report)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a finished output folder, or None if the folder is not ours."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None
+    return report if isinstance(report, dict) and "fingerprint" in report else None

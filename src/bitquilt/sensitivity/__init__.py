@@ -1,0 +1,1 @@
+"""Numbers that say what hurts: salience of weights, divergence of outputs."""

@@ -1,0 +1,1 @@
+"""Choosing codes: from a weight, a factor of the Hessian and grids, all plain tensors."""

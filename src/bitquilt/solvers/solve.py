@@ -1,0 +1,103 @@
+"""How does a planned layer become a stored weight? solve(layer, plan, factor, fit) -> Solution.
+
+What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, the assembly. Groups of equal bits are stored side by side, so that a layer has at most as many segments as distinct widths,
+and the only map needed is the order of the groups.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
+from bitquilt.solvers.gptq import Sweep, sweep, sweep_ordered
+from bitquilt.solvers.hessian import Factor, factorize
+from bitquilt.types import (
+    Event,
+    Format,
+    Layer,
+    LayerPlan,
+    Permutation,
+    QuantizedWeight,
+    Segment,
+    Solution,
+    check_finite,
+    group_slices,
+)
+
+FitColumns = Callable[[slice, Tensor, int, torch.dtype], UniformGrid]
+"""(columns of the group, their weights `[out, n]`, bits, scale dtype) -> grid."""
+
+
+def solve(
+    layer: Layer, plan: LayerPlan, factor: Factor, fit: FitColumns, *, damp: float, act_order: bool = False
+) -> Solution:
+    """GPTQ sweep over the plan's groups; with `act_order` columns go in descending Hessian diagonal, grids first.
+
+    `factor` is the layer's, made with `damp`. Raises ValueError naming the layer if a weight is NaN or Inf.
+    """
+    assert layer.stats is not None
+    weight = live_weight(layer, factor)
+    groups = group_slices(weight.shape[1], plan.group_size)
+    scale_dtype = scale_dtype_for(weight)
+
+    def fit_group(k: int, columns: Tensor) -> UniformGrid:
+        return fit(groups[k], columns, plan.bits[k], scale_dtype)
+
+    if act_order:
+        order = torch.argsort(layer.stats.hessian.diagonal(), descending=True, stable=True)
+        grids = [fit_group(k, weight[:, group]) for k, group in enumerate(groups)]
+        ordered = factorize(layer.stats.hessian[order][:, order] / layer.stats.tokens, damp)
+        swept = sweep_ordered(weight, ordered.upper, groups, grids, order)
+    else:
+        swept = sweep(weight, factor.upper, groups, fit_group)
+    return Solution(assemble(swept, plan, scale_dtype), swept.loss, layer_events(layer, scale_dtype, factor, damp))
+
+
+def live_weight(layer: Layer, factor: Factor) -> Tensor:
+    """The layer's weight with dead columns set to zero: no token ever multiplied them."""
+    check_finite(layer.name, weight=layer.weight)
+    return layer.weight.masked_fill(factor.dead, 0.0)
+
+
+def layer_events(
+    layer: Layer, scale_dtype: torch.dtype, factor: Factor | None = None, damp: float = 0.0
+) -> tuple[Event, ...]:
+    """What the report must say about a solved layer."""
+    events = []
+    if factor is not None and bool(factor.dead.any()):
+        count = int(factor.dead.sum())
+        events.append(
+            Event(layer.name, "dead channels", f"{count} of {len(factor.dead)} input channels saw only zeros")
+        )
+    if factor is not None and factor.precision == torch.float64:
+        detail = f"float32 failed; factored in float64 with damp {factor.damp:g} (asked: {damp:g})"
+        events.append(Event(layer.name, "hessian not positive definite", detail))
+    if scale_dtype != torch.float16:
+        detail = f"largest weight {float(layer.weight.abs().max()):.3g}; scales are stored as {scale_dtype}"
+        events.append(Event(layer.name, "scales out of float16 range", detail))
+    return tuple(events)
+
+
+def assemble(swept: Sweep, plan: LayerPlan, scale_dtype: torch.dtype = torch.float16) -> QuantizedWeight:
+    """Sort the column groups by bits (stable, a narrower last group stays last in its segment) and cut segments."""
+    slices = group_slices(swept.codes.shape[1], plan.group_size)
+    members: dict[int, list[int]] = defaultdict(list)
+    for k, bits in enumerate(plan.bits):
+        members[bits].append(k)
+    segments, order = [], []
+    for bits in sorted(members):
+        groups = members[bits]
+        order += groups
+        codes = torch.cat([swept.codes[:, slices[k]] for k in groups], dim=1)
+        scale = torch.cat([swept.grids[k].scale for k in groups], dim=1)
+        zeros = [zero for k in groups if (zero := swept.grids[k].zero) is not None]
+        zero = torch.cat(zeros, dim=1) if zeros else None
+        form = Format(bits, plan.group_size, "uniform", scale_dtype, symmetric=zero is None)
+        segments.append(Segment(form, codes, scale, zero))
+    permutation = None
+    if order != sorted(order):
+        # the narrow last group may stand inside the stored order: `expand_permutation` knows its width by its index
+        permutation = Permutation(torch.tensor(order), plan.group_size)
+    return QuantizedWeight(tuple(segments), permutation)

@@ -1,0 +1,269 @@
+"""The nouns. Plain values: a linear layer's weight is an optional permutation of its input channels, then a few
+column segments with one storage format each, plus an optional sparse remainder. A paper decides the segments.
+
+Layout everywhere: `weight [out, in]`, y = x W^T + b. Sizes in bits or bytes as named.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Grid = Literal["uniform", "codebook"]
+Ordering = Literal["identity", "map", "order"]
+MIN_BITS, MAX_BITS = 1, 8
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the columns of a segment are stored.
+
+    uniform: one scale and one zero per row and `group_size` columns; at one bit two free levels per row and group.
+    `symmetric` stores no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
+    codebook: 2^bits free levels per column (`group_size` is 1).
+    """
+
+    bits: int
+    group_size: int
+    grid: Grid = "uniform"
+    scale_dtype: torch.dtype = torch.float16
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits is {self.bits}; a code takes {MIN_BITS} to {MAX_BITS} bits")
+        if self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that fixes the shapes, and so the size, of one stored weight. No tensors.
+
+    `segments`: (format, width) in stored order, widths summing to `in_features`. `ordering`: how the order of the
+    input channels is stored: not at all, as the segment of each block of `block` neighbouring channels (blocks keep
+    their order inside a segment), or as a full order of blocks. `outliers`: entries of the sparse remainder.
+    """
+
+    out_features: int
+    in_features: int
+    segments: tuple[tuple[Format, int], ...]
+    ordering: Ordering = "identity"
+    block: int = 0
+    outliers: int = 0
+
+    def __post_init__(self) -> None:
+        total = sum(width for _, width in self.segments)
+        if total != self.in_features or any(width < 1 for _, width in self.segments):
+            raise ValueError(f"segment widths {[w for _, w in self.segments]} do not sum to {self.in_features} inputs")
+        if (self.ordering == "identity") != (self.block == 0):
+            raise ValueError(f"ordering {self.ordering!r} does not go with blocks of {self.block} channels")
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of channels the ordering moves."""
+        return -(-self.in_features // self.block) if self.block else 0
+
+    @property
+    def nominal_bits(self) -> float:
+        """Mean code width over the weights: the papers' average, which counts nothing but codes."""
+        return sum(form.bits * width for form, width in self.segments) / self.in_features
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """Order of the input channels in storage: stored block i holds original block `order[i]` of `block` channels."""
+
+    order: Tensor
+    block: int
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Compressed sparse rows added to the dense weight: `values [n]`, `columns [n]`, `rows [out + 1]` (pointers)."""
+
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive stored columns of one format. `codes` uint8 `[out, width]`; `scale`, `zero` as `ops.reference`
+    defines them, unpacked: uniform `[out, groups]` (integer zeros as uint8), codebook `[width, 2^bits]` and None."""
+
+    format: Format
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with."""
+
+    segments: tuple[Segment, ...]
+    permutation: Permutation | None = None
+    outliers: Outliers | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The shapes alone."""
+        out_features = self.segments[0].codes.shape[0]
+        segments = tuple((s.format, s.codes.shape[1]) for s in self.segments)
+        return Layout(
+            out_features,
+            sum(width for _, width in segments),
+            segments,
+            self._ordering(),
+            self.permutation.block if self.permutation else 0,
+            len(self.outliers.values) if self.outliers else 0,
+        )
+
+    def _ordering(self) -> Ordering:
+        if self.permutation is None:
+            return "identity"
+        return "map" if self.segment_of_block() is not None else "order"
+
+    def segment_of_block(self) -> list[int] | None:
+        """The segment each block of channels is stored in, by original block; None where that does not say it all:
+        a block straddles segments, or blocks change their order inside one."""
+        assert self.permutation is not None
+        order, block = self.permutation.order.tolist(), self.permutation.block
+        in_features = sum(s.codes.shape[1] for s in self.segments)
+        segments = [0] * len(order)
+        position = 0
+        for i, segment in enumerate(self.segments):
+            left, previous = segment.codes.shape[1], -1
+            while left > 0:
+                index = order[position]
+                left -= min(block, in_features - index * block)
+                if left < 0 or index < previous:
+                    return None
+                segments[index], previous = i, index
+                position += 1
+        return segments
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """What calibration says about one input: sums over tokens, so that `a + b` merges two shards.
+
+    `hessian` fp32 `[in, in]` = sum of x x^T over `tokens` tokens; `sample` fp32 `[n, in]`, an even subsample of
+    the tokens for objectives that need outputs, or None.
+    """
+
+    hessian: Tensor
+    tokens: int
+    sample: Tensor | None = None
+
+    def __add__(self, other: "LayerStats") -> "LayerStats":
+        both = [s for s in (self.sample, other.sample) if s is not None]
+        sample = torch.cat(both) if both else None
+        return LayerStats(self.hessian + other.hessian, self.tokens + other.tokens, sample)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear layer to quantize: `weight` fp32 `[out, in]`, `bias` fp32 `[out]` or None, statistics of its input."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    stats: LayerStats | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Where the bits of one layer go: bits per column group, groups of `group_size` in original column order."""
+
+    bits: tuple[int, ...]
+    group_size: int
+
+    def widths(self, in_features: int) -> list[int]:
+        """Columns per group; the last group may be narrower."""
+        return [min(self.group_size, in_features - start) for start in range(0, in_features, self.group_size)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each."""
+
+    plans: tuple[LayerPlan, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a reader of the report must know: a fallback, a dead channel, a raised damp. Never silent."""
+
+    layer: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved layer. `loss` is the solver's own objective, tr((W-Q) H (W-Q)^T) / tokens, or None without statistics."""
+
+    weight: QuantizedWeight
+    loss: float | None = None
+    events: tuple[Event, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Recipe(Protocol):
+    """A paper as three verbs. A frozen dataclass whose fields are the paper's hyper-parameters.
+
+    `prepare` runs once per distinct input, its result is handed to every layer that reads that input.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]  # of LayerStats: {"hessian", "sample"}; empty = no calibration at all
+
+    def prepare(self, stats: LayerStats | None) -> Any:
+        """Shared work of the layers that read one input."""
+        ...
+
+    def measure(self, layer: Layer, prepared: Any) -> Cost:
+        """What would each way to spend the bits cost?"""
+        ...
+
+    def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
+        """Choose; no tensors."""
+        ...
+
+    def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
+        """Solve the layer for the chosen plan."""
+        ...
+
+
+def group_slices(in_features: int, group_size: int) -> list[slice]:
+    """Column groups in order; the last may be narrower, one group if the layer is narrower than `group_size`."""
+    return [slice(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)]
+
+
+def check_finite(name: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError naming layer and tensor if any holds NaN or Inf."""
+    for label, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"{name}: {label} holds {bad} NaN or Inf values of {tensor.numel()}")
+
+
+def run_lengths(values: Sequence[int]) -> list[tuple[int, int]]:
+    """[2, 2, 3] -> [(2, 2), (3, 1)]: value and count of each run."""
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + 1)
+        else:
+            runs.append((value, 1))
+    return runs
+
+
+def uniform_plan(in_features: int, bits: int, group_size: int) -> LayerPlan:
+    """The same bits for every column group."""
+    return LayerPlan((bits,) * len(group_slices(in_features, group_size)), group_size)
