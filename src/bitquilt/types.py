@@ -206,7 +206,7 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solved layer. `loss` is the solver's own objective, tr((W-Q) H (W-Q)^T) / tokens, or None without statistics."""
+    """A solved layer. `loss`: the solver's tr((W-Q) H (W-Q)^T), H the mean of x x^T plus damp; None for RTN."""
 
     weight: QuantizedWeight
     loss: float | None = None

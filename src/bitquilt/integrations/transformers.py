@@ -20,7 +20,7 @@ from bitquilt.packing import tensor_specs
 
 
 @register_quantization_config(QUANT_METHOD)
-class BitquiltConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitquiltConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of config.json, kept as it was read."""
 
     def __init__(self, **entry: Any) -> None:
@@ -37,7 +37,7 @@ class BitquiltConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class BitquiltQuantizer(HfQuantizer):  # type: ignore[misc]
+class BitquiltQuantizer(HfQuantizer):
     """Puts empty `QuantizedLinear` modules in place before transformers loads the tensors."""
 
     requires_calibration = True

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, without loading it? open_checkpoint(path or hub id) -> Checkpoint, tensors read on demand."""
+"""What is in a checkpoint? open_checkpoint(path or hub id) -> Checkpoint, whose tensors are read on demand."""
 
 import hashlib
 import json
@@ -155,7 +155,7 @@ def _refuse_without_safetensors(folder: Path) -> None:
     pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
     if pickled:
         raise UserError(
-            f"{folder} has pickled weights only ({pickled[0]}), which can run code when they are loaded; convert first: "
+            f"{folder} has pickled weights only ({pickled[0]}), which run code when they are loaded; convert first: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
     raise UserError(f"{folder} has no .safetensors file; wanted a Hugging Face model folder with safetensors weights")

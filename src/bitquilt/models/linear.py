@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
 
     def _stored(self) -> tuple[Any, ...]:
         segments = range(len(self.layout.segments))
-        empty = self.scale_0.new_empty(0)
+        empty = torch.empty(0, device=self._buffers["scale_0"].device)  # type: ignore[union-attr]
         buffers = self._buffers
         zeros = [buffers.get(f"zero_{i}") for i in segments]
         return (

@@ -177,7 +177,7 @@ def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:
     root.get_submodule(parent).register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-class quiet_transformers:  # noqa: N801 - reads as a statement
+class quiet_transformers:
     """Within the block, transformers logs errors only and draws no progress bars of its own."""
 
     def __enter__(self) -> None:

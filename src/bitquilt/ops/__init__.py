@@ -27,7 +27,6 @@ quantized_matmul = torch.ops.bitquilt.quantized_matmul
 dequantize = torch.ops.bitquilt.dequantize
 
 
-@torch.library.register_fake("bitquilt::dequantize")
 def _dequantize_shape(
     codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor], layout: list[int], *rest: Any
 ) -> Tensor:
@@ -35,7 +34,6 @@ def _dequantize_shape(
     return codes[0].new_empty((rest[-1], in_features), dtype=torch.float32)
 
 
-@torch.library.register_fake("bitquilt::quantized_matmul")
 def _matmul_shape(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[-1]))
 
@@ -57,4 +55,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (grad @ weight.to(grad.dtype), *lists, *nothing, None, None, None, None, grad_bias, None)
 
 
+torch.library.register_fake("bitquilt::dequantize", _dequantize_shape)
+torch.library.register_fake("bitquilt::quantized_matmul", _matmul_shape)
 torch.library.register_autograd("bitquilt::quantized_matmul", _backward, setup_context=_save_for_backward)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
-from bitquilt.solvers.hessian import Factor, factorize
+from bitquilt.hessian import Factor, factorize
 from bitquilt.solvers.solve import solve
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform_plan
 

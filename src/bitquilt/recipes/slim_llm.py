@@ -17,6 +17,7 @@ Never reproduced: the public code's faults (a quantizer left in a symmetric stat
 precision statistics, an unstable sort).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -26,9 +27,9 @@ from torch import Tensor
 from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates, pairs
 from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit
+from bitquilt.hessian import Factor, factorize
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
-from bitquilt.solvers.hessian import Factor, factorize
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, group_slices, uniform_plan
 
@@ -126,7 +127,9 @@ class SlimLLM:
             search = PUBLISHED_SEARCH if self.search == "published" else RangeSearch()
         return _Fitter(self, original, factor, search)
 
-    def _tabulated(self, weight: Tensor, groups: list[slice], factor: Factor, rounded: "_Rounded") -> Cost:
+    def _tabulated(
+        self, weight: Tensor, groups: list[slice], factor: Factor, rounded: Callable[[slice, int], Tensor]
+    ) -> Cost:
         """e_k(b) = sum over the group of (w - q_b(w))^2 / U_jj^2: what the group adds to the sweep's loss at b bits."""
         palette = (self.bits - 1, self.bits, self.bits + 1)
         table = [
@@ -138,12 +141,6 @@ class SlimLLM:
         uniform = (self.bits,) * len(groups)
         plans = (LayerPlan(uniform, self.group_size), LayerPlan(chosen, self.group_size))
         return Cost(plans, tuple(_table_loss(table, palette, plan.bits) for plan in plans))
-
-
-class _Rounded:
-    """Typing only: (group, bits) -> the group rounded without compensation."""
-
-    def __call__(self, group: slice, bits: int) -> Tensor: ...
 
 
 def _table_loss(table: list[list[float]], palette: tuple[int, ...], bits: tuple[int, ...]) -> float:

@@ -128,6 +128,6 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     available = psutil.virtual_memory().available
     if wanted > available:
         raise UserError(
-            f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free, so it cannot write "
+            f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: it cannot write "
             "its own calibration text; give --calibration FILE: with a text, one block at a time is enough"
         )

@@ -40,8 +40,8 @@ def collect(
     sample: int,
     tokens: int,
 ) -> dict[str, LayerStats]:
-    """Statistics of the inputs of `linears` (name -> module) while iterating `batches` sends `tokens` tokens through the
-    block, one forward pass per item.
+    """Statistics of the inputs of `linears` (name -> module) while iterating `batches` sends `tokens` tokens through
+    the block, one forward pass per item.
 
     `sample`: about how many tokens to keep per input. Layers that are handed the same tensor object share one
     `LayerStats`. A layer that saw no token has `tokens` = 0. Raises ValueError naming the layer whose input held

@@ -51,7 +51,7 @@ class _Streams:
     """Everything that flows through the blocks, as calls by batch shape."""
 
     extras: tuple[Any, ...] | None
-    calls: dict[tuple[int, int], list[Call]]
+    calls: dict[tuple[int, ...], list[Call]]
     probe_ids: Tensor
 
 
@@ -116,7 +116,7 @@ def _open_streams(job: Job, resumed: bool) -> _Streams:
     skeleton.load(skeleton.blocks[0])
     extras = learn_extras(skeleton, probe_ids)
     skeleton.reset(skeleton.blocks[0], template)
-    calls = {tuple(probe_ids.shape): record_calls(skeleton, probe_ids, extras)}
+    calls: dict[tuple[int, ...], list[Call]] = {tuple(probe_ids.shape): record_calls(skeleton, probe_ids, extras)}
     for rows in _batches(job):
         assert job.ids is not None
         shape = tuple(job.ids[rows].shape)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -112,11 +112,11 @@ class Activations:
         os.replace(self.path, path)
         return Activations(path, self.shape)
 
-    def _map(self, mode: str, rows: slice) -> np.memmap:  # type: ignore[type-arg]
+    def _map(self, mode: Literal["r", "r+"], rows: slice) -> Any:
         count, tokens, width = self.shape
         start, stop, _ = rows.indices(count)
         offset = 4 * start * tokens * width
-        return np.memmap(self.path, np.float32, mode, offset, (stop - start, tokens, width))  # type: ignore[call-overload, no-any-return]
+        return np.memmap(self.path, np.float32, mode, offset, (stop - start, tokens, width))
 
 
 @contextmanager

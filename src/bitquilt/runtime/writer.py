@@ -66,8 +66,8 @@ def verify(folder: Path, work: Path) -> float:
     difference = float((logits - expected["logits"]).abs().max()) / largest
     if not difference <= _LOGIT_TOLERANCE:
         raise VerificationError(
-            f"the checkpoint in {folder} does not compute what the run computed: logits differ by {difference:.2g} of the "
-            f"largest (allowed {_LOGIT_TOLERANCE}); the disk may be failing. The work directory is kept"
+            f"the checkpoint in {folder} does not compute what the run computed: logits differ by {difference:.2g} of "
+            f"the largest (allowed {_LOGIT_TOLERANCE}); the disk may be failing. The work directory is kept"
         )
     return difference
 

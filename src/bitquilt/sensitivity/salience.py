@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitquilt.solvers.hessian import Factor
+from bitquilt.hessian import Factor
 
 SalienceRule = Literal["cholesky", "inverse_diag", "paper_literal"]
 GroupStatistic = Literal["mean", "sum"]

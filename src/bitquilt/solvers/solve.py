@@ -1,7 +1,7 @@
 """How does a planned layer become a stored weight? solve(layer, plan, factor, fit) -> Solution.
 
-What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, the assembly. Groups of equal bits are stored side by side, so that a layer has at most as many segments as distinct widths,
-and the only map needed is the order of the groups.
+What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, the assembly. Groups of
+equal bits are stored side by side: as many segments as distinct widths, and one map of the groups.
 """
 
 from collections import defaultdict
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
+from bitquilt.hessian import Factor, factorize
 from bitquilt.solvers.gptq import Sweep, sweep, sweep_ordered
-from bitquilt.solvers.hessian import Factor, factorize
 from bitquilt.types import (
     Event,
     Format,
