@@ -27,6 +27,12 @@ def pair_candidates(salience: Sequence[float], bits: int) -> list[tuple[int, ...
     return maps
 
 
+def within_budget(plan: LayerPlan, in_features: int, bits: int) -> bool:
+    """Whether the width-weighted bits do not exceed bits * in_features: it matters when the last group is narrower."""
+    spent = sum(width * b for width, b in zip(plan.widths(in_features), plan.bits, strict=True))
+    return spent <= bits * in_features
+
+
 def cheapest_within(cost: Cost, in_features: int, bits: int) -> LayerPlan:
     """The plan of least loss whose width-weighted bits do not exceed bits * in_features; the earliest wins a tie.
 
@@ -36,8 +42,7 @@ def cheapest_within(cost: Cost, in_features: int, bits: int) -> LayerPlan:
     for plan, loss in zip(cost.plans, cost.losses, strict=True):
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise ValueError(f"the objective of candidate {plan.bits} is {loss}")
-        spent = sum(width * b for width, b in zip(plan.widths(in_features), plan.bits, strict=True))
-        if spent <= bits * in_features and (best is None or loss < best[0]):
+        if within_budget(plan, in_features, bits) and (best is None or loss < best[0]):
             best = (loss, plan)
     if best is None:
         raise ValueError(f"no candidate fits {bits} bits per weight over {in_features} columns")

@@ -33,7 +33,8 @@ def least_error(
         candidates = np.full((len(palette), states), np.inf)
         for rank, i in enumerate(order):
             cost = size * palette[i]
-            candidates[rank, cost:] = best[: states - cost] + errors[j, i]
+            if cost < states:
+                candidates[rank, cost:] = best[: states - cost] + errors[j, i]
         choices[j] = candidates.argmin(axis=0)
         best = candidates.min(axis=0)
     left = states - 1

@@ -24,14 +24,17 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates, pairs
+from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates, pairs, within_budget
 from bitquilt.allocation.knapsack import least_error
-from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit
+from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, group_slices, uniform_plan
+
+RoundGroup = Callable[[slice, int], Tensor]
+"""(columns, bits) -> the group's weights rounded at these bits, without compensation."""
 
 
 @dataclass(frozen=True)
@@ -81,37 +84,26 @@ class SlimLLM:
         return factorize(stats.hessian / stats.tokens, self.damp)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
-        """The objective of every candidate bit map: SBA's pairings, or the tabulated optimum beside uniform bits."""
+        """The objective of every candidate bit map: SBA's pairings, or the tabulated optimum beside uniform bits.
+
+        One candidate, uniform bits, where there is nothing to search: one column group, a bit width at the end of
+        the palette, or a layer whose input calibration never saw.
+        """
         in_features = layer.weight.shape[1]
-        uniform = uniform_plan(in_features, self.bits, self.group_size)
         groups = group_slices(in_features, self.group_size)
-        if self.allocation == "uniform" or len(groups) == 1 or not 1 < self.bits < 8:
-            return Cost((uniform,), (0.0,))
+        unseen = layer.stats is None or layer.stats.sample is None
+        if self.allocation == "uniform" or len(groups) == 1 or not 1 < self.bits < 8 or unseen:
+            return Cost((uniform_plan(in_features, self.bits, self.group_size),), (0.0,))
         weight = live_weight(layer, prepared)
+        scale_dtype = scale_dtype_for(weight)
         fitter = self._fitter(weight, prepared, MIN_MAX if self.candidate_quantizer == "min_max" else None)
 
         def rounded(group: slice, bits: int) -> Tensor:
-            return fitter(group, weight[:, group], bits, torch.float16).quantize(weight[:, group])
+            return fitter(group, weight[:, group], bits, scale_dtype).quantize(weight[:, group])
 
         if self.allocation == "dp":
             return self._tabulated(weight, groups, prepared, rounded)
-        values = salience(weight, prepared, self.salience)
-        ranking = group_salience(values, groups, prepared.dead, self.group_statistic).tolist()
-        base = [rounded(group, self.bits) for group in groups]
-        changes = [
-            (groups[k], rounded(groups[k], bits) - base[k])
-            for low, high in pairs(ranking)
-            for k, bits in ((low, self.bits - 1), (high, self.bits + 1))
-        ]
-        assert layer.stats is not None
-        assert layer.stats.sample is not None
-        losses = pair_losses(
-            layer.stats.sample, weight, layer.bias, torch.cat(base, dim=1), changes, self.objective
-        ).tolist()
-        plans = [LayerPlan(bits, self.group_size) for bits in pair_candidates(ranking, self.bits)]
-        if self.candidates == "published" and len(plans) > 3:
-            plans, losses = plans[1:-1], losses[1:-1]
-        return Cost(tuple(plans), tuple(losses))
+        return self._searched(layer, weight, groups, prepared, rounded)
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
         """The cheapest candidate within N bits per weight; the fewest pairs win a tie."""
@@ -127,9 +119,30 @@ class SlimLLM:
             search = PUBLISHED_SEARCH if self.search == "published" else RangeSearch()
         return _Fitter(self, original, factor, search)
 
-    def _tabulated(
-        self, weight: Tensor, groups: list[slice], factor: Factor, rounded: Callable[[slice, int], Tensor]
-    ) -> Cost:
+    def _searched(self, layer: Layer, weight: Tensor, groups: list[slice], factor: Factor, rounded: RoundGroup) -> Cost:
+        """SBA: every pairing that the salience ranking allows, judged at the layer's output."""
+        assert layer.stats is not None
+        assert layer.stats.sample is not None
+        values = salience(weight, factor, self.salience)
+        ranking = group_salience(values, groups, factor.dead, self.group_statistic).tolist()
+        base = [rounded(group, self.bits) for group in groups]
+        changes = [
+            (groups[k], rounded(groups[k], bits) - base[k])
+            for low, high in pairs(ranking)
+            for k, bits in ((low, self.bits - 1), (high, self.bits + 1))
+        ]
+        losses = pair_losses(
+            layer.stats.sample, weight, layer.bias, torch.cat(base, dim=1), changes, self.objective
+        ).tolist()
+        plans = [LayerPlan(bits, self.group_size) for bits in pair_candidates(ranking, self.bits)]
+        menu = list(zip(plans, losses, strict=True))
+        if self.candidates == "published":
+            # p = 0 stays where nothing else is left: the public code stops there with an error
+            inner = [item for item in menu[1:-1] if within_budget(item[0], weight.shape[1], self.bits)]
+            menu = inner or menu[:1]
+        return Cost(tuple(plan for plan, _ in menu), tuple(loss for _, loss in menu))
+
+    def _tabulated(self, weight: Tensor, groups: list[slice], factor: Factor, rounded: RoundGroup) -> Cost:
         """e_k(b) = sum over the group of (w - q_b(w))^2 / U_jj^2: what the group adds to the sweep's loss at b bits."""
         palette = (self.bits - 1, self.bits, self.bits + 1)
         table = [

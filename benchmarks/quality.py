@@ -1,0 +1,88 @@
+"""Quality at equal bits: every recipe on the shared small models, KL and perplexity on held-out text.
+
+    python -m benchmarks.quality            # all models, 2 and 3 bits, group size 32, 64 x 256 tokens
+    python -m benchmarks.quality --models stories260k --bits 2
+
+Calibrates and measures on different files of the text each model knows; 256-token windows, 12,000 tokens.
+Needs the models and texts that BITQUILT_SHARED points to (default ../shared).
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bitquilt
+from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
+from bitquilt.models.structure import quiet_transformers
+from bitquilt.recipes import make_recipe
+
+TEXTS = {
+    "demo": ("books/calibration.txt", "books/evaluation.txt"),
+    "stories260k": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
+    "babyllama-1m-chars": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "gptq": ("gptq", {}),
+    "gptq + scale search": ("gptq", {"scale_search": True}),
+    "slim-llm, published": ("slim-llm", {"published": True}),
+    "slim-llm": ("slim-llm", {}),
+    "slim-llm, two-level 1 bit": ("slim-llm", {"one_bit": "two_level"}),
+    "slim-llm, dp allocation": ("slim-llm", {"allocation": "dp"}),
+}
+
+
+def measure(model: str, row: str, bits: int, group_size: int, seed: int) -> dict[str, Any]:
+    """One recipe on one model: true size, KL and perplexity."""
+    name, options = ROWS[row]
+    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
+    source = SHARED / "models" / model
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        started = time.perf_counter()
+        recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
+        out = Path(folder) / "out"
+        result = bitquilt.quantize(source, recipe, calibration, out, samples=64, seq_len=256, seed=seed)
+        seconds = time.perf_counter() - started
+        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=12_000)
+    return {
+        "model": model,
+        "row": row,
+        "bits": bits,
+        "bpw": result.report["bpw"],
+        "nominal_bits": result.report["nominal_bits"],
+        "bytes": result.report["bytes"],
+        "kl_mean": score.kl_mean,
+        "kl_p99": score.kl_p99,
+        "perplexity": score.perplexity,
+        "top1_agreement": score.top1_agreement,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    results = []
+    for model in arguments.models:
+        for bits in arguments.bits:
+            for row in arguments.rows:
+                results.append(measure(model, row, bits, arguments.group_size, arguments.seed))
+                print(json.dumps(results[-1]), flush=True)
+    columns = ["model", "bits", "row", "bpw", "kl_mean", "perplexity", "top1_agreement"]
+    table = markdown_table(columns, results)
+    OUTPUT.mkdir(exist_ok=True)
+    (OUTPUT / "quality.json").write_text(json.dumps({"stamp": stamp(), "results": results}, indent=1))
+    (OUTPUT / "quality.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What every recipe promises, on bare tensors: exact storage, bounded bits, invariances, named errors, determinism."""
+
+import pytest
+import torch
+
+from bitquilt.errors import UserError
+from bitquilt.models.linear import QuantizedLinear
+from bitquilt.packing import bits_per_weight, pack, unpack
+from bitquilt.recipes import RECIPES, make_recipe
+from bitquilt.types import Layer, LayerStats
+from tests.weights import naive_dense
+
+VARIANTS = [
+    ("rtn", {}),
+    ("rtn", {"scale_search": True}),
+    ("gptq", {}),
+    ("gptq", {"scale_search": True}),
+    ("gptq", {"scale_search": True, "weighting": "none", "act_order": True}),
+    ("slim-llm", {}),
+    ("slim-llm", {"published": True}),
+    ("slim-llm", {"allocation": "dp"}),
+    ("slim-llm", {"weighting": "element", "one_bit": "two_level", "objective": "mse"}),
+    ("slim-llm", {"weighting": "mask", "salience": "inverse_diag", "allocation": "uniform"}),
+    ("slim-llm", {"salience": "paper_literal", "one_bit": "centered", "candidate_quantizer": "min_max"}),
+]
+
+
+def make_layer(out=20, width=44, seed=0, tokens=300, bias=True):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=g) * torch.linspace(0.2, 3, width)
+    weight = torch.randn(out, width, generator=g)
+    stats = LayerStats(x.t() @ x, tokens, x)
+    return Layer("block.layer", weight, torch.randn(out, generator=g) if bias else None, stats)
+
+
+def run(recipe, layer):
+    prepared = recipe.prepare(layer.stats)
+    plan = recipe.allocate(recipe.measure(layer, prepared), layer.weight.shape[1])
+    return plan, recipe.quantize(layer, plan, prepared)
+
+
+def output_error(layer, solution):
+    difference = naive_dense(solution.weight) - layer.weight
+    return float((layer.stats.sample @ difference.t()).square().sum())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_contract(name, options, bits):
+    recipe = make_recipe(name, bits=bits, group_size=8, **options)
+    layer = make_layer()
+    plan, solution = run(recipe, layer)
+    layout = solution.weight.layout
+    assert (layout.out_features, layout.in_features) == (20, 44)
+    assert layout.nominal_bits <= bits
+    assert len(plan.bits) == 6
+    assert set(plan.bits) <= {bits - 1, bits, bits + 1}
+    tensors = pack(solution.weight)
+    assert torch.equal(naive_dense(unpack(tensors, layout)), naive_dense(solution.weight))
+    torch.testing.assert_close(QuantizedLinear.from_weight(solution.weight).dequantize(), naive_dense(solution.weight))
+    again = pack(run(recipe, layer)[1].weight)
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("width", [3, 8, 9, 20])
+def test_layers_narrower_than_a_group_and_ragged_last_groups(name, options, width):
+    recipe = make_recipe(name, bits=3, group_size=8, **options)
+    layer = make_layer(out=5, width=width)
+    plan, solution = run(recipe, layer)
+    assert solution.weight.layout.in_features == width
+    assert sum(plan.widths(width)) == width
+    assert output_error(layer, solution) < 0.2 * float((layer.stats.sample @ layer.weight.t()).square().sum())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_the_scale_of_the_hessian_changes_nothing(name, options):
+    recipe = make_recipe(name, bits=2, group_size=8, **options)
+    layer = make_layer()
+    scaled = Layer(layer.name, layer.weight, layer.bias, LayerStats(64 * layer.stats.hessian, 300, layer.stats.sample))
+    one, other = run(recipe, layer), run(recipe, scaled)
+    assert one[0] == other[0]
+    assert torch.equal(naive_dense(one[1].weight), naive_dense(other[1].weight))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_rows_may_come_in_any_order(name, options):
+    if options.get("weighting") in ("element", "mask"):
+        pytest.skip("row statistics feed the group's mean and spread")
+    recipe = make_recipe(name, bits=2, group_size=8, **options)
+    layer = make_layer()
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
+    shuffled = Layer(layer.name, layer.weight[order], layer.bias[order], layer.stats)
+    one, other = run(recipe, layer), run(recipe, shuffled)
+    assert one[0] == other[0]
+    torch.testing.assert_close(naive_dense(other[1].weight), naive_dense(one[1].weight)[order])
+
+
+def test_more_data_driven_means_less_error():
+    layer = make_layer(width=64, tokens=600)
+    errors = [
+        output_error(layer, run(make_recipe(name, bits=2, group_size=16, **options), layer)[1])
+        for name, options in (("rtn", {}), ("gptq", {}), ("gptq", {"scale_search": True}), ("slim-llm", {}))
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.9 * errors[2] < 0.9 * errors[1]
+
+
+def test_salience_weights_of_the_calibration_matter():
+    """The default's column weight lowers the sweep's loss against the plain squared error (the published one)."""
+    better = 0
+    for seed in range(8):
+        layer = make_layer(width=64, seed=seed)
+        scales = torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 4
+        x = layer.stats.sample * scales
+        layer = Layer(layer.name, layer.weight, layer.bias, LayerStats(x.t() @ x, 300, x))
+        plain = run(make_recipe("slim-llm", bits=3, group_size=16, allocation="uniform", weighting="none"), layer)
+        weighted = run(make_recipe("slim-llm", bits=3, group_size=16, allocation="uniform"), layer)
+        better += weighted[1].loss < plain[1].loss
+    assert better >= 7
+
+
+def test_the_search_sees_the_salience_of_the_groups():
+    """Inputs and weights are small but for two groups: they get the high bits, and it helps."""
+    layer = make_layer(width=64, tokens=500)
+    weight = layer.weight.clone()
+    weight[:, :48] *= 0.05
+    layer = Layer(layer.name, weight, layer.bias, layer.stats)
+    plan, mixed = run(make_recipe("slim-llm", bits=2, group_size=16, salience="inverse_diag"), layer)
+    assert plan.bits[3] == 3
+    assert 1 in plan.bits[:3]
+    uniform = run(make_recipe("slim-llm", bits=2, group_size=16, allocation="uniform"), layer)[1]
+    assert output_error(layer, mixed) < output_error(layer, uniform)
+
+
+def test_a_searched_map_and_the_same_map_given_are_the_same_weight():
+    recipe = make_recipe("slim-llm", bits=3, group_size=8)
+    layer = make_layer()
+    plan, searched = run(recipe, layer)
+    given = recipe.quantize(layer, plan, recipe.prepare(layer.stats))
+    one, other = pack(searched.weight), pack(given.weight)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_mixed_bits_take_no_more_bytes_than_uniform_ones_but_for_the_map():
+    layer = make_layer(out=256, width=64, tokens=600)
+    for bits in (2, 3):
+        mixed = run(make_recipe("slim-llm", bits=bits, group_size=16), layer)[1].weight.layout
+        uniform = run(make_recipe("gptq", bits=bits, group_size=16), layer)[1].weight.layout
+        assert bits_per_weight(mixed) <= bits_per_weight(uniform) + 8 / (256 * 64)
+
+
+def test_published_needs_at_least_one_pair_and_falls_back_where_none_fits():
+    layer = make_layer(width=64)
+    plan, _ = run(make_recipe("slim-llm", bits=3, group_size=8, published=True), layer)
+    assert plan.bits.count(4) >= 1
+    narrow, _ = run(make_recipe("slim-llm", bits=3, group_size=32, published=True), layer)
+    assert narrow.bits == (3, 3)
+
+
+def test_dead_channels_are_zeroed_and_reported():
+    layer = make_layer()
+    x = layer.stats.sample.clone()
+    x[:, [3, 17]] = 0
+    layer = Layer(layer.name, layer.weight, layer.bias, LayerStats(x.t() @ x, 300, x))
+    for name in ("gptq", "slim-llm"):
+        solution = run(make_recipe(name, bits=4, group_size=8), layer)[1]
+        assert [event.kind for event in solution.events] == ["dead channels"]
+        assert "2 of 44" in solution.events[0].detail
+
+
+def test_a_hessian_that_resists_is_reported_and_still_solved_by_the_sweep():
+    layer = make_layer()
+    indefinite = layer.stats.hessian.clone()
+    indefinite[0, 1] = indefinite[1, 0] = 2 * indefinite.diagonal().mean()
+    layer = Layer(layer.name, layer.weight, layer.bias, LayerStats(indefinite, 300, layer.stats.sample))
+    solution = run(make_recipe("gptq", bits=3, group_size=8), layer)[1]
+    assert [event.kind for event in solution.events] == ["hessian not positive definite"]
+
+
+def test_extreme_weights_keep_their_range():
+    layer = make_layer()
+    layer = Layer(layer.name, 1e6 * layer.weight, None, layer.stats)
+    for name in RECIPES:
+        solution = run(make_recipe(name, bits=8, group_size=8), layer)[1]
+        assert "scales out of float16 range" in [event.kind for event in solution.events]
+        torch.testing.assert_close(naive_dense(solution.weight), layer.weight, rtol=0.1, atol=1e5)
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_nan_in_a_weight_names_the_layer(name):
+    layer = make_layer()
+    layer.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"block\.layer: weight holds 1 NaN"):
+        run(make_recipe(name, bits=3, group_size=8), layer)
+
+
+def test_without_a_sample_slim_llm_keeps_uniform_bits():
+    layer = make_layer()
+    layer = Layer(layer.name, layer.weight, None, LayerStats(torch.eye(44), 1, None))
+    plan, _ = run(make_recipe("slim-llm", bits=2, group_size=8), layer)
+    assert set(plan.bits) == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("slim", {}, "did you mean 'slim-llm'"),
+        ("awq", {}, "known are rtn, gptq, slim-llm"),
+        ("gptq", {"dampp": 1}, "did you mean 'damp'"),
+        ("gptq", {"bits": 9}, "bits is 9"),
+        ("slim-llm", {"bits": 1}, "bits is 1"),
+        ("rtn", {"group_size": 12}, "multiple of 8"),
+        ("rtn", {"group_size": 0}, "multiple of 8"),
+        ("gptq", {"damp": 0.0}, "damp is 0"),
+        ("gptq", {"bits": 2.5}, "option 'bits': got 2.5"),
+        ("slim-llm", {"objective": "vibes"}, "option 'objective': got 'vibes'"),
+        ("rtn", {"published": True}, "no published variant"),
+    ],
+)
+def test_bad_options_are_named_with_the_fix(name, options, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe(name, **options)
+
+
+def test_published_preset_can_be_refined():
+    recipe = make_recipe("slim-llm", published=True, bits=3, one_bit="paper")
+    assert (recipe.search, recipe.objective, recipe.one_bit, recipe.bits) == ("published", "kl_reverse", "paper", 3)

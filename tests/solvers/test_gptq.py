@@ -1,0 +1,106 @@
+"""The sweep on bare tensors: its loss identity, its gain over rounding, mixed bits, act_order."""
+
+import pytest
+import torch
+
+from bitquilt.grids.uniform import fit
+from bitquilt.hessian import factorize
+from bitquilt.solvers.gptq import sweep, sweep_ordered
+from bitquilt.solvers.rtn import round_to_nearest
+from bitquilt.types import group_slices
+
+
+@pytest.fixture
+def problem():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 40, generator=g) @ torch.randn(40, 40, generator=g)
+    return torch.randn(24, 40, generator=g), x.t() @ x / 400
+
+
+def loss(weight, quantized, hessian):
+    difference = (weight - quantized).double()
+    return float(torch.trace(difference @ hessian.double() @ difference.t()))
+
+
+def damped(hessian, damp):
+    return hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
+def fitter(bits):
+    return lambda k, columns: fit(columns, bits[k])
+
+
+@pytest.mark.parametrize("bits", [[2] * 5, [3] * 5, [1, 2, 3, 2, 2], [4, 3, 2, 3, 3]])
+def test_loss_is_the_quadratic_form_of_the_damped_hessian(problem, bits):
+    """W - Q = E U and tr((W-Q) H (W-Q)^T) = sum e^2, whatever the bits."""
+    weight, hessian = problem
+    factor = factorize(hessian, 0.01)
+    swept = sweep(weight, factor.upper, group_slices(40, 8), fitter(bits))
+    assert swept.loss == pytest.approx(loss(weight, swept.weight, damped(hessian, 0.01)), rel=1e-3)
+
+
+def test_feedback_beats_rounding_by_far(problem):
+    weight, hessian = problem
+    factor = factorize(hessian, 0.01)
+    groups = group_slices(40, 8)
+    swept = sweep(weight, factor.upper, groups, fitter([3] * 5))
+    rounded = round_to_nearest(weight, groups, fitter([3] * 5))
+    assert loss(weight, swept.weight, hessian) < 0.6 * loss(weight, rounded.weight, hessian)
+
+
+def test_first_column_is_rounded_and_later_ones_move_by_the_feedback_term(problem):
+    """Two columns by hand: the second absorbs e_1 U_12."""
+    weight, hessian = problem
+    weight, hessian = weight[:, :2], hessian[:2, :2]
+    factor = factorize(hessian, 0.01)
+    swept = sweep(weight, factor.upper, [slice(0, 1), slice(1, 2)], fitter([2, 2]))
+    grid = fit(weight[:, :1], 2)
+    torch.testing.assert_close(swept.weight[:, :1], grid.quantize(weight[:, :1]))
+    error = (weight[:, 0] - swept.weight[:, 0]) / factor.upper[0, 0]
+    moved = (weight[:, 1] - error * factor.upper[0, 1]).unsqueeze(1)
+    torch.testing.assert_close(swept.weight[:, 1:], fit(moved, 2).quantize(moved))
+
+
+def test_blocks_do_not_change_the_result(problem, monkeypatch):
+    weight, hessian = problem
+    factor = factorize(hessian, 0.01)
+    groups = group_slices(40, 8)
+    lazy = sweep(weight, factor.upper, groups, fitter([3] * 5))
+    monkeypatch.setattr("bitquilt.solvers.gptq._BLOCK", 1)
+    eager = sweep(weight, factor.upper, groups, fitter([3] * 5))
+    torch.testing.assert_close(lazy.weight, eager.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_identity_hessian_means_plain_rounding(problem):
+    weight, _ = problem
+    groups = group_slices(40, 16)
+    swept = sweep(weight, torch.eye(40), groups, fitter([3] * 3))
+    rounded = round_to_nearest(weight, groups, fitter([3] * 3))
+    assert torch.equal(swept.codes, rounded.codes)
+    assert swept.loss == pytest.approx(rounded.loss, rel=1e-5)
+
+
+def test_scale_of_the_hessian_and_order_of_rows_change_nothing(problem):
+    weight, hessian = problem
+    groups = group_slices(40, 8)
+    one = sweep(weight, factorize(hessian, 0.01).upper, groups, fitter([2] * 5))
+    scaled = sweep(weight, factorize(256 * hessian, 0.01).upper, groups, fitter([2] * 5))
+    assert torch.equal(one.codes, scaled.codes)
+    rows = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    permuted = sweep(weight[rows], factorize(hessian, 0.01).upper, groups, fitter([2] * 5))
+    assert torch.equal(permuted.codes, one.codes[rows])
+
+
+def test_given_order_visits_columns_in_that_order_and_answers_in_the_original_one(problem):
+    weight, hessian = problem
+    groups = group_slices(40, 8)
+    grids = [fit(weight[:, group], 3) for group in groups]
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    upper = factorize(hessian[order][:, order], 0.01).upper
+    ordered = sweep_ordered(weight, upper, groups, grids, order)
+    assert ordered.loss == pytest.approx(loss(weight, ordered.weight, damped(hessian, 0.01)), rel=1e-3)
+    for grid, group in zip(grids, groups, strict=True):
+        torch.testing.assert_close(grid.decode(ordered.codes[:, group].float()), ordered.weight[:, group])
+    first = int(order[0])
+    grid = grids[first // 8]
+    torch.testing.assert_close(ordered.weight[:, [first]], grid.quantize(weight[:, [first]]))

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitquilt.packing import (
+    bits_per_weight,
+    check_tensors,
+    layout_from_json,
+    layout_to_json,
+    pack,
+    storage_bits,
+    tensor_specs,
+    unpack,
+)
+from bitquilt.types import Format, Layout
+from tests.weights import KINDS, make_weight, naive_dense
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_then_unpacked_is_the_same_weight_bit_for_bit(kind):
+    weight = make_weight(kind)
+    tensors = pack(weight)
+    again = unpack(tensors, weight.layout)
+    assert again.layout == weight.layout
+    assert torch.equal(naive_dense(again), naive_dense(weight))
+    for one, other in zip(weight.segments, again.segments, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scale, other.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_model_is_the_size(kind):
+    weight = make_weight(kind)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in pack(weight).values())
+    assert storage_bits(weight.layout) == 8 * stored
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layout_survives_json(kind):
+    layout = make_weight(kind).layout
+    assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
+
+
+def test_orders_that_a_segment_map_says_are_stored_as_one():
+    assert make_weight("mixed").layout.ordering == "map"
+    assert make_weight("mixed_ragged").layout.ordering == "map"
+    assert make_weight("reordered").layout.ordering == "order"
+    assert tensor_specs(make_weight("mixed").layout)["permutation"].nbytes == 2  # 6 blocks at 2 bits
+
+
+def test_bits_per_weight_of_the_worked_example():
+    """4096 x 4096, groups of 128, N = 2, 4 pairs of 1- and 3-bit groups with offsets stored: 2.1553 of the spec's
+    storage (codes 2, scales 0.125, zeros 0.0303, map 4e-6)."""
+    segments = ((Format(1, 128), 4 * 128), (Format(2, 128), 24 * 128), (Format(3, 128), 4 * 128))
+    layout = Layout(4096, 4096, segments, "map", 128)
+    assert bits_per_weight(layout) == pytest.approx(2.1553, abs=5e-5)
+    assert layout.nominal_bits == 2.0
+    uniform = Layout(4096, 4096, ((Format(3, 128), 4096),))
+    assert bits_per_weight(uniform) == pytest.approx(3.1484, abs=5e-5)
+    free = ((Format(1, 128, symmetric=True), 4 * 128), *segments[1:])
+    assert bits_per_weight(Layout(4096, 4096, free, "map", 128)) < bits_per_weight(
+        Layout(4096, 4096, ((Format(2, 128), 4096),))
+    )
+
+
+@given(bits=st.integers(1, 8), width=st.integers(1, 300), rows=st.integers(1, 40), group=st.sampled_from([8, 32, 128]))
+def test_every_bit_is_counted(bits, width, rows, group):
+    """Codes alone are a lower bound; scales and zeros come on top, exactly."""
+    layout = Layout(rows, width, ((Format(bits, group), width),))
+    specs = tensor_specs(layout)
+    assert storage_bits(layout) == 8 * sum(spec.nbytes for spec in specs.values())
+    groups = -(-width // group)
+    assert storage_bits(layout) >= rows * width * bits + 16 * rows * groups
+    assert specs["scale_0"].shape == (rows, groups)
+
+
+def test_missing_and_misshapen_tensors_are_named():
+    weight = make_weight("mixed")
+    tensors = pack(weight)
+    with pytest.raises(ValueError, match=r"layer\.scale_1 is missing"):
+        check_tensors({k: v for k, v in tensors.items() if k != "scale_1"}, weight.layout, "layer")
+    with pytest.raises(ValueError, match=r"layer\.codes_2 is \[12, 5\]"):
+        unpack({**tensors, "codes_2": tensors["codes_2"][:, :-1]}, weight.layout, "layer")
+    with pytest.raises(ValueError, match=r"scale_0 is .*float32"):
+        unpack({**tensors, "scale_0": tensors["scale_0"].float()}, weight.layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_features": 49}, "do not sum to 49"),
+        ({"segments": [{"grid": "hexagonal"}]}, "hexagonal"),
+        ({"ordering": "identity"}, "does not go with blocks"),
+        ({"block": None}, "layout of l"),
+    ],
+)
+def test_damaged_layouts_are_refused(change, message):
+    value = {**layout_to_json(make_weight("mixed").layout), **change}
+    with pytest.raises(ValueError, match=message):
+        layout_from_json(value, "l")
+    incomplete = {key: v for key, v in value.items() if key != "segments"}
+    with pytest.raises(ValueError, match="segments"):
+        layout_from_json(incomplete, "l")
+
+
+def test_formats_and_layouts_check_themselves():
+    with pytest.raises(ValueError, match="bits is 9"):
+        Format(9, 32)
+    with pytest.raises(ValueError, match="group_size is 0"):
+        Format(2, 0)

@@ -1,0 +1,109 @@
+"""Stored weights of every kind, and their decoding written as plainly as possible."""
+
+import torch
+from torch import Tensor
+
+from bitquilt.types import Format, Outliers, Permutation, QuantizedWeight, Segment
+
+KINDS = (
+    "one_bit",
+    "one_bit_symmetric",
+    "two_bits",
+    "three_bits",
+    "five_bits",
+    "eight_bits",
+    "ragged",
+    "mixed",
+    "mixed_ragged",
+    "reordered",
+    "codebook",
+    "outliers",
+    "bfloat16_scales",
+)
+ROWS = 12
+
+
+def uniform_segment(bits, width, group_size, seed=0, symmetric=False, scale_dtype=torch.float16):
+    """Random codes on random grids."""
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-width // group_size)
+    codes = torch.randint(0, 2**bits, (ROWS, width), generator=g, dtype=torch.uint8)
+    scale = (torch.rand(ROWS, groups, generator=g) + 0.1).to(scale_dtype)
+    if symmetric:
+        zero = None
+    elif bits == 1:
+        zero = torch.randn(ROWS, groups, generator=g).to(scale_dtype)
+    else:
+        zero = torch.randint(0, 2**bits, (ROWS, groups), generator=g, dtype=torch.uint8)
+    return Segment(Format(bits, group_size, "uniform", scale_dtype, symmetric), codes, scale, zero)
+
+
+def codebook_segment(bits, width, seed=0):
+    """Random codes into one table per column."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (ROWS, width), generator=g, dtype=torch.uint8)
+    return Segment(Format(bits, 1, "codebook"), codes, torch.randn(width, 2**bits, generator=g).half())
+
+
+def make_weight(kind: str) -> QuantizedWeight:
+    """A weight of 12 rows."""
+    if kind == "mixed":
+        parts = (uniform_segment(1, 16, 8, 1), uniform_segment(2, 16, 8, 2), uniform_segment(3, 16, 8, 3))
+        return QuantizedWeight(parts, Permutation(torch.tensor([2, 4, 0, 5, 1, 3]), 8))
+    if kind == "mixed_ragged":  # the narrow last block, original index 4, is stored in the first segment
+        parts = (uniform_segment(2, 12, 8, 1), uniform_segment(4, 24, 8, 2))
+        return QuantizedWeight(parts, Permutation(torch.tensor([1, 4, 0, 2, 3]), 8))
+    if kind == "reordered":  # an order inside the segment: a segment map cannot say it
+        return QuantizedWeight((uniform_segment(3, 20, 4),), Permutation(torch.tensor([3, 0, 4, 2, 1]), 4))
+    if kind == "codebook":
+        parts = (codebook_segment(2, 9, 1), codebook_segment(3, 7, 2))
+        return QuantizedWeight(parts, Permutation(torch.randperm(16, generator=torch.Generator().manual_seed(3)), 1))
+    if kind == "outliers":
+        rows = torch.tensor([0, 2, 2, 3] + [5] * 9, dtype=torch.int32)
+        columns = torch.tensor([0, 7, 3, 1, 15], dtype=torch.int16)
+        values = torch.tensor([1.5, -2.0, 0.25, 8.0, -1.0], dtype=torch.float16)
+        return QuantizedWeight((uniform_segment(2, 16, 8),), None, Outliers(values, columns, rows))
+    single = {
+        "one_bit": uniform_segment(1, 24, 8),
+        "one_bit_symmetric": uniform_segment(1, 24, 8, symmetric=True),
+        "two_bits": uniform_segment(2, 24, 8),
+        "three_bits": uniform_segment(3, 24, 8),
+        "five_bits": uniform_segment(5, 24, 8, symmetric=True),
+        "eight_bits": uniform_segment(8, 24, 8),
+        "ragged": uniform_segment(3, 21, 8),
+        "bfloat16_scales": uniform_segment(3, 24, 8, scale_dtype=torch.bfloat16),
+    }
+    return QuantizedWeight((single[kind],))
+
+
+def naive_dense(weight: QuantizedWeight) -> Tensor:
+    """Entry by entry, from the definitions."""
+    columns: list[Tensor] = []
+    for segment in weight.segments:
+        bits, group_size = segment.format.bits, segment.format.group_size
+        for j in range(segment.codes.shape[1]):
+            codes, k = segment.codes[:, j].float(), j // group_size
+            if segment.format.grid == "codebook":
+                columns.append(segment.scale[j].float()[segment.codes[:, j].long()])
+                continue
+            scale = segment.scale[:, k].float()
+            if segment.zero is None:
+                columns.append(scale * (codes - (2**bits - 1) / 2))
+            elif bits == 1:
+                columns.append(segment.zero[:, k].float() + scale * codes)
+            else:
+                columns.append(scale * (codes - segment.zero[:, k].float()))
+    dense = torch.stack(columns, dim=1)
+    if weight.permutation is not None:
+        order, block = weight.permutation.order.tolist(), weight.permutation.block
+        original = [c for b in order for c in range(b * block, min((b + 1) * block, dense.shape[1]))]
+        placed = torch.empty_like(dense)
+        for position, column in enumerate(original):
+            placed[:, column] = dense[:, position]
+        dense = placed
+    if weight.outliers is not None:
+        pointers = weight.outliers.rows.tolist()
+        for row in range(len(pointers) - 1):
+            for entry in range(pointers[row], pointers[row + 1]):
+                dense[row, int(weight.outliers.columns[entry])] += float(weight.outliers.values[entry])
+    return dense
