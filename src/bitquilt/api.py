@@ -20,16 +20,19 @@ from bitquilt._version import __version__
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import FORMAT_VERSION, QUANT_METHOD
-from bitquilt.models.structure import Skeleton, linear_layers, open_skeleton
+from bitquilt.models.linear import linear_weight
+from bitquilt.models.structure import Skeleton, architecture, linear_layers, open_skeleton, vocabulary_size
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.calibration import SELF, context_limit, describe_source, make_calibration
-from bitquilt.runtime.plans import plan_to_json, read_plan
+from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
 from bitquilt.runtime.progress import Observer, Stage, Started, Untouched, silent
 from bitquilt.runtime.stream import Job, committed, stream, targets
 from bitquilt.runtime.workdir import (
     check_fingerprint,
+    discard,
     full_disk_is_an_error,
     open_workdir,
+    read_mark,
     read_tensors,
     write_tensors,
 )
@@ -78,20 +81,27 @@ def quantize(
         raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
     checkpoint = open_checkpoint(model)
     _refuse_quantized(checkpoint)
-    out = Path(out) if out is not None else Path(f"{checkpoint.folder.name}-{recipe.name}")
+    if out is None:  # the folder of a hub model is named after its commit
+        local = Path(model).is_dir()
+        out = f"{checkpoint.folder.resolve().name if local else Path(model).name}-{recipe.name}"
+    out = Path(out)
     needs_data = bool(recipe.needs)
     seq_len, notice = _clip(seq_len, checkpoint)
     _check_counts(samples=samples, seq_len=seq_len, batch_size=1 if batch_size is None else batch_size)
     if notice and needs_data:
         observer(Stage(notice))
+    plans = None if plan is None else read_plan(plan)
     fingerprint = _fingerprint(checkpoint, recipe, calibration, samples, seq_len, seed, skip, plan)
+    work_path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
     if (done := _finished(out, fingerprint)) is not None:
+        if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
+            discard(work_path)
         return Result(out, done, already_done=True)
     skeleton = open_skeleton(checkpoint)
     untouched, layers = survey(skeleton, skip)
-    plans = None if plan is None else read_plan(plan)
+    if plans is not None:
+        check_plan(plans, _in_features(skeleton, skip))
     started = time.perf_counter()
-    work_path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         blocks = len(skeleton.blocks)
         done_blocks = len(committed(work, blocks))
@@ -110,7 +120,7 @@ def quantize(
         write_reports(folder, plan_to_json(_recipe_json(recipe), records), report)
         out.parent.mkdir(parents=True, exist_ok=True)
         _publish(folder, out)
-        shutil.rmtree(work)
+        discard(work)
     return Result(out, report)
 
 
@@ -123,7 +133,8 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:
         raise UserError(f"{folder} is no bitquilt checkpoint (quant_method is {method!r}); quantize the model first")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
     return model
 
 
@@ -167,6 +178,14 @@ def survey(skeleton: Skeleton, skip: Sequence[str] = ()) -> tuple[tuple[Untouche
     return tuple(sorted(summary, key=lambda item: -item.nbytes)), len(quantized)
 
 
+def _in_features(skeleton: Skeleton, skip: Sequence[str]) -> dict[str, int]:
+    return {
+        f"{path}.{name}": linear_weight(module).shape[1]
+        for path in skeleton.blocks
+        for name, module in targets(skeleton, path, skeleton.model.get_submodule(path), skip).items()
+    }
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     entry = checkpoint.config.get("quantization_config")
     if entry:
@@ -207,9 +226,6 @@ def _fingerprint(
     described = None
     if recipe.needs:
         described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
-    plan_hash = (
-        None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest() if Path(plan).is_file() else None
-    )
     value = {
         "version": __version__,
         "model": {"sha256": checkpoint.fingerprint()},
@@ -217,7 +233,7 @@ def _fingerprint(
         "calibration": described,
         "seed": seed,
         "skip": list(skip),
-        "plan": plan_hash,
+        "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
     }
     return dict(json.loads(json.dumps(value)))
 
@@ -237,7 +253,8 @@ def _check_disk(work: Path, checkpoint: Checkpoint, tokens: int) -> None:
     """Refuse early when the disk cannot hold what the run will certainly write: activations, twice."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     width = text.get("hidden_size") or text.get("n_embd") or 0
-    wanted = 2 * 4 * tokens * width
+    there = sum(path.stat().st_size for path in work.glob("activations-*.f32"))
+    wanted = max(0, 2 * 4 * tokens * width - there)
     free = shutil.disk_usage(work).free
     if wanted > free:
         raise UserError(
@@ -258,14 +275,13 @@ def _calibration(
     path = work / "calibration.safetensors"
     if path.is_file():
         return read_tensors(path)["input_ids"]
-    vocabulary = int(skeleton.model.get_input_embeddings().weight.shape[0])
     ids = make_calibration(
         skeleton.checkpoint,
         source,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary_size(skeleton.model),
         progress=lambda text: observer(Stage(text)),
     )
     write_tensors(path, {"input_ids": ids})

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import bitquilt
 from bitquilt.errors import UserError
-from bitquilt.evaluation import ModelSize, full_precision_size
+from bitquilt.evaluation import ModelSize, fp16_bytes, full_precision_size, model_size
 
 from .conftest import tiny_llama
 
@@ -50,3 +51,27 @@ def test_folders_without_whole_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
         full_precision_size(tmp_path)
+
+
+def test_a_model_of_ours_is_sized_from_its_layouts(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_llama(0).to(torch.bfloat16).save_pretrained(source)
+    bitquilt.quantize(source, "rtn", out=out, bits=3, group_size=16)
+    stored, loaded = model_size(out), model_size(bitquilt.load(out))
+    assert stored is not None
+    assert loaded is not None
+    assert stored.bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    entry = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (stored.bpw, stored.nominal_bits) == (loaded.bpw, loaded.nominal_bits) == (entry["bpw"], 3)
+    assert stored.bpw > 3
+    tensors = sum(f.stat().st_size - header_bytes(f) for f in out.glob("*.safetensors"))
+    rotary = sum(b.numel() * b.element_size() for b in tiny_llama(0).buffers())
+    assert loaded.bytes == tensors + rotary
+    assert full_precision_size(out) is None
+    # Sixteen bits a weight: what the source takes, quantized or not.
+    source_file = source / "model.safetensors"
+    assert fp16_bytes(source) == fp16_bytes(out) == source_file.stat().st_size - header_bytes(source_file)
+
+
+def header_bytes(file: Path) -> int:
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")

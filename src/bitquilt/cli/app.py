@@ -8,6 +8,7 @@ app = typer.Typer(
     name="bitquilt",
     help="Fit a language model into the memory you have.",
     no_args_is_help=True,
+    add_completion=False,  # importing torch on each press of the tab key takes seconds
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -1,27 +1,55 @@
 """How verbs speak to a terminal, a log file or a script. Results go to stdout, everything else to stderr."""
 
+import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from bitquilt.errors import UserError, VerificationError
+from bitquilt.models.structure import quiet_transformers
 
 EXIT_USER_ERROR = 2
 EXIT_WRONG_RESULT = 3
-EXIT_INTERRUPTED = 130
 
-stdout = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-stderr = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+# A pipe has no width: lines are left as long as they are, tables get room.
+_PIPE_WIDTH = 200
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary: errors only.")]
+
+
+def _console(stream: Any, **options: Any) -> Console:
+    terminal = stream.isatty()
+    return Console(soft_wrap=not terminal, width=None if terminal else _PIPE_WIDTH, highlight=False, **options)
+
+
+stdout = _console(sys.stdout)
+stderr = _console(sys.stderr, stderr=True)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, nothing else."""
-    print(json.dumps(value, indent=2, allow_nan=True))
+    """One JSON object on stdout, nothing else; what JSON cannot write (NaN, infinity) is null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def print_fact(console: Console, label: str, value: str, style: str = "") -> None:
+    """`  label   value`, the value wrapped below itself on a terminal and one line anywhere else. No markup."""
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(f"  {label:<7}", Text(value, style=style))
+        console.print(grid)
+    else:
+        console.print(f"  {label:<7} {value}", markup=False)
 
 
 def run_cli(app: Callable[[], Any]) -> None:
@@ -34,16 +62,63 @@ def run_cli(app: Callable[[], Any]) -> None:
     except (UserError, VerificationError) as error:
         if os.environ.get("BITQUILT_TRACEBACK") == "1":
             raise
-        stderr.print(f"[bold red]error:[/] {_escape(str(error))}")
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
         raise SystemExit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_WRONG_RESULT) from None
-    except KeyboardInterrupt:
-        stderr.print("interrupted; run the same command again to continue")
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        _flush()
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def _flush() -> None:
+    """Send what is buffered while a closed pipe (`| head`) can still be caught: at exit Python would complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-JsonOption = typer.Option(False, "--json", help="Print one JSON object on stdout and nothing else.")
-QuietOption = typer.Option(False, "--quiet", "-q", help="No progress, no tables: only errors.")
+@contextlib.contextmanager
+def calm(quiet: bool = False) -> Iterator[None]:
+    """Within the block other libraries log errors only; the bars of a download stay, unless `quiet`."""
+    if quiet:
+        disable_progress_bars()
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        if quiet:
+            enable_progress_bars()
+
+
+def size_text(count: float) -> str:
+    """3600000 -> "3.6 MB"; decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def time_text(seconds: float) -> str:
+    """75 -> "1 min 15 s"; below ten seconds with a tenth."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def ratio_text(ratio: float) -> str:
+    """0.28 -> "28 % of fp16, 3.6 times smaller"; a model that is no smaller is not called smaller."""
+    share = f"{100 * ratio:.3g} % of fp16"
+    return f"{share}, {1 / ratio:.1f} times smaller" if ratio < 0.95 else share
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

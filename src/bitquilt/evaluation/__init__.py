@@ -2,6 +2,6 @@
 
 from bitquilt.evaluation.harness import run_tasks
 from bitquilt.evaluation.measure import Evaluation, evaluate
-from bitquilt.evaluation.size import ModelSize, full_precision_size
+from bitquilt.evaluation.size import ModelSize, fp16_bytes, full_precision_size, model_size
 
-__all__ = ["Evaluation", "ModelSize", "evaluate", "full_precision_size", "run_tasks"]
+__all__ = ["Evaluation", "ModelSize", "evaluate", "fp16_bytes", "full_precision_size", "model_size", "run_tasks"]

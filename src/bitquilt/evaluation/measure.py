@@ -19,7 +19,7 @@ from bitquilt.errors import UserError
 from bitquilt.evaluation import divergence, loading, perplexity
 from bitquilt.evaluation.divergence import Divergence
 from bitquilt.evaluation.perplexity import Window
-from bitquilt.evaluation.size import ModelSize, full_precision_size
+from bitquilt.evaluation.size import ModelSize, model_size
 from bitquilt.text import token_stream
 
 # The window when none is asked for, as in the papers; a shorter context clips it.
@@ -83,8 +83,8 @@ def evaluate(
     A model is a loaded one or a path or hub id, loaded to `device` (CUDA where there is one) in `dtype`
     (float32 on the CPU, else as stored). `text` is a source of `bitquilt.text` or token ids [tokens], cut
     after `max_tokens`. `seq_len` is the model's context, at most 2048, unless given; `stride` asks for the
-    strided protocol. `batch_size` in windows changes speed and memory only. `size` is that of a quantized
-    model; a full-precision one is sized here. `progress(done, total, perplexity)` is called per batch.
+    strided protocol. `batch_size` in windows changes speed and memory only. `size` replaces what
+    `model_size` finds. `progress(done, total, perplexity)` is called per batch.
 
     UserError: no causal LM, a window beyond the context, a text too short, two vocabularies, logits that
     are not finite (with their window)."""
@@ -107,7 +107,7 @@ def evaluate(
     far: dict[str, Any] = dict.fromkeys(_fields(Divergence))
     if other is not None:
         far = dataclasses.asdict(divergence.summarize(kl, agree))
-    size = size or _size_of(model)
+    size = size or model_size(model)
     big: dict[str, Any] = dict.fromkeys(_fields(ModelSize)) if size is None else dataclasses.asdict(size)
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
@@ -227,13 +227,3 @@ def _log_probs(logits: Tensor, whose: str, where: str) -> Tensor:
             "or look for a damaged layer with `bitquilt inspect`"
         )
     return logits.float().log_softmax(-1)
-
-
-def _size_of(model: Any) -> ModelSize | None:
-    if not isinstance(model, str | Path):
-        return full_precision_size(model)
-    from transformers.utils import cached_file
-
-    # The folder itself, or the snapshot of a hub id that loading has put into the cache.
-    config = cached_file(str(model), "config.json")
-    return None if config is None else full_precision_size(Path(config).parent)

@@ -16,6 +16,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD, read_layouts
 from bitquilt.models.linear import replace_linears
+from bitquilt.models.structure import architecture, missing_parameters, source_names
 from bitquilt.packing import tensor_specs
 
 
@@ -44,9 +45,9 @@ class BitquiltQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         layouts = read_layouts({"quantization_config": self.quantization_config.to_dict()})
-        _check_files(kwargs.get("checkpoint_files"), layouts)
+        _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
-            replace_linears(model, layouts, model.dtype)
+            replace_linears(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -65,11 +66,23 @@ class BitquiltQuantizer(HfQuantizer):
         return True
 
 
-def _check_files(files: Any, layouts: Any) -> None:
-    """Every stored tensor present, with the shape and type config.json implies: transformers would only warn."""
+def _own_name(path: str, model: PreTrainedModel) -> str:
+    """The model's own path for a layer of the checkpoint: a base model has no `model.` where its causal LM has one,
+    and the other way round."""
+    base = model.base_model_prefix
+    if path.startswith(f"{base}.") and not hasattr(model, base):
+        return path.removeprefix(f"{base}.")
+    if not path.startswith(f"{base}.") and hasattr(model, base) and hasattr(model.base_model, path.split(".")[0]):
+        return f"{base}.{path}"
+    return path
+
+
+def _check_files(files: Any, layouts: Any, model: PreTrainedModel) -> None:
+    """Every tensor present, those of quantized layers with the shape and type config.json implies: transformers would
+    only warn, and fill the gap with random numbers."""
     if not files:
         return
-    stored = open_checkpoint(Path(files[0]).parent).tensors
+    checkpoint = open_checkpoint(Path(files[0]).parent)
     names = {
         "U8": "uint8",
         "F16": "float16",
@@ -78,12 +91,21 @@ def _check_files(files: Any, layouts: Any) -> None:
         "I16": "int16",
         "I32": "int32",
     }
+    base = f"{model.base_model_prefix}."
     for path, layout in layouts.items():
         for key, spec in tensor_specs(layout).items():
-            info = stored.get(f"{path}.{key}")
+            name = f"{path}.{key}"
+            written = (name, f"{base}{name}", name.removeprefix(base))  # a base model may have been saved
+            info = next((checkpoint.tensors[n] for n in written if n in checkpoint.tensors), None)
             wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
             if info is None:
-                raise UserError(f"tensor {path}.{key} is missing in the checkpoint; config.json wants {wanted}")
+                raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
             got = f"{list(info.shape)} {names.get(info.dtype, info.dtype)}"
             if got != wanted:
-                raise UserError(f"tensor {path}.{key} is {got} in the checkpoint; config.json wants {wanted}")
+                raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")
+    if type(model) is not architecture(checkpoint.config.get("architectures")):
+        return  # another head, say for classification, may begin at random
+    quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
+    found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
+    if missing := missing_parameters(model, found | quantized):
+        raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")

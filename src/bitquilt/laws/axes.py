@@ -106,8 +106,8 @@ def extrapolations(ranges: Mapping[str, tuple[float, float]], point: Mapping[str
         reach = (low / FAR, high * FAR) if axis != "ratio" else (low - 0.01, high + 0.01)
         far = (column < reach[0]) | (column > reach[1])
         if far.any():
-            said.append(
-                f"{int(far.sum())} of {far.size} points extrapolate in {LABELS[axis]}: asked up to "
-                f"{column[far].max():g} and down to {column[far].min():g}, fitted on {low:g} to {high:g}"
-            )
+            lowest, highest = float(column[far].min()), float(column[far].max())
+            asked = f"{lowest:.4g}" if lowest == highest else f"{lowest:.4g} to {highest:.4g}"
+            many = f"{int(far.sum())} of {far.size} points extrapolate" if far.size > 1 else "extrapolates"
+            said.append(f"{many} in {LABELS[axis]}: asked {asked}, fitted on {low:.4g} to {high:.4g}")
     return said

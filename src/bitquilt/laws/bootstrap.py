@@ -2,9 +2,9 @@
 
 A parametric bootstrap: noise like the fit's own residuals is laid on its predictions, the law is refitted, and the
 spread of the refitted laws is the uncertainty. The noise has two parts, because the evaluations of one training
-run share its luck: one draw per run and one per point, in the proportion the residuals show. Tried and dropped:
-multiplying the residuals themselves (wild bootstrap); a robust fit passes exactly through about as many points as
-it has parameters, those residuals are zero, and 90 % intervals covered 70 to 76 %. [ours: the paper gives none]
+run share its luck: one draw per run and one per point, in the proportion the residuals show. Multiplying the
+residuals themselves (a wild bootstrap) covers too rarely: a robust fit passes exactly through about as many points
+as it has parameters, and those residuals are zero. [ours: the paper gives none]
 """
 
 from dataclasses import dataclass

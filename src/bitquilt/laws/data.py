@@ -21,7 +21,7 @@ from bitquilt.laws.fit import Array
 
 BILLION = 1e9
 MIN_ROWS = 4
-POINTS_PER_RUN = 10  # the paper's runs were evaluated 20 times and about half of that carried the fit
+POINTS_PER_RUN = 10  # [ours] half of the paper's 20 evaluations a run
 ONLY_DOMAIN = "all"  # the name of the one law of a file without a `domain` column
 
 _RUN_COLUMNS = ("n_params", "n_tokens", "ratio", "loss")

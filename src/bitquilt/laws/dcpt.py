@@ -13,8 +13,7 @@ means are ours (the paper gives L-BFGS, Huber and many starts only); uncertainty
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,10 +22,8 @@ from bitquilt.errors import UserError
 from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
 from bitquilt.laws.bootstrap import bootstrap
 from bitquilt.laws.data import Runs
-from bitquilt.laws.fit import HUBER_DELTA, Array, Goodness, goodness, solve
+from bitquilt.laws.fit import HUBER_DELTA, Array, Goodness, at_bounds, goodness, solve
 from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
-
-Scalar = TypeVar("Scalar")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +123,7 @@ class DCPTLaw:
             goodness=goodness(runs.loss, slopes_by_log(theta, *runs.x.T)[0], delta),
             ranges=axes.ranges,
             dropped=axes.dropped,
-            warnings=axes.warnings,
+            warnings=(*axes.warnings, *at_bounds(law_form, solution.theta)),
             near_best=_to_billions(solution.near_best, axes.free, scale),
             bootstrap=_to_billions(refits, axes.free, scale),
             data_sha256=runs.sha256,
@@ -229,10 +226,3 @@ def _arrays(n: ArrayLike, d: ArrayLike, r: ArrayLike) -> tuple[Array, Array, Arr
 
 def _values(thetas: Array, point: tuple[Array, Array, Array]) -> Array:
     return np.stack([np.asarray(sum(terms(theta, *point))) for theta in thetas])
-
-
-def report_as_dict(report: FitReport) -> dict[str, object]:
-    """Plain lists and numbers, for JSON."""
-    plain = {**report.__dict__, "goodness": asdict(report.goodness), "ranges": dict(report.ranges)}
-    plain |= {"dropped": dict(report.dropped), "warnings": list(report.warnings)}
-    return plain | {"near_best": report.near_best.tolist(), "bootstrap": report.bootstrap.tolist()}

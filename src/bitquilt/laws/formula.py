@@ -2,7 +2,7 @@
 
     L(N, D, r) = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma
 
-arXiv 2406.01375, section 3 (the form marked as chosen). N in 1e9 parameters, D in 1e9 tokens, r in [0, 1] the share
+arXiv 2406.01375, section 3. N in 1e9 parameters, D in 1e9 tokens, r in [0, 1] the share
 of the corpus whose loss L (nats per token) is modelled. A term the data could not show is switched off by
 A = 0, B = 0 or C = 0, or by an exponent of 0.
 """
@@ -17,6 +17,8 @@ NAMES = ("E", "A", "alpha", "B", "beta", "eta", "C", "eps", "gamma")
 LOWER = dict(zip(NAMES, (1e-3, 1e-5, 0.02, 1e-5, 0.02, 0.02, 1e-5, 1e-5, 0.02), strict=True))
 UPPER = dict(zip(NAMES, (30.0, 10.0, 6.0, 10.0, 6.0, 6.0, 10.0, 1.0, 6.0), strict=True))
 
+_NOTHING = 1e-12  # a law with eps = 0 has no finite loss at r = 0: it gets a very large one
+
 Terms = tuple[Array, Array, Array, Array]
 
 
@@ -26,7 +28,7 @@ def terms(theta: Array, n: Array, d: Array, r: Array) -> Terms:
     shape = np.broadcast(n, d, r).shape
     size = np.broadcast_to(a * n**-alpha, shape) if a else np.zeros(shape)
     tokens = np.broadcast_to(b * r**eta * d**-beta, shape) if b else np.zeros(shape)
-    ratio = np.broadcast_to(c * (r + eps) ** -gamma, shape) if c else np.zeros(shape)
+    ratio = np.broadcast_to(c * np.maximum(r + eps, _NOTHING) ** -gamma, shape) if c else np.zeros(shape)
     return np.full(shape, e), size, tokens, ratio
 
 

@@ -103,11 +103,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"{folder} has no config.json: wanted a Hugging Face model folder")
-    try:
-        config = json.loads(config_path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{config_path} is not JSON: {error}") from None
-    return Checkpoint(folder, str(source), config, _tensor_table(folder))
+    return Checkpoint(folder, str(source), _read_object(config_path), _tensor_table(folder))
 
 
 def _download(source: str, revision: str | None) -> Path:
@@ -131,10 +127,13 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
     index_path = folder / INDEX_NAME
     indexed: dict[str, str] | None = None
     if index_path.is_file():
-        indexed = json.loads(index_path.read_text())["weight_map"]
+        indexed = _read_object(index_path).get("weight_map")
+        if not isinstance(indexed, dict):
+            raise UserError(f"{index_path} has no weight_map: the file is damaged; download it again")
         files = sorted({folder / file for file in indexed.values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
+    else:  # transformers' own name first: adapters and other formats' copies may lie beside it
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         _refuse_without_safetensors(folder)
     table: dict[str, TensorInfo] = {}
@@ -149,6 +148,16 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
     if indexed is not None and (missing := sorted(indexed.keys() - table.keys())):
         raise UserError(f"{index_path.name} names tensor {missing[0]}, which is in none of the files of {folder}")
     return table
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; wanted a JSON object")
+    return value
 
 
 def _refuse_without_safetensors(folder: Path) -> None:

@@ -5,7 +5,9 @@ checkpoint when its turn comes and dropped afterwards.
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from bitquilt.errors import UserError
@@ -54,7 +57,9 @@ class Skeleton:
         load_tensors(self.model, tensors)
         module = self.model.get_submodule(path)
         if not path:
-            self.model.tie_weights()
+            missing = set(self.model.state_dict()) - set(self.parameters.values())
+            with quiet_transformers():  # what is stored twice with two values stays two tensors
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         inside = () if path else self.blocks
         for name, parameter in (*module.named_parameters(), *module.named_buffers()):
             if parameter.is_meta and not name.startswith(tuple(f"{b}." for b in inside)):
@@ -73,7 +78,7 @@ class Skeleton:
     def release_outer(self) -> None:
         """Drop the weights outside the blocks."""
         inside = tuple(f"{block}." for block in self.blocks)
-        for name, parameter in list(self.model.named_parameters()):
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and not parameter.is_meta:
                 replace_parameter(self.model, name, torch.empty_like(parameter, device="meta"))
 
@@ -85,15 +90,22 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
     """
     config = load_config(checkpoint)
     config.use_cache = False
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = _model_class(config)(config, torch.float32)
+    build = _model_class(config)
+    with init_empty_weights(include_buffers=False), quiet_transformers(), _mistakes_of(checkpoint):
+        model = build(config, torch.float32)
     model.eval().requires_grad_(False)
     if layouts:
         replace_linears(model, layouts)
     blocks = find_blocks(model)
     sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
     parameters: dict[str, str] = {}
-    for source, (name, converted) in source_names(model, checkpoint.tensors).items():
+    names = source_names(model, checkpoint.tensors)
+    if missing := missing_parameters(model, {name for name, _ in names.values()}):
+        raise UserError(
+            f"tensor {missing[0]} is missing in {checkpoint.folder}: the checkpoint is incomplete, "
+            f"{len(missing)} of the model's tensors are in none of its files"
+        )
+    for source, (name, converted) in names.items():
         home = next((block for block in blocks if name.startswith(f"{block}.")), "")
         sources[home].append(source)
         if not converted:
@@ -106,10 +118,31 @@ def load_config(checkpoint: Checkpoint) -> Any:
     values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if "model_type" not in values:
         raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
-    try:
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} does not know this model: model_type is {values['model_type']!r} "
+            f"in {checkpoint.folder}/config.json"
+        )
+    with _mistakes_of(checkpoint):
         return AutoConfig.for_model(**values)
-    except ValueError as error:
-        raise UserError(f"transformers {transformers.__version__} does not know this model: {error}") from None
+
+
+@contextmanager
+def _mistakes_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """What a family's own code raises over a config's values: anything at all, from KeyError to ZeroDivisionError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"no model can be built from {checkpoint.folder}/config.json ({reason})") from error
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the token embedding. Raises UserError if the model has none: it reads no tokens."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        raise UserError(f"{type(model).__name__} has no table of token embeddings: wanted a language model") from None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -157,6 +190,18 @@ def source_names(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def missing_parameters(model: PreTrainedModel, found: Collection[str]) -> list[str]:
+    """The parameters that none of the tensors `found` (the model's own names) fills, nor a tie to one of them."""
+    tied = model.all_tied_weights_keys
+    filled = {*found, *tied, *(source for target, source in tied.items() if target in found)}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in filled and not any(re.search(pattern, name) for pattern in optional)
+    ]
+
+
 def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     """Put checkpoint tensors into `model`, converted as the family demands."""
     mapping = get_model_conversion_mapping(model)
@@ -192,12 +237,16 @@ class quiet_transformers:
             transformers_logging.enable_progress_bar()
 
 
+def architecture(names: Iterable[str] | None) -> Any:
+    """The first model class of config.json's `architectures` that transformers has, or None."""
+    return next((kind for name in names or () if (kind := getattr(transformers, name, None)) is not None), None)
+
+
 def _model_class(config: Any) -> Any:
-    names = getattr(config, "architectures", None) or []
-    for name in names:
-        kind = getattr(transformers, name, None)
-        if kind is not None:
-            return lambda config, dtype: kind._from_config(config, dtype=dtype)
+    names = getattr(config, "architectures", None)
+    kind = architecture(names)
+    if kind is not None:
+        return lambda config, dtype: kind._from_config(config, dtype=dtype)
     for auto in (AutoModelForCausalLM, AutoModel):
         if type(config) in auto._model_mapping:
             return lambda config, dtype, auto=auto: auto.from_config(config, dtype=dtype)

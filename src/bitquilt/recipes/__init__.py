@@ -17,7 +17,7 @@ MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
 
-def make_recipe(name: str, **options: Any) -> Recipe:
+def make_recipe(name: str, /, **options: Any) -> Recipe:
     """A recipe from its name and its fields; `published=True` starts from the public implementation's settings.
 
     Raises UserError for an unknown name or field, a value of the wrong kind, bits outside 2 .. 8 or a group size

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
-from bitquilt.models.structure import quiet_transformers
+from bitquilt.models.structure import architecture, quiet_transformers
 from bitquilt.text import content_hash, token_stream, windows
 
 SELF = "self"
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens).
-_SAMPLED_AT_ONCE = 16
+_SAMPLED_AT_ONCE = 32
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -83,15 +83,15 @@ def sample_from_model(
 
     Own generator: the global random state is not touched. The whole model is in memory while it writes.
     """
+    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    if kind is not AutoModelForCausalLM and not kind.can_generate():
+        raise UserError(
+            f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
+            "own calibration text; give --calibration FILE"
+        )
     _check_memory(checkpoint)
     with quiet_transformers():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
-        except ValueError as error:
-            raise UserError(
-                f"{checkpoint.name} is no causal language model, so it cannot write its own calibration text; "
-                f"give --calibration FILE ({str(error).splitlines()[0]})"
-            ) from None
+        model = kind.from_pretrained(checkpoint.folder, dtype="auto")
     if model.dtype == torch.float16:
         model = model.float()  # half precision is slow and overflows on CPUs
     model.eval()

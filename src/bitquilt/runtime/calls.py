@@ -46,8 +46,34 @@ def learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
         output = type(first).forward(first, *args, **kwargs)
         raise _Stop
 
-    _run(skeleton, ids, {0: watch})
+    try:
+        _run(skeleton, ids, {0: watch})
+    except (TypeError, ValueError, AttributeError) as error:  # it wants pixels, or a decoder's inputs, or a mask
+        name = type(skeleton.model).__name__
+        raise UserError(
+            f"{name} does not run on token ids alone ({error}): wanted a causal LM or an encoder"
+        ) from error
     return None if isinstance(output, Tensor) else tuple(output[1:])
+
+
+def check_order(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> None:
+    """Raise UserError unless the forward pass goes once through the blocks, in order; needs the outer weights."""
+    order: list[int] = []
+
+    def passing(i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            order.append(i)
+            return _wrap(_split(args, kwargs)[0], extras)
+
+        return forward
+
+    blocks = range(len(skeleton.blocks))
+    _run(skeleton, ids, {i: passing(i) for i in blocks})
+    if order != list(blocks):
+        raise UserError(
+            f"{type(skeleton.model).__name__} does not go once through its {len(blocks)} blocks in order, it calls "
+            f"{order[:12]}: such an architecture cannot be streamed block by block"
+        )
 
 
 def record_calls(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:
@@ -58,8 +84,9 @@ def record_calls(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None
     calls = _listen(skeleton, ids, extras)
     again = _listen(skeleton, ids.flip(0, 1).roll(1, 1), extras)
     for path, one, other in zip(skeleton.blocks, calls, again, strict=True):
-        for key in one.kwargs:
-            if not _equal(one.kwargs[key], other.kwargs[key]):
+        received = {**{f"argument {i + 2}": value for i, value in enumerate(one.args)}, **one.kwargs}
+        for key, value in zip(received, (*other.args, *other.kwargs.values()), strict=True):
+            if not _equal(received[key], value):
                 raise UserError(
                     f"block {path} receives {key!r}, which depends on the tokens beside the hidden states: "
                     "this architecture cannot be streamed block by block"
@@ -104,11 +131,6 @@ def _listen(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> 
         return _wrap(hidden, extras)
 
     _run(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), listening))
-    if len(calls) != len(skeleton.blocks):
-        raise UserError(
-            f"{type(skeleton.model).__name__} called {len(calls)} of its {len(skeleton.blocks)} blocks: "
-            "an architecture whose forward pass does not go once through them in order is not supported"
-        )
     return calls
 
 

@@ -43,6 +43,21 @@ def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> di
     return {"recipe": dict(recipe), "layers": layers}
 
 
+def check_plan(plans: Mapping[str, LayerPlan], in_features: Mapping[str, int]) -> None:
+    """Raise UserError naming the first layer (of `in_features`, by path) that the plans do not fit, or do not know."""
+    for name, width in in_features.items():
+        if name not in plans:
+            raise UserError(f"the plan has no entry for {name}; add one, or skip the layer")
+        plan = plans[name]
+        if len(plan.bits) != len(plan.widths(width)):
+            raise UserError(
+                f"the plan's entry {name} gives {len(plan.bits)} groups of {plan.group_size} columns for {width} "
+                f"inputs; wanted {len(plan.widths(width))}"
+            )
+    if unknown := sorted(plans.keys() - in_features.keys()):
+        raise UserError(f"the plan has an entry for {unknown[0]}, which is not quantized in this run; remove it")
+
+
 def read_plan(path: str | Path) -> dict[str, LayerPlan]:
     """Layer plans by module path. Raises UserError naming the entry that is wrong."""
     try:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
-from bitquilt.models.structure import Skeleton, linear_layers
+from bitquilt.models.structure import Skeleton, linear_layers, vocabulary_size
 from bitquilt.packing import bits_per_weight, layout_to_json, pack
-from bitquilt.runtime.calls import Call, embed, finish, learn_extras, record_calls
+from bitquilt.runtime.calibration import context_limit
+from bitquilt.runtime.calls import Call, check_order, embed, finish, learn_extras, record_calls
 from bitquilt.runtime.progress import BlockDone, LayerDone, Observer, Stage
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.workdir import Activations, read_tensors, write_json, write_tensors
-from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Recipe, Solution
+from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Recipe, Solution, check_finite
 
 _SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
 _ERROR_TOKENS = 256  # to report each layer's relative output error
@@ -108,14 +109,17 @@ def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]
 
 def _open_streams(job: Job, resumed: bool) -> _Streams:
     skeleton, folder = job.skeleton, job.folder
-    vocabulary = int(skeleton.model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(skeleton.model)
     generator = torch.Generator().manual_seed(0)
-    probe_ids = torch.randint(0, vocabulary, _PROBE, generator=generator)
+    count, length = _PROBE
+    length = min(length, context_limit(skeleton.checkpoint.config) or length)
+    probe_ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     skeleton.load("")
     template = skeleton.template(skeleton.blocks[0])
     skeleton.load(skeleton.blocks[0])
     extras = learn_extras(skeleton, probe_ids)
     skeleton.reset(skeleton.blocks[0], template)
+    check_order(skeleton, probe_ids, extras)
     calls: dict[tuple[int, ...], list[Call]] = {tuple(probe_ids.shape): record_calls(skeleton, probe_ids, extras)}
     for rows in _batches(job):
         assert job.ids is not None
@@ -141,6 +145,7 @@ def _block(job: Job, streams: _Streams, i: int, observe: Observer) -> dict[str, 
     template = skeleton.template(path)
     block = skeleton.load(path)
     linears = targets(skeleton, path, block, job.skip)
+    _check_weights(path, linears)
     inputs = _inputs(job, i)
     stats = _statistics(job, streams, i, block, linears, inputs)
     record: dict[str, Any] = {"block": path, "layers": {}, "events": []}
@@ -173,6 +178,15 @@ def _block(job: Job, streams: _Streams, i: int, observe: Observer) -> dict[str, 
     write_tensors(folder / f"block-{i:05d}.safetensors", tensors | skeleton.checkpoint.read(kept))
     skeleton.reset(path, template)
     return record
+
+
+def _check_weights(path: str, linears: Mapping[str, nn.Module]) -> None:
+    """Before anything is computed with them: afterwards the first layer to see a NaN is not the one that holds it."""
+    try:
+        for name, module in linears.items():
+            check_finite(f"{path}.{name}", weight=linear_weight(module))
+    except ValueError as error:
+        raise UserError(f"{error}; the checkpoint is damaged, download or convert it again") from None
 
 
 def _statistics(
@@ -214,18 +228,10 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
 
 
 def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
-    in_features = layer.weight.shape[1]
     if job.plans is None:
-        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), in_features)
-    elif layer.name not in job.plans:
-        raise ValueError(f"the plan has no entry for {layer.name}")
+        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), layer.weight.shape[1])
     else:
         plan = job.plans[layer.name]
-        if len(plan.bits) != len(plan.widths(in_features)):
-            raise ValueError(
-                f"the plan gives {len(plan.bits)} groups of {plan.group_size} columns for {in_features} inputs; "
-                f"wanted {len(plan.widths(in_features))}"
-            )
     return plan, job.recipe.quantize(layer, plan, prepared)
 
 

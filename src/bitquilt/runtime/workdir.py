@@ -34,7 +34,7 @@ def open_workdir(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
     Raises UserError if another process holds it, if it belongs to a run with other inputs, or if it is not ours.
     """
     mark = folder / FINGERPRINT
-    if folder.exists() and not mark.is_file() and any(p.name != ".lock" for p in folder.iterdir()):
+    if folder.exists() and not mark.is_file() and any(p.name[0] != "." for p in folder.iterdir()):
         raise UserError(f"{folder} exists and is no work directory of a run; move it away or give another --work-dir")
     with full_disk_is_an_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,13 +44,35 @@ def open_workdir(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
         except Timeout:
             raise UserError(f"another process is working in {folder}; wait for it or give another --work-dir") from None
         try:
-            if mark.is_file():
+            _drop_temporaries(folder)
+            if mark.is_file() and not _nothing_done(folder):
                 check_fingerprint(folder, json.loads(mark.read_text()), fingerprint)
             else:
                 write_json(mark, fingerprint)
             yield folder
         finally:
+            if folder.exists():
+                _drop_temporaries(folder)
+                if _nothing_done(folder):
+                    discard(folder)
             lock.release()
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """The fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
+    mark = folder / FINGERPRINT
+    return dict(json.loads(mark.read_text())) if mark.is_file() else None
+
+
+def discard(folder: Path) -> None:
+    """Delete a work directory, its mark last: when the process is killed half-way, what is left is still known."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in (FINGERPRINT, ".lock"):
+            path.unlink(missing_ok=True)
+    (folder / FINGERPRINT).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_fingerprint(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -141,6 +163,17 @@ def _replace(path: Path, write: Any) -> None:
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def _nothing_done(folder: Path) -> bool:
+    return all(path.name == FINGERPRINT or path.name.startswith(".") for path in folder.iterdir())
+
+
+def _drop_temporaries(folder: Path) -> None:
+    """Half-written files, ours and those safetensors makes, may hold the space that a full disk lacks."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.name != ".lock" and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,226 @@
+"""`bitquilt inspect DIR`: where did the bits go? Of a full-precision model: what would be quantized?"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from typer import Argument, Option
+
+from bitquilt.api import survey
+from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout
+from bitquilt.cli.quantize import print_bits_and_size, print_events
+from bitquilt.errors import UserError
+from bitquilt.evaluation import fp16_bytes, model_size
+from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.models.config import QUANT_METHOD, read_layouts
+from bitquilt.models.structure import open_skeleton
+from bitquilt.packing import bits_per_weight
+from bitquilt.runtime.stream import targets
+from bitquilt.runtime.writer import read_report
+from bitquilt.types import Layout
+
+# From few bits, red, to many, blue: terminal colours of the digits 1 to 8.
+_COLOURS = ("red", "red", "dark_orange", "yellow", "green", "cyan", "blue", "blue", "magenta")
+# Characters of a layer's bar: at most one per group, at most these, at most what the terminal has room for.
+_BAR, _LEAST_BAR = 48, 8
+_GAP = 3  # between two columns of a table
+
+
+def inspect(
+    folder: Annotated[str, Argument(metavar="DIR", help="Model folder or hub id, quantized or not.")],
+    layer: Annotated[
+        str | None, Option(metavar="PATTERN", help="Only the layers whose path matches, such as '*.mlp.*'.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Bits, size and error of every layer, and of the whole model."""
+    with calm():
+        checkpoint = open_checkpoint(folder)
+        entry = checkpoint.config.get("quantization_config")
+        if not entry:
+            value = _plain(checkpoint)
+        elif isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD:
+            value = _quantized(checkpoint)
+        else:
+            method = entry.get("quant_method") if isinstance(entry, dict) else entry
+            raise UserError(
+                f"{folder} was quantized by another tool ({method}); give one of bitquilt, or full precision"
+            )
+    if layer is not None:
+        value["layers"] = _matching(value["layers"], layer)
+    if json_output:
+        print_json(value)
+    elif value["quantized"]:
+        _print_quantized(value)
+    else:
+        _print_plain(value)
+
+
+def _quantized(checkpoint: Checkpoint) -> dict[str, Any]:
+    layouts = read_layouts(checkpoint.config)
+    size = model_size(checkpoint.folder)
+    assert size is not None
+    # save_pretrained() of a loaded model writes no report: then the layouts alone speak.
+    report = read_report(checkpoint.folder) or {}
+    solved = report.get("layers", {})
+    return {
+        "folder": str(checkpoint.folder),
+        "quantized": True,
+        "recipe": report.get("fingerprint", {}).get("recipe"),
+        "calibration": report.get("fingerprint", {}).get("calibration"),
+        "seed": report.get("fingerprint", {}).get("seed"),
+        **asdict(size),
+        "ratio_to_fp16": size.bytes / fp16_bytes(checkpoint.folder),
+        "untouched": report.get("untouched"),
+        "events": report.get("events"),
+        "layers": {name: _layer(layout, solved.get(name, {})) for name, layout in layouts.items()},
+    }
+
+
+def _layer(layout: Layout, solved: dict[str, Any]) -> dict[str, Any]:
+    """`bits`: how many column groups have so many; `groups`: one digit per group in column order, where known."""
+    counts: Counter[int] = Counter()
+    for form, width in layout.segments:
+        counts[form.bits] += -(-width // form.group_size)
+    groups = solved.get("bits")
+    if groups:
+        counts = Counter(map(int, groups))
+    return {
+        "shape": [layout.out_features, layout.in_features],
+        "bits": {str(bits): counts[bits] for bits in sorted(counts)},
+        "groups": groups,
+        "group_size": layout.segments[0][0].group_size,
+        "nominal_bits": layout.nominal_bits,
+        "bpw": bits_per_weight(layout),
+        "outliers": layout.outliers,
+        "output_error": solved.get("output_error"),
+        "weight_error": solved.get("weight_error"),
+    }
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    skeleton = open_skeleton(checkpoint)
+    untouched, _ = survey(skeleton)
+    stored = {name: checkpoint.tensors[source] for source, name in skeleton.parameters.items()}
+    size = model_size(checkpoint.folder)
+    layers = {}
+    for path in skeleton.blocks:
+        for name in targets(skeleton, path, skeleton.model.get_submodule(path), ()):
+            info = stored[f"{path}.{name}.weight"]
+            layers[f"{path}.{name}"] = {"shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes}
+    return {
+        "folder": str(checkpoint.folder),
+        "quantized": False,
+        "model_class": type(skeleton.model).__name__,
+        "blocks": len(skeleton.blocks),
+        "bpw": None if size is None else size.bpw,
+        "nominal_bits": None if size is None else size.nominal_bits,
+        "bytes": checkpoint.nbytes,
+        "ratio_to_fp16": checkpoint.nbytes / fp16_bytes(checkpoint.folder),
+        "untouched": [asdict(item) for item in untouched],
+        "layers": layers,
+    }
+
+
+def _matching(layers: dict[str, Any], pattern: str) -> dict[str, Any]:
+    found = {name: value for name, value in layers.items() if fnmatch(name, pattern)}
+    if not found:
+        raise UserError(f"no layer matches {pattern!r}; there are {len(layers)}, such as {next(iter(layers))}")
+    return found
+
+
+def _print_quantized(value: dict[str, Any]) -> None:
+    _print_layers(value["layers"])
+    stdout.print(value["folder"], style="bold", markup=False)
+    if value["recipe"]:
+        print_fact(stdout, "recipe", _settings(value["recipe"]))
+    if value["calibration"]:
+        print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
+    print_bits_and_size(value, value["ratio_to_fp16"])
+    _print_untouched(value["untouched"] or [], value["bytes"])
+    if value["events"] is not None:
+        print_events(value["events"])
+
+
+def _print_layers(layers: dict[str, Any]) -> None:
+    rows = []
+    for name, layer in layers.items():
+        counts = " ".join(f"{bits}x{count}" for bits, count in layer["bits"].items())
+        error = "" if layer["output_error"] is None else f"{layer['output_error']:.5f}"
+        rows.append([_short(name), _shape(layer), counts, f"{layer['bpw']:.3f}", error])
+    headers = ["layer", "out x in", "bits x groups", "bpw", "error"]
+    used = sum(max(len(row[i]) for row in [*rows, headers]) + _GAP for i in range(len(headers)))
+    longest = max(len(layer["groups"] or "") for layer in layers.values())
+    bar = min(longest, _BAR, stdout.width - used - _GAP) if stdout.is_terminal else 0
+    if bar < min(longest, _LEAST_BAR):
+        bar = 0
+    table = _table(*headers[:3], *(["by column"] if bar else []), *headers[3:])
+    for row, layer in zip(rows, layers.values(), strict=True):
+        table.add_row(*row[:3], *([group_bar(layer["groups"] or "", bar)] if bar else []), *row[3:])
+    stdout.print(table)
+    if bar and longest > bar:
+        stdout.print(f"  by column: of more than {bar} groups, a digit is the mean of neighbours\n")
+
+
+def _print_plain(value: dict[str, Any]) -> None:
+    table = _table("layer", "shape", "stored as", "size")
+    for name, layer in value["layers"].items():
+        table.add_row(_short(name), _shape(layer), layer["dtype"], size_text(layer["bytes"]))
+    stdout.print(table)
+    stdout.print(f"[bold]{escape(value['folder'])}[/]: {value['model_class']}, full precision")
+    print_fact(stdout, "size", f"{size_text(value['bytes'])} ({ratio_text(value['ratio_to_fp16'])})")
+    taken = sum(layer["bytes"] for layer in value["layers"].values())
+    share = f"{100 * taken / value['bytes']:.2g} % of the bytes"
+    print_fact(stdout, "to do", f"{share}: the layers listed ({len(value['layers'])}), in {value['blocks']} blocks")
+    _print_untouched(value["untouched"], value["bytes"])
+
+
+def group_bar(groups: str, length: int) -> Text:
+    """One coloured digit per column group, in column order; of more than `length` groups a digit is a mean."""
+    bar = Text(no_wrap=True)
+    shown = min(len(groups), length)
+    for i in range(shown):
+        part = [int(digit) for digit in groups[i * len(groups) // shown : (i + 1) * len(groups) // shown]]
+        mean = round(sum(part) / len(part))
+        bar.append(str(mean), style=_COLOURS[mean])
+    return bar
+
+
+def _print_untouched(untouched: Iterable[dict[str, Any]], total: int) -> None:
+    for item in untouched:
+        share = f"{100 * item['nbytes'] / total:.2g} % of the bytes"
+        example = "" if item["tensors"] == 1 else f"{item['tensors']} tensors, such as "
+        print_fact(stdout, "as is", f"{share}, {item['reason']}: {example}{item['example']}")
+
+
+def _settings(values: dict[str, Any]) -> str:
+    """Settings in one line; a hash says nothing to a reader."""
+    shown = {key: value for key, value in values.items() if key not in ("name", "sha256")}
+    text = ", ".join(f"{key}={Path(value).name if key == 'source' else value}" for key, value in shown.items())
+    return f"{values['name']}: {text}" if "name" in values else text
+
+
+def _shape(layer: dict[str, Any]) -> str:
+    return "x".join(map(str, layer["shape"]))
+
+
+def _short(name: str) -> str:
+    """model.layers.3.mlp.up_proj -> 3.mlp.up_proj on a terminal, where columns are dear; whole in a pipe."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[first:]) if stdout.is_terminal else name
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        right = name in ("bpw", "error", "size")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    return table

@@ -1,0 +1,158 @@
+"""What does a bit buy? `BpwLaw.fit(bpw, loss).predict(bpw)`: loss against bits per weight, on the same fitter.
+
+    L(b) = E + A 2^(-k b)
+
+Why this form [ours]: the error of a uniform grid has a variance proportional to 2^(-2b), and a small error of the
+weights near a minimum costs loss in proportion to that variance, so k = 2 is what theory expects at many bits. At 2
+to 3 bits the error is no longer small and the loss grows faster, so k is fitted instead of fixed. A power of b would
+be a third choice; it has no reason, and does not tend to E fast enough. E is the loss without quantization; give it
+when it was measured, because two or three points above it cannot identify it.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bitquilt.errors import UserError
+from bitquilt.laws.bootstrap import bootstrap
+from bitquilt.laws.dcpt import FitReport, Prediction
+from bitquilt.laws.fit import HUBER_DELTA, Array, Form, at_bounds, goodness, solve
+
+NAMES = ("E", "A", "k")
+_CENTRE = 3.0  # bits: A is fitted as the excess loss there, so that one set of starts serves
+
+
+@dataclass(frozen=True)
+class BpwLaw:
+    """E in nats per token, A the excess extrapolated to 0 bits, k in powers of two per bit."""
+
+    E: float
+    A: float
+    k: float
+    report: FitReport | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Name -> value."""
+        return {"E": self.E, "A": self.A, "k": self.k}
+
+    @property
+    def theta(self) -> Array:
+        """The parameters as an array `[3]`."""
+        return np.array([self.E, self.A, self.k])
+
+    @staticmethod
+    def fit(
+        bpw: ArrayLike,
+        loss: ArrayLike,
+        *,
+        full_precision_loss: float | None = None,
+        starts: int = 30,
+        seed: int = 0,
+        delta: float = HUBER_DELTA,
+        draws: int = 100,
+    ) -> "BpwLaw":
+        """Fit losses `[points]` at bits per weight `[points]`; `full_precision_loss` fixes E.
+
+        Raises UserError for unequal lengths, impossible values, or fewer than two different bpw.
+        """
+        b, y = np.asarray(bpw, dtype=np.float64), np.asarray(loss, dtype=np.float64)
+        _check(b, y, full_precision_loss)
+        law_form = _form(full_precision_loss)
+        x = b[:, None]
+        solution = solve(law_form, x, y, starts=starts, seed=seed, delta=delta)
+        refits = bootstrap(law_form, x, y, solution, np.arange(len(b)), draws=draws, seed=seed, delta=delta)
+        theta = _full(solution.theta, full_precision_loss)
+        doubts = at_bounds(law_form, solution.theta)
+        distinct = len(np.unique(b))
+        if distinct < len(law_form.names):
+            doubts.append(
+                f"{distinct} different bpw for {len(law_form.names)} parameters: E, A and k are not identified"
+            )
+        report = FitReport(
+            points=len(b),
+            goodness=goodness(y, _value(theta, b), delta),
+            ranges={"bpw": (float(b.min()), float(b.max()))},
+            dropped={},
+            warnings=tuple(doubts),
+            near_best=np.stack([_full(t, full_precision_loss) for t in solution.near_best]),
+            bootstrap=np.array([_full(t, full_precision_loss) for t in refits]).reshape(-1, len(NAMES)),
+            data_sha256=hashlib.sha256(repr(sorted(zip(b.tolist(), y.tolist(), strict=True))).encode()).hexdigest(),
+            starts=starts,
+            seed=seed,
+        )
+        return BpwLaw(E=float(theta[0]), A=float(theta[1]), k=float(theta[2]), report=report)
+
+    def predict(self, bpw: ArrayLike) -> Array:
+        """Loss at `bpw` bits per weight, any shape."""
+        return _value(self.theta, np.asarray(bpw, dtype=np.float64))
+
+    def interval(self, bpw: ArrayLike, level: float = 0.9) -> Prediction:
+        """Like `predict`, with the uncertainty at `level` and a note outside the fitted range."""
+        b = np.atleast_1d(np.asarray(bpw, dtype=np.float64))
+        loss = self.predict(b)
+        if self.report is None:
+            return Prediction(loss, loss, loss, np.zeros_like(loss), level, ())
+        lowest, highest = self.report.ranges["bpw"]
+        notes = (
+            [] if (b >= lowest).all() and (b <= highest).all() else [f"fitted on {lowest:g} to {highest:g} bpw only"]
+        )
+        near = np.stack([_value(theta, b) for theta in self.report.near_best])
+        low, high = near.min(axis=0), near.max(axis=0)
+        if len(self.report.bootstrap):
+            refits = np.stack([_value(theta, b) for theta in self.report.bootstrap])
+            low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return Prediction(loss, low, high, near.max(axis=0) - near.min(axis=0), level, tuple(notes))
+
+    def bpw_for(self, loss: float) -> float:
+        """The fewest bits per weight that reach `loss`. Raises UserError for a loss the law never reaches."""
+        if loss <= self.E:
+            raise UserError(f"the law tends to {self.E:.4f} at many bits: got {loss:g}, wanted a higher loss")
+        return max(0.0, math.log2(self.A / (loss - self.E)) / self.k)
+
+
+def _form(fixed: float | None) -> Form:
+    free = NAMES if fixed is None else NAMES[1:]
+
+    def evaluate(theta: Array, x: Array) -> tuple[Array, Array]:
+        e, a, k = theta if fixed is None else (fixed, *theta)
+        away = math.log(2.0) * (x[:, 0] - _CENTRE)
+        excess = a * np.exp(-k * away)
+        columns = [excess, -k * away * excess]
+        if fixed is None:
+            columns.insert(0, np.full_like(excess, e))
+        return e + excess, np.column_stack(columns)
+
+    def draw(generator: np.random.Generator, loss: Array) -> Array:
+        start = [generator.uniform(0.3, 1.0) * float(loss.min())] if fixed is None else []
+        return np.array([*start, 10 ** generator.uniform(-3.0, 0.5), generator.uniform(0.5, 4.0)])
+
+    low, high = np.array([1e-3, 1e-7, 0.02]), np.array([30.0, 30.0, 12.0])
+    return Form(free, low[-len(free) :], high[-len(free) :], draw, evaluate)
+
+
+def _full(theta: Array, fixed: float | None) -> Array:
+    """Parameters of the fit -> (E, A at 0 bits, k)."""
+    e, a, k = theta if fixed is None else (fixed, *theta)
+    return np.array([e, a * 2.0 ** (k * _CENTRE), k])
+
+
+def _value(theta: Array, b: Array) -> Array:
+    return np.asarray(theta[0] + theta[1] * 2.0 ** (-theta[2] * b), dtype=np.float64)
+
+
+def _check(b: Array, y: Array, fixed: float | None) -> None:
+    if b.shape != y.shape or b.ndim != 1:
+        raise UserError(f"bpw and loss must be equally long lists: got {b.shape} and {y.shape}")
+    for i, (bits, loss) in enumerate(zip(b.tolist(), y.tolist(), strict=True), start=1):
+        if not 0 < bits <= 32:
+            raise UserError(f"row {i}: bpw is {bits:g}, wanted bits per weight between 0 and 32")
+        if not (loss > 0 and math.isfinite(loss)):
+            raise UserError(f"row {i}: loss is {loss:g}, wanted a finite loss above 0 in nats per token")
+    if len(np.unique(b)) < 2:
+        raise UserError(f"{len(b)} points with one bpw: wanted at least 2 different ones, better 4; measure more")
+    if fixed is not None and not 0 < fixed < float(y.max()):
+        raise UserError(f"the full-precision loss is {fixed:g}, wanted above 0 and below the worst point ({y.max():g})")

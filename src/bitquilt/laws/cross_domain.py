@@ -1,0 +1,222 @@
+"""What will a NEW domain cost, seen only for a moment? The Cross-Domain D-CPT Law, arXiv 2406.01375, section 3.
+
+    L = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma + F K^-mu,      K = w1 / k1 + w2 k2
+
+K is the learnability of a domain: k1 its early validation loss (nats per token), k2 its early rate of decrease
+(nats per 1e9 tokens). Fitted over several domains, it predicts another from k1 and k2 alone, which cost 5 % of one
+run. A domain that starts lower or falls faster has the larger K and the lower loss.
+
+Deviations: the windows of k1 and k2 are ours (`early_signals`); w1 and w2 are returned scaled so that K has the
+geometric mean 1 over the fitted points, as F absorbs any common factor.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bitquilt.errors import UserError
+from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
+from bitquilt.laws.bootstrap import bootstrap
+from bitquilt.laws.data import Runs
+from bitquilt.laws.dcpt import FitReport, Prediction, check_points, unit_scale
+from bitquilt.laws.fit import HUBER_DELTA, Array, Form, at_bounds, goodness, solve
+from bitquilt.laws.formula import NAMES as BASE_NAMES
+from bitquilt.laws.formula import form as base_form
+from bitquilt.laws.formula import slopes_by_log
+
+NAMES = (*BASE_NAMES, "F", "mu", "w1", "w2")
+EARLY = 0.05  # of the run: the window of k2
+_EXTRA_LOWER = (1e-5, 0.02, 1e-4, 1e-4)
+_EXTRA_UPPER = (10.0, 6.0, 10.0, 10.0)
+
+
+def early_signals(tokens: ArrayLike, losses: ArrayLike, total: float) -> tuple[float, float]:
+    """(k1, k2) of a domain from the first validation losses of a run of `total` tokens (both in 1e9).
+
+    k1 is the loss before training (`tokens[0]` = 0), k2 = (k1 - loss at 5 % of the run) / (0.05 total), the loss
+    between two evaluations taken on the straight line. Raises UserError when the evaluations do not span that.
+    """
+    at, loss = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if len(at) < 2 or at[0] != 0 or at[-1] < EARLY * total:
+        raise UserError(
+            f"the early signals need evaluations from 0 to {EARLY * total:g}e9 tokens: got {at.tolist()}; evaluate "
+            "before training and once at 5 % of the run"
+        )
+    k1 = float(loss[0])
+    return k1, (k1 - float(np.interp(EARLY * total, at, loss))) / (EARLY * total)
+
+
+@dataclass(frozen=True)
+class CrossDomainLaw:
+    """The thirteen parameters, for N and D in 1e9, k1 in nats per token, k2 in nats per 1e9 tokens."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    eta: float
+    C: float
+    eps: float
+    gamma: float
+    F: float
+    mu: float
+    w1: float
+    w2: float
+    report: FitReport | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in self.parameters.items():
+            if not np.isfinite(value) or value < 0:
+                raise UserError(f"the parameter {name} of the law is {value}, wanted a finite number of at least 0")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Name -> value, in the order of the formula."""
+        return {name: float(getattr(self, name)) for name in NAMES}
+
+    @property
+    def theta(self) -> Array:
+        """The parameters as an array `[13]`."""
+        return np.array(list(self.parameters.values()))
+
+    @staticmethod
+    def fit(
+        runs: Runs, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA, draws: int = 50
+    ) -> "CrossDomainLaw":
+        """Fit the runs of several domains at once; every point needs k1 and k2.
+
+        Raises UserError when they are missing, negative, or the same in every domain.
+        """
+        k1, k2 = _signals(runs)
+        axes = identify(runs)
+        kinds = len(set(zip(k1.tolist(), k2.tolist(), strict=True)))
+        if kinds < 2:
+            raise UserError(
+                "every point has the same k1 and k2: nothing tells the domains apart; fit several domains (the paper: "
+                "4), or one with DCPTLaw"
+            )
+        doubts = list(axes.warnings)
+        if kinds < 4:
+            doubts.append(f"{kinds} different (k1, k2), wanted at least 4: F, mu, w1 and w2 cannot be told apart")
+        units = (float(np.exp(np.log(k1).mean())), float(k2.mean()) or 1.0)
+        scale = (*unit_scale(runs), 1.0, *units)
+        law_form = _form(axes.free)
+        x = np.column_stack([runs.x, k1, k2]) / np.array(scale)
+        solution = solve(law_form, x, runs.loss, starts=starts, seed=seed, delta=delta)
+        refits = bootstrap(law_form, x, runs.loss, solution, runs.run, draws=draws, seed=seed, delta=delta)
+        theta = _to_units(solution.theta, axes.free, scale, k1, k2)
+        report = FitReport(
+            points=len(runs),
+            goodness=goodness(runs.loss, _value(theta, runs.n, runs.d, runs.ratio, k1, k2), delta),
+            ranges=axes.ranges,
+            dropped=axes.dropped,
+            warnings=(*doubts, *at_bounds(law_form, solution.theta)),
+            near_best=np.stack([_to_units(t, axes.free, scale, k1, k2) for t in solution.near_best]),
+            bootstrap=np.array([_to_units(t, axes.free, scale, k1, k2) for t in refits]).reshape(-1, len(NAMES)),
+            data_sha256=runs.sha256,
+            starts=starts,
+            seed=seed,
+        )
+        return CrossDomainLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
+
+    def learnability(self, k1: ArrayLike, k2: ArrayLike) -> Array:
+        """K of a domain; larger is easier."""
+        return np.asarray(self.w1 / np.asarray(k1, dtype=np.float64) + self.w2 * np.asarray(k2, dtype=np.float64))
+
+    def predict(self, n: ArrayLike, d: ArrayLike, r: ArrayLike, k1: ArrayLike, k2: ArrayLike) -> Array:
+        """Loss at N, D (1e9) and ratio r of a domain with the early signals k1, k2, all broadcast together.
+
+        Raises UserError like `DCPTLaw.predict`, and for k1 <= 0 or k2 < 0; warns with `LawWarning` far outside.
+        """
+        prediction = self.interval(n, d, r, k1, k2)
+        for note in prediction.warnings:
+            warnings.warn(note, LawWarning, stacklevel=2)
+        return prediction.loss
+
+    def interval(
+        self, n: ArrayLike, d: ArrayLike, r: ArrayLike, k1: ArrayLike, k2: ArrayLike, level: float = 0.9
+    ) -> Prediction:
+        """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
+        inputs = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (n, d, r, k1, k2)))
+        check_points(*inputs[:3])
+        _check_signals(inputs[3], inputs[4])
+        loss = _value(self.theta, *inputs)
+        if self.report is None:
+            return Prediction(loss, loss, loss, np.zeros_like(loss), level, ())
+        point = dict(zip(("n", "d", "ratio"), inputs[:3], strict=True))
+        refuse_dropped(self.report.dropped, point)
+        notes = extrapolations(self.report.ranges, point)
+        near = np.stack([_value(theta, *inputs) for theta in self.report.near_best])
+        low, high = near.min(axis=0), near.max(axis=0)
+        if len(self.report.bootstrap):
+            refits = np.stack([_value(theta, *inputs) for theta in self.report.bootstrap])
+            low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return Prediction(loss, low, high, near.max(axis=0) - near.min(axis=0), level, tuple(notes))
+
+
+def _form(free: tuple[str, ...]) -> Form:
+    """The fitter's view: the free parameters of the D-CPT form, then F, mu, w1, w2; x has k1 and k2 as well."""
+    base = base_form(free)
+    count = len(free)
+
+    def evaluate(theta: Array, x: Array) -> tuple[Array, Array]:
+        value, by_log = base.evaluate(theta[:count], x[:, :3])
+        f, mu, w1, w2 = theta[count:]
+        from_start, from_fall = w1 / x[:, 3], w2 * x[:, 4]
+        k = from_start + from_fall
+        term = f * k**-mu
+        extra = (term, -mu * np.log(k) * term, -mu * from_start / k * term, -mu * from_fall / k * term)
+        return value + term, np.column_stack([by_log, *extra])
+
+    def draw(generator: np.random.Generator, loss: Array) -> Array:
+        f, w1, w2 = 10 ** generator.uniform((-2.0, -2.0, -2.0), (0.5, 0.0, 0.0))
+        return np.concatenate([base.draw(generator, loss), [f, generator.uniform(0.1, 2.0), w1, w2]])
+
+    return Form(
+        names=(*free, "F", "mu", "w1", "w2"),
+        lower=np.concatenate([base.lower, _EXTRA_LOWER]),
+        upper=np.concatenate([base.upper, _EXTRA_UPPER]),
+        draw=draw,
+        evaluate=evaluate,
+    )
+
+
+def _value(theta: Array, n: Array, d: Array, r: Array, k1: Array, k2: Array) -> Array:
+    f, mu, w1, w2 = theta[len(BASE_NAMES) :]
+    base: Array = slopes_by_log(theta[: len(BASE_NAMES)], n, d, r)[0]
+    return np.asarray(base + f * (w1 / k1 + w2 * k2) ** -mu, dtype=np.float64)
+
+
+def _to_units(theta: Array, free: tuple[str, ...], scale: tuple[float, ...], k1: Array, k2: Array) -> Array:
+    """Free parameters in the units of the fit -> all thirteen in 1e9 and nats, K of geometric mean 1."""
+    full = np.zeros(len(NAMES))
+    full[[NAMES.index(name) for name in (*free, "F", "mu", "w1", "w2")]] = theta
+    full[1] *= scale[0] ** full[2]
+    full[3] *= scale[1] ** full[4]
+    full[11] *= scale[3]
+    full[12] /= scale[4]
+    typical = float(np.exp(np.log(full[11] / k1 + full[12] * k2).mean()))
+    full[11:] /= typical
+    full[9] *= typical ** -full[10]
+    return full
+
+
+def _signals(runs: Runs) -> tuple[Array, Array]:
+    if runs.k1 is None or runs.k2 is None:
+        raise UserError(
+            "the cross-domain law needs the columns k1 and k2 (early loss and early rate of decrease of the domain); "
+            "see early_signals, or fit one law per domain"
+        )
+    _check_signals(runs.k1, runs.k2)
+    return runs.k1, runs.k2
+
+
+def _check_signals(k1: Array, k2: Array) -> None:
+    if not (k1 > 0).all() or not (k2 >= 0).all():
+        raise UserError(
+            f"k1 must be above 0 and k2 not below 0: got k1 from {k1.min():g}, k2 from {k2.min():g}; a domain whose "
+            "loss rises at the start has no learnability"
+        )

@@ -1,0 +1,85 @@
+"""A tiny model with the packaged tokenizer, and the command as a function."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import bitquilt
+from bitquilt import cli
+from bitquilt.cli.demo import DEMO_MODEL
+
+FLAGS = ("--bits", "3", "--group-size", "16", "--samples", "4", "--seq-len", "16")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`bitquilt ARGS` in this process, through its entry point; exceptions that it does not mend come through."""
+
+    def call(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["bitquilt", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ran(ended.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in bfloat16, of two blocks of seven layers, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_MODEL / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some three hundred tokens of English."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and nobody asks the dog why. " * 16)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model by slim-llm to 3 bits."""
+    out = tmp_path_factory.mktemp("quantized") / "tiny-3bit"
+    bitquilt.quantize(tiny, "slim-llm", text, out, bits=3, group_size=16, samples=4, seq_len=16)
+    return out

@@ -1,0 +1,40 @@
+"""`bitquilt demo`, end to end on the packaged model with little data."""
+
+import json
+from pathlib import Path
+
+from bitquilt.cli.demo import DEMO_MODEL
+
+from .conftest import Command
+
+
+def test_the_demo_compares_and_is_not_done_twice(command: Command, tmp_path: Path) -> None:
+    ran = command("demo", "--quick", "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert [line.split("]")[0] for line in ran.err.splitlines()] == [f"[{i}/6" for i in range(1, 7)]
+    assert "windows" in ran.out
+    assert "text that the full-precision model wrote itself" in ran.out
+    for recipe in ("rtn", "gptq", "slim-llm"):
+        assert f"{recipe}, 2 bits: " in ran.out
+    assert f"bitquilt inspect {tmp_path / 'quick' / 'slim-llm-2bit'}" in ran.out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    again = command("demo", "--quick", "--out", tmp_path, "--json", "--quiet")
+    assert again.err == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+    rows = json.loads(again.out)["rows"]
+    assert [row["nominal_bits"] for row in rows] == [16, 2, 2, 2]
+    assert rows[0]["kl_mean"] == 0
+    assert rows[0]["bytes"] == (DEMO_MODEL / "model.safetensors").stat().st_size
+    assert all(row["kl_mean"] > 0.1 for row in rows[1:])  # two bits hurt a small model
+    assert len({row["sample"] for row in rows}) == 4
+    assert all(row["sample"].startswith(row["prompt"]) for row in rows)
+
+
+def test_the_model_is_packaged_whole() -> None:
+    assert {path.name for path in DEMO_MODEL.iterdir()} >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }

@@ -1,0 +1,49 @@
+"""`bitquilt doctor`: facts as JSON and as lines, and a self-test that can fail."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bitquilt.cli import doctor as verb
+from bitquilt.cli.doctor import self_test
+
+from .conftest import Command
+
+
+def test_facts(command: Command) -> None:
+    ran = command("doctor", "--json")
+    assert ran.code == 0
+    facts = json.loads(ran.out)
+    assert facts["torch"] == torch.__version__
+    assert facts["transformers"]["in_range"] is True
+    assert facts["self_test"] == "ok"
+    assert facts["cpu"]["torch_threads"] == 1
+    assert facts["memory"]["total"] > facts["memory"]["available"] > 0
+    lines = command("doctor").out
+    assert "self-test     ok" in lines
+    assert "reference (dequantize, then matmul): right, not fast" in lines
+
+
+@pytest.mark.parametrize("name", ["unpack", "decode_uniform"])
+def test_the_self_test_can_fail(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = verb.__globals__[name]
+
+    def wrong(*args: Any) -> Any:
+        value = right(*args)
+        if name == "unpack":
+            value.segments[1].codes[3, 5] ^= 1
+            return value
+        return value + 0.01
+
+    monkeypatch.setitem(verb.__globals__, name, wrong)
+    assert self_test() is not None
+    ran = command("doctor")
+    assert ran.code == 3
+    assert "FAILED" in ran.out
+
+
+def test_what_is_missing_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verb.__globals__, "_version", lambda name: None)
+    assert "not installed (for bitquilt eval --tasks)" in command("doctor").out

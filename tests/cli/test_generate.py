@@ -1,0 +1,56 @@
+"""`bitquilt generate`: seeded, streamed, and nobody's random state is touched."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import Command
+
+PROMPT = ("--prompt", "The old man", "-n", 12)
+
+
+@pytest.mark.parametrize("which", ["tiny", "quantized"])
+def test_the_seed_decides(command: Command, request: pytest.FixtureRequest, which: str) -> None:
+    folder = request.getfixturevalue(which)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = command("generate", folder, *PROMPT)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (first.code, first.err) == (0, "")
+    assert first.out.startswith("The old man")
+    assert len(first.out) > len("The old man\n")
+    assert command("generate", folder, *PROMPT).out == first.out
+    assert command("generate", folder, *PROMPT, "--seed", 1).out != first.out
+
+
+def test_temperature_zero_needs_no_seed(command: Command, tiny: Path) -> None:
+    line = ("generate", tiny, *PROMPT, "--temperature", 0, "--dtype", "bfloat16")
+    assert command(*line, "--seed", 1).out == command(*line, "--seed", 2).out
+
+
+def test_the_context_is_a_limit(command: Command, tiny: Path) -> None:
+    ran = command("generate", tiny, "--prompt", "a b c d e f g h", "-n", 500)
+    assert ran.code == 0
+    assert "leaves room for" in ran.err
+    ran = command("generate", tiny, "--prompt", "a b c d " * 40)
+    assert ran.code == 2
+    assert "the model's context 64" in ran.err
+
+
+def test_an_empty_prompt_begins_with_the_first_token(command: Command, tiny: Path) -> None:
+    assert command("generate", tiny, "--prompt", "", "-n", 4).code == 0
+
+
+def test_what_a_user_may_get_wrong(command: Command, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    ran = command("generate", folder, *PROMPT)
+    assert (ran.code, ran.out) == (2, "")
+    assert "has no tokenizer" in ran.err
+    assert command("generate", "/nowhere", *PROMPT).code == 2
+    assert command("generate", tiny).code == 2
+    assert command("generate", tiny, *PROMPT, "--dtype", "int3").code == 2

@@ -1,0 +1,101 @@
+"""`bitquilt inspect`: where the bits went, and what would be quantized."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bitquilt.cli import inspect as verb
+from bitquilt.cli.inspect import group_bar
+
+from .conftest import Command
+
+
+def test_layers_and_totals(command: Command, quantized: Path) -> None:
+    ran = command("inspect", quantized, "--json")
+    assert ran.code == 0
+    value = json.loads(ran.out)
+    plan = json.loads((quantized / "plan.json").read_text())["layers"]
+    report = json.loads((quantized / "report.json").read_text())
+    assert value["layers"].keys() == plan.keys()
+    assert len(plan) == 14
+    for name, layer in value["layers"].items():
+        assert layer["groups"] == plan[name]["bits"]
+        assert layer["bits"] == {bits: plan[name]["bits"].count(bits) for bits in sorted(set(plan[name]["bits"]))}
+        assert layer["output_error"] == report["layers"][name]["output_error"] > 0
+    assert value["layers"]["model.layers.0.mlp.up_proj"]["shape"] == [48, 32]
+    for key in ("bpw", "nominal_bits", "bytes", "events", "untouched"):
+        assert value[key] == report[key]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in value["layers"].values())
+    stored = sum(layer["bpw"] * layer["shape"][0] * layer["shape"][1] for layer in value["layers"].values())
+    assert value["bpw"] == pytest.approx(stored / weights)
+
+
+def test_without_a_report_the_layouts_speak(command: Command, quantized: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    told = json.loads(command("inspect", folder, "--json").out)
+    (folder / "report.json").unlink()
+    value = json.loads(command("inspect", folder, "--json").out)
+    assert value["events"] is None
+    assert value["bpw"] == told["bpw"]
+    assert [layer["bits"] for layer in value["layers"].values()] == [layer["bits"] for layer in told["layers"].values()]
+    assert command("inspect", folder).code == 0
+
+
+def test_a_table_for_people(command: Command, quantized: Path) -> None:
+    ran = command("inspect", quantized, "--layer", "*.0.mlp.*")
+    rows = [line.split() for line in ran.out.splitlines() if "mlp" in line and "%" not in line]
+    assert [row[0] for row in rows] == [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert rows[0][1] == "48x32"
+    assert "3 nominal" in ran.out
+    assert "% of fp16" in ran.out
+    assert "slim-llm: bits=3, group_size=16" in ran.out
+    none = command("inspect", quantized, "--layer", "*.9.*")
+    assert none.code == 2
+    assert "no layer matches '*.9.*'; there are 14, such as model.layers.0.self_attn.q_proj" in none.err
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_it_fits(command: Command, quantized: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    console = Console(force_terminal=True, width=width, color_system="truecolor", highlight=False)
+    monkeypatch.setitem(verb.__globals__, "stdout", console)
+    ran = command("inspect", quantized)
+    assert "\x1b[" in ran.out
+    assert "by column" in ran.out
+    assert "…" not in ran.out
+
+
+def test_full_precision_lists_what_would_be_done(command: Command, tiny: Path) -> None:
+    value = json.loads(command("inspect", tiny, "--json").out)
+    assert value["quantized"] is False
+    assert len(value["layers"]) == 14
+    reasons = [item["reason"] for item in value["untouched"]]
+    assert reasons[0].startswith("outside the blocks")
+    assert value["bytes"] == sum(i["nbytes"] for i in value["untouched"]) + sum(
+        layer["bytes"] for layer in value["layers"].values()
+    )
+    assert value["ratio_to_fp16"] == 1.0
+    table = command("inspect", tiny).out
+    assert "model.layers.1.mlp.down_proj" in table
+    assert "100 % of fp16" in table
+
+
+def test_another_tool_s_model_is_refused(command: Command, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    ran = command("inspect", folder)
+    assert ran.code == 2
+    assert "another tool (gptq)" in ran.err
+
+
+def test_the_bar_has_a_digit_per_group_or_the_mean_of_neighbours() -> None:
+    assert group_bar("1232", 8).plain == "1232"
+    assert group_bar("11334422", 4).plain == "1342"
+    assert group_bar("", 8).plain == ""
+    colours = {str(span.style) for span in group_bar("12345678", 8).spans}
+    assert len(colours) > 4

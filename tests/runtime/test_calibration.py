@@ -1,0 +1,134 @@
+"""The model's own calibration text: seeded, of the right shape, and only from models that can write."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bitquilt import Result, UserError
+from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.runtime.calibration import context_limit, describe_source, make_calibration
+
+VOCAB = 64
+
+
+def sample(folder: Path, seed: int = 0, samples: int = 18, seq_len: int = 12) -> Tensor:
+    said: list[str] = []
+    ids = make_calibration(
+        open_checkpoint(folder),
+        "self",
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        vocabulary=VOCAB,
+        progress=said.append,
+    )
+    assert said
+    assert f"of {samples} sequences of {seq_len} tokens" in said[0]
+    return ids
+
+
+def test_text_is_seeded_and_of_the_right_shape(make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    ids = sample(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ids.shape == (18, 12)
+    assert ids.dtype == torch.int64
+    assert 0 <= int(ids.min()) <= int(ids.max()) < VOCAB
+    assert set(ids[:, 0].tolist()) == {1}  # the BOS token
+    torch.manual_seed(2)
+    assert torch.equal(sample(folder), ids)
+    assert not torch.equal(sample(folder, seed=1), ids)
+    assert len({tuple(row) for row in ids.tolist()}) == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_text_is_drawn_from_the_models_distribution(dtype: torch.dtype, make_model: Callable[..., Path]) -> None:
+    """What the model wrote is likelier to it than the same tokens in another order."""
+    folder = make_model(dtype=dtype, initializer_range=0.4)
+    ids = sample(folder, samples=16, seq_len=24)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def loss(tokens: Tensor) -> float:
+        with torch.no_grad():
+            return float(model(tokens, labels=tokens).loss)
+
+    shuffled = torch.cat([ids[:, :1], ids[:, 1:].flip(1)], dim=1)
+    assert loss(ids) < loss(shuffled) - 0.1
+
+
+def test_a_model_without_bos_starts_at_random(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(make_model(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["bos_token_id"] = None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    ids = sample(tmp_path / "model")
+    assert len(set(ids[:, 0].tolist())) > 4
+    assert torch.equal(sample(tmp_path / "model"), ids)
+
+
+def test_an_encoder_cannot_write(
+    make_model: Callable[..., Path], quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    match = r"no causal language model.*BertForMaskedLM.*give --calibration FILE"
+    with pytest.raises(UserError, match=match):
+        sample(make_model("bert"))
+    with pytest.raises(UserError, match=match):
+        quantize_tiny(make_model("bert"), tmp_path / "out", calibration="self")
+
+
+def test_a_model_larger_than_the_memory_is_refused(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match=r"of memory are free.*give --calibration FILE"):
+        sample(make_model())
+
+
+def test_windows_of_a_file_depend_on_the_seed(make_model: Callable[..., Path], token_file: Path) -> None:
+    def read(seed: int) -> Tensor:
+        return make_calibration(
+            open_checkpoint(make_model()),
+            token_file,
+            samples=3,
+            seq_len=16,
+            seed=seed,
+            vocabulary=VOCAB,
+            progress=lambda _: None,
+        )
+
+    assert read(0).shape == (3, 16)
+    assert torch.equal(read(0), read(0))
+    assert not torch.equal(read(0), read(1))
+
+
+def test_a_source_is_described_by_its_content(token_file: Path, tmp_path: Path) -> None:
+    assert describe_source("self") == {"source": "self"}
+    shutil.copyfile(token_file, tmp_path / "copy.safetensors")
+    one, other = describe_source(token_file), describe_source(tmp_path / "copy.safetensors")
+    assert one["sha256"] == other["sha256"]
+    assert len(one["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 32}, 32),
+        ({"max_seq_len": 16}, 16),
+        ({"text_config": {"max_position_embeddings": 8}, "n_positions": 9}, 8),
+        ({"max_position_embeddings": 0}, None),
+        ({"max_position_embeddings": None, "n_positions": 5}, 5),
+        ({}, None),
+    ],
+)
+def test_the_context_is_read_from_the_config(config: dict[str, object], limit: int | None) -> None:
+    assert context_limit(config) == limit
