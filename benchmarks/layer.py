@@ -91,6 +91,9 @@ def stages(out_features: int, in_features: int, bits: int, group_size: int) -> d
     """Seconds of each stage of slim-llm on one layer."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.02
+    # column groups of unequal size, so that the search has something to find
+    sizes = torch.exp(0.7 * torch.randn(-(-in_features // group_size), generator=generator))
+    weight *= sizes.repeat_interleave(group_size)[:in_features]
     hessian = torch.zeros(in_features, in_features)
     samples, seconds = [], 0.0
     for _ in range(SEQUENCES):
@@ -128,7 +131,9 @@ def main() -> None:
         for width in arguments.in_features:
             rows.append(stages(arguments.out_features, width, arguments.bits, arguments.group_size))
             print(json.dumps(rows[-1]), flush=True)
-    table = markdown_table(list(rows[0]), rows)
+    both = [sum(row[key] for row in rows) for key in ("search s", "every p by full matmuls s")]
+    total = {"layer": "all", "search s": both[0], "every p by full matmuls s": both[1], "ratio": both[1] / both[0]}
+    table = markdown_table(list(rows[0]), [*rows, total])
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "layer.json").write_text(json.dumps({"stamp": stamp(), "rows": rows}, indent=1))
     (OUTPUT / "layer.md").write_text(table)

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from bitquilt.api import survey
 from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout
 from bitquilt.cli.quantize import print_bits_and_size, print_events
 from bitquilt.errors import UserError
@@ -22,7 +21,8 @@ from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD, read_layouts
 from bitquilt.models.structure import open_skeleton
 from bitquilt.packing import bits_per_weight
-from bitquilt.runtime.stream import targets
+from bitquilt.runtime.job import all_targets
+from bitquilt.runtime.survey import survey
 from bitquilt.runtime.writer import read_report
 from bitquilt.types import Layout
 
@@ -107,14 +107,14 @@ def _layer(layout: Layout, solved: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
     skeleton = open_skeleton(checkpoint)
-    untouched, _ = survey(skeleton)
+    targets = all_targets(skeleton, (), include_head=False)
+    untouched = survey(skeleton, targets)
     stored = {name: checkpoint.tensors[source] for source, name in skeleton.parameters.items()}
     size = model_size(checkpoint.folder)
     layers = {}
-    for path in skeleton.blocks:
-        for name in targets(skeleton, path, skeleton.model.get_submodule(path), ()):
-            info = stored[f"{path}.{name}.weight"]
-            layers[f"{path}.{name}"] = {"shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes}
+    for name in targets:
+        info = stored[f"{name}.weight"]
+        layers[name] = {"shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes}
     return {
         "folder": str(checkpoint.folder),
         "quantized": False,

@@ -32,6 +32,14 @@ def context_limit(config: dict[str, Any]) -> int | None:
     return None
 
 
+def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | None]:
+    """A sequence length the model can take, and a notice if it is not the one asked for."""
+    limit = context_limit(checkpoint.config)
+    if limit is not None and seq_len > limit:
+        return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
+    return seq_len, None
+
+
 def describe_source(source: str | Path) -> dict[str, Any]:
     """What identifies the calibration source in a fingerprint."""
     return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}

@@ -9,9 +9,8 @@ for block in blocks:
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
-from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
-from bitquilt.models.structure import Skeleton, linear_layers, vocabulary_size
-from bitquilt.packing import bits_per_weight, layout_to_json, pack
+from bitquilt.models.linear import QuantizedLinear, replace_module
+from bitquilt.models.structure import vocabulary_size
+from bitquilt.packing import layout_from_json
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, finish, learn_extras, record_calls
-from bitquilt.runtime.progress import BlockDone, LayerDone, Observer, Stage
+from bitquilt.runtime.job import Job, head_path, targets
+from bitquilt.runtime.layers import ERROR_TOKENS, check_weights, mean_output_error, quantize_layers
+from bitquilt.runtime.progress import BlockDone, Observer, Stage
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.workdir import Activations, read_tensors, write_json, write_tensors
-from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Recipe, Solution, check_finite
+from bitquilt.types import LayerStats
 
 _SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
-_ERROR_TOKENS = 256  # to report each layer's relative output error
 _PROBE = (2, 32)
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A run's inputs: model, method, calibration ids `[samples, tokens]` (None if the recipe needs none)."""
-
-    skeleton: Skeleton
-    recipe: Recipe
-    ids: Tensor | None
-    folder: Path
-    batch_size: int
-    skip: tuple[str, ...] = ()
-    plans: Mapping[str, LayerPlan] | None = None
+HEAD_FILE, _HEAD_RECORD = "head.safetensors", "head.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +43,21 @@ class _Streams:
     calls: dict[tuple[int, ...], list[Call]]
     probe_ids: Tensor
 
+    def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Block i on `[batch, tokens, width]`, called as the model calls it."""
+        return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
+
 
 def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
-    """Quantize every block; returns their records (see `_solve_block`). Continues after the last committed block.
+    """Quantize every block; returns their records. Continues after the last committed block.
 
     Raises UserError naming layer or block where weights or activations are not finite.
     """
     skeleton, blocks = job.skeleton, job.skeleton.blocks
     records = committed(job.folder, len(blocks))
-    if len(records) == len(blocks) and (job.folder / "logits.safetensors").exists():
-        return records
+    head = committed_head(job.folder)
+    if (job.folder / "logits.safetensors").exists():
+        return records + head
     observe(Stage("reading the embedding and making the first block's inputs"))
     streams = _open_streams(job, resumed=bool(records))
     for i in range(len(records), len(blocks)):
@@ -74,15 +67,18 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
         write_json(job.folder / f"block-{i:05d}.json", record)
         _drop(job.folder, i)
         records.append(record)
-        errors = [e for layer in record["layers"].values() if (e := layer["output_error"]) is not None]
-        observe(BlockDone(i, len(blocks), sum(errors) / len(errors) if errors else None, record["seconds"]))
+        observe(BlockDone(i, len(blocks), mean_output_error(record), record["seconds"]))
+    if job.include_head and not head:
+        head = [_head(job, streams, observe)]
     observe(Stage("computing the quantized model's logits on the probe"))
     skeleton.load("")
+    if head:
+        _quantized_head(job, head[0])
     probe = read_tensors(job.folder / f"probe-{len(blocks):05d}.safetensors")["hidden"]
     logits = finish(skeleton, streams.probe_ids, probe, streams.extras)
     skeleton.release_outer()
     write_tensors(job.folder / "logits.safetensors", {"ids": streams.probe_ids, "logits": logits.float()})
-    return records
+    return records + head
 
 
 def committed(folder: Path, blocks: int) -> list[dict[str, Any]]:
@@ -96,15 +92,10 @@ def committed(folder: Path, blocks: int) -> list[dict[str, Any]]:
     return records
 
 
-def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
-    """The block's layers to quantize, by path inside the block: linear, read unchanged, not skipped on request."""
-    plain = set(skeleton.parameters.values())
-    found = {}
-    for name, module in linear_layers(block).items():
-        full = f"{path}.{name}"
-        if f"{full}.weight" in plain and not any(fnmatch(full, pattern) for pattern in skip):
-            found[name] = module
-    return found
+def committed_head(folder: Path) -> list[dict[str, Any]]:
+    """The head's record, if it is done."""
+    path = folder / _HEAD_RECORD
+    return [json.loads(path.read_text())] if path.is_file() else []
 
 
 def _open_streams(job: Job, resumed: bool) -> _Streams:
@@ -121,7 +112,7 @@ def _open_streams(job: Job, resumed: bool) -> _Streams:
     skeleton.reset(skeleton.blocks[0], template)
     check_order(skeleton, probe_ids, extras)
     calls: dict[tuple[int, ...], list[Call]] = {tuple(probe_ids.shape): record_calls(skeleton, probe_ids, extras)}
-    for rows in _batches(job):
+    for rows in job.batches():
         assert job.ids is not None
         shape = tuple(job.ids[rows].shape)
         if shape not in calls:
@@ -131,7 +122,7 @@ def _open_streams(job: Job, resumed: bool) -> _Streams:
         if job.ids is not None:
             width = embed(skeleton, job.ids[:1, :1]).shape[-1]
             inputs = Activations.create(folder / ".activations.tmp", (*job.ids.shape, width))
-            for rows in _batches(job):
+            for rows in job.batches():
                 inputs.write(rows, embed(skeleton, job.ids[rows]))
             inputs.commit(folder / "activations-00000.f32")
     skeleton.release_outer()
@@ -145,129 +136,90 @@ def _block(job: Job, streams: _Streams, i: int, observe: Observer) -> dict[str, 
     template = skeleton.template(path)
     block = skeleton.load(path)
     linears = targets(skeleton, path, block, job.skip)
-    _check_weights(path, linears)
+    check_weights(linears)
     inputs = _inputs(job, i)
-    stats = _statistics(job, streams, i, block, linears, inputs)
-    record: dict[str, Any] = {"block": path, "layers": {}, "events": []}
-    tensors: dict[str, Tensor] = {}
-    prepared: tuple[LayerStats | None, Any] | None = None
-    for name, module in linears.items():
-        started = time.perf_counter()
-        full = f"{path}.{name}"
-        try:
-            layer, events = _layer(full, module, stats.get(name))
-            if prepared is None or prepared[0] is not layer.stats:
-                prepared = (layer.stats, job.recipe.prepare(layer.stats))
-            plan, solution = _solve(job, layer, prepared[1])
-        except ValueError as error:
-            text = str(error)
-            raise UserError(text if full in text else f"{full}: {text}") from None
-        bias = getattr(module, "bias", None)
-        quantized = QuantizedLinear.from_weight(solution.weight, None if bias is None else bias.data)
-        replace_module(block, name, quantized)
-        tensors |= {f"{full}.{key}": value for key, value in pack(solution.weight).items()}
-        entry = _entry(layer, plan, solution, quantized, stats.get(name))
-        entry["seconds"] = round(time.perf_counter() - started, 3)
-        record["layers"][full] = entry
-        record["events"] += [asdict(event) for event in (*events, *solution.events)]
-        bpw = bits_per_weight(solution.weight.layout)
-        observe(LayerDone(i, full, bpw, entry["output_error"], entry["seconds"]))
+    stats = _statistics(job, linears, _through_block(job, streams, i, block, inputs), path)
+    record, tensors = quantize_layers(job, i, linears, stats, observe)
     _forward(job, streams, i, block, inputs)
-    replaced = {f"{path}.{name}.weight" for name in linears}
+    replaced = {f"{name}.weight" for name in linears}
     kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
-    write_tensors(folder / f"block-{i:05d}.safetensors", tensors | skeleton.checkpoint.read(kept))
+    file = f"block-{i:05d}.safetensors"
+    write_tensors(folder / file, tensors | skeleton.checkpoint.read(kept))
     skeleton.reset(path, template)
-    return record
+    return {"block": path, "file": file, **record}
 
 
-def _check_weights(path: str, linears: Mapping[str, nn.Module]) -> None:
-    """Before anything is computed with them: afterwards the first layer to see a NaN is not the one that holds it."""
-    try:
-        for name, module in linears.items():
-            check_finite(f"{path}.{name}", weight=linear_weight(module))
-    except ValueError as error:
-        raise UserError(f"{error}; the checkpoint is damaged, download or convert it again") from None
+def _through_block(
+    job: Job, streams: _Streams, i: int, block: nn.Module, inputs: Activations | None
+) -> Iterator[Tensor] | None:
+    """One forward pass of the block per batch, or None without calibration."""
+    if inputs is None:
+        return None
+    return (streams.run(i, block, inputs.read(rows)) for rows in job.batches())
 
 
 def _statistics(
-    job: Job,
-    streams: _Streams,
-    i: int,
-    block: nn.Module,
-    linears: Mapping[str, nn.Module],
-    inputs: Activations | None,
+    job: Job, linears: Mapping[str, nn.Module], passes: Iterable[object] | None, where: str
 ) -> dict[str, LayerStats]:
-    if inputs is None:
+    if passes is None or job.ids is None:
         return {}
-
-    def batches() -> Iterator[None]:
-        for rows in _batches(job):
-            hidden = inputs.read(rows)
-            streams.calls[tuple(hidden.shape[:2])][i](block, hidden)
-            yield
-
-    sample = _SAMPLE_TOKENS if "sample" in job.recipe.needs else _ERROR_TOKENS
-    tokens = inputs.shape[0] * inputs.shape[1]
+    sample = _SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
     try:
-        return collect(linears, batches(), hessian="hessian" in job.recipe.needs, sample=sample, tokens=tokens)
+        return collect(linears, passes, hessian="hessian" in job.recipe.needs, sample=sample, tokens=job.ids.numel())
     except ValueError as error:
-        raise UserError(
-            f"block {job.skeleton.blocks[i]}: {error}; calibrate a model whose activations are finite"
-        ) from None
+        raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
 
 
-def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Layer, list[Event]]:
-    weight = linear_weight(module).float()
-    bias = getattr(module, "bias", None)
-    events = []
-    if stats is not None and stats.tokens == 0:
-        # an expert that no token was routed to: nothing is known about its input, so every channel counts the same
-        stats = LayerStats(torch.eye(weight.shape[1]), 1, None)
-        events.append(Event(full, "no calibration tokens", "no token reached this layer: all channels weigh the same"))
-    return Layer(full, weight, None if bias is None else bias.data.float(), stats), events
+@torch.no_grad()
+def _head(job: Job, streams: _Streams, observe: Observer) -> dict[str, Any]:
+    """Quantize the head on the last block's outputs; its files are in place when this returns."""
+    skeleton, folder = job.skeleton, job.folder
+    path, count = head_path(skeleton), len(skeleton.blocks)
+    observe(Stage(f"quantizing the head {path}"))
+    started = time.perf_counter()
+    skeleton.load("")
+    linears = {path: skeleton.model.get_submodule(path)}
+    check_weights(linears)
+    inputs = _inputs(job, count)
+    passes = None
+    if inputs is not None and job.ids is not None:
+        ids = job.ids
+        passes = (finish(skeleton, ids[rows], inputs.read(rows), streams.extras) for rows in job.batches())
+    record, tensors = quantize_layers(job, count, linears, _statistics(job, linears, passes, path), observe)
+    write_tensors(folder / HEAD_FILE, tensors)
+    skeleton.release_outer()
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    record = {"block": path, "file": HEAD_FILE, **record}
+    write_json(folder / _HEAD_RECORD, record)
+    (folder / f"activations-{count:05d}.f32").unlink(missing_ok=True)
+    return record
 
 
-def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
-    if job.plans is None:
-        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), layer.weight.shape[1])
-    else:
-        plan = job.plans[layer.name]
-    return plan, job.recipe.quantize(layer, plan, prepared)
-
-
-def _entry(
-    layer: Layer, plan: LayerPlan, solution: Solution, module: QuantizedLinear, stats: LayerStats | None
-) -> dict[str, Any]:
-    difference = module.dequantize() - layer.weight
-    weight_error = float(difference.square().sum() / layer.weight.square().sum().clamp_min(1e-30))
-    output_error = None
-    if stats is not None and stats.sample is not None:
-        sample = stats.sample[:: max(1, len(stats.sample) // _ERROR_TOKENS)]
-        wrong, right = sample @ difference.t(), sample @ layer.weight.t()
-        output_error = float(wrong.square().sum() / right.square().sum().clamp_min(1e-30))
-    return {
-        "layout": layout_to_json(solution.weight.layout),
-        "bits": "".join(map(str, plan.bits)),
-        "group_size": plan.group_size,
-        "output_error": output_error,
-        "weight_error": weight_error,
-        "loss": solution.loss,
-    }
+def _quantized_head(job: Job, record: dict[str, Any]) -> None:
+    """Put the stored head into the model."""
+    path = record["block"]
+    prefix = f"{path}."
+    tensors = {key.removeprefix(prefix): value for key, value in read_tensors(job.folder / HEAD_FILE).items()}
+    layout = layout_from_json(record["layers"][path]["layout"], path)
+    bias = getattr(job.skeleton.model.get_submodule(path), "bias", None)
+    module = QuantizedLinear.from_tensors(tensors, layout, None if bias is None else bias.data)
+    replace_module(job.skeleton.model, path, module)
 
 
 def _forward(job: Job, streams: _Streams, i: int, block: nn.Module, inputs: Activations | None) -> None:
     """Send calibration and probe through the quantized block; the results are the next block's inputs."""
     following = f"{i + 1:05d}"
-    if inputs is not None and i + 1 < len(job.skeleton.blocks):
+    needed = i + 1 < len(job.skeleton.blocks) or job.include_head
+    if inputs is not None and needed:
         outputs = Activations.create(job.folder / ".activations.tmp", inputs.shape)
-        for rows in _batches(job):
+        for rows in job.batches():
             hidden = inputs.read(rows)
-            output = streams.calls[tuple(hidden.shape[:2])][i](block, hidden)
+            output = streams.run(i, block, hidden)
             _check_outputs(job, i, output)
             outputs.write(rows, output)
         outputs.commit(job.folder / f"activations-{following}.f32")
     probe = read_tensors(job.folder / f"probe-{i:05d}.safetensors")["hidden"]
-    output = streams.calls[tuple(probe.shape[:2])][i](block, probe)
+    output = streams.run(i, block, probe)
     _check_outputs(job, i, output)
     write_tensors(job.folder / f"probe-{following}.safetensors", {"hidden": output})
 
@@ -275,11 +227,6 @@ def _forward(job: Job, streams: _Streams, i: int, block: nn.Module, inputs: Acti
 def _check_outputs(job: Job, i: int, output: Tensor) -> None:
     if not bool(torch.isfinite(output).all()):
         raise UserError(f"the output of quantized block {job.skeleton.blocks[i]} holds NaN or Inf")
-
-
-def _batches(job: Job) -> list[slice]:
-    count = 0 if job.ids is None else len(job.ids)
-    return [slice(start, min(start + job.batch_size, count)) for start in range(0, count, job.batch_size)]
 
 
 def _inputs(job: Job, i: int) -> Activations | None:

@@ -4,6 +4,7 @@ One shard per block, linked into place, so that a 70B model needs no second copy
 is copied tensor by tensor, under its own names and types.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,13 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitquilt.errors import VerificationError
+from bitquilt.errors import UserError, VerificationError
 from bitquilt.models.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.models.config import quantization_config, read_layouts
 from bitquilt.models.structure import Skeleton, open_skeleton
 from bitquilt.packing import layout_from_json
 from bitquilt.runtime.calls import embed, finish, learn_extras, record_calls
-from bitquilt.runtime.workdir import read_tensors, write_json, write_tensors
+from bitquilt.runtime.workdir import check_fingerprint, read_tensors, write_json, write_tensors
 
 _SHARD_BYTES = 10**9
 # The reloaded model runs the same ops on the same bytes: what differs is the order of thread sums at most.
@@ -32,8 +33,9 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    files = [work / f"block-{i:05d}.safetensors" for i in range(len(records))]
-    files += _write_rest(skeleton, work)
+    files = [work / record["file"] for record in records]
+    replaced = {f"{name}.weight" for record in records for name in record["layers"]}
+    files += _write_rest(skeleton, work, replaced)
     weight_map: dict[str, str] = {}
     total = 0
     for number, file in enumerate(files, start=1):
@@ -90,11 +92,13 @@ def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
     return finish(skeleton, ids, hidden, extras).float()
 
 
-def _write_rest(skeleton: Skeleton, work: Path) -> list[Path]:
-    """Everything outside the blocks, unchanged, in shards of about a gigabyte."""
+def _write_rest(skeleton: Skeleton, work: Path, replaced: set[str]) -> list[Path]:
+    """Everything outside the blocks that was not quantized, unchanged, in shards of about a gigabyte."""
     infos = skeleton.checkpoint.tensors
     shards: list[list[str]] = [[]]
     for name in skeleton.sources[""]:
+        if skeleton.parameters.get(name) in replaced:
+            continue
         if shards[-1] and sum(infos[n].nbytes for n in shards[-1]) + infos[name].nbytes > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
@@ -119,6 +123,17 @@ def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any]) ->
     write_json(folder / "report.json", report)
 
 
+def finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of an output that is already there and is this run's. Raises UserError if it is anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    report = read_report(out) if out.is_dir() else None
+    if report is None:
+        raise UserError(f"{out} exists and was not made by bitquilt; give another output folder, or move it away")
+    check_fingerprint(out, report["fingerprint"], fingerprint)
+    return report
+
+
 def read_report(folder: Path) -> dict[str, Any] | None:
     """The report of a finished output folder, or None if the folder is not ours."""
     path = folder / "report.json"
@@ -129,3 +144,16 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return report if isinstance(report, dict) and "fingerprint" in report else None
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Make the finished folder appear under its name; across disks a rename is a copy to a neighbour, then a rename."""
+    with contextlib.suppress(OSError):
+        out.rmdir()  # an empty folder the user made
+    try:
+        folder.rename(out)
+    except OSError:
+        neighbour = out.with_name(f".{out.name}.tmp")
+        shutil.rmtree(neighbour, ignore_errors=True)
+        shutil.copytree(folder, neighbour)
+        neighbour.rename(out)

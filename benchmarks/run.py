@@ -1,0 +1,16 @@
+"""Every benchmark, one after the other: `make bench`. Results as JSON and markdown in benchmarks/output."""
+
+import subprocess
+import sys
+
+BENCHMARKS = ("layer", "memory", "crash", "quality")
+
+
+def main() -> None:
+    for name in BENCHMARKS:
+        print(f"== benchmarks.{name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+
+
+if __name__ == "__main__":
+    main()

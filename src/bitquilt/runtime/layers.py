@@ -1,0 +1,106 @@
+"""How are loaded linear layers quantized, given statistics of their inputs? quantize_layers(job, linears, stats)."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitquilt.errors import UserError
+from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
+from bitquilt.packing import bits_per_weight, layout_to_json, pack
+from bitquilt.runtime.job import Job
+from bitquilt.runtime.progress import LayerDone, Observer
+from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite
+
+ERROR_TOKENS = 256  # to report each layer's relative output error
+
+
+def quantize_layers(
+    job: Job, number: int, linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], observe: Observer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Quantize `linears` (full path -> module) and put the quantized modules in their places in the model.
+
+    Returns their record, `{"layers": {path: ...}, "events": [...]}`, and their stored tensors under their full names.
+    Raises UserError naming the layer that cannot be solved.
+    """
+    record: dict[str, Any] = {"layers": {}, "events": []}
+    tensors: dict[str, Tensor] = {}
+    prepared: tuple[LayerStats | None, Any] | None = None
+    for full, module in linears.items():
+        started = time.perf_counter()
+        try:
+            layer, events = _layer(full, module, stats.get(full))
+            if prepared is None or prepared[0] is not layer.stats:
+                prepared = (layer.stats, job.recipe.prepare(layer.stats))
+            plan, solution = _solve(job, layer, prepared[1])
+        except ValueError as error:
+            text = str(error)
+            raise UserError(text if full in text else f"{full}: {text}") from None
+        bias = getattr(module, "bias", None)
+        quantized = QuantizedLinear.from_weight(solution.weight, None if bias is None else bias.data)
+        replace_module(job.skeleton.model, full, quantized)
+        tensors |= {f"{full}.{key}": value for key, value in pack(solution.weight).items()}
+        entry = _entry(layer, plan, solution, quantized, stats.get(full))
+        entry["seconds"] = round(time.perf_counter() - started, 3)
+        record["layers"][full] = entry
+        record["events"] += [asdict(event) for event in (*events, *solution.events)]
+        bpw = bits_per_weight(solution.weight.layout)
+        observe(LayerDone(number, full, bpw, entry["output_error"], entry["seconds"]))
+    return record, tensors
+
+
+def check_weights(linears: Mapping[str, nn.Module]) -> None:
+    """Before anything is computed with them: afterwards the first layer to see a NaN is not the one that holds it."""
+    try:
+        for full, module in linears.items():
+            check_finite(full, weight=linear_weight(module))
+    except ValueError as error:
+        raise UserError(f"{error}; the checkpoint is damaged, download or convert it again") from None
+
+
+def mean_output_error(record: Mapping[str, Any]) -> float | None:
+    """Mean of the layers' relative output errors, or None without data."""
+    errors = [e for layer in record["layers"].values() if (e := layer["output_error"]) is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Layer, list[Event]]:
+    weight = linear_weight(module).float()
+    bias = getattr(module, "bias", None)
+    events = []
+    if stats is not None and stats.tokens == 0:
+        # an expert that no token was routed to: nothing is known about its input, so every channel counts the same
+        stats = LayerStats(torch.eye(weight.shape[1]), 1, None)
+        events.append(Event(full, "no calibration tokens", "no token reached this layer: all channels weigh the same"))
+    return Layer(full, weight, None if bias is None else bias.data.float(), stats), events
+
+
+def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
+    if job.plans is None:
+        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), layer.weight.shape[1])
+    else:
+        plan = job.plans[layer.name]
+    return plan, job.recipe.quantize(layer, plan, prepared)
+
+
+def _entry(
+    layer: Layer, plan: LayerPlan, solution: Solution, module: QuantizedLinear, stats: LayerStats | None
+) -> dict[str, Any]:
+    difference = module.dequantize() - layer.weight
+    weight_error = float(difference.square().sum() / layer.weight.square().sum().clamp_min(1e-30))
+    output_error = None
+    if stats is not None and stats.sample is not None:
+        sample = stats.sample[:: max(1, len(stats.sample) // ERROR_TOKENS)]
+        wrong, right = sample @ difference.t(), sample @ layer.weight.t()
+        output_error = float(wrong.square().sum() / right.square().sum().clamp_min(1e-30))
+    return {
+        "layout": layout_to_json(solution.weight.layout),
+        "bits": "".join(map(str, plan.bits)),
+        "group_size": plan.group_size,
+        "output_error": output_error,
+        "weight_error": weight_error,
+        "loss": solution.loss,
+    }
