@@ -26,9 +26,10 @@ MODEL = Path(bitquilt.__file__).parent / "demo"
 
 
 def command(out: Path, ids: Path) -> list[str]:
-    flags = "--recipe slim-llm --bits 2 --group-size 32 --samples 32 --seq-len 128 --seed 0 --quiet".split()
+    settings = {"recipe": "slim-llm", "bits": 2, "group-size": 32, "samples": 32, "seq-len": 128, "seed": 0}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
     main = [sys.executable, "-c", "from bitquilt.cli import main; main()", "quantize"]
-    return [*main, str(MODEL), str(out), "--calibration", str(ids), *flags]
+    return [*main, str(MODEL), str(out), "--calibration", str(ids), *flags, "--quiet"]
 
 
 def main() -> None:
