@@ -26,9 +26,7 @@ def ids(tmp_path):
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "slim-llm"])
 def test_head_is_quantized_and_computes_with_its_codes(untied, ids, tmp_path, recipe):
     out = tmp_path / "out"
-    result = bitquilt.quantize(
-        untied, recipe, ids, out, samples=6, seq_len=16, bits=3, group_size=8, include_head=True
-    )
+    result = bitquilt.quantize(untied, recipe, ids, out, samples=6, seq_len=16, bits=3, group_size=8, include_head=True)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model.lm_head, QuantizedLinear)
     assert "lm_head" in result.report["layers"]
