@@ -208,7 +208,7 @@ def test_another_text_in_the_same_file_is_another_run(
 def test_another_version_is_another_run(
     begun: Path, source: Path, quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitquilt.api.__version__", "99.0")
+    monkeypatch.setattr("bitquilt.runtime.report.__version__", "99.0")
     with pytest.raises(UserError, match=rf"version was '{bitquilt.__version__}', now it is '99.0'"):
         run(quantize_tiny, source, begun)
 
