@@ -37,7 +37,7 @@ from bitquilt.runtime.workdir import (
     write_tensors,
 )
 from bitquilt.runtime.writer import assemble, read_report, verify, write_reports
-from bitquilt.types import Recipe
+from bitquilt.types import ChecksLayers, Recipe
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -100,7 +100,13 @@ def quantize(
     skeleton = open_skeleton(checkpoint)
     untouched, layers = survey(skeleton, skip)
     if plans is not None:
-        check_plan(plans, _in_features(skeleton, skip))
+        widths = {name: shape[1] for name, shape in _shapes(skeleton, skip).items()}
+        check_plan(plans, widths, channels=getattr(recipe, "channelwise", False))
+    elif isinstance(recipe, ChecksLayers):
+        try:
+            recipe.check_layers(_shapes(skeleton, skip))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     started = time.perf_counter()
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         blocks = len(skeleton.blocks)
@@ -178,9 +184,10 @@ def survey(skeleton: Skeleton, skip: Sequence[str] = ()) -> tuple[tuple[Untouche
     return tuple(sorted(summary, key=lambda item: -item.nbytes)), len(quantized)
 
 
-def _in_features(skeleton: Skeleton, skip: Sequence[str]) -> dict[str, int]:
+def _shapes(skeleton: Skeleton, skip: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """`[out, in]` of the layers to quantize, by path."""
     return {
-        f"{path}.{name}": linear_weight(module).shape[1]
+        f"{path}.{name}": (linear_weight(module).shape[0], linear_weight(module).shape[1])
         for path in skeleton.blocks
         for name, module in targets(skeleton, path, skeleton.model.get_submodule(path), skip).items()
     }

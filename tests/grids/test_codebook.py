@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitquilt.grids import uniform
 from bitquilt.grids.codebook import CodebookGrid, exact_kmeans, fit_codebook, lloyd, squared_error
 
 COLUMN = torch.tensor([[-1.0, -0.9, -0.1, 0.0, 0.1, 0.8, 1.2, 5.0]]).t()
@@ -105,9 +106,10 @@ def test_the_known_column():
     protected = fit_codebook(COLUMN, 2, mass)
     torch.testing.assert_close(protected.levels, torch.tensor([[-0.95, 0.0, 0.8, 1.2]]), rtol=0, atol=1e-3)
     assert error_of(COLUMN, protected, mass) == pytest.approx(0.025, abs=1e-3)
-    assert error_of(COLUMN, fit_codebook(COLUMN, 2, clustering="uniform")) == pytest.approx(4.11, abs=1e-2)
-    uniform = fit_codebook(COLUMN, 2, mass, clustering="uniform")
-    assert error_of(COLUMN, uniform, mass) == pytest.approx(0.1944, abs=1e-3)
+    for rows, expected in ((8, 4.11), (7, 0.1944)):  # a min-max grid through zero, for comparison
+        column = COLUMN[:rows].t()
+        assert error_of(column, uniform.fit(column, 2)) == pytest.approx(expected, abs=1e-2)
+    assert fit_codebook(COLUMN, 2, clustering="uniform").levels.tolist() == [[-1.0, 1.0, 3.0, 5.0]]
 
 
 @pytest.mark.parametrize("clustering", ["exact", "lloyd", "uniform"])
