@@ -111,7 +111,8 @@ def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -
                 results.append({"part": "baselines", **measure(model, f"{row} {bits}", row, chosen, size)})
     curves = {row: CURVES[row] for row in arguments.curves}
     if "equal" in arguments.parts:
-        for baseline in list(results):
+        by_size = {round(r["bpw"], 3): r for r in reversed(results)}  # rtn and gptq take the same bytes: once is enough
+        for baseline in list(by_size.values()):
             for row, options in curves.items():
                 try:
                     found = measure(
@@ -124,8 +125,10 @@ def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -
     if "curve" in arguments.parts:
         for row, options in curves.items():
             points = grid_points(model, options, STEP)
-            for point in points[:: max(1, len(points) - 1)] if arguments.quick else points:
-                results.append({"part": "curve", **measure(model, row, "cmpq", {"bpw": point, **options}, size)})
+            if arguments.quick:
+                points = points[:: max(1, len(points) - 1)]
+            found_points = (measure(model, row, "cmpq", {"bpw": point, **options}, size) for point in points)
+            results += [{"part": "curve", **found} for found in found_points]
     if "ablation" in arguments.parts:
         for row, options in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
             chosen = {"bpw": arguments.ablation_bpw, **options}

@@ -157,6 +157,13 @@ def test_compensation_lowers_the_layers_output_error():
     assert swept.loss > 0
 
 
+def test_cmpq_plus_is_cmpq_with_compensation():
+    layer = make_layer()
+    one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", compensation=True)))
+    assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
+    assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"
+
+
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("out", [96, 130])
 def test_true_bits_are_met_from_below(options, out):
