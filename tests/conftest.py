@@ -1,9 +1,11 @@
 """Tiny random models of every family, made here: nothing is downloaded."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -11,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitquilt
+
+# The same examples on every machine, and no deadline: a busy machine is no bug. HYPOTHESIS_PROFILE=default explores.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 VOCAB = 64
 SAMPLES, SEQ_LEN = 6, 16

@@ -16,7 +16,7 @@ from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
-from bitquilt.runtime.job import Job, all_targets, in_features
+from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
 from bitquilt.runtime.progress import Observer, Stage, Started, silent
 from bitquilt.runtime.report import build_report, fingerprint_of, recipe_json
@@ -31,7 +31,7 @@ from bitquilt.runtime.workdir import (
     write_tensors,
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
-from bitquilt.types import Recipe
+from bitquilt.types import ChecksLayers, Recipe
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -96,7 +96,12 @@ def quantize(
     layers = all_targets(skeleton, skip, include_head)
     untouched = survey(skeleton, layers)
     if plans is not None:
-        check_plan(plans, in_features(layers))
+        check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
+    elif isinstance(recipe, ChecksLayers):
+        try:
+            recipe.check_layers(shapes(layers))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     started = time.perf_counter()
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))

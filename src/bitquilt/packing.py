@@ -13,7 +13,12 @@ from bitquilt.ops.reference import GRID_CODEBOOK, GRID_UNIFORM, expand_permutati
 from bitquilt.types import Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
 
 _GRID_CODES = {"uniform": GRID_UNIFORM, "codebook": GRID_CODEBOOK}
-_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks of narrow layers only: three digits, no room for small scales
+}
 _DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 _INT16_CHANNELS = 2**15  # indices of wider layers need four bytes
 

@@ -4,9 +4,9 @@ column segments with one storage format each, plus an optional sparse remainder.
 Layout everywhere: `weight [out, in]`, y = x W^T + b. Sizes in bits or bytes as named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -237,6 +237,15 @@ class Recipe(Protocol):
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
         """Solve the layer for the chosen plan."""
+        ...
+
+
+@runtime_checkable
+class ChecksLayers(Protocol):
+    """A recipe whose budget depends on the layers' shapes: asked before the expensive step."""
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError naming the first layer, `[out, in]` by path, that the recipe cannot serve."""
         ...
 
 

@@ -61,6 +61,21 @@ def test_a_finished_output_says_so(command: Command, tiny: Path, text: Path, tmp
     assert json.loads(command(*line, "--json").out)["already_done"] is True
 
 
+@pytest.mark.parametrize(("flag", "key"), [("--bits", "nominal_bits"), ("--bpw", "bpw")])
+def test_fractional_budgets(command: Command, tiny: Path, text: Path, tmp_path: Path, flag: str, key: str) -> None:
+    target = {"--bits": 2.2, "--bpw": 6.0}[flag]  # codebooks of layers this narrow cost more than their codes
+    line = ("quantize", tiny, tmp_path / "out", "--recipe", "cmpq", flag, str(target), "--calibration", text)
+    ran = command(*line, "--samples", "4", "--seq-len", "16", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)[key] == pytest.approx(target, abs=0.05)
+    shown = json.loads(command("inspect", tmp_path / "out", "--json").out)
+    layer = shown["layers"]["model.layers.0.mlp.up_proj"]
+    assert (layer["group_size"], len(layer["groups"])) == (1, 32)
+    assert sum(layer["bits"].values()) == 32
+    assert layer["outliers"] > 0
+    assert "of the weights" in command("inspect", tmp_path / "out").out
+
+
 def test_quiet_says_nothing(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:
     ran = command("quantize", tiny, tmp_path / "out", *FLAGS, "--calibration", text, "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
@@ -102,6 +117,14 @@ def command_globals() -> dict[str, Any]:
     [
         (["--recipe", "slim-lm"], "unknown recipe 'slim-lm' (did you mean 'slim-llm'?)"),
         (["--bits", "2.5"], "bits is 2.5; recipe slim-llm takes a whole number from 2 to 8"),
+        (["--bits", "2.5"], "recipe cmpq takes fractions"),
+        (["--bpw", "2.5"], "recipe slim-llm cannot aim at 2.5 true bits per weight; --bpw goes with cmpq"),
+        (["--recipe", "cmpq", "--bpw", "2.5", "--bits", "2"], "give one: bits counts codes only, bpw all"),
+        (["--recipe", "cmpq", "--bpw", "1"], "with its codebooks and outliers; "),
+        (["--recipe", "cmpq", "--bits", "9"], "bits is 9.0; the palette reaches means from 1 to 8"),
+        (["--recipe", "cmpq", "--group-size", "8"], "recipe cmpq has no groups"),
+        (["--recipe", "cmpq", "--set", "palette=[2, 4]"], "palette [2, 4] has a hole at 3"),
+        (["--recipe", "cmpq", "--set", "error_outliers=0.6"], "error_outliers is 0.6; wanted a share"),
         (["--bits", "9"], "bits is 9; wanted a whole number from 2 to 8"),
         (["--bits", "1"], "bits is 1; wanted a whole number from 2 to 8"),
         (["--group-size", "12"], "group size is 12; wanted a positive multiple of 8"),

@@ -143,10 +143,19 @@ def _print_quantized(value: dict[str, Any]) -> None:
         print_fact(stdout, "recipe", _settings(value["recipe"]))
     if value["calibration"]:
         print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
+    _print_sparse(value["layers"])
     print_bits_and_size(value, value["ratio_to_fp16"])
     _print_untouched(value["untouched"] or [], value["bytes"])
     if value["events"] is not None:
         print_events(value["events"])
+
+
+def _print_sparse(layers: dict[str, Any]) -> None:
+    """How many weights stand beside the codes in half precision."""
+    kept = sum(layer["outliers"] for layer in layers.values())
+    if kept:
+        share = kept / sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+        print_fact(stdout, "sparse", f"{kept} outliers in half precision, {100 * share:.2g} % of the weights")
 
 
 def _print_layers(layers: dict[str, Any]) -> None:

@@ -27,16 +27,21 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.recipes import MAX_TARGET_BITS, MIN_TARGET_BITS, make_recipe
+from bitquilt.recipes import MAX_TARGET_BITS, MIN_TARGET_BITS, RECIPES, make_recipe, takes_fractions
 from bitquilt.types import Recipe
 
 
 def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq or slim-llm.")] = "slim-llm",
+    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
     bits: Annotated[
-        float | None, Option(help="Mean bits per weight, 2 to 8 (default: the recipe's).", metavar="N")
+        float | None,
+        Option(help="Mean bits per code, 2 to 8; cmpq takes fractions (default: the recipe's).", metavar="N"),
+    ] = None,
+    bpw: Annotated[
+        float | None,
+        Option(help="cmpq: true bits per weight, everything stored included, instead of --bits.", metavar="N"),
     ] = None,
     group_size: Annotated[
         int | None, Option(help="Input channels per scale, a multiple of 8 (default: the recipe's).")
@@ -72,7 +77,7 @@ def quantize(
     json_output: Json = False,
 ) -> None:
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
-    chosen = _recipe(recipe, bits, group_size, published, settings or [])
+    chosen = _recipe(recipe, bits, bpw, group_size, published, settings or [])
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(
@@ -101,13 +106,26 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def _recipe(name: str, bits: float | None, group_size: int | None, published: bool, settings: list[str]) -> Recipe:
-    if bits is not None and not bits.is_integer():
+def _recipe(
+    name: str,
+    bits: float | None,
+    bpw: float | None,
+    group_size: int | None,
+    published: bool,
+    settings: list[str],
+) -> Recipe:
+    fractions = takes_fractions(name)
+    if bits is not None and not fractions and not bits.is_integer():
         raise UserError(
             f"bits is {bits:g}; recipe {name} takes a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}: "
-            "fractions come from mixing, and its mean stays whole"
+            "fractions come from mixing, and its mean stays whole; recipe cmpq takes fractions"
         )
-    given = {"bits": None if bits is None else int(bits), "group_size": group_size, "published": published or None}
+    if bpw is not None and name in RECIPES and not fractions:
+        raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; --bpw goes with cmpq")
+    if group_size is not None and fractions:
+        raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
+    whole = bits if bits is None or fractions else int(bits)
+    given = {"bits": whole, "bpw": bpw, "group_size": group_size, "published": published or None}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for setting in settings:
         key, value = parse_setting(setting)

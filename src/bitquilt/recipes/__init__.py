@@ -7,12 +7,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bitquilt.errors import UserError
+from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
 from bitquilt.types import Recipe
 
-RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM)}
+RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus)}
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
@@ -20,8 +21,8 @@ GROUP_SIZE_STEP = 8
 def make_recipe(name: str, /, **options: Any) -> Recipe:
     """A recipe from its name and its fields; `published=True` starts from the public implementation's settings.
 
-    Raises UserError for an unknown name or field, a value of the wrong kind, bits outside 2 .. 8 or a group size
-    that is not a positive multiple of 8.
+    Raises UserError for an unknown name or field, a value of the wrong kind, bits outside 2 .. 8 (channel by channel:
+    outside the palette) or a group size that is not a positive multiple of 8.
     """
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}; known are {', '.join(RECIPES)}")
@@ -30,6 +31,8 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
     if published and not hasattr(kind, "published"):
         raise UserError(f"recipe {name} has no published variant; leave out `published`")
     known = {field.name for field in fields(kind)}
+    if options.get("bpw") is not None and "bits" in options and "bpw" in known:
+        raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
     for option in options:
         if option not in known:
             raise UserError(
@@ -45,13 +48,24 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
     return recipe
 
 
+def takes_fractions(name: str) -> bool:
+    """Whether the recipe of this name gives bits to single channels, so that their mean may be any number."""
+    return bool(getattr(RECIPES.get(name), "channelwise", False))
+
+
 def _check_ranges(recipe: Any) -> None:
+    if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
+        raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
+    if takes_fractions(recipe.name):
+        try:
+            recipe.check()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return
     if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
         raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
     if recipe.group_size < GROUP_SIZE_STEP or recipe.group_size % GROUP_SIZE_STEP:
         raise UserError(f"group size is {recipe.group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
-    if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
-        raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
 
 
 def _nearest(word: str, known: Any) -> str:

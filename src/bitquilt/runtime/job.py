@@ -73,6 +73,7 @@ def head_path(skeleton: Skeleton) -> str:
     return path
 
 
-def in_features(layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Input channels of each layer."""
-    return {name: linear_weight(module).shape[1] for name, module in layers.items()}
+def shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """`[out, in]` of each layer."""
+    weights = {name: linear_weight(module) for name, module in layers.items()}
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}

@@ -3,7 +3,8 @@
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
      "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...}}
 
-One digit per column group, in the original order of the columns.
+One digit per column group, in the original order of the columns. Groups of one column are channels with a codebook
+each; all others have a multiple of 8.
 """
 
 import json
@@ -11,17 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from bitquilt.errors import UserError
 from bitquilt.types import LayerPlan
+
+
+def _channels_or_groups(group_size: int) -> int:
+    if group_size != 1 and (group_size < 8 or group_size % 8):
+        raise ValueError("wanted a positive multiple of 8, or 1 for channels with a codebook each")
+    return group_size
 
 
 class PlannedLayer(BaseModel):
     """One layer's entry."""
 
     model_config = ConfigDict(extra="forbid")
-    group_size: int = Field(ge=8, multiple_of=8)
+    group_size: Annotated[int, AfterValidator(_channels_or_groups)]
     bits: Annotated[str, StringConstraints(pattern=r"^[1-8]+$")]
 
 
@@ -43,18 +50,24 @@ def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> di
     return {"recipe": dict(recipe), "layers": layers}
 
 
-def check_plan(plans: Mapping[str, LayerPlan], in_features: Mapping[str, int]) -> None:
-    """Raise UserError naming the first layer (of `in_features`, by path) that the plans do not fit, or do not know."""
-    for name, width in in_features.items():
+def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, int]], channels: bool = False) -> None:
+    """Raise UserError naming the first layer (of `shapes`, `[out, in]` by path) that the plans do not fit or know.
+
+    `channels`: whether the recipe gives bits to single channels; every other recipe to groups of columns.
+    """
+    for name, (_, width) in shapes.items():
         if name not in plans:
             raise UserError(f"the plan has no entry for {name}; add one, or skip the layer")
         plan = plans[name]
+        if (plan.group_size == 1) != channels:
+            wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
+            raise UserError(f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}")
         if len(plan.bits) != len(plan.widths(width)):
             raise UserError(
                 f"the plan's entry {name} gives {len(plan.bits)} groups of {plan.group_size} columns for {width} "
                 f"inputs; wanted {len(plan.widths(width))}"
             )
-    if unknown := sorted(plans.keys() - in_features.keys()):
+    if unknown := sorted(plans.keys() - shapes.keys()):
         raise UserError(f"the plan has an entry for {unknown[0]}, which is not quantized in this run; remove it")
 
 

@@ -6,13 +6,26 @@ passed in as a function, so mixed bits, searched ranges and one-bit groups are n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from bitquilt.grids.uniform import UniformGrid
 
-FitGroup = Callable[[int, Tensor], UniformGrid]
+class Levels(Protocol):
+    """What a solver asks of a grid: codes of `[out, n]` as float, and their values."""
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Nearest codes."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """fp32 values."""
+        ...
+
+
+G = TypeVar("G", bound=Levels)
+FitGroup = Callable[[int, Tensor], G]
 """(group index, its columns `[out, n]`, compensated so far) -> the grid of that group."""
 
 # Columns whose updates are applied at once: 128 keeps the inner loop in cache and the trailing update a real
@@ -21,25 +34,34 @@ _BLOCK = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Sweep(Generic[G]):
     """`codes` uint8 and `weight` fp32 `[out, in]` in the original column order, one grid per group, and the loss:
-    sum of (error / U_jj)^2, which is tr((W - Q) H (W - Q)^T) for the damped Hessian behind `upper`."""
+    sum of (error / U_jj)^2, which is tr((W - Q) H (W - Q)^T) for the damped Hessian behind `upper`.
+
+    `weight` is what the codes stand for, plus `remainder` fp16 `[out, in]` where weights are protected."""
 
     codes: Tensor
     weight: Tensor
-    grids: tuple[UniformGrid, ...]
+    grids: tuple[G, ...]
     loss: float
+    remainder: Tensor | None = None
 
 
-def sweep(weight: Tensor, upper: Tensor, groups: Sequence[slice], fit: FitGroup) -> Sweep:
+def sweep(
+    weight: Tensor, upper: Tensor, groups: Sequence[slice], fit: FitGroup[G], protected: Tensor | None = None
+) -> Sweep[G]:
     """Quantize `weight` fp32 `[out, in]` column by column, fitting each group when it is reached.
 
     `upper` `[in, in]`: the factor U of the inverse Hessian; `groups`: consecutive column ranges covering all columns.
+    `protected` bool `[out, in]`: weights stored beside the codes in fp16, as they are when the sweep reaches them:
+    their code is that of 0 and next to no error of theirs is left to repair.
     """
     columns = weight.t().contiguous()  # [in, out]: a column is a row in memory
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     quantized = torch.empty_like(columns)
-    grids: list[UniformGrid] = []
+    kept = None if protected is None else protected.t().contiguous()
+    remainder = None if kept is None else torch.zeros(kept.shape, dtype=torch.float16, device=weight.device)
+    grids: list[G] = []
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start, stop, members in _blocks(groups):
         errors = torch.empty_like(columns[start:stop])
@@ -48,17 +70,28 @@ def sweep(weight: Tensor, upper: Tensor, groups: Sequence[slice], fit: FitGroup)
             grid = fit(k, columns[group].t())
             grids.append(grid)
             for j in range(group.start, group.stop):
-                codes[j], quantized[j] = _round_column(columns[j], grid)
+                if kept is None or remainder is None:
+                    codes[j], quantized[j] = _round_column(columns[j], grid)
+                else:
+                    codes[j], dense = _round_column(columns[j].masked_fill(kept[j], 0.0), grid)
+                    remainder[j] = (columns[j] - dense).masked_fill(~kept[j], 0.0).half()
+                    quantized[j] = dense + remainder[j]
                 errors[j - start] = (columns[j] - quantized[j]) / upper[j, j]
                 columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         loss += errors.double().square().sum()
-    return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss))
+    rest = None if remainder is None else remainder.t().contiguous()
+    return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest)
 
 
 def sweep_ordered(
-    weight: Tensor, upper: Tensor, groups: Sequence[slice], grids: Sequence[UniformGrid], order: Tensor
-) -> Sweep:
+    weight: Tensor,
+    upper: Tensor,
+    groups: Sequence[slice],
+    grids: Sequence[G],
+    order: Tensor,
+    protected: Tensor | None = None,
+) -> Sweep[G]:
     """The same sweep in another column order (act_order): grids are fitted beforehand, groups keep their columns.
 
     `order` int64 `[in]`: the columns in the order they are quantized; `upper` is the factor for that order.
@@ -68,13 +101,22 @@ def sweep_ordered(
         group_of[group] = k
     singles = [slice(j, j + 1) for j in range(weight.shape[1])]
     chosen = [grids[k] for k in group_of[order.cpu()].tolist()]
-    swept = sweep(weight[:, order], upper, singles, lambda j, _columns: chosen[j])
-    codes, quantized = torch.empty_like(swept.codes), torch.empty_like(swept.weight)
-    codes[:, order], quantized[:, order] = swept.codes, swept.weight
-    return Sweep(codes, quantized, tuple(grids), swept.loss)
+    kept = None if protected is None else protected[:, order]
+    swept = sweep(weight[:, order], upper, singles, lambda j, _columns: chosen[j], kept)
+    return in_original_order(swept, tuple(grids), order)
 
 
-def _round_column(column: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
+def in_original_order(swept: Sweep[G], grids: tuple[G, ...], order: Tensor) -> Sweep[G]:
+    """Undo a sweep over `weight[:, order]`; `grids` as the caller keeps them."""
+
+    def restore(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor).index_copy_(1, order, tensor)
+
+    remainder = None if swept.remainder is None else restore(swept.remainder)
+    return Sweep(restore(swept.codes), restore(swept.weight), grids, swept.loss, remainder)
+
+
+def _round_column(column: Tensor, grid: Levels) -> tuple[Tensor, Tensor]:
     codes = grid.encode(column.unsqueeze(1))
     return codes.squeeze(1).to(torch.uint8), grid.decode(codes).squeeze(1)
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitquilt.solvers.gptq import FitGroup, Sweep
+from bitquilt.solvers.gptq import FitGroup, G, Sweep
 
 
-def round_to_nearest(weight: Tensor, groups: Sequence[slice], fit: FitGroup) -> Sweep:
+def round_to_nearest(weight: Tensor, groups: Sequence[slice], fit: FitGroup[G]) -> Sweep[G]:
     """Round `weight` fp32 `[out, in]` to the grid of each group; `loss` is the squared error."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     quantized = torch.empty_like(weight)

@@ -2,22 +2,27 @@
 
 What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, the assembly. Groups of
 equal bits are stored side by side: as many segments as distinct widths, and one map of the groups.
+`assemble_codebooks` does the same for channels with a table of levels each.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
+from bitquilt.outliers import sparse_remainder
 from bitquilt.solvers.gptq import Sweep, sweep, sweep_ordered
 from bitquilt.types import (
     Event,
     Format,
     Layer,
     LayerPlan,
+    Layout,
+    Outliers,
     Permutation,
     QuantizedWeight,
     Segment,
@@ -31,11 +36,19 @@ FitColumns = Callable[[slice, Tensor, int, torch.dtype], UniformGrid]
 
 
 def solve(
-    layer: Layer, plan: LayerPlan, factor: Factor, fit: FitColumns, *, damp: float, act_order: bool = False
+    layer: Layer,
+    plan: LayerPlan,
+    factor: Factor,
+    fit: FitColumns,
+    *,
+    damp: float,
+    act_order: bool = False,
+    protected: Tensor | None = None,
 ) -> Solution:
     """GPTQ sweep over the plan's groups; with `act_order` columns go in descending Hessian diagonal, grids first.
 
-    `factor` is the layer's, made with `damp`. Raises ValueError naming the layer if a weight is NaN or Inf.
+    `factor` is the layer's, made with `damp`. `protected` bool `[out, in]`: weights kept in fp16 beside the codes,
+    which the grids do not see. Raises ValueError naming the layer if a weight is NaN or Inf.
     """
     assert layer.stats is not None
     weight = live_weight(layer, factor)
@@ -43,16 +56,21 @@ def solve(
     scale_dtype = scale_dtype_for(weight)
 
     def fit_group(k: int, columns: Tensor) -> UniformGrid:
+        if protected is not None:
+            columns = columns.masked_fill(protected[:, groups[k]], 0.0)
         return fit(groups[k], columns, plan.bits[k], scale_dtype)
 
     if act_order:
         order = torch.argsort(layer.stats.hessian.diagonal(), descending=True, stable=True)
         grids = [fit_group(k, weight[:, group]) for k, group in enumerate(groups)]
         ordered = factorize(layer.stats.hessian[order][:, order] / layer.stats.tokens, damp)
-        swept = sweep_ordered(weight, ordered.upper, groups, grids, order)
+        swept = sweep_ordered(weight, ordered.upper, groups, grids, order, protected)
     else:
-        swept = sweep(weight, factor.upper, groups, fit_group)
-    return Solution(assemble(swept, plan, scale_dtype), swept.loss, layer_events(layer, scale_dtype, factor, damp))
+        swept = sweep(weight, factor.upper, groups, fit_group, protected)
+    stored = assemble(swept, plan, scale_dtype)
+    if protected is not None and swept.remainder is not None:
+        stored = replace(stored, outliers=sparse_remainder(swept.remainder, torch.zeros(()), protected))
+    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp))
 
 
 def live_weight(layer: Layer, factor: Factor) -> Tensor:
@@ -80,7 +98,7 @@ def layer_events(
     return tuple(events)
 
 
-def assemble(swept: Sweep, plan: LayerPlan, scale_dtype: torch.dtype = torch.float16) -> QuantizedWeight:
+def assemble(swept: Sweep[UniformGrid], plan: LayerPlan, scale_dtype: torch.dtype = torch.float16) -> QuantizedWeight:
     """Sort the column groups by bits (stable, a narrower last group stays last in its segment) and cut segments."""
     slices = group_slices(swept.codes.shape[1], plan.group_size)
     members: dict[int, list[int]] = defaultdict(list)
@@ -101,3 +119,34 @@ def assemble(swept: Sweep, plan: LayerPlan, scale_dtype: torch.dtype = torch.flo
         # the narrow last group may stand inside the stored order: `expand_permutation` knows its width by its index
         permutation = Permutation(torch.tensor(order), plan.group_size)
     return QuantizedWeight(tuple(segments), permutation)
+
+
+def assemble_codebooks(
+    codes: Tensor,
+    bits: Sequence[int],
+    levels: Mapping[int, Tensor],
+    dtype: torch.dtype,
+    outliers: Outliers | None = None,
+) -> QuantizedWeight:
+    """Channels by bits, each with its table: `codes` uint8 `[out, in]`, `bits` per channel, `levels[b]`
+    `[channels of b bits, 2^b]` in channel order, stored as `dtype`. Channels keep their order inside a segment."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for channel, width in enumerate(bits):
+        members[width].append(channel)
+    segments, order = [], []
+    for width in sorted(members):
+        order += members[width]
+        form = Format(width, 1, "codebook", dtype)
+        segments.append(Segment(form, codes[:, members[width]], levels[width].to(dtype)))
+    permutation = Permutation(torch.tensor(order), 1) if order != sorted(order) else None
+    return QuantizedWeight(tuple(segments), permutation, outliers)
+
+
+def codebook_layout(
+    out_features: int, bits: Sequence[int], outliers: int = 0, dtype: torch.dtype = torch.float16
+) -> Layout:
+    """The layout `assemble_codebooks` will make: what a plan costs before anything is computed."""
+    counts = Counter(bits)
+    segments = tuple((Format(width, 1, "codebook", dtype), counts[width]) for width in sorted(counts))
+    mixed = list(bits) != sorted(bits)
+    return Layout(out_features, len(bits), segments, "map" if mixed else "identity", int(mixed), outliers)

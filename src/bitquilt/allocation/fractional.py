@@ -1,0 +1,71 @@
+"""How many bits does each channel get for a fractional mean? fractional_bits(norms, bits) -> bits per channel.
+
+CMPQ (arXiv 2410.13056, spec section 3.1): channels with larger activation norm get more bits. Two adjacent widths
+reach every mean exactly; which channels get the wider one is a ranking. Pure Python: no tensors.
+"""
+
+import math
+from collections.abc import Sequence
+
+from bitquilt.types import MAX_BITS, MIN_BITS
+
+FULL_PALETTE = tuple(range(MIN_BITS, MAX_BITS + 1))
+
+
+def fractional_bits(
+    norms: Sequence[float], bits: float, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
+) -> tuple[int, ...]:
+    """Bits per channel with sum round(bits * channels), larger norms first; the earlier channel wins a tie.
+
+    `swap`: this share of the channels, those with the largest norms, gets one bit more and as many at the other end
+    one less. Raises ValueError if the palette has a hole, `bits` is outside it, the swap leaves it, or a norm is not
+    finite.
+    """
+    check_budget(bits, palette)
+    return spread_bits(norms, round(bits * len(norms)), swap, palette)
+
+
+def spread_bits(
+    norms: Sequence[float], total: int, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
+) -> tuple[int, ...]:
+    """The same for a given sum of bits."""
+    count = len(norms)
+    for channel, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            raise ValueError(f"the activation norm of channel {channel} is {norm}; wanted a finite number")
+    if not 0 <= swap <= 0.5:
+        raise ValueError(f"swap is {swap}; wanted a share of the channels from 0 to 0.5")
+    # the sum comes first: 2.9999999 bits are 3 everywhere, not 2 and a rounding error of ones
+    low, higher = divmod(total, count)
+    bits = [low] * count
+    order = sorted(range(count), key=lambda j: -norms[j])
+    for j in order[:higher]:
+        bits[j] += 1
+    moved = round(swap * count)
+    for high_end, low_end in zip(order[:moved], reversed(order[count - moved :]), strict=True):
+        bits[high_end] += 1
+        bits[low_end] -= 1
+    if min(bits) < min(palette) or max(bits) > max(palette):
+        raise ValueError(
+            f"channels would get {min(bits)} to {max(bits)} bits, the palette is {min(palette)} to {max(palette)}"
+            + ("; lower swap" if moved else "")
+        )
+    return tuple(bits)
+
+
+def check_palette(palette: Sequence[int]) -> None:
+    """Raise ValueError if the palette is empty, leaves 1 .. 8, or has a hole."""
+    if not palette or list(palette) != sorted(set(palette)):
+        raise ValueError(f"palette is {list(palette)}; wanted ascending widths such as [2, 3, 4]")
+    if palette[0] < MIN_BITS or palette[-1] > MAX_BITS:
+        raise ValueError(f"palette is {list(palette)}; wanted widths from {MIN_BITS} to {MAX_BITS}")
+    missing = sorted(set(range(palette[0], palette[-1] + 1)) - set(palette))
+    if missing:
+        raise ValueError(f"palette {list(palette)} has a hole at {missing[0]}: adjacent widths reach every mean")
+
+
+def check_budget(bits: float, palette: Sequence[int]) -> None:
+    """Raise ValueError if no mix of the palette has this mean."""
+    check_palette(palette)
+    if not palette[0] <= bits <= palette[-1]:
+        raise ValueError(f"bits is {bits}; the palette reaches means from {palette[0]} to {palette[-1]}")

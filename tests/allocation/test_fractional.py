@@ -1,0 +1,90 @@
+"""Fractional budgets: exact sums, rankings, named errors; and the relaxed allocation of many channels."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitquilt.allocation.fractional import check_palette, fractional_bits, spread_bits
+from bitquilt.allocation.knapsack import least_error, least_error_relaxed
+
+
+def test_the_known_maps():
+    """Law C1."""
+    assert fractional_bits([1, 4, 2, 3], 2.5) == (2, 3, 2, 3)
+    bits = fractional_bits([5, 1, 3, 2, 4, 9, 7, 8, 6, 10], 2.3)
+    assert bits == (2, 2, 2, 2, 2, 3, 2, 3, 2, 3)
+    assert sum(bits) / 10 == 2.3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(2, 7), st.floats(0, 0.5))
+def test_sums_are_exact_and_bits_follow_the_norms(norms, bits, swap):
+    """Law C2."""
+    got = fractional_bits(norms, bits, swap)
+    assert sum(got) == round(bits * len(norms))
+    for i, j in itertools.product(range(len(norms)), repeat=2):
+        assert norms[i] <= norms[j] or got[i] >= got[j]
+
+
+def test_permuted_channels_permute_the_bits():
+    norms = [0.3, 2.0, 1.0, 5.0, 0.1, 4.0]
+    order = [3, 0, 5, 2, 1, 4]
+    got = fractional_bits(norms, 2.6, 0.2)
+    assert fractional_bits([norms[j] for j in order], 2.6, 0.2) == tuple(got[j] for j in order)
+
+
+def test_edges():
+    assert fractional_bits([1, 2, 3, 4], 2.9999999) == (3, 3, 3, 3)
+    assert fractional_bits([0, 0, 0, 0], 2.5) == (3, 3, 2, 2)
+    assert fractional_bits([1, 2, 3, 4], 3, swap=0.25) == (2, 3, 3, 4)
+    assert fractional_bits([1.0], 2.4) == (2,)
+    assert spread_bits([1, 2], 16) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("norms", "bits", "options", "message"),
+    [
+        ([1, 2], 0.5, {}, "bits is 0.5; the palette reaches means from 1 to 8"),
+        ([1, 2], 8.5, {}, "bits is 8.5"),
+        ([1, 2], 4.5, {"palette": (2, 3, 4)}, "means from 2 to 4"),
+        ([1, 2], float("nan"), {}, "bits is nan"),
+        ([1, 2], 3, {"palette": (2, 4)}, "has a hole at 3"),
+        ([1, 2], 3, {"palette": ()}, r"palette is \[\]"),
+        ([1, 2], 3, {"palette": (3, 2)}, "ascending"),
+        ([1, float("nan")], 3, {}, "norm of channel 1 is nan"),
+        ([1, 2], 2, {"palette": (2, 3), "swap": 0.5}, "1 to 3 bits, the palette is 2 to 3; lower swap"),
+        ([1, 2], 2, {"swap": 0.6}, "swap is 0.6"),
+    ],
+)
+def test_bad_budgets_are_named(norms, bits, options, message):
+    with pytest.raises(ValueError, match=message):
+        fractional_bits(norms, bits, **options)
+
+
+def test_palettes_outside_the_storable_widths():
+    with pytest.raises(ValueError, match="widths from 1 to 8"):
+        check_palette((8, 9))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 8))
+def test_the_relaxed_allocation_spends_all_and_is_near_the_optimum(table, extra):
+    table = [sorted(row, reverse=True) for row in table]
+    units, palette = len(table), (2, 3, 4)
+    budget = min(2 * units + extra, 4 * units)
+    chosen = least_error_relaxed(table, palette, budget)
+    assert sum(palette[i] for i in chosen) == budget
+    best = least_error(table, palette, [1] * units, budget)
+    loss = sum(row[i] for row, i in zip(table, chosen, strict=True))
+    optimum = sum(row[palette.index(b)] for row, b in zip(table, best, strict=True))
+    assert optimum - 1e-9 <= loss <= optimum + max(row[0] - row[-1] for row in table) + 1e-9
+
+
+def test_relaxed_errors_are_named():
+    with pytest.raises(ValueError, match="unit 1 at choice 0 is inf"):
+        least_error_relaxed([[1, 0], [float("inf"), 0]], (2, 3), 5)
+    with pytest.raises(ValueError, match="below 2 for each of 2"):
+        least_error_relaxed([[1, 0], [1, 0]], (2, 3), 3)
+    assert least_error_relaxed([[1], [1]], (2,), 5) == (0, 0)

@@ -1,0 +1,302 @@
+"""CMPQ-style recipes: the contract of every recipe, the laws of the specification, and what a user may get wrong."""
+
+import json
+
+import pytest
+import torch
+
+import bitquilt
+from bitquilt.errors import UserError
+from bitquilt.models.linear import QuantizedLinear
+from bitquilt.packing import bits_per_weight, pack, storage_bits, unpack
+from bitquilt.recipes import make_recipe
+from bitquilt.recipes.cmpq import CMPQ
+from bitquilt.solvers.solve import codebook_layout
+from bitquilt.types import ChecksLayers, Layer, LayerStats
+from tests.recipes.test_contract import make_layer, output_error, run
+from tests.weights import naive_dense
+
+VARIANTS = [
+    {},
+    {"error_outliers": 0.0, "act_outliers": 0.0},
+    {"error_outliers": 0.0, "act_outliers": 0.05, "act_rule": "column"},
+    {"error_outliers": 0.05, "act_outliers": 0.02},
+    {"clustering": "lloyd"},
+    {"clustering": "uniform", "statistic": "mean_abs"},
+    {"swap": 0.2, "statistic": "max_abs"},
+    {"allocation": "error_table"},
+    {"allocation": "first", "codebook_dtype": "bfloat16"},
+    {"codebook_dtype": "float8"},
+    {"compensation": True},
+    {"compensation": True, "act_order": False, "allocation": "error_table", "error_outliers": 0.03},
+]
+
+
+def objective(layer, weight):
+    norms = layer.stats.hessian.diagonal().double()
+    return float(((layer.weight - naive_dense(weight)).double().square() * norms).sum())
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("bits", [2, 2.3, 3.5, 8])
+def test_contract(options, bits):
+    recipe = make_recipe("cmpq", bits=bits, **options)
+    layer = make_layer(out=300 if bits == 8 else 20)
+    plan, solution = run(recipe, layer)
+    layout = solution.weight.layout
+    assert layout.in_features == len(plan.bits) == 44
+    assert sum(plan.bits) == round(bits * 44)
+    assert layout.nominal_bits == pytest.approx(round(bits * 44) / 44)
+    assert layout == codebook_layout(
+        layer.weight.shape[0], plan.bits, layout.outliers, layout.segments[0][0].scale_dtype
+    )
+    tensors = pack(solution.weight)
+    assert bits_per_weight(layout) == 8 * sum(t.nbytes for t in tensors.values()) / layer.weight.numel()  # law C8
+    assert torch.equal(naive_dense(unpack(tensors, layout)), naive_dense(solution.weight))
+    torch.testing.assert_close(QuantizedLinear.from_weight(solution.weight).dequantize(), naive_dense(solution.weight))
+    again = pack(run(recipe, layer)[1].weight)
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize(("out", "width"), [(5, 3), (1, 8), (2, 9), (9, 1)])
+def test_layers_of_few_rows_or_columns(options, out, width):
+    layer = make_layer(out=out, width=width)
+    plan, solution = run(make_recipe("cmpq", bits=2.5, **options), layer)
+    assert max(plan.bits) <= max(1, (out - 1).bit_length())
+    assert ("more levels than rows" in [event.kind for event in solution.events]) == (out < 5)
+    assert output_error(layer, solution) < 0.2 * float((layer.stats.sample @ layer.weight.t()).square().sum())
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_scale_of_the_hessian_changes_nothing(options):
+    layer = make_layer()
+    scaled = Layer(layer.name, layer.weight, layer.bias, LayerStats(64 * layer.stats.hessian, 300, layer.stats.sample))
+    one, other = (run(make_recipe("cmpq", bits=2.4, **options), each) for each in (layer, scaled))
+    assert one[0] == other[0]
+    assert torch.equal(naive_dense(one[1].weight), naive_dense(other[1].weight))
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_rows_may_come_in_any_order(options):
+    layer = make_layer()
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
+    shuffled = Layer(layer.name, layer.weight[order], layer.bias[order], layer.stats)
+    one, other = (run(make_recipe("cmpq", bits=2.4, **options), each) for each in (layer, shuffled))
+    assert one[0] == other[0]
+    torch.testing.assert_close(naive_dense(other[1].weight), naive_dense(one[1].weight)[order])
+
+
+@pytest.mark.parametrize(
+    "options", [v for v in VARIANTS if not v.get("compensation") and v.get("allocation") != "first"]
+)
+def test_permuted_channels_permute_the_result(options):
+    """Law C2."""
+    layer = make_layer()
+    order = torch.randperm(44, generator=torch.Generator().manual_seed(6))
+    stats = LayerStats(layer.stats.hessian[order][:, order], 300, layer.stats.sample[:, order])
+    moved = Layer(layer.name, layer.weight[:, order], layer.bias, stats)
+    one, other = (run(make_recipe("cmpq", bits=2.4, **options), each) for each in (layer, moved))
+    assert other[0].bits == tuple(one[0].bits[j] for j in order.tolist())
+    torch.testing.assert_close(naive_dense(other[1].weight), naive_dense(one[1].weight)[:, order])
+
+
+def test_norms_choose_bits_but_leave_the_codes_of_a_channel():
+    """Law C5, second half: without outliers a channel's codes depend on its weights and width alone."""
+    layer = make_layer()
+    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0)
+    other = Layer(layer.name, layer.weight, None, LayerStats(torch.diag(torch.rand(44)), 1, None))
+    assert torch.equal(naive_dense(run(recipe, layer)[1].weight), naive_dense(run(recipe, other)[1].weight))
+
+
+def test_protected_weights_are_exact_and_more_of_them_never_hurt():
+    """Law C6."""
+    layer = make_layer(out=60)
+    errors = []
+    for share in (0.0, 0.002, 0.01, 0.03, 0.1, 0.2):
+        solution = run(make_recipe("cmpq", bits=2.5, error_outliers=share, act_outliers=0.01), layer)[1]
+        errors.append(objective(layer, solution.weight))
+        sparse = solution.weight.outliers
+        rows = torch.repeat_interleave(torch.arange(60), sparse.rows.diff().long())
+        columns = sparse.columns.long()
+        exact, stored = layer.weight[rows, columns], naive_dense(solution.weight)[rows, columns]
+        assert float((exact - stored).abs().max()) <= 2**-11 * float(sparse.values.abs().max())
+        assert len(rows) == round(0.01 * 60 * 44) + round(share * 60 * 44)
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_enough_levels_reconstruct_exactly():
+    """Law C7."""
+    layer = make_layer(out=200)
+    grid = (layer.weight * 2).round().clamp(-3, 4) / 2  # eight distinct values
+    layer = Layer(layer.name, grid, None, layer.stats)
+    solution = run(make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0), layer)[1]
+    assert torch.equal(naive_dense(solution.weight), grid)
+
+
+def test_channels_that_matter_get_the_bits_and_it_helps():
+    layer = make_layer(out=120, width=64)
+    plan, by_norm = run(make_recipe("cmpq", bits=2.5), layer)
+    assert (set(plan.bits[:20]), set(plan.bits[-20:])) == ({2}, {3})  # the inputs' scales rise with the channel
+    blind = run(make_recipe("cmpq", bits=2.5, allocation="first"), layer)[1]
+    table = run(make_recipe("cmpq", bits=2.5, allocation="error_table"), layer)[1]
+    uniform = run(make_recipe("cmpq", bits=2.5, clustering="uniform"), layer)[1]
+    lloyd = run(make_recipe("cmpq", bits=2.5, clustering="lloyd"), layer)[1]
+    assert objective(layer, table.weight) < objective(layer, by_norm.weight) < objective(layer, blind.weight)
+    assert objective(layer, by_norm.weight) <= objective(layer, lloyd.weight) < objective(layer, uniform.weight)
+
+
+def test_compensation_lowers_the_layers_output_error():
+    layer = make_layer(out=60, width=64, tokens=600)
+    mixed = layer.stats.sample @ (torch.eye(64) + 0.4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
+    layer = Layer(layer.name, layer.weight, None, LayerStats(mixed.t() @ mixed, 600, mixed))
+    plain = run(make_recipe("cmpq", bits=2.5), layer)[1]
+    swept = run(make_recipe("cmpq", bits=2.5, compensation=True), layer)[1]
+    assert output_error(layer, swept) < 0.9 * output_error(layer, plain)
+    assert plain.loss is None
+    assert swept.loss > 0
+
+
+def test_cmpq_plus_is_cmpq_with_compensation():
+    layer = make_layer()
+    one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", compensation=True)))
+    assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
+    assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("out", [96, 130])
+def test_true_bits_are_met_from_below(options, out):
+    """Exact to one channel, and to an outlier where O_q takes what is left."""
+    layer = make_layer(out=out, width=100)
+    least, most = CMPQ(bpw=3.0, **options)._reach(out, 100)
+    for target in (least, least + 0.3, least + 0.9, least + 1.25, most):
+        recipe = make_recipe("cmpq", bpw=target, **options)
+        bits = storage_bits(run(recipe, layer)[1].weight.layout)
+        assert bits <= target * out * 100 + 1e-6
+        if target == most:
+            continue
+        # without O_q whole bytes per row are the step, and equal widths save the map of one bit per channel
+        step = 32 if recipe.error_outliers else 2 * 8 * out + 2 * 16 * 32 + 200
+        if options.get("allocation") != "error_table":
+            assert bits > target * out * 100 - step
+
+
+def test_dead_channels_and_zero_inputs_rank_last():
+    layer = make_layer()
+    x = layer.stats.sample.clone()
+    x[:, [3, 40]] = 0
+    layer = Layer(layer.name, layer.weight, None, LayerStats(x.t() @ x, 300, x))
+    for options in ({}, {"allocation": "error_table"}, {"compensation": True}):
+        plan, solution = run(make_recipe("cmpq", bits=2.9, **options), layer)
+        assert plan.bits[3] == plan.bits[40] == min(plan.bits)
+        assert bool(torch.isfinite(naive_dense(solution.weight)).all())
+    dead = Layer(layer.name, layer.weight, None, LayerStats(torch.zeros(44, 44), 300, torch.zeros(300, 44)))
+    assert run(make_recipe("cmpq", bits=2.5), dead)[0].bits == (3,) * 22 + (2,) * 22
+
+
+def test_zero_columns_and_zero_weights_stay_zero():
+    layer = make_layer()
+    layer.weight[:, [0, 7]] = 0
+    dense = naive_dense(run(make_recipe("cmpq", bits=2.5, compensation=False), layer)[1].weight)
+    assert bool((dense[:, [0, 7]] == 0).all())
+
+
+def test_weights_beyond_half_precision_are_reported_and_not_protected():
+    layer = make_layer()
+    layer = Layer(layer.name, 1e6 * layer.weight, None, layer.stats)
+    for options in ({}, {"compensation": True}):
+        solution = run(make_recipe("cmpq", bits=4, **options), layer)[1]
+        kinds = [event.kind for event in solution.events]
+        assert kinds == ["outliers out of float16 range", "scales out of float16 range"]
+        assert bool(torch.isfinite(naive_dense(solution.weight)).all())
+
+
+def test_small_weights_do_not_fit_float8():
+    layer = make_layer()
+    small = Layer(layer.name, 0.01 * layer.weight, None, layer.stats)
+    with pytest.raises(ValueError, match=r"largest weight is 0\.0.*use codebook_dtype=float16"):
+        run(make_recipe("cmpq", codebook_dtype="float8"), small)
+
+
+def test_missing_statistics_are_named():
+    layer = make_layer()
+    with pytest.raises(ValueError, match="activation statistics are missing"):
+        make_recipe("cmpq").prepare(None)
+    broken = LayerStats(torch.full((44, 44), float("nan")), 300, layer.stats.sample)
+    with pytest.raises(ValueError, match="norms holds 44 NaN"):
+        make_recipe("cmpq").prepare(broken)
+    unsampled = Layer(layer.name, layer.weight, None, LayerStats(layer.stats.hessian, 300, None))
+    solution = run(make_recipe("cmpq", statistic="max_abs"), unsampled)[1]
+    assert [event.kind for event in solution.events] == ["no token sample"]
+    layer.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"block\.layer: weight holds 1 NaN"):
+        run(make_recipe("cmpq"), layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0.5}, "bits is 0.5; the palette reaches means from 1 to 8"),
+        ({"bits": 4.5, "palette": (2, 3, 4)}, "means from 2 to 4"),
+        ({"palette": (2, 4)}, "has a hole at 3"),
+        ({"palette": ()}, "ascending widths"),
+        ({"error_outliers": 0.6}, "error_outliers is 0.6"),
+        ({"act_outliers": -1}, "act_outliers is -1"),
+        ({"swap": 0.7}, "swap is 0.7"),
+        ({"bpw": 0}, "bpw is 0"),
+        ({"bpw": 3, "bits": 2}, "bits and bpw are two budgets"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"statistic": "l3"}, "option 'statistic': got 'l3'"),
+        ({"group_size": 8}, "no option 'group_size'"),
+        ({"damp": 0}, "damp is 0"),
+        ({"published": True}, "no published variant"),
+    ],
+)
+def test_bad_options_are_named_with_the_fix(options, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe("cmpq", **options)
+
+
+def test_a_target_no_layer_can_meet_is_refused_with_what_it_can():
+    recipe = make_recipe("cmpq", bpw=2.5)
+    assert isinstance(recipe, ChecksLayers)
+    with pytest.raises(ValueError, match=r"b \(16 x 64\) reaches 3\..* to .*; all layers together reach"):
+        recipe.check_layers({"a": (4096, 64), "b": (16, 64)})
+    with pytest.raises(ValueError, match=r"bpw is 2\.5; this 20 x 44 layer reaches"):
+        run(recipe, make_layer())
+    recipe.check_layers({"a": (4096, 4096)})
+
+
+@pytest.mark.parametrize("options", [{"bits": 2.4}, {"bpw": 5.0, "allocation": "error_table"}, {"compensation": True}])
+def test_from_checkpoint_to_logits(make_model, token_file, tmp_path, options):
+    recipe = make_recipe("cmpq", **options)
+    arguments = {"calibration": token_file, "samples": 6, "seq_len": 16}
+    result = bitquilt.quantize(make_model(), recipe, out=tmp_path / "out", **arguments)
+    report = result.report
+    if recipe.bpw is None:
+        assert report["nominal_bits"] == pytest.approx(recipe.bits, abs=1 / 32)
+    else:
+        assert recipe.bpw - 0.2 < report["bpw"] <= recipe.bpw
+    assert report["logit_difference"] < 1e-4
+    loaded = bitquilt.load(result.folder)
+    with torch.no_grad():
+        logits = loaded(torch.arange(3, 19)[None]).logits
+    assert bool(torch.isfinite(logits).all())
+    plan = json.loads((result.folder / "plan.json").read_text())
+    assert {entry["group_size"] for entry in plan["layers"].values()} == {1}
+    again = bitquilt.quantize(
+        make_model(), recipe, out=tmp_path / "again", plan=result.folder / "plan.json", **arguments
+    )
+    with torch.no_grad():
+        assert torch.equal(bitquilt.load(again.folder)(torch.arange(3, 19)[None]).logits, logits)
+    with pytest.raises(UserError, match="has group_size 1; wanted groups of a multiple of 8"):
+        bitquilt.quantize(
+            make_model(), "rtn", out=tmp_path / "rtn", bits=3, group_size=8, plan=result.folder / "plan.json"
+        )
+
+
+def test_a_model_too_narrow_for_the_target_is_refused_before_the_work(make_model, token_file, tmp_path):
+    with pytest.raises(UserError, match=r"bpw is 2\.0; model\.layers\.0\.self_attn\.q_proj"):
+        bitquilt.quantize(make_model(), "cmpq", token_file, tmp_path / "out", bpw=2.0, samples=6, seq_len=16)
+    assert not (tmp_path / "out.work").exists()
