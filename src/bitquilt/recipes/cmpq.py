@@ -13,8 +13,9 @@ Weighting the clustering by the Hessian's diagonal is no option because it is a 
 nothing there. What the second order can do is `compensation`.
 
 Options beyond the publication, off in `cmpq`: `compensation`, which `cmpq+` turns on, and `allocation="error_table"`.
-Mean KL plain, by table, compensated, both: 0.383, 0.357, 0.110, 0.088 (babyllama-1m-chars, 4.0 bpw); 3.15, 2.95,
-2.36, 2.57 (stories260k, 3.61 bpw; `benchmarks/curve.py`): the table on top of compensation does not always help.
+Mean KL plain, by table, compensated, both: 0.383, 0.357, 0.110, 0.088 (babyllama-1m-chars, 4.0 bpw, 32 x 256 tokens);
+3.15, 2.95, 2.36, 2.57 (stories260k, 3.61 bpw, 8 x 256 tokens); plain and compensated 0.054, 0.029 (demo, 3.59 bpw,
+16 x 256 tokens), by `measure` of benchmarks/curve.py: the table on top of compensation does not always help.
 """
 
 import math
