@@ -10,10 +10,10 @@ namespace {
 struct Shifts {
     __m256i narrow, low, high, mask;
     explicit Shifts(int b)
-        : narrow(_mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b)),
+        : narrow(_mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(b))),
           // after the shuffle below: 0 1 2 3 | 4 5 6 7
-          low(_mm256_setr_epi64x(0, b, 4 * b, 5 * b)),
-          high(_mm256_setr_epi64x(2 * b, 3 * b, 6 * b, 7 * b)),
+          low(_mm256_cvtepi32_epi64(_mm_mullo_epi32(_mm_setr_epi32(0, 1, 4, 5), _mm_set1_epi32(b)))),
+          high(_mm256_cvtepi32_epi64(_mm_mullo_epi32(_mm_setr_epi32(2, 3, 6, 7), _mm_set1_epi32(b)))),
           mask(_mm256_set1_epi32((1 << b) - 1)) {}
 };
 

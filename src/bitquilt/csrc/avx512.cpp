@@ -33,19 +33,32 @@ inline __m512i load_bytes(const uint8_t* at, int64_t left) {
     return left > 0 ? _mm512_maskz_loadu_epi8((1ull << left) - 1ull, at) : _mm512_setzero_si512();
 }
 
-struct WordControl {
-    __m512i spread, shift, mask;
-    explicit WordControl(int bits) {
-        alignas(64) uint8_t from[64], by[64];
+// For each width: which byte of a chunk goes where, and by how many bits the codes are shifted.
+struct WordTables {
+    alignas(64) uint8_t spread[9][64];
+    alignas(64) uint8_t shift[9][64];
+};
+
+constexpr WordTables make_word_tables() {
+    WordTables tables{};
+    for (int bits = 1; bits <= 8; ++bits) {
         for (int i = 0; i < 64; ++i) {
             const int source = i / 8 * bits + i % 8;
-            from[i] = static_cast<uint8_t>(source < 64 ? source : 63);
-            by[i] = static_cast<uint8_t>(bits * (i % 8));
+            tables.spread[bits][i] = static_cast<uint8_t>(source < 64 ? source : 63);
+            tables.shift[bits][i] = static_cast<uint8_t>(bits * (i % 8));
         }
-        spread = _mm512_load_si512(from);
-        shift = _mm512_load_si512(by);
-        mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
     }
+    return tables;
+}
+
+constexpr WordTables word_tables = make_word_tables();
+
+struct WordControl {
+    __m512i spread, shift, mask;
+    explicit WordControl(int bits)
+        : spread(_mm512_load_si512(word_tables.spread[bits])),
+          shift(_mm512_load_si512(word_tables.shift[bits])),
+          mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
     __m512i codes(__m512i raw) const {
         return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, raw)), mask);
     }

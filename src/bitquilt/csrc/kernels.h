@@ -85,9 +85,7 @@ struct Isa {
 };
 
 extern const Isa portable_isa;
-#if defined(BITQUILT_X86)
-extern const Isa avx2_isa;
+extern const Isa avx2_isa;    // BITQUILT_X86 only, as the next
 extern const Isa avx512_isa;
-#endif
 
 }  // namespace bitquilt

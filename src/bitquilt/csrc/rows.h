@@ -10,7 +10,7 @@ namespace {
 using Unpack = void (*)(const uint8_t* stream, int64_t bytes, int bits, int64_t first, int64_t count, uint8_t* codes);
 
 // `count` codes from code `first` on, a multiple of 8, into bytes; writes up to the next multiple of 64.
-void unpack_words(const uint8_t* stream, int64_t bytes, int bits, int64_t first, int64_t count, uint8_t* codes) {
+[[maybe_unused]] void unpack_words(const uint8_t* stream, int64_t bytes, int bits, int64_t first, int64_t count, uint8_t* codes) {
     const uint64_t mask = (1u << bits) - 1u;
     int64_t at = first / 8 * bits;
     for (int64_t j = 0; j < count; j += 8, at += bits) {
@@ -78,7 +78,7 @@ void float_matmul(const Weight& weight, const Inputs& inputs, int64_t begin, int
 }
 
 // The sums of the activations of each group: what a zero or a lower level is multiplied by.
-void float_prepare(const Weight& weight, const Inputs& inputs) {
+[[maybe_unused]] void float_prepare(const Weight& weight, const Inputs& inputs) {
     for (int t = 0; t < inputs.tokens; ++t) {
         for (int s = 0; s < weight.count; ++s) {
             const Segment& segment = weight.segments[s];

@@ -60,7 +60,8 @@ OwnedWeight::OwnedWeight(const std::vector<int64_t>& description) : view{} {
 }
 
 void OwnedWeight::add_segment(const int64_t* numbers, int index) {
-    const std::string place = "_" + std::to_string(index);
+    std::string place(1, '_');  // not "_" + ...: gcc 12 warns of an overlap that is not there
+    place += std::to_string(index);
     const int64_t grid = numbers[0], bits = numbers[1], group_size = numbers[2], width = numbers[3];
     const Array codes = array_at(numbers + 4), scale = array_at(numbers + 7), zero = array_at(numbers + 10);
     if (grid != 0 && grid != 1) fail("segment" + place + ": grid is " + std::to_string(grid) + "; known are 0 and 1");

@@ -150,7 +150,8 @@ def _describe(
             return 0, 0, 0
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"a stored tensor of {list(tensor.shape)} is {tensor.dtype}; known are {list(_DTYPES)}")
-        alive.append(tensor if tensor.is_contiguous() else tensor.contiguous())
+        aligned = tensor.data_ptr() % tensor.itemsize == 0  # a file mapped into memory may begin anywhere
+        alive.append(tensor if aligned and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format))
         return alive[-1].data_ptr(), tensor.numel(), _DTYPES[tensor.dtype]
 
     numbers = [out_features, len(codes), block]
