@@ -50,9 +50,12 @@ def check(weight, x, bias=None):
     assert output.dtype == x.dtype
     exact = x.double() @ dense.double().t() + (0 if bias is None else bias.double())
     size = x.double().abs() @ dense.double().abs().t() + 1.0
-    # fp32: sums of some hundred terms, zeros taken off afterwards. bf16, fp16: 16-bit activations, then one rounding.
-    noise = 2e-6 if x.dtype == torch.float32 else 2**-14
+    # fp32: sums of some hundred terms, zeros taken off afterwards. bf16, fp16: 16-bit activations, then one rounding;
+    # with many tokens the weight is rounded first, as in the reference.
     rounding = {torch.float32: 1e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
+    noise = 2e-6 if x.dtype == torch.float32 else 2**-14
+    if len(x) > kernels._kernels.MAX_TOKENS:
+        noise += rounding
     assert ((output.double() - exact).abs() <= noise * size + rounding * exact.abs()).all()
 
 
@@ -264,7 +267,7 @@ def test_wide_outlier_columns_and_order(level):
 
 
 def test_the_module_checks_what_the_operator_cannot_pass(level):
-    good = kernels._describe(*arguments()[1:-2], 5)[0]
+    good, _alive = kernels._describe(*arguments()[1:-2], 5)
     x, out = torch.randn(2, 24), torch.empty(2, 5)
     call = kernels._kernels.matmul
 
