@@ -54,9 +54,9 @@ def layer_row(form: Format, threads: int, size: float, rounds: int, bandwidth: f
     layer_bytes = storage_bits(layout) // 8
     copies = max(1, round(size / layer_bytes))
     first = random_layer(layout, 0)
-    layers = [first]
-    for _ in range(copies - 1):
-        layers.append(QuantizedLinear.from_tensors({k: b.clone() for k, b in first.named_buffers()}, layout))
+    layers = [
+        QuantizedLinear.from_tensors({k: b.clone() for k, b in first.named_buffers()}, layout) for _ in range(copies)
+    ]
     x, many = torch.randn(1, COLUMNS, dtype=torch.bfloat16), torch.randn(PREFILL, COLUMNS, dtype=torch.bfloat16)
     seconds = seconds_each(lambda i: layers[i](x), copies, rounds)
     raw = [kernels._describe(*layer._stored(), ROWS) for layer in layers]
@@ -132,7 +132,9 @@ def main() -> None:
                "prefill ms", "prefill / bf16")  # fmt: skip
     table = markdown_table(columns, rows)
     OUTPUT.mkdir(exist_ok=True)
-    (OUTPUT / "kernels.json").write_text(json.dumps({"stamp": stamp(), "level": kernels.level(), "rows": rows}, indent=1))
+    (OUTPUT / "kernels.json").write_text(
+        json.dumps({"stamp": stamp(), "level": kernels.level(), "rows": rows}, indent=1)
+    )
     (OUTPUT / "kernels.md").write_text(table)
     print(table)
 

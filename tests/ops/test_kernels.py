@@ -107,6 +107,17 @@ def test_unpacking_for_many_tokens_equals_the_reference(level, dtype):
     assert torch.equal(module(x), reference.quantized_matmul(x, *module._stored(), None, ROWS))
 
 
+def test_unpacking_some_rows_at_a_time(level, monkeypatch):
+    monkeypatch.setattr(kernels, "_TILE_BYTES", 0)
+    weight = QuantizedWeight((uniform_segment(3, 300, 64, rows=150),))
+    module = QuantizedLinear.from_weight(weight, torch.arange(150.0))
+    x = inputs(40, 300).view(2, 20, 300)
+    expected = reference.quantized_matmul(x, *module._stored(), module.bias, 150)
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    with pytest.raises(ValueError, match="rows 5 to 151 are not among the layer's 150"):
+        kernels._dense((*module._stored(), 150), torch.float32, 5, 151)
+
+
 def test_half_precision_rounds_as_torch_does(level):
     """Subnormal, huge, infinite and missing numbers, through codebooks of every fp16 and through fp32 levels."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
@@ -226,7 +237,7 @@ def arguments(**changes):
     [
         ({"x": torch.randn(2, 23)}, r"x is \[2, 23\]; the layer takes \[\.\.\., 24\]"),
         ({"bias": torch.zeros(4)}, "bias holds 4 entries; the layer has 5 outputs"),
-        ({"codes": [torch.zeros(5, 5, dtype=torch.uint8)]}, "codes_0 holds 25 entries; 5 rows of 24 2-bit codes take 30"),
+        ({"codes": [torch.zeros(5, 5, dtype=torch.uint8)]}, "codes_0 holds 25 entries; 5 rows of 24 2-bit"),
         ({"codes": [torch.zeros(5, 6, dtype=torch.int16)]}, "codes_0 has the wrong dtype; wanted uint8"),
         ({"codes": [torch.zeros(5, 6, dtype=torch.int64)]}, "int64; known are"),
         ({"codes": []}, "0 codes, 1 scales"),
@@ -262,7 +273,10 @@ def test_what_does_not_fit_is_named(level, changes, message):
 
 def test_wide_outlier_columns_and_order(level):
     good = arguments()
-    names = {"outlier_columns": torch.tensor([3, 4], dtype=torch.int32), "permutation": torch.tensor([2, 0, 1], dtype=torch.int32)}
+    names = {
+        "outlier_columns": torch.tensor([3, 4], dtype=torch.int32),
+        "permutation": torch.tensor([2, 0, 1], dtype=torch.int32),
+    }
     assert torch.equal(ops.quantized_matmul(*arguments(x=good[0], **names)), ops.quantized_matmul(*good))
 
 

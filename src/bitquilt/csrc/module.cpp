@@ -139,20 +139,26 @@ void matmul(const std::string& level, const std::vector<int64_t>& description, u
     });
 }
 
-void dequantize(const std::string& level, const std::vector<int64_t>& description, uintptr_t out, int64_t type,
-                int threads) {
+// Rows first..last of the weight into out [last - first, columns].
+void dequantize(const std::string& level, const std::vector<int64_t>& description, int64_t first, int64_t last,
+                uintptr_t out, int64_t type, int threads) {
     const Isa& isa = level_named(level);
     check_threads(threads);
     if (type < 0 || type > 2) throw std::invalid_argument("output type is 0, 1 or 2, not " + std::to_string(type));
     nb::gil_scoped_release released;
     const OwnedWeight owned(description);
     const Weight& w = owned.view;
+    if (first < 0 || first > last || last > w.rows) {
+        throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(last) +
+                                    " are not among the layer's " + std::to_string(w.rows));
+    }
     constexpr int64_t rows = 16;
-    const int pieces = static_cast<int>((w.rows + rows - 1) / rows);
+    const int pieces = static_cast<int>((last - first + rows - 1) / rows);
     if (owned.code_bytes < threaded_bytes) threads = 1;
+    const auto start = out - static_cast<uintptr_t>(first * w.columns * (type == 0 ? 4 : 2));  // where row 0 would be
     parallel_for(pieces, threads, [&](int piece) {
-        const int64_t begin = piece * rows, end = std::min(begin + rows, w.rows);
-        isa.dequantize(w, begin, end, scratch_of(2 * w.columns + 64), reinterpret_cast<void*>(out),
+        const int64_t begin = first + piece * rows, end = std::min(begin + rows, last);
+        isa.dequantize(w, begin, end, scratch_of(2 * w.columns + 64), reinterpret_cast<void*>(start),
                        static_cast<Type>(type));
     });
 }
