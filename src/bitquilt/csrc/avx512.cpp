@@ -4,98 +4,15 @@
 // for fp32 input, two (16 bits) for bf16 and fp16. Products with the codes are then exact integers, 64 per
 // instruction and digit; one conversion to fp32 per group and digit follows. The same in fp32 arithmetic would
 // take a conversion and an FMA per 16 weights: 3 times as many instructions, below memory speed at 2 bits.
-//
-// Codes become bytes in one of two ways, always 16 lanes of 4 bytes:
-//   planes  1, 2, 4 bits: a shift and a mask turn 64 stored bytes into 64 codes, every 8/bits-th column of the chunk;
-//           the activations are stored in that order once per call. 2 operations per 64 codes.
-//   words   any width: a byte permutation gives each 64-bit word its 8 codes, `vpmultishiftqb` shifts each to its
-//           byte, a mask. 3 operations per 64 codes, columns in order.
 #include <immintrin.h>
 
+#include "avx512_unpack.h"
 #include "rows.h"
 
 namespace bitquilt {
 namespace {
 
 constexpr int tile = 4;  // tokens per pass over the codes: 4 x 3 digits of accumulators fit the 32 registers
-constexpr int wide_bytes = 64;
-
-int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-// Planes of a chunk: a lane adds 4 * planes neighbouring columns, which must share a group.
-int plane_count(const Segment& s) {
-    const int planes = s.bits == 1 || s.bits == 2 || s.bits == 4 ? 8 / s.bits : 1;
-    return s.groups == 1 || s.group_size % (4 * planes) == 0 ? planes : 1;
-}
-
-inline __m512i load_bytes(const uint8_t* at, int64_t left) {
-    if (left >= wide_bytes) return _mm512_loadu_si512(at);
-    return left > 0 ? _mm512_maskz_loadu_epi8((1ull << left) - 1ull, at) : _mm512_setzero_si512();
-}
-
-// For each width: which byte of a chunk goes where, and by how many bits the codes are shifted.
-struct WordTables {
-    alignas(64) uint8_t spread[9][64];
-    alignas(64) uint8_t shift[9][64];
-};
-
-constexpr WordTables make_word_tables() {
-    WordTables tables{};
-    for (int bits = 1; bits <= 8; ++bits) {
-        for (int i = 0; i < 64; ++i) {
-            const int source = i / 8 * bits + i % 8;
-            tables.spread[bits][i] = static_cast<uint8_t>(source < 64 ? source : 63);
-            tables.shift[bits][i] = static_cast<uint8_t>(bits * (i % 8));
-        }
-    }
-    return tables;
-}
-
-constexpr WordTables word_tables = make_word_tables();
-
-struct WordControl {
-    __m512i spread, shift, mask;
-    explicit WordControl(int bits)
-        : spread(_mm512_load_si512(word_tables.spread[bits])),
-          shift(_mm512_load_si512(word_tables.shift[bits])),
-          mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
-    __m512i codes(__m512i raw) const {
-        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, raw)), mask);
-    }
-};
-
-// A chunk of 64 codes at any width. `load`: the smallest of 16, 32, 64 bytes that holds it, since a load that
-// crosses a cache line costs two.
-template <int load>
-struct Words : WordControl {
-    static constexpr int planes = 1;
-    int64_t step;
-    explicit Words(int bits) : WordControl(bits), step(8 * bits) {}
-    __m512i raw(const uint8_t* at, int64_t left) const {
-        if (left < load) return load_bytes(at, left);
-        if constexpr (load == 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-        if constexpr (load == 32) {
-            return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-        }
-        return _mm512_loadu_si512(at);
-    }
-    template <int k>
-    __m512i plane(__m512i raw) const { return codes(raw); }
-};
-
-template <int bits>
-struct Planes {
-    static constexpr int planes = 8 / bits;
-    static constexpr int64_t step = wide_bytes;
-    __m512i mask;
-    explicit Planes(int) : mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
-    __m512i raw(const uint8_t* at, int64_t left) const { return load_bytes(at, left); }
-    template <int k>
-    __m512i plane(__m512i raw) const {
-        return _mm512_and_si512(k ? _mm512_srli_epi16(raw, bits * k) : raw, mask);
-    }
-};
-
 inline __m512 load16(const void* data, Type type, int64_t index, __mmask16 keep) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(keep, static_cast<const float*>(data) + index);
     const __m256i raw = _mm256_maskz_loadu_epi16(keep, static_cast<const uint16_t*>(data) + index);
@@ -149,6 +66,27 @@ inline void add_planes(const U& unpack, __m512i raw, const int8_t* x, int64_t to
     if constexpr (k + 1 < U::planes) add_planes<U, T, D, k + 1>(unpack, raw, x, token_bytes, sums);
 }
 
+// Groups of `per_group` chunks (a constant if it is not 0) that need no checks.
+template <class U, int T, int D, int constant>
+void whole_groups(const U& unpack, const uint8_t* at, const int8_t* x, int64_t token_bytes, int64_t per_group,
+                         int64_t groups, const float* factors, int64_t stride, __m512* y) {
+    constexpr int64_t chunk_bytes = wide_bytes * U::planes * D;
+    const int64_t chunks = constant ? constant : per_group;
+    __m512 totals[T];
+    for (int t = 0; t < T; ++t) totals[t] = y[t];
+    for (int64_t g = 0; g < groups; ++g) {
+        __m512i sums[T][D];
+        for (int t = 0; t < T; ++t) for (int d = 0; d < D; ++d) sums[t][d] = _mm512_setzero_si512();
+        for (int64_t c = 0; c < chunks; ++c, at += unpack.step, x += chunk_bytes) {
+            add_planes<U, T, D>(unpack, unpack.raw(at), x, token_bytes, sums);
+        }
+        for (int t = 0; t < T; ++t) {
+            totals[t] = _mm512_fmadd_ps(to_float<D>(sums[t]), _mm512_set1_ps(factors[t * stride + g]), totals[t]);
+        }
+    }
+    for (int t = 0; t < T; ++t) y[t] = totals[t];
+}
+
 // One row of one segment for T tokens: y[t] += its share, spread over the lanes.
 template <class U, int T, int D>
 void segment_row(const Segment& s, const Inputs& in, int64_t row, int token, const uint8_t* zeros, float* factors,
@@ -159,16 +97,25 @@ void segment_row(const Segment& s, const Inputs& in, int64_t row, int token, con
     const U unpack(s.bits);
     const int8_t* x = in.planes + token * in.plane_bytes + s.first_plane;
     const uint8_t* at = s.codes + row * s.row_bytes;
-    const uint8_t* end = at + s.row_bytes;
     const int64_t chunks = (s.width + chunk - 1) / chunk;
     if (s.groups == 1 || s.group_size % chunk == 0) {  // a chunk belongs to one group
         const int64_t per_group = s.groups == 1 ? chunks : s.group_size / chunk;
-        for (int64_t c = 0, g = 0; c < chunks; ++g) {
+        // Groups whose loads stay inside the tensor: no checks, and the usual 1 or 2 chunks without a loop.
+        const int64_t room = s.codes_end - at - U::bytes_read + unpack.step;
+        int64_t whole = room > 0 ? room / (per_group * unpack.step) : 0;
+        if (whole > chunks / per_group) whole = chunks / per_group;
+        const auto run = per_group == 1 ? whole_groups<U, T, D, 1>
+                         : per_group == 2 ? whole_groups<U, T, D, 2> : whole_groups<U, T, D, 0>;
+        run(unpack, at, x, in.plane_bytes, per_group, whole, factors, stride, y);
+        int64_t g = whole;
+        at += g * per_group * unpack.step;
+        x += g * per_group * chunk_bytes;
+        for (int64_t c = g * per_group; c < chunks; ++g) {
             __m512i sums[T][D];
             for (int t = 0; t < T; ++t) for (int d = 0; d < D; ++d) sums[t][d] = _mm512_setzero_si512();
             const int64_t last = c + per_group < chunks ? c + per_group : chunks;
             for (; c < last; ++c, at += unpack.step, x += chunk_bytes) {
-                add_planes<U, T, D>(unpack, unpack.raw(at, end - at), x, in.plane_bytes, sums);
+                add_planes<U, T, D>(unpack, unpack.raw(at, s.codes_end - at), x, in.plane_bytes, sums);
             }
             for (int t = 0; t < T; ++t) {
                 y[t] = _mm512_fmadd_ps(to_float<D>(sums[t]), _mm512_set1_ps(factors[t * stride + g]), y[t]);
@@ -192,7 +139,7 @@ void segment_row(const Segment& s, const Inputs& in, int64_t row, int token, con
         }
         __m512i sums[T][D];
         for (int t = 0; t < T; ++t) for (int d = 0; d < D; ++d) sums[t][d] = _mm512_setzero_si512();
-        add_planes<U, T, D>(unpack, unpack.raw(at, end - at), x, in.plane_bytes, sums);
+        add_planes<U, T, D>(unpack, unpack.raw(at, s.codes_end - at), x, in.plane_bytes, sums);
         for (int t = 0; t < T; ++t) {
             const __m512 factor = _mm512_permutexvar_ps(lane_group, _mm512_loadu_ps(factors + t * stride + first));
             y[t] = _mm512_fmadd_ps(to_float<D>(sums[t]), factor, y[t]);
@@ -306,12 +253,34 @@ int64_t plane_bytes(const Segment& s, int digits) {
 
 // Largest magnitude as its bits: above 0x7f800000 if there is a NaN, equal to it if there is an infinity.
 uint32_t magnitude(const float* x, int64_t count) {
-    uint32_t largest = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        const uint32_t bits = to_bits(x[j]) & 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
+    const __m512i positive = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 keep = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1);
+        const __m512i bits = _mm512_maskz_loadu_epi32(keep, x + j);
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, positive));
     }
-    return largest;
+    return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest));
+}
+
+// One digit of every activation of a chunk, in the order in which the codes are unpacked.
+inline void store_plane(const int8_t* digits, int64_t planes, int64_t k, int8_t* to) {
+    const __m128i shift = _mm_cvtsi64_si128(8 * k);
+    for (int64_t j = 0; j < wide_bytes; j += 64 / planes) {
+        const __m512i columns = _mm512_load_si512(digits + j * planes);
+        if (planes == 1) {
+            _mm512_storeu_si512(to, columns);
+        } else if (planes == 2) {
+            const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_srl_epi16(columns, shift));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), bytes);
+        } else if (planes == 4) {
+            const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srl_epi32(columns, shift));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), bytes);
+        } else {
+            const __m128i bytes = _mm512_cvtepi64_epi8(_mm512_srl_epi64(columns, shift));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(to + j), bytes);
+        }
+    }
 }
 
 // Fixed-point activations of one segment and token. Digits are signed: q = d0 + 256 d1 + 65536 d2.
@@ -319,16 +288,18 @@ void prepare_segment(const Segment& s, const float* x, int digits, float* unit, 
     // A little below 127 * (1 + 256 + ...), the largest value the digits hold, so that rounding cannot leave it.
     const float largest = digits == 2 ? 32630.0f : 8355000.0f;
     const int64_t count = plane_count(s), chunk = wide_bytes * count;
-    int64_t group_end = 0, total = 0, g = -1;
+    int64_t group_end = 0, g = -1;
     float inverse = 0.0f;
+    __m512i total = _mm512_setzero_si512();
     alignas(64) int32_t q[512];
+    alignas(64) int8_t bytes[512];
     for (int64_t start = 0; start < s.width; start += chunk, planes += chunk * digits) {
         for (int64_t j = 0; j < chunk; j += 8) {  // 8 columns share a group
             const int64_t column = start + j;
             if (column >= group_end && column < s.width) {
-                if (g >= 0) sum[g] = unit[g] * static_cast<float>(total);
+                if (g >= 0) sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
                 ++g;
-                total = 0;
+                total = _mm512_setzero_si512();
                 group_end = s.groups == 1 || column + s.group_size > s.width ? s.width : column + s.group_size;
                 const uint32_t bits = magnitude(x + column, group_end - column);
                 unit[g] = bits >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(bits) / largest;
@@ -338,23 +309,20 @@ void prepare_segment(const Segment& s, const float* x, int digits, float* unit, 
             const int64_t left = s.width - column;
             const int used = left <= 0 || inverse == 0.0f ? 0 : left >= 8 ? 0xff : (1 << left) - 1;
             const __m256 value = _mm256_maskz_loadu_ps(static_cast<__mmask8>(used), x + column);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(q + j),
-                               _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(inverse))));
-            for (int64_t k = j; k < j + 8; ++k) total += q[k];
+            const __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(inverse)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(q + j), fixed);
+            total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(fixed));
         }
-        for (int64_t k = 0; k < count; ++k) {
-            int8_t* to = planes + k * digits * wide_bytes;
-            for (int64_t j = 0; j < wide_bytes; ++j) {
-                int32_t rest = q[j * count + k];
-                for (int d = 0; d < digits; ++d) {
-                    const int8_t digit = static_cast<int8_t>(rest & 0xff);
-                    to[d * wide_bytes + j] = digit;
-                    rest = (rest - digit) >> 8;
-                }
+        for (int d = 0; d < digits; ++d) {
+            for (int64_t j = 0; j < chunk; j += 16) {  // the low byte, signed; what is left is a multiple of 256
+                const __m512i rest = _mm512_load_si512(q + j);
+                _mm_store_si128(reinterpret_cast<__m128i*>(bytes + j), _mm512_cvtepi32_epi8(rest));
+                _mm512_store_si512(q + j, _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8));
             }
+            for (int64_t k = 0; k < count; ++k) store_plane(bytes, count, k, planes + (k * digits + d) * wide_bytes);
         }
     }
-    sum[g] = unit[g] * static_cast<float>(total);
+    sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
 }
 
 void prepare(const Weight& w, const Inputs& in) {

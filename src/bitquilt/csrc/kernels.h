@@ -27,6 +27,7 @@ struct Segment {
     int64_t first_plane;    // in Inputs::digits, bytes per token before it
     const uint8_t* codes;   // [rows, row_bytes]
     int64_t row_bytes;
+    const uint8_t* codes_end;  // of the tensor: what a wide load finds behind a row's end meets activations of zero
     const void* scale;      // uniform [rows, groups]
     Type scale_type;
     const float* levels;    // codebook [width, 2^bits], fp32

@@ -81,6 +81,7 @@ void OwnedWeight::add_segment(const int64_t* numbers, int index) {
     want_dtype("codes" + place, codes.dtype == Dtype::uint8, "uint8");
     want_count("codes" + place, codes, view.rows * s.row_bytes,
                rows + std::to_string(width) + " " + std::to_string(bits) + "-bit codes");
+    s.codes_end = s.codes + codes.count;
     const Type type = float_type("scale" + place, scale);
     if (s.grid == Grid::codebook) {
         want_count("scale" + place, scale, width << bits, std::to_string(width) + " codebooks");
