@@ -13,6 +13,7 @@ namespace bitquilt {
 namespace {
 
 constexpr int tile = 4;  // tokens per pass over the codes: 4 x 3 digits of accumulators fit the 32 registers
+
 inline __m512 load16(const void* data, Type type, int64_t index, __mmask16 keep) {
     if (type == Type::f32) return _mm512_maskz_loadu_ps(keep, static_cast<const float*>(data) + index);
     const __m256i raw = _mm256_maskz_loadu_epi16(keep, static_cast<const uint16_t*>(data) + index);
