@@ -23,25 +23,25 @@ KINDS = (
 ROWS = 12
 
 
-def uniform_segment(bits, width, group_size, seed=0, symmetric=False, scale_dtype=torch.float16):
+def uniform_segment(bits, width, group_size, seed=0, symmetric=False, scale_dtype=torch.float16, rows=ROWS):
     """Random codes on random grids."""
     g = torch.Generator().manual_seed(seed)
     groups = -(-width // group_size)
-    codes = torch.randint(0, 2**bits, (ROWS, width), generator=g, dtype=torch.uint8)
-    scale = (torch.rand(ROWS, groups, generator=g) + 0.1).to(scale_dtype)
+    codes = torch.randint(0, 2**bits, (rows, width), generator=g, dtype=torch.uint8)
+    scale = (torch.rand(rows, groups, generator=g) + 0.1).to(scale_dtype)
     if symmetric:
         zero = None
     elif bits == 1:
-        zero = torch.randn(ROWS, groups, generator=g).to(scale_dtype)
+        zero = torch.randn(rows, groups, generator=g).to(scale_dtype)
     else:
-        zero = torch.randint(0, 2**bits, (ROWS, groups), generator=g, dtype=torch.uint8)
+        zero = torch.randint(0, 2**bits, (rows, groups), generator=g, dtype=torch.uint8)
     return Segment(Format(bits, group_size, "uniform", scale_dtype, symmetric), codes, scale, zero)
 
 
-def codebook_segment(bits, width, seed=0):
+def codebook_segment(bits, width, seed=0, rows=ROWS):
     """Random codes into one table per column."""
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (ROWS, width), generator=g, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (rows, width), generator=g, dtype=torch.uint8)
     return Segment(Format(bits, 1, "codebook"), codes, torch.randn(width, 2**bits, generator=g).half())
 
 

@@ -8,6 +8,7 @@ import torch
 
 from bitquilt.cli import doctor as verb
 from bitquilt.cli.doctor import self_test
+from bitquilt.ops import kernels
 
 from .conftest import Command
 
@@ -23,7 +24,11 @@ def test_facts(command: Command) -> None:
     assert facts["memory"]["total"] > facts["memory"]["available"] > 0
     lines = command("doctor").out
     assert "self-test     ok" in lines
-    assert "reference (dequantize, then matmul): right, not fast" in lines
+    body = f"native kernels, {kernels.level()}" if kernels.built() else "installed without its kernels"
+    assert body in facts["quantized_matmul"]["CPU"]
+    assert "reference (dequantize, then matmul): right, not fast" in facts["quantized_matmul"]["CUDA"]
+    if not facts["gpus"]:
+        assert body in lines
 
 
 @pytest.mark.parametrize("name", ["unpack", "decode_uniform"])

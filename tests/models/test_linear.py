@@ -42,7 +42,9 @@ def test_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     x = torch.randn(3, IN).to(dtype)
     expected = nn.functional.linear(x, module.dequantize().to(dtype), torch.ones(OUT, dtype=dtype))
     assert module(x).dtype == dtype
-    assert torch.equal(module(x), expected)
+    # A faster body may round elsewhere than the reference: see tests/ops.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

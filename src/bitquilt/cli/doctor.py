@@ -17,6 +17,7 @@ from typer import Exit
 from bitquilt._version import __version__
 from bitquilt.cli.output import EXIT_WRONG_RESULT, Json, print_json, size_text, stdout
 from bitquilt.models.linear import QuantizedLinear
+from bitquilt.ops import kernels
 from bitquilt.ops.reference import decode_uniform
 from bitquilt.packing import pack, unpack
 from bitquilt.recipes import make_recipe
@@ -138,7 +139,12 @@ def _version(package: str) -> str | None:
 
 def _body(device: str) -> str:
     own = torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", device)
-    return "a kernel of its own" if own else _REFERENCE
+    if not own:
+        return _REFERENCE if device != "CPU" else f"{_REFERENCE}; the package was installed without its kernels"
+    if device == "CPU":
+        level = kernels.level()
+        return f"{_REFERENCE}; BITQUILT_ISA asks for it" if level == kernels.REFERENCE else f"native kernels, {level}"
+    return "a kernel of its own"
 
 
 def _print(facts: dict[str, Any]) -> None:

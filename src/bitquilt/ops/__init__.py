@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.ops import reference
+from bitquilt.ops import kernels, reference
 
 _WEIGHT_SCHEMA = (
     "Tensor[] codes, Tensor[] scales, Tensor[] zeros, int[] layout, Tensor? permutation, int block, "
@@ -22,6 +22,9 @@ torch.library.define(
 # CompositeExplicitAutograd: the body for every device that has none of its own.
 torch.library.impl("bitquilt::dequantize", "CompositeExplicitAutograd", reference.dequantize)
 torch.library.impl("bitquilt::quantized_matmul", "CompositeExplicitAutograd", reference.quantized_matmul)
+if kernels.built():
+    torch.library.impl("bitquilt::dequantize", "cpu", kernels.dequantize)
+    torch.library.impl("bitquilt::quantized_matmul", "cpu", kernels.quantized_matmul)
 
 quantized_matmul = torch.ops.bitquilt.quantized_matmul
 dequantize = torch.ops.bitquilt.dequantize

@@ -1,0 +1,101 @@
+// How stored codes become bytes in AVX-512 registers. Included by avx512.cpp alone.
+//
+// Codes become bytes in one of two ways, always 16 lanes of 4 bytes:
+//   planes  1, 2, 4 bits: a shift and a mask turn 64 stored bytes into 64 codes, every 8/bits-th column of the chunk;
+//           the activations are stored in that order once per call. 2 operations per 64 codes.
+//   words   any width: a byte permutation gives each 64-bit word its 8 codes, `vpmultishiftqb` shifts each to its
+//           byte, a mask. 3 operations per 64 codes, columns in order.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace bitquilt {
+namespace {
+
+constexpr int wide_bytes = 64;
+
+int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Planes of a chunk: a lane adds 4 * planes neighbouring columns, which must share a group.
+int plane_count(const Segment& s) {
+    const int planes = s.bits == 1 || s.bits == 2 || s.bits == 4 ? 8 / s.bits : 1;
+    return s.groups == 1 || s.group_size % (4 * planes) == 0 ? planes : 1;
+}
+
+inline __m512i load_bytes(const uint8_t* at, int64_t left) {
+    if (left >= wide_bytes) return _mm512_loadu_si512(at);
+    return left > 0 ? _mm512_maskz_loadu_epi8((1ull << left) - 1ull, at) : _mm512_setzero_si512();
+}
+
+// For each width: which byte of a chunk goes where, and by how many bits the codes are shifted.
+struct WordTables {
+    alignas(64) uint8_t spread[9][64];
+    alignas(64) uint8_t shift[9][64];
+};
+
+constexpr WordTables make_word_tables() {
+    WordTables tables{};
+    for (int bits = 1; bits <= 8; ++bits) {
+        for (int i = 0; i < 64; ++i) {
+            const int source = i / 8 * bits + i % 8;
+            tables.spread[bits][i] = static_cast<uint8_t>(source < 64 ? source : 63);
+            tables.shift[bits][i] = static_cast<uint8_t>(bits * (i % 8));
+        }
+    }
+    return tables;
+}
+
+constexpr WordTables word_tables = make_word_tables();
+
+struct WordControl {
+    __m512i spread, shift, mask;
+    explicit WordControl(int bits)
+        : spread(_mm512_load_si512(word_tables.spread[bits])),
+          shift(_mm512_load_si512(word_tables.shift[bits])),
+          mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
+    __m512i codes(__m512i raw) const {
+        return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, raw)), mask);
+    }
+};
+
+// A chunk of 64 codes at any width. `load`: the smallest of 16, 32, 64 bytes that holds it, since a load that
+// crosses a cache line costs two.
+template <int load>
+struct Words : WordControl {
+    static constexpr int planes = 1;
+    int64_t step;
+    explicit Words(int bits) : WordControl(bits), step(8 * bits) {}
+    __m512i raw(const uint8_t* at, int64_t left) const {
+        return left < load ? load_bytes(at, left) : raw(at);
+    }
+    __m512i raw(const uint8_t* at) const {
+        if constexpr (load == 16) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+        if constexpr (load == 32) {
+            return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        }
+        return _mm512_loadu_si512(at);
+    }
+    static constexpr int bytes_read = load;
+    template <int k>
+    __m512i plane(__m512i raw) const { return codes(raw); }
+};
+
+template <int bits>
+struct Planes {
+    static constexpr int planes = 8 / bits;
+    static constexpr int64_t step = wide_bytes;
+    static constexpr int bytes_read = wide_bytes;
+    __m512i mask;
+    explicit Planes(int) : mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
+    __m512i raw(const uint8_t* at, int64_t left) const { return load_bytes(at, left); }
+    __m512i raw(const uint8_t* at) const { return _mm512_loadu_si512(at); }
+    template <int k>
+    __m512i plane(__m512i raw) const {
+        return _mm512_and_si512(k ? _mm512_srli_epi16(raw, bits * k) : raw, mask);
+    }
+};
+
+}  // namespace
+}  // namespace bitquilt

@@ -1,0 +1,92 @@
+// What the kernels share: a stored weight as plain pointers, the inputs of one call, and the table of functions
+// that each instruction set fills.
+//
+// The files of an instruction set (portable.cpp, avx2.cpp, avx512.cpp) are compiled with that set's flags. They
+// include only this header, the C library and intrinsics: an inline function or a std:: template compiled there could
+// be the copy the linker keeps for everybody, and an old processor would meet an instruction it does not know.
+#pragma once
+
+#include <cstdint>
+
+namespace bitquilt {
+
+constexpr int max_tokens = 16;   // above it, unpacking once into a matrix product costs less than the products here
+constexpr int row_block = 64;    // rows of one piece of work: zeros of 64 rows start on a byte at every width
+constexpr int group_padding = 16;  // group arrays start at multiples of this, so that 16 floats can always be read
+
+enum class Type : int64_t { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Grid : int64_t { uniform = 0, codebook = 1 };
+
+// One column segment, as `ops/reference.py` defines it. All sizes were checked when it was built.
+struct Segment {
+    Grid grid;
+    int bits;
+    int64_t group_size, width, groups;
+    int64_t first_column;   // in stored order
+    int64_t first_group;    // in the padded group arrays of Inputs
+    int64_t first_plane;    // in Inputs::digits, bytes per token before it
+    const uint8_t* codes;   // [rows, row_bytes]
+    int64_t row_bytes;
+    const uint8_t* codes_end;  // of the tensor: what a wide load finds behind a row's end meets activations of zero
+    const void* scale;      // uniform [rows, groups]
+    Type scale_type;
+    const float* levels;    // codebook [width, 2^bits], fp32
+    const uint8_t* zero;    // integer zeros [groups, zero_bytes], packed along the rows; or null
+    int64_t zero_bytes;
+    const void* offset;     // one bit: lower levels [rows, groups] of scale_type; or null
+};
+
+struct Outliers {
+    const uint16_t* values;  // fp16; null: none
+    const void* columns;     // int16 or, if wide, int32
+    bool wide;
+    const int32_t* rows;     // [rows + 1]
+};
+
+// Neighbours in storage that are neighbours in the original order too.
+struct Run {
+    int64_t stored, original, length;
+};
+
+struct Weight {
+    const Segment* segments;
+    int count;
+    int64_t rows, columns;
+    const Run* runs;  // the order of the input channels, covering every column once
+    int64_t run_count;
+    Outliers outliers;
+};
+
+// The inputs of one product, prepared once per call and read by every row.
+struct Inputs {
+    int tokens;
+    int digits;            // bytes of one fixed-point activation (AVX-512): 2 or 3
+    const float* x;        // [tokens, columns], original order
+    const float* stored;   // [tokens, columns], stored order
+    int64_t groups;        // floats of one token in the two arrays below
+    float* unit;           // what one unit of the activations of a group is worth (1 without digits)
+    float* sum;            // sum of the activations of a group
+    int64_t plane_bytes;   // bytes of one token in `planes`
+    int8_t* planes;        // fixed-point activations in the order in which the codes are unpacked
+};
+
+struct Isa {
+    const char* name;
+    bool fixed_point;
+    // Bytes that one token's activations of a segment take in Inputs::planes.
+    int64_t (*plane_bytes)(const Segment&, int digits);
+    // Fill unit, sum and planes.
+    void (*prepare)(const Weight&, const Inputs&);
+    // out [tokens, rows] for rows begin..end, begin a multiple of row_block; outliers and bias are added elsewhere.
+    // scratch: scratch_floats(weight, inputs) floats.
+    void (*matmul)(const Weight&, const Inputs&, int64_t begin, int64_t end, float* scratch, float* out);
+    int64_t (*scratch_floats)(const Weight&, const Inputs&);
+    // out [rows, columns] of `type` in original channel order for rows begin..end; scratch: 2 * columns + 64 floats.
+    void (*dequantize)(const Weight&, int64_t begin, int64_t end, float* scratch, void* out, Type type);
+};
+
+extern const Isa portable_isa;
+extern const Isa avx2_isa;    // BITQUILT_X86 only, as the next
+extern const Isa avx512_isa;
+
+}  // namespace bitquilt
