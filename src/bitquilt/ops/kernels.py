@@ -126,7 +126,7 @@ def _linear(x: Tensor, weight: tuple[Any, ...], bias: Tensor | None) -> Tensor:
     """
     out_features = weight[-1]
     parts = []
-    for first in range(0, out_features, _TILE_ROWS):
+    for first in range(0, max(out_features, 1), _TILE_ROWS):  # one part, empty, of a layer without outputs
         last = min(first + _TILE_ROWS, out_features)
         tile = _dense(weight, x.dtype, first, last)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first:last]))
