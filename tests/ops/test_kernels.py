@@ -109,7 +109,7 @@ def test_unpacking_for_many_tokens_equals_the_reference(level, dtype):
 
 
 def test_unpacking_some_rows_at_a_time(level, monkeypatch):
-    monkeypatch.setattr(kernels, "_TILE_BYTES", 0)
+    monkeypatch.setattr(kernels, "_TILE_ROWS", 64)
     weight = QuantizedWeight((uniform_segment(3, 300, 64, rows=150),))
     module = QuantizedLinear.from_weight(weight, torch.arange(150.0))
     x = inputs(40, 300).view(2, 20, 300)
