@@ -100,7 +100,9 @@ def main() -> None:
         started = time.perf_counter()
         limit = str(int(arguments.limit_gib * 2**30))
         command = [sys.executable, "-c", RUN, str(model), str(out), str(ids), arguments.recipe, limit]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"it did not fit into {arguments.limit_gib} GiB:\n{done.stderr[-2000:]}")
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     result: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquilt.errors import UserError
 from bitquilt.ops import reference
 
 try:
@@ -38,12 +39,12 @@ def built() -> bool:
 
 @functools.cache
 def level() -> str:
-    """The instruction set in use, or "reference". Raises ValueError if `BITQUILT_ISA` asks for what is not here."""
+    """The instruction set in use, or "reference". Raises UserError if `BITQUILT_ISA` asks for what is not here."""
     here = [*(_kernels.levels() if built() else []), REFERENCE]
     wanted = os.environ.get(_VARIABLE, here[0])
     if wanted not in here:
         reason = "this processor has" if built() else "the kernels are not built; there is"
-        raise ValueError(f"{_VARIABLE} is {wanted!r}; {reason} {', '.join(here)}")
+        raise UserError(f"{_VARIABLE} is {wanted!r}; {reason} {', '.join(here)}")
     return wanted
 
 
