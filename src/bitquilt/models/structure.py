@@ -69,8 +69,13 @@ class Skeleton:
         return module
 
     def template(self, path: str) -> nn.Module:
-        """A copy of the empty block, to put back with `reset` when its weights are no longer needed."""
-        return copy.deepcopy(self.model.get_submodule(path))
+        """The empty block, to put back with `reset` when its weights are no longer needed; a copy takes its place.
+
+        The copy gets the weights: whoever still holds the model's first modules holds nothing then.
+        """
+        empty = self.model.get_submodule(path)
+        replace_module(self.model, path, copy.deepcopy(empty))
+        return empty
 
     def reset(self, path: str, template: nn.Module) -> None:
         """Drop the block's weights."""
