@@ -16,6 +16,7 @@ from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
 from bitquilt.runtime.progress import Observer, Stage, Started, silent
@@ -59,6 +60,7 @@ def quantize(
     work_dir: str | Path | None = None,
     skip: Sequence[str] = (),
     include_head: bool = False,
+    embedding_bits: int | None = None,
     plan: str | Path | None = None,
     observer: Observer = silent,
     **options: Any,
@@ -68,7 +70,9 @@ def quantize(
     `recipe`: a name, whose fields are taken from `options` (`bits=2, group_size=32, ...`), or a recipe.
     `calibration`: text, jsonl, parquet, a folder of them, a hub data set, token ids in a safetensors file, or
     "self": the model writes its own. `skip`: patterns of layers to leave alone. `include_head`: quantize the layer
-    that makes logits too, where it is not tied to the embedding. `plan`: a plan.json to follow.
+    that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to so
+    many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it. `plan`: a plan.json to
+    follow.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
     if isinstance(recipe, str):
@@ -86,7 +90,9 @@ def quantize(
     if notice and recipe.needs:
         observer(Stage(notice))
     plans = None if plan is None else read_plan(plan)
-    fingerprint = fingerprint_of(checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, plan)
+    fingerprint = fingerprint_of(
+        checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan
+    )
     work_path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
     if (done := finished(out, fingerprint)) is not None:
         if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
@@ -94,7 +100,8 @@ def quantize(
         return Result(out, done, already_done=True)
     skeleton = open_skeleton(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
-    untouched = survey(skeleton, layers)
+    embedding = [] if embedding_bits is None else [check_embedding(skeleton, embedding_bits)]
+    untouched = survey(skeleton, {*layers, *embedding})
     if plans is not None:
         check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
     elif isinstance(recipe, ChecksLayers):
@@ -111,7 +118,9 @@ def quantize(
             _check_disk(work, checkpoint, samples * seq_len)
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
-        records = stream(Job(skeleton, recipe, ids, work, batch, tuple(skip), include_head, plans), observer)
+        records = stream(
+            Job(skeleton, recipe, ids, work, batch, tuple(skip), include_head, embedding_bits, plans), observer
+        )
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)

@@ -68,6 +68,10 @@ def quantize(
     include_head: Annotated[
         bool, Option("--include-head", help="Quantize the layer that makes logits too (not where it is tied).")
     ] = False,
+    embedding_bits: Annotated[
+        int | None,
+        Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
+    ] = None,
     plan: Annotated[Path | None, Option(help="A plan.json that says where the bits go.", show_default=False)] = None,
     published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
     settings: Annotated[
@@ -82,7 +86,8 @@ def quantize(
         try:
             result = run(
                 model, chosen, calibration, out, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
-                work_dir=work_dir, skip=skip or [], include_head=include_head, plan=plan, observer=observer,
+                work_dir=work_dir, skip=skip or [], include_head=include_head,
+                embedding_bits=embedding_bits, plan=plan, observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept, the same command continues after them")

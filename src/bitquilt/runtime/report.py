@@ -34,6 +34,7 @@ def fingerprint_of(
     seed: int,
     skip: Sequence[str],
     include_head: bool,
+    embedding_bits: int | None,
     plan: str | Path | None,
 ) -> dict[str, Any]:
     """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
@@ -48,6 +49,7 @@ def fingerprint_of(
         "seed": seed,
         "skip": list(skip),
         "include_head": include_head,
+        "embedding_bits": embedding_bits,
         "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
     }
     return dict(json.loads(json.dumps(value)))

@@ -23,6 +23,7 @@ from bitquilt.models.structure import vocabulary_size
 from bitquilt.packing import layout_from_json
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, finish, learn_extras, record_calls
+from bitquilt.runtime.embedding import committed_embedding, open_embedding
 from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import ERROR_TOKENS, check_weights, mean_output_error, quantize_layers
 from bitquilt.runtime.progress import BlockDone, Observer, Stage
@@ -57,7 +58,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
     records = committed(job.folder, len(blocks))
     head = committed_head(job.folder)
     if (job.folder / "logits.safetensors").exists():
-        return records + head
+        return _all_records(job, records, head)
     observe(Stage("reading the embedding and making the first block's inputs"))
     streams = _open_streams(job, resumed=bool(records))
     for i in range(len(records), len(blocks)):
@@ -78,7 +79,12 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
     logits = finish(skeleton, streams.probe_ids, probe, streams.extras)
     skeleton.release_outer()
     write_tensors(job.folder / "logits.safetensors", {"ids": streams.probe_ids, "logits": logits.float()})
-    return records + head
+    return _all_records(job, records, head)
+
+
+def _all_records(job: Job, blocks: list[dict[str, Any]], head: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    embedding = committed_embedding(job.folder)
+    return blocks + head + ([] if embedding is None else [embedding])
 
 
 def committed(folder: Path, blocks: int) -> list[dict[str, Any]]:
@@ -106,6 +112,7 @@ def _open_streams(job: Job, resumed: bool) -> _Streams:
     length = min(length, context_limit(skeleton.checkpoint.config) or length)
     probe_ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     skeleton.load("")
+    open_embedding(job)
     template = skeleton.template(skeleton.blocks[0])
     skeleton.load(skeleton.blocks[0])
     extras = learn_extras(skeleton, probe_ids)

@@ -49,6 +49,9 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
         name: layout_from_json(entry["layout"], name) for record in records for name, entry in record["layers"].items()
     }
     config = {**skeleton.checkpoint.config, "quantization_config": quantization_config(layouts)}
+    for record in records:
+        if "tied" in record:  # a config may call two tables tied that are stored apart; the loader must know which
+            config["tie_word_embeddings"] = record["tied"]
     write_json(folder / "config.json", config)
     for companion in skeleton.checkpoint.companions():
         shutil.copyfile(companion, folder / companion.name)
