@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from bitquilt.errors import UserError
+from bitquilt.report.page import check_ready
 
 _ENDINGS = (".html", ".htm")
 
 
 def check_target(path: Path) -> Path:
-    """Before the expensive step. Raises UserError for a folder, a missing folder, or a file that is no page."""
+    """Before the expensive step. Raises UserError for a folder, a missing folder, a file that is no page, no jinja2."""
+    check_ready()
     if path.is_dir():
         raise UserError(f"{path} is a folder; give --out a file, such as {path / 'report.html'}")
     if path.suffix.lower() not in _ENDINGS:

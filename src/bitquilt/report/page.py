@@ -5,6 +5,7 @@ connection, so a name that slipped through could do nothing.
 """
 
 import datetime
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ _PLOT_WIDTHS = (720, 330)  # for a screen and for a phone
 
 def report_page(facts: Facts, panels: Sequence[Panel] = ()) -> str:
     """One checkpoint, and in `panels` the others of the same model that were measured the same way."""
+    check_ready()
     layers = dict(list(facts.layers.items())[:_MOST_LAYERS])
     columns = columns_for([layer.runs for layer in layers.values()])
     most = max(bits for layer in layers.values() for bits, _ in layer.runs)
@@ -65,6 +67,7 @@ def report_page(facts: Facts, panels: Sequence[Panel] = ()) -> str:
 
 def compare_page(panels: Sequence[Panel]) -> str:
     """Several checkpoints, a plot and a table for each protocol."""
+    check_ready()
     return _render("compare.html.jinja", panels=[_with_plots(panel) for panel in panels])
 
 
@@ -73,11 +76,18 @@ def _render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values, version=__version__, written=stamp)
 
 
-def _environment() -> "Environment":
+def check_ready() -> None:
+    """Before the expensive step. Raises UserError where the packages that write pages are not installed."""
     try:
-        import jinja2
+        import jinja2  # noqa: F401
     except ImportError:
         raise UserError("pages need jinja2, which is not installed: pip install 'bitquilt[report]'") from None
+
+
+@functools.cache
+def _environment() -> "Environment":
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
