@@ -15,7 +15,7 @@ from bitquilt.report.words import size_text
 
 _POLYGONS = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "down": (3, 180), "hexagon": (6, 0)}
 _SHAPES = ("circle", *_POLYGONS)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40  # pixels around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 26, 40  # pixels around the axes
 
 
 def shapes(panel: Panel) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _frame(x: Axis, y: Axis, x_title: str, y_title: str, x_text: object) -> Mark
     parts.append(Markup('<path class="axis" d="M0 {}H{}"/>').format(y.pixels, x.pixels))
     title = Markup('<text class="title" x="{}" y="{}" text-anchor="{}">{}</text>')
     parts.append(title.format(x.pixels, y.pixels + 35, "end", x_title))
-    parts.append(title.format(2 - _LEFT, -1, "start", y_title))
+    parts.append(title.format(2 - _LEFT, 14 - _TOP, "start", y_title))
     return Markup("").join(parts)
 
 
