@@ -169,7 +169,12 @@ def _refuse_without_safetensors(folder: Path) -> None:
             f"{folder} has pickled weights only ({pickled[0]}), which run code when they are loaded; convert first: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
-    raise UserError(f"{folder} has no .safetensors file; wanted a Hugging Face model folder with safetensors weights")
+    # Of a repository pickled files are not even downloaded, so the folder cannot tell whether there are any.
+    raise UserError(
+        f"{folder} has no .safetensors file; wanted a Hugging Face model with safetensors weights. Pickled ones, which "
+        "run code when they are loaded, are not downloaded from the hub; convert first: "
+        "AutoModelForCausalLM.from_pretrained(name).save_pretrained(new_folder) writes safetensors"
+    )
 
 
 def _open(file: Path) -> Any:
