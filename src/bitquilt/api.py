@@ -1,7 +1,6 @@
 """The Python interface: `quantize` and `load`. The only place where recipes and runtime meet."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
-from bitquilt.runtime.progress import Observer, Stage, Started, silent
+from bitquilt.runtime.progress import Observer, Stage, StageClock, Started, silent
 from bitquilt.runtime.report import build_report, fingerprint_of, recipe_json
 from bitquilt.runtime.stream import committed, stream
 from bitquilt.runtime.survey import survey
@@ -109,7 +108,8 @@ def quantize(
             recipe.check_layers(shapes(layers))
         except ValueError as error:
             raise UserError(str(error)) from None
-    started = time.perf_counter()
+    clock = StageClock(observer)
+    observer = clock.observe
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
@@ -124,7 +124,7 @@ def quantize(
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
-        report = build_report(folder, fingerprint, records, untouched, difference, time.perf_counter() - started)
+        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
         write_reports(folder, plan_to_json(recipe_json(recipe), records), report)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
