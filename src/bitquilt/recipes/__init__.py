@@ -56,11 +56,12 @@ def takes_fractions(name: str) -> bool:
 def _check_ranges(recipe: Any) -> None:
     if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
         raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
-    if takes_fractions(recipe.name):
+    if hasattr(recipe, "check"):
         try:
             recipe.check()
         except ValueError as error:
             raise UserError(str(error)) from None
+    if takes_fractions(recipe.name):
         return
     if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
         raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")

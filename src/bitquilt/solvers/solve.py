@@ -15,7 +15,7 @@ from torch import Tensor
 from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
 from bitquilt.outliers import sparse_remainder
-from bitquilt.solvers.gptq import Sweep, sweep, sweep_ordered
+from bitquilt.solvers.gptq import Sweep, sweep, sweep_grouped, sweep_ordered
 from bitquilt.types import (
     Event,
     Format,
@@ -47,8 +47,9 @@ def solve(
 ) -> Solution:
     """GPTQ sweep over the plan's groups; with `act_order` columns go in descending Hessian diagonal, grids first.
 
-    `factor` is the layer's, made with `damp`. `protected` bool `[out, in]`: weights kept in fp16 beside the codes,
-    which the grids do not see. Raises ValueError naming the layer if a weight is NaN or Inf.
+    `factor` is the layer's, made with `damp`; where it has an order, that is the sweep's, grids fitted when their
+    group is reached. `protected` bool `[out, in]`: weights kept in fp16 beside the codes, which the grids do not see.
+    Raises ValueError naming the layer if a weight is NaN or Inf.
     """
     assert layer.stats is not None
     weight = live_weight(layer, factor)
@@ -65,6 +66,8 @@ def solve(
         grids = [fit_group(k, weight[:, group]) for k, group in enumerate(groups)]
         ordered = factorize(layer.stats.hessian[order][:, order] / layer.stats.tokens, damp)
         swept = sweep_ordered(weight, ordered.upper, groups, grids, order, protected)
+    elif factor.order is not None:
+        swept = sweep_grouped(weight, factor.upper, groups, fit_group, factor.order, protected)
     else:
         swept = sweep(weight, factor.upper, groups, fit_group, protected)
     stored = assemble(swept, plan, scale_dtype)
