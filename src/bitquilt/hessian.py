@@ -51,6 +51,16 @@ class Factor:
         return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
 
 
+def damped(hessian: Tensor, factor: Factor) -> Tensor:
+    """The matrix behind `factor` `[in, in]`, channels as they come: the one a sweep's loss is measured in."""
+    live = hessian.diagonal()[~factor.dead]
+    mean = float(live.double().mean()) if len(live) else 1.0
+    matrix = hessian.clone()
+    matrix.diagonal()[factor.dead] = mean
+    matrix.diagonal().add_(factor.damp * mean)
+    return matrix
+
+
 def group_order(diagonal: Tensor, groups: Sequence[slice]) -> Tensor:
     """Channels `[in]` with the largest Hessian diagonal first, by whole groups: groups by their mean, the channels of
     a group among themselves. Groups keep their columns, so nothing has to be stored (group-aware reordering)."""

@@ -233,8 +233,8 @@ class Recipe(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of LayerStats: {"hessian", "sample", "drift"}; empty = no calibration at all. "drift" makes the runtime
-        carry the full-precision model's activations beside and measure a layer after those before it are quantized."""
+        """Of LayerStats: {"hessian", "sample"}; empty = no calibration at all. {"drift"}, and with it {"stream"} for
+        stream_drift: the full-precision model runs beside, and a layer is measured after those before it are solved."""
         ...
 
     def prepare(self, stats: LayerStats | None) -> Any:

@@ -25,7 +25,8 @@ class GPTQ:
     `act_order`: columns in descending Hessian diagonal, grids fitted before; `group_order`: whole groups in that
     order, their columns likewise, each grid fitted when its group is reached. `symmetric`: no zeros stored.
     `alpha`, `stream_alpha`: how much of the error of earlier layers, at the layer's input and in the residual stream
-    it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside."""
+    it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
+    `passes`: of coordinate descent over the codes after the sweep."""
 
     name: ClassVar[str] = "gptq"
 
@@ -39,6 +40,7 @@ class GPTQ:
     symmetric: bool = False
     alpha: float = 0.0
     stream_alpha: float = 0.0
+    passes: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -47,7 +49,7 @@ class GPTQ:
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha)
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
         if self.act_order and self.group_order:
             raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
 
@@ -77,5 +79,5 @@ class GPTQ:
             return fit(weight, bits, weights, search=search, symmetric=self.symmetric, scale_dtype=scale_dtype)
 
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order)
+        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order, passes=self.passes)
         return replace(solution, events=(*events, *solution.events))

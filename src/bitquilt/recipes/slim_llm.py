@@ -43,8 +43,8 @@ class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
-    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `group_order`, `symmetric`, `alpha` and
-    `stream_alpha` as in GPTQ: with an alpha, salience and search see the corrected weight.
+    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `group_order`, `symmetric`, `alpha`,
+    `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected weight.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -67,6 +67,7 @@ class SlimLLM:
     symmetric: bool = False
     alpha: float = 0.0
     stream_alpha: float = 0.0
+    passes: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,7 +76,7 @@ class SlimLLM:
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha)
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:
@@ -131,7 +132,7 @@ class SlimLLM:
             prepared = layer_factor(layer.stats, self.damp, plan.group_size)
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         fitter = self._fitter(live_weight(layer, prepared), prepared)
-        solution = solve(layer, plan, prepared, fitter, damp=self.damp)
+        solution = solve(layer, plan, prepared, fitter, damp=self.damp, passes=self.passes)
         return replace(solution, events=(*events, *solution.events))
 
     def _fitter(self, original: Tensor, factor: Factor, search: RangeSearch | None = None) -> "_Fitter":

@@ -1,4 +1,4 @@
-"""Which weight should the solver aim at, when earlier layers have already erred? corrected(layer, factor, ...) -> Layer.
+"""What should a solver aim at when earlier layers have already erred? corrected(layer, factor, ...) -> Layer.
 
 A layer that aims at its own full-precision weight W keeps right what it is handed; one that aims at
     W* = W + a W (X_fp - X)^T X (H + damp)^-1 + r (R_fp - R)^T X (H + damp)^-1
@@ -9,22 +9,22 @@ stream R that the output is added to. Less than 1 trusts calibration less.
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from bitquilt.hessian import Factor, factorize, group_order
 from bitquilt.types import Event, Layer, LayerStats, group_slices
 
 
 def feedback_needs(alpha: float, stream_alpha: float) -> frozenset[str]:
     """What of LayerStats these options read."""
-    return frozenset({"drift"} if alpha or stream_alpha else ())
+    return frozenset({"drift"} if alpha or stream_alpha else ()) | frozenset({"stream"} if stream_alpha else ())
 
 
-def check_feedback(alpha: float, stream_alpha: float) -> None:
-    """Raise ValueError unless both are shares."""
+def check_feedback(alpha: float, stream_alpha: float, passes: int = 0) -> None:
+    """Raise ValueError unless the first two are shares and `passes` is a count."""
     for name, value in (("alpha", alpha), ("stream_alpha", stream_alpha)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; wanted a share of the earlier layers' error from 0 to 1")
+    if passes < 0:
+        raise ValueError(f"passes is {passes}; wanted 0 or more passes over the codes")
 
 
 def layer_factor(stats: LayerStats, damp: float, group_size: int | None = None) -> Factor:
@@ -37,9 +37,7 @@ def layer_factor(stats: LayerStats, damp: float, group_size: int | None = None) 
     return factorize(hessian, damp, order)
 
 
-def corrected(
-    layer: Layer, factor: Factor, alpha: float, stream_alpha: float
-) -> tuple[Layer, tuple[Event, ...]]:
+def corrected(layer: Layer, factor: Factor, alpha: float, stream_alpha: float) -> tuple[Layer, tuple[Event, ...]]:
     """The layer with W* in place of its weight, and what the report must say where drift could not be measured."""
     stats = layer.stats
     if stats is None or not (alpha or stream_alpha):
