@@ -115,7 +115,7 @@ def quantize(
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs:
-            _check_disk(work, checkpoint, samples * seq_len)
+            _check_disk(work, checkpoint, samples * seq_len * (2 if "drift" in recipe.needs else 1))
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
         records = stream(

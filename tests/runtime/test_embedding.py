@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import bitquilt
 from bitquilt.models.embedding import QuantizedEmbedding, SharedHead
-from bitquilt.runtime import stream
+from bitquilt.runtime import flow, stream
 
 SETTINGS = {"samples": 6, "seq_len": 16, "bits": 3, "group_size": 8}
 
@@ -84,9 +84,9 @@ def test_interrupted_runs_give_the_same_bytes_and_the_plan_replays(make_model, i
     def interrupt(*_):
         raise Interrupted
 
-    for name in ("check_order", "_block", "finish"):
+    for module, name in ((flow, "check_order"), (stream, "quantize_block"), (stream, "finish")):
         with monkeypatch.context() as patch:
-            patch.setattr(stream, name, interrupt)
+            patch.setattr(module, name, interrupt)
             with pytest.raises(Interrupted):
                 bitquilt.quantize(source, "gptq", ids, tmp_path / "resumed", embedding_bits=4, **SETTINGS)
     bitquilt.quantize(source, "gptq", ids, tmp_path / "resumed", embedding_bits=4, **SETTINGS)

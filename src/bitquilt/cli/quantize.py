@@ -34,7 +34,9 @@ from bitquilt.types import Recipe
 def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
+    recipe: Annotated[
+        str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")
+    ] = "slim-llm",
     bits: Annotated[
         float | None,
         Option(help="Mean bits per code, 2 to 8; cmpq takes fractions (default: the recipe's).", metavar="N"),

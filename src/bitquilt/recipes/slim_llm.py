@@ -18,7 +18,7 @@ precision statistics, an unstable sort).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -27,10 +27,11 @@ from torch import Tensor
 from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates, pairs, within_budget
 from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.hessian import Factor, factorize
+from bitquilt.hessian import Factor
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, group_slices, uniform_plan
 
 RoundGroup = Callable[[slice, int], Tensor]
@@ -42,11 +43,11 @@ class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
-    "uniform" = N everywhere. `search`: "wide" or "published" tau grid.
+    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `group_order`, `symmetric`, `alpha`,
+    `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected weight.
     """
 
     name: ClassVar[str] = "slim-llm"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "sample"})
 
     bits: int = 2
     group_size: int = 128
@@ -62,6 +63,20 @@ class SlimLLM:
     mask_threshold: float = 2.0
     mask_factor: float = 4.0
     one_bit: OneBitRule = "symmetric"
+    group_order: bool = False
+    symmetric: bool = False
+    alpha: float = 0.0
+    stream_alpha: float = 0.0
+    passes: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Hessian and tokens; with a full-precision target the drift of the inputs."""
+        return frozenset({"hessian", "sample"}) | feedback_needs(self.alpha, self.stream_alpha)
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that cannot work."""
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:
@@ -81,7 +96,7 @@ class SlimLLM:
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
         assert stats is not None
-        return factorize(stats.hessian / stats.tokens, self.damp)
+        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """The objective of every candidate bit map: SBA's pairings, or the tabulated optimum beside uniform bits.
@@ -94,6 +109,7 @@ class SlimLLM:
         unseen = layer.stats is None or layer.stats.sample is None
         if self.allocation == "uniform" or len(groups) == 1 or not 1 < self.bits < 8 or unseen:
             return Cost((uniform_plan(in_features, self.bits, self.group_size),), (0.0,))
+        layer, _ = corrected(layer, prepared, self.alpha, self.stream_alpha)
         weight = live_weight(layer, prepared)
         scale_dtype = scale_dtype_for(weight)
         fitter = self._fitter(weight, prepared, MIN_MAX if self.candidate_quantizer == "min_max" else None)
@@ -111,8 +127,13 @@ class SlimLLM:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        assert layer.stats is not None
+        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
+            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
+        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         fitter = self._fitter(live_weight(layer, prepared), prepared)
-        return solve(layer, plan, prepared, fitter, damp=self.damp)
+        solution = solve(layer, plan, prepared, fitter, damp=self.damp, passes=self.passes)
+        return replace(solution, events=(*events, *solution.events))
 
     def _fitter(self, original: Tensor, factor: Factor, search: RangeSearch | None = None) -> "_Fitter":
         if search is None:
@@ -176,6 +197,7 @@ class _Fitter:
             self._importance(columns),
             search=self.search,
             one_bit=self.recipe.one_bit,
+            symmetric=self.recipe.symmetric,
             scale_dtype=scale_dtype,
         )
 
