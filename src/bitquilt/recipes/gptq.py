@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor, factorize
-from bitquilt.solvers.solve import solve
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform_plan
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,21 @@ class GPTQ:
             return fit(weight, bits, weights, search=search, scale_dtype=scale_dtype)
 
         return solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order)
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """2 to 8 bits."""
+        return GROUP_WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size)
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, weighed as the sweep weighs it."""
+        importance = prepared.importance if self.weighting == "column" else None
+        search = COARSE if self.scale_search else MIN_MAX
+        return round_groups(live_weight(layer, prepared), bits, self.group_size, importance, search)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
