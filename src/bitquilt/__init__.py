@@ -10,17 +10,23 @@ Importing the package registers the checkpoint format with transformers.
 
 import bitquilt.integrations.transformers  # noqa: F401  registers the format
 from bitquilt._version import __version__
+from bitquilt.allocation.budget import Budget
 from bitquilt.api import Result, load, quantize
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.evaluation import Evaluation, evaluate
+from bitquilt.fit import Outlook, measure_model, plan
 
 __all__ = [
+    "Budget",
     "Evaluation",
+    "Outlook",
     "Result",
     "UserError",
     "VerificationError",
     "__version__",
     "evaluate",
     "load",
+    "measure_model",
+    "plan",
     "quantize",
 ]

@@ -9,17 +9,29 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
+from bitquilt.fit import (
+    Wish,
+    file_hash,
+    load_sensitivities,
+    measure_sensitivities,
+    open_planner,
+    refuse_quantized,
+    wish,
+)
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
-from bitquilt.recipes import make_recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
+from bitquilt.runtime.planning import predicted_losses
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
 from bitquilt.runtime.progress import Observer, Stage, StageClock, Started, silent
-from bitquilt.runtime.report import build_report, fingerprint_of, recipe_json
+from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
+from bitquilt.runtime.sensitivities import Sensitivities, read_sensitivities
+from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.workdir import (
@@ -61,6 +73,9 @@ def quantize(
     include_head: bool = False,
     embedding_bits: int | None = None,
     plan: str | Path | None = None,
+    budget: Budget | None = None,
+    scope: str | None = None,
+    sensitivities: str | Path | None = None,
     observer: Observer = silent,
     **options: Any,
 ) -> Result:
@@ -71,15 +86,19 @@ def quantize(
     "self": the model writes its own. `skip`: patterns of layers to leave alone. `include_head`: quantize the layer
     that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to so
     many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it. `plan`: a plan.json to
-    follow.
+    follow. `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
+    `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
+    bits per weight), "uniform". What a width costs is measured first, unless `sensitivities` names a file of it.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
-    if isinstance(recipe, str):
-        recipe = make_recipe(recipe, **options)
-    elif options:
-        raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
+    wanted = wish(recipe, options, budget, scope)
+    if plan is not None:
+        if wanted.budget is not None:
+            raise UserError(f"a plan and the budget {wanted.budget} both say where the bits go; give one")
+        wanted = Wish(wanted.recipe)
+    recipe = wanted.recipe
     checkpoint = open_checkpoint(model)
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     if out is None:  # the folder of a hub model is named after its commit
         local = Path(model).is_dir()
         out = f"{checkpoint.folder.resolve().name if local else Path(model).name}-{recipe.name}"
@@ -89,9 +108,15 @@ def quantize(
     if notice and recipe.needs:
         observer(Stage(notice))
     plans = None if plan is None else read_plan(plan)
+    known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, recipe)
+    measures = wanted.budget is not None and wanted.scope != "uniform" and known is None
     fingerprint = fingerprint_of(
-        checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan
-    )
+        checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan,
+        measures=measures,
+    )  # fmt: skip
+    fingerprint |= wanted.values
+    if sensitivities is not None:
+        fingerprint["sensitivities"] = file_hash(sensitivities)
     work_path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
     if (done := finished(out, fingerprint)) is not None:
         if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
@@ -99,10 +124,14 @@ def quantize(
         return Result(out, done, already_done=True)
     skeleton = open_skeleton(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
+    if embedding_bits is not None and wanted.budget is not None:
+        raise UserError(f"the budget {wanted.budget} does not count an embedding in few bits; leave one of them out")
     embedding = [] if embedding_bits is None else [check_embedding(skeleton, embedding_bits)]
     untouched = survey(skeleton, {*layers, *embedding})
     if plans is not None:
         check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
+    elif wanted.budget is not None:
+        open_planner(skeleton, recipe, shapes(layers)).check(wanted.budget)
     elif isinstance(recipe, ChecksLayers):
         try:
             recipe.check_layers(shapes(layers))
@@ -114,18 +143,30 @@ def quantize(
         blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
-        if recipe.needs:
+        if recipe.needs or measures:
             _check_disk(work, checkpoint, samples * seq_len * (2 if "drift" in recipe.needs else 1))
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
+        planned = None
+        if wanted.budget is not None:
+            if measures:
+                assert ids is not None
+                known = _sensitivities(skeleton, recipe, ids, work, skip, include_head, seed, observer)
+            planner = open_planner(skeleton, recipe, shapes(layers), known)
+            planned = planner.plan(wanted.budget, wanted.scope)
+            plans = planned.plans
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
-        records = stream(
-            Job(skeleton, recipe, ids, work, batch, tuple(skip), include_head, embedding_bits, plans), observer
-        )
+        used = ids if recipe.needs else None
+        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans)
+        records = stream(job, observer)
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
         report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
-        write_reports(folder, plan_to_json(recipe_json(recipe), records), report)
+        plan_value = plan_to_json(recipe_json(recipe), records)
+        losses = {} if known is None or plans is None else predicted_losses(known, plans)
+        room = folder_bytes(skeleton, folder, list(shapes(layers)), plan_value)
+        add_prediction(report, wanted.values.get("budget"), None if planned is None else planned.spent, room, losses)
+        write_reports(folder, plan_value, report, room)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
         discard(work)
@@ -146,13 +187,6 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    entry = checkpoint.config.get("quantization_config")
-    if entry:
-        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else entry
-        raise UserError(f"{checkpoint.name} is already quantized ({method}); give the full-precision model")
-
-
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
@@ -171,6 +205,26 @@ def _check_disk(work: Path, checkpoint: Checkpoint, tokens: int) -> None:
             f"the calibration activations need {wanted / 1e9:.1f} GB in {work}, {free / 1e9:.1f} GB are free; "
             "give --work-dir on another disk, or fewer --samples"
         )
+
+
+def _sensitivities(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    ids: torch.Tensor,
+    work: Path,
+    skip: Sequence[str],
+    include_head: bool,
+    seed: int,
+    observer: Observer,
+) -> Sensitivities:
+    """Measured once per run: a run that continues reads what it wrote."""
+    path = work / "sensitivities.safetensors"
+    if not path.is_file():
+        found = measure_sensitivities(
+            skeleton, recipe, ids, work, skip=skip, include_head=include_head, seed=seed, observer=observer
+        )
+        found.save(path)
+    return read_sensitivities(path)
 
 
 def _calibration(

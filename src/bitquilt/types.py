@@ -271,6 +271,27 @@ def _sum(what: str, one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
+@runtime_checkable
+class Plannable(Protocol):
+    """A recipe whose bits can be given out by a plan for the whole model, before a layer is solved."""
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """Code widths a plan may use in a layer of so many rows, ascending."""
+        ...
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What `quantize` will store for `plan`: exact, but for the type of scales out of float16's range."""
+        ...
+
+    def rounded(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
+        """The weight `[out, in]` with every group rounded at `bits`, without compensation: fast, for tables of loss."""
+        ...
+
+    def column_cost(self, layer: Layer, prepared: Any) -> Tensor:
+        """What a squared error in each column `[in]` costs at the layer's output, per token."""
+        ...
+
+
 def group_slices(in_features: int, group_size: int) -> list[slice]:
     """Column groups in order; the last may be narrower, one group if the layer is narrower than `group_size`."""
     return [slice(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)]

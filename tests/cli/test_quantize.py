@@ -116,9 +116,10 @@ def command_globals() -> dict[str, Any]:
     ("flags", "message"),
     [
         (["--recipe", "slim-lm"], "unknown recipe 'slim-lm' (did you mean 'slim-llm'?)"),
-        (["--bits", "2.5"], "bits is 2.5; recipe slim-llm takes a whole number from 2 to 8"),
-        (["--bits", "2.5"], "recipe cmpq takes fractions"),
-        (["--bpw", "2.5"], "recipe slim-llm cannot aim at 2.5 true bits per weight; --bpw goes with cmpq"),
+        (["--bits", "9.5"], "the budget is 9.5 nominal bits per weight; this model reaches 1 to 8"),
+        (["--bpw", "1.5", "--recipe", "gptq"], "the budget is 1.5 true bits per weight; this model reaches 2"),
+        (["--bpw", "2.5", "--bits", "2"], "give one: bits counts codes only, bpw all"),
+        (["--bpw", "2.5", "--size", "1GB"], "bpw and size are budgets for the same run"),
         (["--recipe", "cmpq", "--bpw", "2.5", "--bits", "2"], "give one: bits counts codes only, bpw all"),
         (["--recipe", "cmpq", "--bpw", "1"], "with its codebooks and outliers; "),
         (["--recipe", "cmpq", "--bits", "9"], "bits is 9.0; the palette reaches means from 1 to 8"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,8 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file
 
-from bitquilt import Result, UserError
+import bitquilt
+from bitquilt import Budget, Result, UserError
 from bitquilt.models.checkpoint import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -26,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folders: dict[str, Path] = {}
         self.fetched: list[str] = []
+        self.sent: dict[str, int] = {}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,9 +60,17 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, json.dumps(tree).encode(), body)
         else:
             path = folder / rest[-1]
+            content, status = path.read_bytes() if path.is_file() else b"", 200 if path.is_file() else 404
+            headers = (
+                {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT} if content else {"X-Error-Code": "EntryNotFound"}
+            )
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if wanted and content:
+                content, status = content[int(wanted[1]) : int(wanted[2]) + 1], 206
             if body:
                 self.server.fetched.append(path.name)
-            self._send(200, path.read_bytes(), body, {"ETag": f'"{etag(path)}"', "X-Repo-Commit": COMMIT})
+                self.server.sent[path.name] = self.server.sent.get(path.name, 0) + len(content)
+            self._send(status, content, body, headers)
 
     def _send(self, status: int, content: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -120,6 +131,35 @@ def test_the_output_is_named_after_the_model_not_its_commit(
     hub.folders["org/tiny"] = make_model()
     monkeypatch.chdir(tmp_path)
     assert quantize_tiny("org/tiny", None, "rtn").folder == Path("tiny-rtn")
+
+
+def test_a_plan_reads_headers_only(hub: Hub, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_model(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+    hub.folders["org/big"] = folder = tmp_path / "served"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "README.md").write_text("not copied")
+    (folder / "merges.txt").write_text("copied along")
+    (folder / "pytorch_model.bin").write_bytes(b"not copied")
+    least, most = bitquilt.plan(folder, "gptq", group_size=32).summary["reachable_bytes"]
+    there = bitquilt.plan("org/big", "gptq", budget=Budget.of(size=(least + most) // 2), group_size=32)
+    here = bitquilt.plan(folder, "gptq", budget=Budget.of(size=(least + most) // 2), group_size=32)
+    assert set(hub.fetched) == {"config.json", "model.safetensors"}
+    assert hub.sent["model.safetensors"] <= 2 * 100_001 < (folder / "model.safetensors").stat().st_size
+    assert there.plan_json() == here.plan_json()
+    assert there.summary["bytes"] == here.summary["bytes"]
+
+
+@pytest.mark.parametrize("name", ["org/nothing", "org/old", "org/broken"])
+def test_a_plan_of_what_is_not_there(name: str, hub: Hub, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    for repo in ("org/old", "org/broken"):
+        hub.folders[repo] = folder = tmp_path / repo
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes((make_model() / "config.json").read_bytes())
+    (tmp_path / "org/broken/model.safetensors").write_bytes(b"\x07 no header")
+    with pytest.raises(UserError, match=r"org/"):
+        bitquilt.plan(name, "gptq")
 
 
 def test_a_repository_that_does_not_exist(hub: Hub) -> None:

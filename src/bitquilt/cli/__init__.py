@@ -9,10 +9,12 @@ from bitquilt.cli.generate import generate
 from bitquilt.cli.inspect import inspect
 from bitquilt.cli.law import law_app
 from bitquilt.cli.output import run_cli
+from bitquilt.cli.plan import plan
 from bitquilt.cli.quantize import quantize
 from bitquilt.cli.report import report
 
 app.command()(quantize)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(report)

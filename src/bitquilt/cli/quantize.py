@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from rich.markup import escape
 from typer import Argument, Option
 
+from bitquilt.allocation.budget import Budget
 from bitquilt.api import Result
 from bitquilt.api import quantize as run
+from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
 from bitquilt.cli.output import (
     Json,
     Quiet,
@@ -27,8 +29,8 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.recipes import MAX_TARGET_BITS, MIN_TARGET_BITS, RECIPES, make_recipe, takes_fractions
-from bitquilt.types import Recipe
+from bitquilt.fit import Wish, wish
+from bitquilt.recipes import own_allocations, takes_fractions
 
 
 def quantize(
@@ -37,14 +39,12 @@ def quantize(
     recipe: Annotated[
         str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")
     ] = "slim-llm",
-    bits: Annotated[
-        float | None,
-        Option(help="Mean bits per code, 2 to 8; cmpq takes fractions (default: the recipe's).", metavar="N"),
-    ] = None,
-    bpw: Annotated[
-        float | None,
-        Option(help="cmpq: true bits per weight, everything stored included, instead of --bits.", metavar="N"),
-    ] = None,
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    vram: Vram = None,
+    ctx: Ctx = None,
+    allocation: Allocation = None,
     group_size: Annotated[
         int | None, Option(help="Input channels per scale, a multiple of 8 (default: the recipe's).")
     ] = None,
@@ -75,6 +75,9 @@ def quantize(
         Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
     ] = None,
     plan: Annotated[Path | None, Option(help="A plan.json that says where the bits go.", show_default=False)] = None,
+    sensitivities: Annotated[
+        Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
+    ] = None,
     published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
@@ -83,13 +86,15 @@ def quantize(
     json_output: Json = False,
 ) -> None:
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
-    chosen = _recipe(recipe, bits, bpw, group_size, published, settings or [])
+    budget = size_budget(bits, bpw, size, vram, ctx)
+    wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(
-                model, chosen, calibration, out, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
-                work_dir=work_dir, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, plan=plan, observer=observer,
+                model, wanted.recipe, calibration, out, samples=samples, seq_len=seq_len, seed=seed,
+                batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
+                embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
+                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept, the same command continues after them")
@@ -113,27 +118,25 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return name.strip(), value
 
 
-def _recipe(
+def chosen(
     name: str,
     bits: float | None,
     bpw: float | None,
     group_size: int | None,
     published: bool,
     settings: list[str],
-) -> Recipe:
-    fractions = takes_fractions(name)
-    if bits is not None and not fractions and not bits.is_integer():
-        raise UserError(
-            f"bits is {bits:g}; recipe {name} takes a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}: "
-            "fractions come from mixing, and its mean stays whole; recipe cmpq takes fractions"
-        )
-    if bpw is not None and name in RECIPES and not fractions:
-        raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; --bpw goes with cmpq")
-    if group_size is not None and fractions:
+    allocation: str | None,
+    budget: Budget | None,
+) -> Wish:
+    """Recipe, budget and scope from the flags. Raises UserError for flags that do not go together."""
+    if group_size is not None and takes_fractions(name):
         raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
-    whole = bits if bits is None or fractions else int(bits)
-    given = {"bits": whole, "bpw": bpw, "group_size": group_size, "published": published or None}
+    given = {"bits": bits, "bpw": bpw, "group_size": group_size, "published": published or None}
+    whole = budget is not None or (not takes_fractions(name) and (bpw is not None or not (bits or 0.0).is_integer()))
+    split = split_allocation(allocation, own_allocations(name), whole)
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if "allocation" in split:
+        options["allocation"] = split["allocation"]
     for setting in settings:
         key, value = parse_setting(setting)
         if key in options:
@@ -141,7 +144,7 @@ def _recipe(
         options[key] = value
     if "name" in options:  # a recipe's name is no field of it
         raise UserError(f"recipe {name} has no option 'name'; choose the recipe with --recipe")
-    return make_recipe(name, **options)
+    return wish(name, options, budget, split.get("scope"))
 
 
 def _as_json(result: Result) -> dict[str, Any]:
@@ -153,6 +156,9 @@ def _as_json(result: Result) -> dict[str, Any]:
         "bpw": report["bpw"],
         "nominal_bits": report["nominal_bits"],
         "bytes": report["bytes"],
+        "folder_bytes": report.get("folder_bytes"),
+        "budget": report.get("budget"),
+        "prediction": report.get("prediction"),
         "ratio_to_fp16": report["bytes"] / fp16_bytes(result.folder),
         "seconds": report["seconds"]["this_process"],
         "peak_memory_bytes": report["peak_memory_bytes"],
@@ -170,6 +176,9 @@ def _summarize(result: Result, model: str) -> None:
         seconds = time_text(report["seconds"]["this_process"])
         stdout.print(f"[bold green]done[/] in {seconds}: [bold]{escape(str(result.folder))}[/]")
     print_bits_and_size(report, report["bytes"] / fp16_bytes(result.folder))
+    if budget := report.get("budget"):
+        text = f"{budget['kind']} {budget['target']:g}, spent {budget['spent']:.10g}; the folder takes"
+        print_fact(stdout, "budget", f"{text} {report['folder_bytes']} bytes")
     print_events(report["events"])
     commands = {
         "look": f"bitquilt inspect {folder}",

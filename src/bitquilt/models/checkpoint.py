@@ -26,7 +26,7 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".lock"}
 # Said about the source, not about what is made of it.
 _OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
-_DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 # Enough of each file to tell two fine-tunes of one model apart without reading 140 GB.
 _HASH_PROBES, _HASH_PROBE_BYTES = 64, 1 << 16
 
@@ -69,14 +69,11 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """Small files that belong to the model and are copied along: tokenizer, generation settings, custom code."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and path.suffix not in _NEVER_COPIED
-            and path.name not in _OWN_FILES
-            and not path.name.startswith(".")
-        )
+        return sorted(path for path in self.folder.iterdir() if path.is_file() and is_companion(path.name))
+
+    def companion_bytes(self) -> dict[str, int]:
+        """Sizes of the companions by name."""
+        return {path.name: path.stat().st_size for path in self.companions()}
 
     def fingerprint(self) -> str:
         """sha256 over config, headers, sizes and samples of every file's bytes."""
@@ -91,6 +88,11 @@ class Checkpoint:
                     stream.seek(size * probe // _HASH_PROBES)
                     digest.update(stream.read(_HASH_PROBE_BYTES))
         return digest.hexdigest()
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name in a model's folder is copied beside the quantized weights."""
+    return Path(name).suffix not in _NEVER_COPIED and name not in _OWN_FILES and not name.startswith(".")
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
@@ -114,7 +116,7 @@ def _download(source: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=_DOWNLOADED, endpoint=os.environ.get("HF_ENDPOINT")
+                source, revision=revision, allow_patterns=DOWNLOADED, endpoint=os.environ.get("HF_ENDPOINT")
             )
         )
     except RepositoryNotFoundError:

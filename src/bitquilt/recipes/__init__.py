@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,6 +52,12 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
 def takes_fractions(name: str) -> bool:
     """Whether the recipe of this name gives bits to single channels, so that their mean may be any number."""
     return bool(getattr(RECIPES.get(name), "channelwise", False))
+
+
+def own_allocations(name: str) -> tuple[str, ...]:
+    """The values of the recipe's own `allocation`; empty where it has none."""
+    kind = RECIPES.get(name)
+    return get_args(get_type_hints(kind)["allocation"]) if kind is not None and hasattr(kind, "allocation") else ()
 
 
 def _check_ranges(recipe: Any) -> None:

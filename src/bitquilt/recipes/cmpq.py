@@ -42,6 +42,7 @@ from bitquilt.outliers import (
 )
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.solvers.gptq import in_original_order, sweep
+from bitquilt.solvers.layouts import channel_layout
 from bitquilt.solvers.solve import assemble_codebooks, codebook_layout, layer_events
 from bitquilt.types import (
     Cost,
@@ -89,7 +90,8 @@ class CMPQ:
     "column" protects whole channels. `swap`: share of the channels that gain a bit, and as many lose one
     (where the palette has room on both sides).
     `allocation`: "norm"; "first" = the first channels, whatever their norms (to see what norms are worth);
-    "error_table" = least sum of a_j^2 |w_j - Q_b(w_j)|^2 over widths next to the mean. `clustering`: "uniform" = equal
+    "error_table" = least sum of a_j^2 |w_j - Q_b(w_j)|^2 over widths next to the mean; "global" = channels of the whole
+    model share one budget, which needs a plan (`bitquilt.quantize` makes it). `clustering`: "uniform" = equal
     steps. `iterations`: of Lloyd. `codebook_dtype`: "auto" = float16 unless the weights leave its range; "float8"
     halves the codebooks, which on a layer of few rows cost more than the codes.
     `compensation`: errors are repaired by later channels as in GPTQ, codebooks fitted on what is then there;
@@ -108,7 +110,7 @@ class CMPQ:
     act_rule: ActivationRule = "weight"
     swap: float = 0.0
     palette: tuple[int, ...] = FULL_PALETTE
-    allocation: Literal["norm", "first", "error_table"] = "norm"
+    allocation: Literal["norm", "first", "error_table", "global"] = "norm"
     clustering: Clustering = "exact"
     iterations: int = 50
     codebook_dtype: Literal["auto", "float16", "bfloat16", "float32", "float8"] = "auto"
@@ -164,6 +166,8 @@ class CMPQ:
 
     def measure(self, layer: Layer, prepared: Activations) -> Cost:
         """One way to spend the bits. Raises ValueError if the budget is out of the layer's reach."""
+        if self.allocation == "global":
+            raise ValueError("a global allocation is a plan for the whole model: give this layer's part of it")
         out_features, in_features = layer.weight.shape
         total = self._total(out_features, in_features)
         if self.allocation == "error_table":
@@ -197,6 +201,30 @@ class CMPQ:
             stored, loss = self._swept(weight, bits, dtype, protected, prepared)
         events += layer_events(layer, dtype, prepared.factor, self.damp)
         return Solution(stored, loss, tuple(events))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """The palette, without widths of more levels than rows."""
+        return self._palette(out_features)
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores, with the asked-for shares of outliers."""
+        dtype = _DTYPES.get(self.codebook_dtype, torch.float16)
+        return channel_layout(out_features, plan.bits, sum(self._outliers(out_features, in_features)), dtype)
+
+    def rounded(self, layer: Layer, prepared: Activations, bits: int) -> Tensor:
+        """Every channel at `bits`; weights as many as will be protected, those whose error costs most, as they are."""
+        weight = layer.weight
+        mass = (~activation_outliers(weight, prepared.norms, self.act_outliers, self.act_rule)).float()
+        nearest = self._fit(weight, bits, mass, self._dtype(weight)).quantize(weight)
+        kept = error_outliers(weight, nearest, prepared.norms, self._outliers(*weight.shape)[1], mass == 0)
+        return torch.where(kept | (mass == 0), weight, nearest)
+
+    def column_cost(self, layer: Layer, prepared: Activations) -> Tensor:
+        """1 / U_jj^2 where later channels compensate, else E[x_j^2]."""
+        if prepared.importance is not None:
+            return prepared.importance
+        assert layer.stats is not None
+        return layer.stats.hessian.diagonal() / layer.stats.tokens
 
     def _norms(self, stats: LayerStats) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
         events: tuple[tuple[str, str], ...] = ()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
-from bitquilt.solvers.solve import solve
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform_plan
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,23 @@ class GPTQ:
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         solution = solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order, passes=self.passes)
         return replace(solution, events=(*events, *solution.events))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """2 to 8 bits."""
+        return GROUP_WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        symmetric = GROUP_WIDTHS if self.symmetric else ()
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, weighed as the sweep weighs it."""
+        importance = prepared.importance if self.weighting == "column" else None
+        search = COARSE if self.scale_search else MIN_MAX
+        weight = live_weight(layer, prepared)
+        return round_groups(weight, bits, self.group_size, importance, search, self.symmetric)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance

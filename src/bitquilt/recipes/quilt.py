@@ -18,9 +18,10 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
-from bitquilt.solvers.solve import solve
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform_plan
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
 
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, KL within 1 % of it, for three zeros in its time
 _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
@@ -72,13 +73,34 @@ class Quilt:
         importance = prepared.importance
 
         def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
-            symmetric = self.levels == "symmetric" or (self.levels == "auto" and bits == 2)
-            search = RangeSearch(_TAUS, zeros=True)
+            search, symmetric = RangeSearch(_TAUS, zeros=True), bits in self._symmetric()
             return fit(weight, bits, importance[columns], search=search, symmetric=symmetric, scale_dtype=scale_dtype)
 
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         solution = solve(layer, plan, prepared, fit_group, damp=self.damp, passes=self.passes)
         return replace(solution, events=(*events, *solution.events))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """2 to 8 bits."""
+        return GROUP_WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._symmetric())
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, fitted as the sweep fits it with fewer candidates."""
+        weight = live_weight(layer, prepared)
+        symmetric = bits in self._symmetric()
+        return round_groups(weight, bits, self.group_size, prepared.importance, COARSE, symmetric)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
+
+    def _symmetric(self) -> tuple[int, ...]:
+        """The widths that store no zero."""
+        return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
 
     def _factor(self, stats: LayerStats, group_size: int) -> Factor:
         return layer_factor(stats, self.damp, group_size if self.group_order else None)

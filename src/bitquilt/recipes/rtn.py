@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.solve import assemble, layer_events
 from bitquilt.types import (
@@ -16,6 +17,7 @@ from bitquilt.types import (
     Layer,
     LayerPlan,
     LayerStats,
+    Layout,
     Solution,
     check_finite,
     group_slices,
@@ -57,3 +59,20 @@ class RTN:
         groups = group_slices(layer.weight.shape[1], plan.group_size)
         rounded = round_to_nearest(layer.weight, groups, fit_group)
         return Solution(assemble(rounded, plan, scale_dtype), None, layer_events(layer, scale_dtype))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """2 to 8 bits."""
+        return GROUP_WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size)
+
+    def rounded(self, layer: Layer, prepared: None, bits: int) -> Tensor:
+        """Every group at `bits`."""
+        return round_groups(layer.weight, bits, self.group_size, search=COARSE if self.scale_search else MIN_MAX)
+
+    def column_cost(self, layer: Layer, prepared: None) -> Tensor:
+        """E[x_j^2]: nothing compensates an error."""
+        assert layer.stats is not None
+        return layer.stats.hessian.diagonal() / layer.stats.tokens

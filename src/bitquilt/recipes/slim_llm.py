@@ -30,9 +30,10 @@ from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeS
 from bitquilt.hessian import Factor
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, group_slices, uniform_plan
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices, uniform_plan
 
 RoundGroup = Callable[[slice, int], Tensor]
 """(columns, bits) -> the group's weights rounded at these bits, without compensation."""
@@ -43,8 +44,10 @@ class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
-    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `group_order`, `symmetric`, `alpha`,
-    `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected weight.
+    "uniform" = N everywhere; "global" = groups of the whole model share one budget, which needs a plan made before the
+    first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid. `group_order`,
+    `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
+    weight.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -54,7 +57,7 @@ class SlimLLM:
     damp: float = 0.01
     salience: SalienceRule = "cholesky"
     group_statistic: GroupStatistic = "mean"
-    allocation: Literal["sba", "dp", "uniform"] = "sba"
+    allocation: Literal["sba", "dp", "uniform", "global"] = "sba"
     objective: Objective = "kl"
     candidates: Literal["all", "published"] = "all"
     candidate_quantizer: Literal["fitted", "min_max"] = "fitted"
@@ -104,6 +107,8 @@ class SlimLLM:
         One candidate, uniform bits, where there is nothing to search: one column group, a bit width at the end of
         the palette, or a layer whose input calibration never saw.
         """
+        if self.allocation == "global":
+            raise ValueError("a global allocation is a plan for the whole model: give this layer's part of it")
         in_features = layer.weight.shape[1]
         groups = group_slices(in_features, self.group_size)
         unseen = layer.stats is None or layer.stats.sample is None
@@ -134,6 +139,30 @@ class SlimLLM:
         fitter = self._fitter(live_weight(layer, prepared), prepared)
         solution = solve(layer, plan, prepared, fitter, damp=self.damp, passes=self.passes)
         return replace(solution, events=(*events, *solution.events))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """1 to 8 bits."""
+        return (1, *GROUP_WIDTHS)
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        if self.symmetric:
+            symmetric |= set(GROUP_WIDTHS)
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, fitted as SQC does with fewer candidates for the range."""
+        weight = live_weight(layer, prepared)
+        fitter = self._fitter(weight, prepared, MIN_MAX if self.search == "published" else COARSE)
+        scale_dtype = scale_dtype_for(weight)
+        groups = group_slices(weight.shape[1], self.group_size)
+        parts = [fitter(g, weight[:, g], bits, scale_dtype).quantize(weight[:, g]) for g in groups]
+        return torch.cat(parts, dim=1)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
 
     def _fitter(self, original: Tensor, factor: Factor, search: RangeSearch | None = None) -> "_Fitter":
         if search is None:

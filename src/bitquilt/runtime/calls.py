@@ -119,13 +119,17 @@ def embed(skeleton: Skeleton, ids: Tensor) -> Tensor:
     return hidden
 
 
-def finish(skeleton: Skeleton, ids: Tensor, hidden: Tensor, extras: tuple[Any, ...] | None) -> Tensor:
-    """The model's output (logits where it has a head) when its last block returns `hidden`; needs the outer weights."""
+def finish(
+    skeleton: Skeleton, ids: Tensor, hidden: Tensor, extras: tuple[Any, ...] | None, gradient: bool = False
+) -> Tensor:
+    """The model's output (logits where it has a head) when its last block returns `hidden`; needs the outer weights.
+
+    `gradient`: keep the graph from `hidden` to the output."""
 
     def returning(*_: Any, **__: Any) -> Any:
         return _wrap(hidden, extras)
 
-    output = _run(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), returning))
+    output = _run(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), returning), gradient)
     logits = getattr(output, "logits", None)
     result: Tensor = logits if logits is not None else output[0]
     return result
@@ -145,9 +149,8 @@ def _listen(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> 
     return calls
 
 
-@torch.no_grad()
-def _run(skeleton: Skeleton, ids: Tensor, forwards: dict[int, Callable[..., Any]]) -> Any:
-    with _patched(skeleton, forwards):
+def _run(skeleton: Skeleton, ids: Tensor, forwards: dict[int, Callable[..., Any]], gradient: bool = False) -> Any:
+    with torch.set_grad_enabled(gradient), _patched(skeleton, forwards):
         try:
             return skeleton.model(input_ids=ids)
         except _Stop:

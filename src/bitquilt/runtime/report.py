@@ -40,10 +40,11 @@ def fingerprint_of(
     include_head: bool,
     embedding_bits: int | None,
     plan: str | Path | None,
+    measures: bool = False,
 ) -> dict[str, Any]:
     """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
     described = None
-    if recipe.needs:
+    if recipe.needs or measures:
         described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
     value = {
         "version": __version__,
@@ -142,3 +143,21 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def add_prediction(
+    report: dict[str, Any],
+    budget: dict[str, Any] | None,
+    spent: float | None,
+    folder_bytes: int,
+    losses: dict[str, float],
+) -> None:
+    """What was promised, beside what was measured: the budget, the whole folder's bytes, the predicted loss per layer
+    (nats per token) and of all."""
+    report["folder_bytes"] = folder_bytes
+    if budget is not None:
+        report["budget"] = {**budget, "spent": spent, "bytes": folder_bytes, "bpw": report["bpw"]}
+    if losses:
+        report["prediction"] = {"kl": sum(losses.values())}
+        for name, loss in losses.items():
+            report["layers"][name]["predicted_loss"] = loss

@@ -92,6 +92,16 @@ def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
 
 def _write_rest(skeleton: Skeleton, work: Path, replaced: set[str]) -> list[Path]:
     """Everything outside the blocks that was not quantized, unchanged, in shards of about a gigabyte."""
+    files = []
+    for number, names in enumerate(rest_shards(skeleton, replaced)):
+        path = work / f"rest-{number:05d}.safetensors"
+        write_tensors(path, skeleton.checkpoint.read(names))
+        files.append(path)
+    return files
+
+
+def rest_shards(skeleton: Skeleton, replaced: set[str]) -> list[list[str]]:
+    """Checkpoint names of what lies outside the blocks and is not `replaced`, cut into shards."""
     infos = skeleton.checkpoint.tensors
     shards: list[list[str]] = [[]]
     for name in skeleton.sources[""]:
@@ -100,12 +110,7 @@ def _write_rest(skeleton: Skeleton, work: Path, replaced: set[str]) -> list[Path
         if shards[-1] and sum(infos[n].nbytes for n in shards[-1]) + infos[name].nbytes > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    files = []
-    for number, names in enumerate(filter(None, shards)):
-        path = work / f"rest-{number:05d}.safetensors"
-        write_tensors(path, skeleton.checkpoint.read(names))
-        files.append(path)
-    return files
+    return [names for names in shards if names]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -115,10 +120,20 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any]) -> None:
-    """plan.json and report.json beside the weights."""
+def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any], total: int) -> None:
+    """plan.json and report.json beside the weights, the report padded with blanks so that the folder takes `total`
+    bytes. One that is too long is written without line breaks, then without its last events, which it says."""
     write_json(folder / "plan.json", plan)
-    write_json(folder / "report.json", report)
+    room = total - sum(path.stat().st_size for path in folder.iterdir())
+    text = json.dumps(report, indent=1)
+    if len(text) >= room:
+        text = json.dumps(report, separators=(",", ":"))
+    kept = len(report["events"])
+    while len(text) >= room and kept:
+        kept //= 2
+        left = {"layer": "", "kind": "events left out", "detail": f"{len(report['events']) - kept} for want of room"}
+        text = json.dumps({**report, "events": [*report["events"][:kept], left]}, separators=(",", ":"))
+    (folder / "report.json").write_text(text + " " * (room - len(text) - 1) + "\n")
 
 
 def finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:

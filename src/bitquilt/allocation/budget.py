@@ -1,0 +1,77 @@
+"""How much may a checkpoint take? One Budget value: nominal bits, true bits per weight, bytes on disk, or memory.
+
+Pure Python. Units as people write them: 6.5GiB, 6500MB, 800000000.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["bits", "bpw", "size", "vram"]
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_BY_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`bits`: mean code width over the quantized weights; `bpw`: everything stored for them; `size`: bytes of the whole
+    folder; `vram`: bytes of weights, key-value cache for `ctx` tokens and workspace. Raises ValueError for a value that
+    is not a finite number above 0, or a context that goes with another kind."""
+
+    kind: Kind
+    value: float
+    ctx: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(f"the budget {self.kind} is {self.value}; wanted a number above 0")
+        if (self.kind == "vram") != (self.ctx is not None):
+            raise ValueError("a context length goes with the budget vram, and only there: vram 8GiB, ctx 8192")
+        if self.ctx is not None and self.ctx < 1:
+            raise ValueError(f"the context is {self.ctx} tokens; wanted at least 1")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bits: float | None = None,
+        bpw: float | None = None,
+        size: int | str | None = None,
+        vram: int | str | None = None,
+        ctx: int | None = None,
+    ) -> "Budget | None":
+        """The one that is given, or None. Raises ValueError if more than one is."""
+        given = {"bits": bits, "bpw": bpw, "size": size, "vram": vram}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} are budgets for the same run; give one")
+        if ctx is not None and vram is None:
+            raise ValueError("ctx, the context length, goes with vram; give both or neither")
+        if vram is not None and ctx is None:
+            raise ValueError("vram needs ctx, the context length the memory must hold, such as vram 8GiB and ctx 8192")
+        if bits is not None:
+            return cls("bits", float(bits))
+        if bpw is not None:
+            return cls("bpw", float(bpw))
+        if size is not None:
+            return cls("size", parse_bytes(size))
+        return None if vram is None else cls("vram", parse_bytes(vram), ctx)
+
+    def __str__(self) -> str:
+        if self.kind == "size":
+            return f"{self.value:.0f} bytes on disk"
+        if self.kind == "vram":
+            return f"{self.value:.0f} bytes of memory with {self.ctx} tokens"
+        return f"{self.value:g} {'nominal' if self.kind == 'bits' else 'true'} bits per weight"
+
+
+def parse_bytes(text: int | float | str) -> int:
+    """ "6.5GiB" -> 6979321856; a plain number is bytes. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
+    unit = match[2] if match else None
+    if match is None or unit not in _BY_CASE:
+        raise ValueError(f"{text!r} is no size; wanted such as 6.5GiB, 800MB or a number of bytes")
+    return int(float(match[1]) * _BY_CASE[unit])

@@ -1,0 +1,51 @@
+"""The least loss within a budget, exactly. exact_choices(losses, costs, budget) -> choice per unit, by a mixed-integer
+program (HiGHS through scipy): one binary variable per unit and choice, one choice per unit, one budget.
+
+For some thousand variables; `path.fill` is the way beyond, and the fallback where the solver runs out of time.
+"""
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from bitquilt.allocation.path import Floats, Ints, check_losses, fill, steepest
+
+MAX_VARIABLES = 4096  # about a second of one core
+_SECONDS = 3.0
+
+
+def exact_choices(losses: Floats, costs: Floats, budget: float) -> Ints:
+    """Choices `[units]` minimising the sum of `losses [units, choices]` with the sum of `costs`, shaped alike,
+    ascending in each row, within `budget`. The same or better than `path.fill`, which is returned where the solver
+    does not finish in three seconds with anything better.
+
+    Raises ValueError if a loss is not finite or the cheapest choices together exceed the budget.
+    """
+    check_losses(losses)
+    costs = np.broadcast_to(np.asarray(costs, dtype=np.float64), losses.shape)
+    least = float(costs[:, 0].sum())
+    if least > budget:
+        raise ValueError(f"budget {budget:g} is below {least:g}, the cheapest choice everywhere")
+    start = fill(steepest(losses, costs), budget - least)
+    units, choices = losses.shape
+    rows = np.arange(units)
+    flat = losses.astype(np.float64).ravel()
+    # in units of the mean: HiGHS has absolute tolerances, losses may be 1e-9 and costs 1e9
+    scale, unit = float(np.abs(flat).max()) or 1.0, float(costs.max()) or 1.0
+    once: Any = csr_array((np.ones(flat.size), np.arange(flat.size), np.arange(0, flat.size + 1, choices)))
+    paid: Any = csr_array(costs.reshape(1, -1) / unit)
+    result = milp(
+        flat / scale,
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(paid, -np.inf, budget / unit)],
+        bounds=Bounds(0, 1),
+        integrality=np.ones(flat.size, dtype=np.int64),
+        options={"time_limit": _SECONDS, "mip_rel_gap": 1e-5, "presolve": False},
+    )
+    if result.x is None:
+        return start
+    found = result.x.reshape(units, choices).argmax(axis=1)
+    feasible = costs[rows, found].sum() <= budget
+    better = losses[rows, found].sum() < losses[rows, start].sum()
+    return found.astype(np.int8) if feasible and better else start

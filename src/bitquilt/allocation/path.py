@@ -1,0 +1,119 @@
+"""Where does the next bit go? steepest(losses, costs) -> Path: every budget is one cut of one sorted list of steps.
+
+A unit is what gets one width: a column group, a channel, a layer, or several that are tied. Along the lower convex
+hull of a unit's (cost, loss) the gain per bit falls, so the steps of all units, sorted by gain per bit, are the optima
+of the Lagrangian for all multipliers at once: a prefix costs one cumulative sum. numpy only, no tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """`start` [units]: the cheapest choice of each. Steps in order of taking them: `unit`, `choice` (the one stepped
+    to), `cost` and `gain` so far, fp64, the start not counted."""
+
+    start: Ints
+    unit: Ints
+    choice: Ints
+    cost: NDArray[np.float64]
+    gain: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def at(self, steps: int) -> Ints:
+        """Choices `[units]` after so many steps."""
+        chosen = self.start.copy()
+        # of several steps of one unit the last one stands: assignment goes in order
+        chosen[self.unit[:steps]] = self.choice[:steps]
+        return chosen
+
+    def within(self, budget: float) -> int:
+        """The most steps that cost at most `budget` more than the start."""
+        return int(np.searchsorted(self.cost, budget, side="right"))
+
+
+def steepest(losses: Floats, costs: Floats) -> Path:
+    """`losses`, `costs` `[units, choices]`, costs ascending in every row; equal rows of costs may be broadcast.
+
+    Steps that do not lower the loss are left out. Raises ValueError if a loss is not a finite number.
+    """
+    check_losses(losses)
+    count, width = losses.shape
+    start = np.zeros(count, dtype=np.int8)
+    # the hull from the left: the next corner is the choice of the steepest descent from the last one
+    at = np.zeros(count, dtype=np.intp)
+    rows = np.arange(count)
+    unit: list[Ints] = []
+    choice: list[Ints] = []
+    slope: list[Floats] = []
+    price: list[Floats] = []
+    active = rows
+    while len(active) and width > 1:
+        here = at[active]
+        base, paid = losses[active, here][:, None], costs[active, here][:, None]
+        more = costs[active] - paid
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gains = np.where(more > 0, (base - losses[active]) / more, -np.inf)
+        best = gains.argmax(axis=1)
+        steep = gains[np.arange(len(active)), best]
+        useful = steep > 0
+        active, best, steep = active[useful], best[useful], steep[useful]
+        if len(active):
+            unit.append(active.astype(np.int32))
+            choice.append(best.astype(np.int8))
+            slope.append(steep.astype(np.float32))
+            price.append((costs[active, best] - costs[active, at[active]]).astype(np.float64))
+            at[active] = best
+    if not unit:
+        return Path(start, np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0), np.empty(0))
+    steps, to = np.concatenate(unit), np.concatenate(choice)
+    steepness = np.concatenate(slope)
+    prices: NDArray[np.float64] = np.concatenate(price).astype(np.float64)
+    # stable: of equal gains the earlier unit's, and a unit's steps in their order, goes first
+    order = np.argsort(-steepness, kind="stable")
+    cost: NDArray[np.float64] = np.cumsum(prices[order])
+    gain: NDArray[np.float64] = np.cumsum(steepness[order].astype(np.float64) * prices[order])
+    return Path(start, steps[order], to[order], cost, gain)
+
+
+def check_losses(losses: Floats) -> None:
+    """Raise ValueError naming the first loss that is no finite number."""
+    if not np.isfinite(losses).all():
+        unit, choice = np.argwhere(~np.isfinite(losses))[0]
+        raise ValueError(f"the loss of unit {unit} at choice {choice} is {losses[unit, choice]}")
+
+
+def fill(path: Path, budget: float) -> Ints:
+    """Choices within `budget` beyond the start: the longest prefix, then every later step that still fits.
+
+    A unit whose step was passed over takes none of its later ones. More budget never means more loss: where two
+    budgets first differ, the larger takes a step that beats whatever the smaller one can put in its room.
+    """
+    position = path.within(budget)
+    chosen = path.at(position)
+    prices = np.diff(path.cost, prepend=0.0)
+    left = budget - (path.cost[position - 1] if position else 0.0)
+    blocked = np.zeros(len(path.start), dtype=bool)
+    while True:
+        unit = path.unit[position:]
+        fits = prices[position:] <= left
+        too_dear = np.flatnonzero(~fits)
+        first_dear = np.full(len(blocked), len(unit))
+        np.minimum.at(first_dear, unit[too_dear], too_dear)
+        open_steps = fits & ~blocked[unit] & (np.arange(len(unit)) < first_dear[unit])
+        if not open_steps.any():
+            return chosen
+        taken = int(open_steps.argmax())
+        blocked[unit[:taken][~fits[:taken]]] = True
+        chosen[unit[taken]] = path.choice[position + taken]
+        left -= prices[position + taken]
+        position += taken + 1

@@ -1,0 +1,77 @@
+"""In which order do column groups gain bits? One Path over the same units for every rule of who may differ from whom.
+
+global:  any group of any layer, steepest gain per bit first.
+layers:  layers differ, the groups of one do not: a layer's step is taken group by group, so that a budget may end
+         inside one layer and is met to one group.
+layer:   every layer the same bits per weight, inside it the steepest first.
+uniform: every layer the same, its wider groups spread evenly over the columns; needs no losses.
+
+numpy only. `members[l]`: the units of layer l, in column order; `weights[l]`: its weights.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from bitquilt.allocation.path import Floats, Ints, Path, steepest
+
+Scope = Literal["global", "layers", "layer", "uniform"]
+SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "uniform")
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def order_steps(scope: Scope, losses: Floats, costs: Floats, members: Sequence[Ints], weights: Sequence[float]) -> Path:
+    """`losses`, `costs` `[units, choices]`, costs ascending. Raises ValueError if a loss is not finite."""
+    if scope == "global":
+        return steepest(losses, costs)
+    if scope == "layers":
+        return _layers(losses, costs, members)
+    parts = [
+        steepest(losses[units], costs[units]) if scope == "layer" else _even(losses[units], costs[units])
+        for units in members
+    ]
+    key = np.concatenate([part.cost / size for part, size in zip(parts, weights, strict=True)])
+    order = np.argsort(key, kind="stable")
+    unit = np.concatenate([units[part.unit] for part, units in zip(parts, members, strict=True)])
+    choice = np.concatenate([part.choice for part in parts])
+    return _path(len(losses), unit[order], choice[order], losses, costs)
+
+
+def _layers(losses: Floats, costs: Floats, members: Sequence[Ints]) -> Path:
+    whole = steepest(
+        np.stack([losses[units].sum(axis=0, dtype=np.float64) for units in members]),
+        np.stack([costs[units].sum(axis=0, dtype=np.float64) for units in members]),
+    )
+    unit, choice = [], []
+    at = [0] * len(members)
+    for layer, to in zip(whole.unit.tolist(), whole.choice.tolist(), strict=True):
+        units = members[layer]
+        gain = losses[units, at[layer]] - losses[units, to]
+        price = costs[units, to] - costs[units, at[layer]]
+        unit.append(units[np.argsort(-gain / price, kind="stable")])
+        choice.append(np.full(len(units), to, dtype=np.int8))
+        at[layer] = to
+    if not unit:
+        return _path(len(losses), np.empty(0, np.int32), np.empty(0, np.int8), losses, costs)
+    return _path(len(losses), np.concatenate(unit), np.concatenate(choice), losses, costs)
+
+
+def _even(losses: Floats, costs: Floats) -> Path:
+    """Every unit to the next width before any goes further; multiples of the golden ratio spread any share evenly."""
+    count, width = losses.shape
+    order = np.argsort(np.arange(count) * _GOLDEN % 1.0, kind="stable")
+    unit = np.tile(order, width - 1)
+    choice = np.repeat(np.arange(1, width, dtype=np.int8), count)
+    return _path(count, unit, choice, losses, costs)
+
+
+def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -> Path:
+    """Cost and gain of steps in a given order."""
+    order = np.lexsort((np.arange(len(unit)), unit))
+    before = np.zeros(len(unit), dtype=np.int8)
+    same = unit[order][1:] == unit[order][:-1]
+    before[order[1:]] = np.where(same, choice[order][:-1], 0)
+    price = (costs[unit, choice] - costs[unit, before]).astype(np.float64)
+    gain = (losses[unit, before] - losses[unit, choice]).astype(np.float64)
+    return Path(np.zeros(count, dtype=np.int8), unit, choice, np.cumsum(price), np.cumsum(gain))

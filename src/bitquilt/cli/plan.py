@@ -1,0 +1,165 @@
+"""`bitquilt plan MODEL`: what would a budget buy? From headers alone; with --measure, what each bit is worth."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from typer import Argument, Exit, Option
+
+from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
+from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
+from bitquilt.cli.progress import watching
+from bitquilt.cli.quantize import chosen
+from bitquilt.errors import UserError
+from bitquilt.fit import Outlook, Wish, measure_model
+from bitquilt.fit import plan as run
+from bitquilt.runtime.planning import UnreachableError
+
+EXIT_DOES_NOT_FIT = 4
+
+
+def plan(
+    model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
+    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
+    bits: Bits = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    vram: Vram = None,
+    ctx: Ctx = None,
+    allocation: Allocation = None,
+    group_size: Annotated[
+        int | None, Option(help="Input channels per scale, a multiple of 8 (default: the recipe's).")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="Write the plan here, for `quantize --plan`.", metavar="FILE", show_default=False)
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        Option(
+            help="What each width costs: read, or with --measure written (default: NAME-RECIPE.sensitivities here).",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, Option("--measure", help="Measure what each width costs first; minutes, not seconds.")
+    ] = False,
+    calibration: Annotated[
+        str, Option(help="With --measure: text, jsonl, parquet, a folder, a hub data set, token ids, or self.")
+    ] = "self",
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 128,
+    seq_len: Annotated[int, Option(help="Tokens per calibration sequence.")] = 2048,
+    seed: Annotated[int, Option(help="Of everything that is drawn at random.")] = 0,
+    work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
+    skip: Annotated[
+        list[str] | None, Option(metavar="PATTERN", help="Leave these layers alone, such as '*.down_proj'; repeatable.")
+    ] = None,
+    include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
+    tie: Annotated[
+        bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
+    ] = False,
+    published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
+    settings: Annotated[
+        list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
+    ] = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Say what a budget buys before anything is quantized. Exit code 0: it fits; 4: no plan is within the budget."""
+    budget = size_budget(bits, bpw, size, vram, None if vram is None else ctx)
+    wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
+    path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe}.sensitivities")
+    with calm(quiet):
+        if measure:
+            with watching(quiet) as observer:
+                measure_model(
+                    model, path, wanted.recipe, calibration, samples=samples, seq_len=seq_len, seed=seed,
+                    skip=skip or [], include_head=include_head, work_dir=work_dir, observer=observer,
+                )  # fmt: skip
+        used = path if sensitivities is not None or path.is_file() else None
+        try:
+            found = run(
+                model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
+                sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head, samples=samples,
+                seq_len=seq_len,
+            )  # fmt: skip
+        except UnreachableError as error:
+            if json_output:
+                print_json(_refusal(model, wanted, error))
+            else:
+                stderr.print(f"[bold red]does not fit:[/] {escape(str(error))}")
+            raise Exit(EXIT_DOES_NOT_FIT) from None
+    if out is not None:
+        try:
+            out.write_text(json.dumps(found.plan_json(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the plan to {out}: {error.strerror}") from None
+    if json_output:
+        print_json(found.summary)
+    elif not quiet:
+        _print(found, out)
+
+
+def _refusal(model: str, wanted: Wish, error: UnreachableError) -> dict[str, Any]:
+    budget = wanted.values.get("budget")
+    bounds = [int(value) for value in error.reach] if wanted.budget and wanted.budget.kind == "size" else None
+    return {
+        "model": model,
+        "budget": budget,
+        "fits": False,
+        "reachable": list(error.reach),
+        "reachable_bytes": bounds,
+        "error": str(error),
+    }
+
+
+def _print(found: Outlook, out: Path | None) -> None:
+    value = found.summary
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("layer", "out x in", "bits x groups", "bpw", "size", "predicted loss"):
+        table.add_column(name, justify="right" if name in ("bpw", "size", "predicted loss") else "left", no_wrap=True)
+    for name, layer in value["layers"].items():
+        counts = " ".join(f"{bits}x{count}" for bits, count in layer["bits"].items())
+        loss = "" if layer["predicted_loss"] is None else f"{layer['predicted_loss']:.2g}"
+        shape = "x".join(map(str, layer["shape"]))
+        table.add_row(name, shape, counts, f"{layer['bpw']:.3f}", size_text(layer["bytes"]), loss)
+    stdout.print(table)
+    stdout.print(value["model"], style="bold", markup=False)
+    if value["budget"]:
+        spent = value["budget"]["spent"]
+        print_fact(stdout, "budget", f"{found.wish.budget}, spent {spent:.10g}, {found.planned.scope} allocation")
+    print_fact(stdout, "bits", f"{value['nominal_bits']:.3g} nominal, {value['bpw']:.3f} true per weight")
+    print_fact(stdout, "size", f"{value['bytes']} bytes ({size_text(value['bytes'])}) in the whole folder")
+    least, most = value["reachable_bytes"]
+    print_fact(stdout, "reach", f"{least} to {most} bytes ({size_text(least)} to {size_text(most)}) with this recipe")
+    memory = value["memory"]
+    parts = ", ".join(f"{key} {size_text(memory[key])}" for key in ("weights", "cache", "workspace"))
+    print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it: {parts}")
+    todo = value["estimate"]
+    print_fact(
+        stdout,
+        "to do",
+        f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory to quantize here",
+    )
+    if value["prediction"]:
+        _print_prediction(value["prediction"])
+    else:
+        print_fact(stdout, "worth", "not measured: every layer gets the same; --measure tells what each bit is worth")
+    for item in value["untouched"]:
+        print_fact(stdout, "as is", f"{size_text(item['nbytes'])}, {item['reason']}: such as {item['example']}")
+    for title, taken in value["permits"].items():
+        why = f"; {taken['why_not']}" if taken["why_not"] else ""
+        print_fact(stdout, "takes", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
+    if out is not None:
+        stdout.print(f"  [cyan]bitquilt quantize {value['model']} OUT --plan {out}[/]", soft_wrap=True)
+
+
+def _print_prediction(prediction: dict[str, Any]) -> None:
+    text = f"KL about {prediction['kl']:.3g} nats per token"
+    if prediction.get("ppl_range"):
+        low, high = prediction["ppl_range"]
+        text += f"; perplexity {low:.4g} to {high:.4g}, in full precision {prediction['perplexity_full_precision']:.4g}"
+    print_fact(stdout, "loss", text)

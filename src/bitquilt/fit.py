@@ -1,0 +1,313 @@
+"""Make it fit: `plan` says what a budget buys, before anything is quantized. Also what `quantize` asks for its plans.
+
+The recipe's own allocation stands where a recipe decides layer by layer at whole bits; any other budget is a plan for
+the whole model.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitquilt.allocation.budget import Budget
+from bitquilt.allocation.scopes import SCOPES, Scope
+from bitquilt.errors import UserError
+from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.models.remote import RemoteCheckpoint, open_headers
+from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
+from bitquilt.models.ties import tied_layers
+from bitquilt.packing import bits_per_weight, storage_bits
+from bitquilt.recipes import make_recipe, takes_fractions
+from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.job import Job, all_targets
+from bitquilt.runtime.job import shapes as shapes_of
+from bitquilt.runtime.memory import memory_bytes
+from bitquilt.runtime.outlook import estimate, permits
+from bitquilt.runtime.planning import Planned, Planner, plan_json
+from bitquilt.runtime.progress import Observer, Stage, Untouched, silent
+from bitquilt.runtime.report import recipe_json
+from bitquilt.runtime.sensitivities import Method, Sensitivities, measure, read_sensitivities
+from bitquilt.runtime.survey import survey
+from bitquilt.types import Plannable, Recipe
+
+_CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
+# What the tables do not depend on: how many bits there are, and who gives them out.
+_BUDGETED = ("bits", "bpw", "allocation", "swap")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to make: a recipe, and the budget and scope of a plan for the whole model; `budget` None where the recipe
+    gives every layer its own bits."""
+
+    recipe: Recipe
+    budget: Budget | None = None
+    scope: Scope = "global"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The budget for a fingerprint; empty without."""
+        if self.budget is None:
+            return {}
+        return {"budget": {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx,
+                           "scope": self.scope}}  # fmt: skip
+
+
+def wish(
+    recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
+) -> Wish:
+    """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
+    recipe meets it in every layer (`cmpq`); `allocation="global"` makes it one there too.
+
+    Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
+    """
+    if scope is not None and scope not in SCOPES:
+        raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
+    options = dict(options)
+    if isinstance(recipe, str):
+        given = [key for key in ("bits", "bpw") if options.get(key) is not None]
+        if budget is not None and given:
+            raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
+        if not takes_fractions(recipe):
+            budget = budget or _budget_in(options)
+        recipe = make_recipe(recipe, **options)
+    elif options:
+        raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
+    if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
+        bpw = getattr(recipe, "bpw", None)
+        budget = Budget("bpw", bpw) if bpw is not None else Budget("bits", float(recipe.bits))  # type: ignore[attr-defined]
+    if budget is not None and getattr(recipe, "bpw", None) is not None:
+        recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
+    if budget is not None and not isinstance(recipe, Plannable):
+        raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
+    return Wish(recipe, budget, scope or "global")
+
+
+def _budget_in(options: dict[str, Any]) -> Budget | None:
+    """Take a budget out of a recipe's options, for recipes with whole bits in every layer."""
+    bits, bpw = options.get("bits"), options.get("bpw")
+    if bits is not None and bpw is not None:
+        raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
+    try:
+        if bpw is not None:
+            del options["bpw"]
+            return Budget("bpw", float(bpw))
+        if isinstance(bits, float) and not bits.is_integer():
+            del options["bits"]
+            return Budget("bits", bits)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    if isinstance(bits, float):
+        options["bits"] = int(bits)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """What `plan` found. `planned.plans` is what `quantize` would do; `summary` is everything as plain JSON values."""
+
+    wish: Wish
+    planned: Planned
+    summary: dict[str, Any]
+    untouched: tuple[Untouched, ...]
+
+    def plan_json(self) -> dict[str, Any]:
+        """The content of a plan.json for `quantize --plan`."""
+        return plan_json(recipe_json(self.wish.recipe), self.planned.plans)
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Recipe = "slim-llm",
+    *,
+    budget: Budget | None = None,
+    scope: str | None = None,
+    sensitivities: str | Path | None = None,
+    ctx: int | None = None,
+    tie: bool = False,
+    skip: Sequence[str] = (),
+    include_head: bool = False,
+    samples: int = 128,
+    seq_len: int = 2048,
+    **options: Any,
+) -> Outlook:
+    """What a budget buys, from safetensors headers alone (of a hub id nothing else is fetched).
+
+    Without `budget` the recipe's own bits. `sensitivities`: a file that `measure_model` wrote, to give bits out by what
+    they are worth; without, every layer gets the same. `tie`: layers that serving engines fuse share their bits.
+    `samples`, `seq_len`: of the quantization whose time is estimated. Raises UserError for what the caller can mend,
+    an unreachable budget among it (`Unreachable`).
+    """
+    wanted = wish(recipe, options, budget, scope)
+    checkpoint = open_headers(model)
+    refuse_quantized(checkpoint)
+    skeleton = open_skeleton(checkpoint)
+    layers = all_targets(skeleton, skip, include_head)
+    shapes = shapes_of(layers)
+    known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
+    ties = tied_layers(skeleton.model, shapes) if tie else []
+    planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties)
+    own = wanted.budget is None
+    planned = planner.plan(wanted.budget or _own_budget(wanted.recipe), "uniform" if own else wanted.scope)
+    untouched = survey(skeleton, layers)
+    tokens = samples * clip_to_context(seq_len, checkpoint)[0]
+    measures = not own and wanted.scope != "uniform" and known is None
+    search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
+    outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
+    memory = memory_bytes(skeleton, planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
+    least, most = planner.reach(Budget("size", 1.0))
+    budget_value = wanted.values.get("budget")
+    summary = {
+        "model": str(model),
+        "recipe": recipe_json(wanted.recipe),
+        "budget": None if budget_value is None else {**budget_value, "spent": planned.spent},
+        "fits": True,
+        "bytes": planned.size.total,
+        "tensor_bytes": planned.size.tensors,
+        "bpw": planned.bpw,
+        "nominal_bits": planned.nominal_bits,
+        "reachable_bytes": [int(least), int(most)],
+        "reachable": list(planned.reach),
+        "memory": {**asdict(memory), "total": memory.total},
+        "estimate": asdict(outlook),
+        "layers": {
+            name: {
+                "shape": list(shapes[name]),
+                "bits": _counts(planned.plans[name].bits),
+                "bpw": bits_per_weight(layout),
+                "nominal_bits": layout.nominal_bits,
+                "bytes": storage_bits(layout) // 8,
+                "predicted_loss": planned.losses.get(name),
+            }
+            for name, layout in planned.layouts.items()
+        },
+        "tied": [list(names) for names in ties],
+        "untouched": [asdict(item) for item in untouched],
+        "permits": permits(planned.layouts),
+        "prediction": _prediction(planned, known),
+        "sensitivities": None if sensitivities is None else str(sensitivities),
+    }
+    return Outlook(wanted, planned, summary, untouched)
+
+
+def measure_model(
+    model: str | Path,
+    path: str | Path,
+    recipe: str | Recipe = "slim-llm",
+    calibration: str | Path = SELF,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    include_head: bool = False,
+    method: Method = "kfac",
+    work_dir: str | Path | None = None,
+    observer: Observer = silent,
+    **options: Any,
+) -> Sensitivities:
+    """Measure what every width would cost and write it to `path`; plans for any budget read it in seconds.
+
+    Raises UserError for what the caller can mend.
+    """
+    recipe = wish(recipe, options).recipe
+    checkpoint = open_checkpoint(model)
+    refuse_quantized(checkpoint)
+    skeleton = open_skeleton(checkpoint)
+    all_targets(skeleton, skip, include_head)
+    ids = make_calibration(
+        checkpoint, calibration, samples=samples, seq_len=clip_to_context(seq_len, checkpoint)[0], seed=seed,
+        vocabulary=vocabulary_size(skeleton.model), progress=lambda text: observer(Stage(text)),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+        found = measure_sensitivities(
+            skeleton, recipe, ids, Path(folder), skip=skip, include_head=include_head, method=method, seed=seed,
+            observer=observer,
+        )  # fmt: skip
+    found.save(Path(path))
+    return found
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a model that is quantized already."""
+    entry = checkpoint.config.get("quantization_config")
+    if entry:
+        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else entry
+        raise UserError(f"{checkpoint.name} is already quantized ({method}); give the full-precision model")
+
+
+def _own_budget(recipe: Recipe) -> Budget:
+    bpw = getattr(recipe, "bpw", None)
+    return Budget("bpw", bpw) if bpw is not None else Budget("bits", float(getattr(recipe, "bits")))  # noqa: B009
+
+
+def _counts(bits: Sequence[int]) -> dict[str, int]:
+    counts = np.bincount(np.asarray(bits))
+    return {str(width): int(counts[width]) for width in np.flatnonzero(counts)}
+
+
+def _prediction(planned: Planned, known: Sensitivities | None) -> dict[str, Any] | None:
+    if known is None or planned.loss is None:
+        return None
+    return {"kl": planned.loss, "perplexity_full_precision": known.perplexity}
+
+
+def open_planner(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, int]],
+    sensitivities: Sensitivities | None = None,
+    *,
+    ties: Sequence[Sequence[str]] = (),
+) -> Planner:
+    """A planner for these layers. Raises UserError for a recipe that cannot be planned."""
+    if not isinstance(recipe, Plannable):
+        raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
+    return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties)
+
+
+def about(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What sensitivities depend on and is checked when they are used again."""
+    values = {key: value for key, value in recipe_json(recipe).items() if key not in _BUDGETED}
+    found = {"recipe": json.loads(json.dumps(values))}
+    if not isinstance(checkpoint, RemoteCheckpoint):  # of headers alone there is no fingerprint
+        found["model"] = checkpoint.fingerprint()
+    return found
+
+
+def load_sensitivities(path: str | Path, checkpoint: Checkpoint, recipe: Recipe) -> Sensitivities:
+    """Saved tables. Raises UserError if they are of another model or another recipe."""
+    found = read_sensitivities(path)
+    found.check(about(checkpoint, recipe), str(path))
+    return found
+
+
+def measure_sensitivities(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    ids: torch.Tensor,
+    folder: Path,
+    *,
+    skip: Sequence[str] = (),
+    include_head: bool = False,
+    method: Method = "kfac",
+    seed: int = 0,
+    observer: Observer,
+) -> Sensitivities:
+    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out."""
+    job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head)
+    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe))
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, for a fingerprint."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

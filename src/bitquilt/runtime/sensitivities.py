@@ -1,0 +1,330 @@
+"""What would each width cost the model's final loss? measure(...) -> Sensitivities: one pass forward, one backward, one
+block in memory at a time; saved to one safetensors file and reused for every later budget.
+
+forward:   the inputs of every block go to the work directory, as `runtime.stream` writes them
+loss:      labels sampled from the model's own logits, the gradient at the last block's output
+backward:  block by block from the last, recomputed from its stored input; squared gradients at the outputs of the
+           linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from bitquilt.errors import UserError
+from bitquilt.models.linear import linear_weight
+from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
+from bitquilt.runtime.job import Job, head_path, targets
+from bitquilt.runtime.layers import check_weights
+from bitquilt.runtime.progress import Observer, Stage
+from bitquilt.runtime.stats import collect
+from bitquilt.runtime.workdir import Activations
+from bitquilt.sensitivity.kfac import activation_rows, width_losses
+from bitquilt.types import Layer, LayerStats, Plannable
+
+Method = Literal["kfac", "activation"]
+FORMAT = 1
+# Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk; the tables of the demo model from
+# 4 k and from 16 k tokens rank its layers alike (Spearman 0.99).
+MAX_TOKENS, MAX_SEQUENCE = 16_384, 512
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """`losses`: per layer fp32 `[groups, widths]`, nats per token with method "kfac"; `widths` per layer, ascending.
+
+    `perplexity` of the full-precision model on the calibration text, None where it gives no next-token logits.
+    `about`: what they were measured of, for `check`."""
+
+    losses: dict[str, NDArray[np.float32]]
+    widths: dict[str, tuple[int, ...]]
+    group_size: int
+    method: Method
+    perplexity: float | None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write one file, by a rename."""
+        meta = {
+            "format": FORMAT,
+            "widths": self.widths,
+            "group_size": self.group_size,
+            "method": self.method,
+            "perplexity": self.perplexity,
+            "about": self.about,
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.losses, temporary, {"sensitivities": json.dumps(meta)})
+        temporary.replace(path)
+
+    def check(self, about: Mapping[str, Any], where: str) -> None:
+        """Raise UserError naming the first thing that differs from what is wanted."""
+        for key, wanted in about.items():
+            if (got := self.about.get(key)) != wanted:
+                raise UserError(
+                    f"the sensitivities in {where} were measured for another {key}: {_short(got)}, now it is "
+                    f"{_short(wanted)}; measure again with `bitquilt plan --measure`"
+                )
+
+
+def read_sensitivities(path: str | Path) -> Sensitivities:
+    """Raises UserError if the file is missing, damaged, or something else."""
+    try:
+        with safe_open(path, framework="np") as handle:
+            meta = json.loads((handle.metadata() or {})["sensitivities"])
+            losses = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if meta["format"] != FORMAT:
+            raise UserError(f"{path} has sensitivities of format {meta['format']}; this bitquilt reads {FORMAT}")
+        widths = {name: tuple(map(int, value)) for name, value in meta["widths"].items()}
+        if widths.keys() != losses.keys() or any(losses[n].shape[1:] != (len(w),) for n, w in widths.items()):
+            raise UserError(f"{path} is damaged: its tables do not have the widths it names")
+        return Sensitivities(losses, widths, meta["group_size"], meta["method"], meta["perplexity"], meta["about"])
+    except FileNotFoundError:
+        raise UserError(f"no sensitivities at {path}; `bitquilt plan MODEL --measure` writes them") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no file of sensitivities, or damaged ({error}); measure again") from None
+
+
+def measure(
+    job: Job, observe: Observer, *, method: Method = "kfac", seed: int = 0, about: dict[str, Any] | None = None
+) -> Sensitivities:
+    """Tables for every layer of `job`, whose `recipe` rounds and whose `ids` calibrate.
+
+    Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not finite.
+    """
+    assert job.ids is not None
+    if not isinstance(job.recipe, Plannable):
+        raise UserError(f"recipe {job.recipe.name} decides its own bits; give it a number of bits instead of a budget")
+    ids = _subset(job.ids)
+    tables = _Tables(job, job.recipe, method, len(ids) * ids.shape[1])
+    folder = job.folder / "sensitivity"
+    folder.mkdir(exist_ok=True)
+    try:
+        perplexity = _Pass(job, ids, folder, observe, seed).run(tables)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    losses = {name: tables.losses[name] for name in sorted(tables.losses)}
+    group_size = int(getattr(job.recipe, "group_size", 1))
+    return Sensitivities(losses, tables.widths, group_size, method, perplexity, about or {})
+
+
+def _subset(ids: Tensor) -> Tensor:
+    length = min(ids.shape[1], MAX_SEQUENCE)
+    return ids[: max(1, MAX_TOKENS // length), :length]
+
+
+class _Tables:
+    """Turns the statistics of loaded layers into tables, layer by layer."""
+
+    def __init__(self, job: Job, recipe: Plannable, method: Method, tokens: int) -> None:
+        self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
+        self.losses: dict[str, NDArray[np.float32]] = {}
+        self.widths: dict[str, tuple[int, ...]] = {}
+
+    def add(
+        self, linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], squares: Mapping[str, Tensor]
+    ) -> None:
+        """`squares`: sum over tokens of the squared gradient at each output `[out]`."""
+        prepared: tuple[LayerStats | None, Any] | None = None
+        for name, module in linears.items():
+            weight = linear_weight(module).float()
+            seen = stats[name]
+            if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
+                seen = LayerStats(torch.eye(weight.shape[1]), 1)
+            layer = Layer(name, weight, None, seen)
+            if prepared is None or prepared[0] is not seen:
+                prepared = (seen, self.job.recipe.prepare(seen))
+            columns = self.recipe.column_cost(layer, prepared[1])
+            if self.method == "activation":
+                rows = activation_rows(weight, columns)
+            else:
+                rows = squares.get(name, torch.zeros(len(weight))).float() / self.tokens
+            widths = self.recipe.widths(len(weight))
+            group_size = int(getattr(self.job.recipe, "group_size", 1))
+            try:
+                table = width_losses(
+                    weight, self._rounding(layer, prepared[1]), rows, columns, widths, group_size
+                ).numpy()
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            if not np.isfinite(table).all():
+                raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
+            self.losses[name], self.widths[name] = table, widths
+
+    def _rounding(self, layer: Layer, prepared: Any) -> Callable[[int], Tensor]:
+        return lambda bits: self.recipe.rounded(layer, prepared, bits)
+
+
+class _Pass:
+    """The two directions. Inputs of all blocks stay on disk until the way back."""
+
+    def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int) -> None:
+        self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
+        self.generator = torch.Generator().manual_seed(seed)
+        count = max(1, 2048 // ids.shape[1])  # sequences at once: a block's graph keeps a dozen activations per token
+        self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
+
+    def run(self, tables: _Tables) -> float | None:
+        job, skeleton = self.job, self.job.skeleton
+        self._open()
+        for i in range(len(skeleton.blocks)):
+            self.observe(Stage(f"sensitivity: forward through block {i + 1} of {len(skeleton.blocks)}"))
+            self._forward(i)
+        self.observe(Stage("sensitivity: the gradient of the loss"))
+        gradients, perplexity = self._loss(tables)
+        for i in reversed(range(len(skeleton.blocks))):
+            self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
+            path = skeleton.blocks[i]
+            template = skeleton.template(path)
+            block = skeleton.load(path)
+            linears = targets(skeleton, path, block, job.skip)
+            check_weights(linears)
+            with _squared_gradients(linears) as squares:
+                stats = self._collect(linears, self._backward(i, block, gradients), path)
+            tables.add(linears, stats, squares)
+            skeleton.reset(path, template)
+        return perplexity
+
+    def _open(self) -> None:
+        skeleton, ids = self.job.skeleton, self.ids
+        skeleton.load("")
+        first = skeleton.blocks[0]
+        template = skeleton.template(first)
+        skeleton.load(first)
+        self.extras = learn_extras(skeleton, ids[self.batches[0]])
+        skeleton.reset(first, template)
+        check_order(skeleton, ids[self.batches[0]], self.extras)
+        shapes = {tuple(ids[rows].shape): rows for rows in self.batches}
+        self.calls = {shape: record_calls(skeleton, ids[rows], self.extras) for shape, rows in shapes.items()}
+        width = embed(skeleton, ids[:1, :1]).shape[-1]
+        wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
+        free = shutil.disk_usage(self.folder).free
+        if wanted > free:
+            raise UserError(
+                f"the inputs of all blocks need {wanted / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free; "
+                "give --work-dir on another disk, or fewer --samples"
+            )
+        self.shape = (*ids.shape, width)
+        inputs = Activations.create(self._path(0), self.shape)
+        for rows in self.batches:
+            inputs.write(rows, embed(skeleton, ids[rows]))
+        skeleton.release_outer()
+
+    @torch.no_grad()
+    def _forward(self, i: int) -> None:
+        skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
+        template = skeleton.template(path)
+        block = skeleton.load(path)
+        inputs = self._inputs(i)
+        outputs = Activations.create(self._path(i + 1), self.shape)
+        for rows in self.batches:
+            outputs.write(rows, self._call(i, block, inputs.read(rows)))
+        skeleton.reset(path, template)
+
+    def _loss(self, tables: _Tables) -> tuple[Activations, float | None]:
+        """Gradients at the last block's output, and the perplexity; the head's table where the head is quantized."""
+        skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
+        skeleton.load("")
+        gradients = Activations.create(self.folder / "gradients.f32", self.shape)
+        inputs = self._inputs(count)
+        losses: list[Tensor] = []
+
+        def passes() -> Iterator[None]:
+            for rows in self.batches:
+                hidden = inputs.read(rows).requires_grad_()
+                logits = finish(skeleton, self.ids[rows], hidden, self.extras, gradient=True).float()
+                if not bool(torch.isfinite(logits.detach()).all()):
+                    raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged")
+                flat = logits.reshape(-1, logits.shape[-1])
+                with torch.no_grad():
+                    drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
+                    shifted, following = logits[:, :-1], self.ids[rows][:, 1:]
+                    if shifted.shape[-1] > int(following.max() if following.numel() else 0):
+                        losses.append(nn.functional.cross_entropy(
+                            shifted.reshape(-1, shifted.shape[-1]), following.reshape(-1), reduction="none"
+                        ))  # fmt: skip
+                nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
+                assert hidden.grad is not None
+                gradients.write(rows, hidden.grad)
+                yield
+
+        if self.job.include_head:
+            path = head_path(skeleton)
+            linears = {path: skeleton.model.get_submodule(path)}
+            check_weights(linears)
+            with _squared_gradients(linears) as squares:
+                stats = self._collect(linears, passes(), path)
+            tables.add(linears, stats, squares)
+        else:
+            for _ in passes():
+                pass
+        skeleton.release_outer()
+        mean = float(torch.cat(losses).double().mean()) if losses else None
+        return gradients, None if mean is None else float(np.exp(min(mean, 700.0)))
+
+    def _backward(self, i: int, block: nn.Module, gradients: Activations) -> Iterator[None]:
+        inputs = self._inputs(i)
+        for rows in self.batches:
+            hidden = inputs.read(rows).requires_grad_()
+            with torch.enable_grad():
+                output = self._call(i, block, hidden)
+            output.backward(gradients.read(rows))
+            assert hidden.grad is not None
+            gradients.write(rows, hidden.grad)
+            yield
+
+    def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
+        try:
+            return collect(linears, passes, hessian=True, sample=0, tokens=self.ids.numel())
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
+
+    def _call(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
+
+    def _inputs(self, i: int) -> Activations:
+        return Activations(self._path(i), self.shape)
+
+    def _path(self, i: int) -> Path:
+        return self.folder / f"inputs-{i:05d}.f32"
+
+
+@contextmanager
+def _squared_gradients(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every backward pass adds the squared gradients at each layer's output, summed over tokens."""
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            total = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0)
+            sums[name] = sums[name] + total if name in sums else total
+
+        def after(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _short(value: Any) -> str:
+    text = "not recorded" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

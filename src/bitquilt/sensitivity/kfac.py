@@ -1,0 +1,62 @@
+"""What does each column group cost the model's final loss at each width? width_losses(...) -> [groups, widths].
+
+The unit is the expected increase of KL(full precision || quantized) in nats per token. To second order that is half
+the error's norm in the Fisher matrix, here Kronecker-factored per layer (K-FAC, Martens and Grosse, arXiv 1503.05671):
+
+    1/2 sum_i E[g_i^2] sum_j c_j (w_ij - q_ij)^2
+
+g: the gradient at the layer's output of the summed cross-entropy against labels sampled from the model itself (at the
+full-precision point the gradient of the KL is zero, its expected square is not). c_j: what an error in column j costs
+at the layer's output, 1 / U_jj^2 where later columns compensate it, E[x_j^2] where nothing does. Additive over groups
+and layers; at few bits errors meet each other and it is only a ranking.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bitquilt.types import group_slices
+
+# Beyond this width the error falls as the square of the step: measured within 3 % from 5 to 8 bits on the demo model.
+MEASURED_WIDTHS = 5
+
+
+def width_losses(
+    weight: Tensor,
+    rounded: Callable[[int], Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    widths: Sequence[int],
+    group_size: int,
+) -> Tensor:
+    """Losses fp32 `[groups, len(widths)]`, `widths` ascending, never rising with the width.
+
+    `weight` `[out, in]`; `rounded(bits)`: the same, every group rounded at these bits without compensation; `rows`
+    `[out]` E[g_i^2]; `columns` `[in]` c_j.
+    """
+    starts = [group.start for group in group_slices(weight.shape[1], group_size)]
+    index = torch.bucketize(torch.arange(weight.shape[1]), torch.tensor(starts), right=True) - 1
+    measured: dict[int, Tensor] = {}
+
+    def at(bits: int) -> Tensor:
+        if bits > MEASURED_WIDTHS:
+            steps = (2**MEASURED_WIDTHS - 1) / (2**bits - 1)
+            return at(MEASURED_WIDTHS) * steps**2
+        if bits not in measured:
+            error = (weight - rounded(bits)).square_()
+            per_column = 0.5 * (rows @ error).double() * columns.double()
+            measured[bits] = torch.zeros(len(starts), dtype=torch.float64).index_add_(0, index, per_column)
+        return measured[bits]
+
+    table = torch.stack([at(bits) for bits in widths], dim=1)
+    return torch.cummin(table, dim=1).values.float()
+
+
+def activation_rows(weight: Tensor, columns: Tensor) -> Tensor:
+    """`[out]` rows for `width_losses` without gradients: every layer's error relative to its output counts alike.
+
+    The unit is then a share of the output's squared norm, not nats: a ranking inside one model at best.
+    """
+    norm = float((weight.square() @ columns.abs()).sum())
+    return torch.full((len(weight),), 2.0 / max(norm, 1e-30))

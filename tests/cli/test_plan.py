@@ -1,0 +1,95 @@
+"""`bitquilt plan`: what a budget buys, for people and for scripts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Command
+
+GROUPS = ("--group-size", "16")
+KEYS = {"bytes", "bpw", "nominal_bits", "reachable_bytes", "memory", "estimate", "layers", "permits", "untouched"}
+
+
+def test_json_for_scripts_and_a_table_for_people(command: Command, tiny: Path, tmp_path: Path) -> None:
+    ran = command("plan", tiny, "--recipe", "gptq", "--bits", "3", *GROUPS, "--json")
+    assert ran.code == 0
+    value = json.loads(ran.out)
+    assert value.keys() >= KEYS
+    assert value["nominal_bits"] == 3 < value["bpw"]
+    least, most = value["reachable_bytes"]
+    assert least < value["bytes"] < most
+    assert len(value["layers"]) == 14
+    assert value["prediction"] is None
+    assert value["permits"]["gptq format, one width per layer"] == {"layers": 14, "of": 14, "why_not": None}
+    assert value["permits"]["compressed-tensors, packed 4 or 8 bits"]["layers"] == 0
+    ran = command("plan", tiny, "--size", str((least + most) // 2), *GROUPS)
+    assert ran.code == 0
+    for text in ("up_proj", "in the whole folder", "not measured", "outside the blocks", "cpu kernels", "reach"):
+        assert text in ran.out
+
+
+def test_a_budget_that_does_not_fit(command: Command, tiny: Path) -> None:
+    ran = command("plan", tiny, "--size", "20kB", *GROUPS, "--json")
+    assert ran.code == 4
+    value = json.loads(ran.out)
+    assert value["fits"] is False
+    assert 20_000 < value["reachable_bytes"][0] < value["reachable_bytes"][1]
+    ran = command("plan", tiny, "--size", "20kB", *GROUPS)
+    assert ran.code == 4
+    assert "does not fit" in ran.err
+    ran = command("quantize", tiny, "nowhere", "--size", "20kB", *GROUPS)
+    assert ran.code == 2
+    assert "reaches" in ran.err
+
+
+def test_measure_once_plan_often_quantize_the_plan(
+    command: Command, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--calibration", text, "--samples", "4", "--seq-len", "16")
+    ran = command("plan", tiny, "--measure", *data, "--bpw", "5.5", *GROUPS, "--json")
+    assert ran.code == 0
+    assert (tmp_path / "tiny-slim-llm.sensitivities").is_file()
+    first = json.loads(ran.out)
+    assert 5.4 < first["bpw"] <= 5.5
+    assert first["prediction"]["kl"] > 0
+    assert sum(layer["predicted_loss"] for layer in first["layers"].values()) == pytest.approx(
+        first["prediction"]["kl"]
+    )
+    ran = command("plan", tiny, "--bpw", "6", *GROUPS, "--json", "--out", "plan.json")
+    second = json.loads(ran.out)
+    assert second["prediction"]["kl"] < first["prediction"]["kl"]
+    ran = command("quantize", tiny, "out", "--plan", "plan.json", *data, *GROUPS, "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["folder_bytes"] == second["bytes"]
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == second["bytes"]
+    shown = command("plan", tiny, "--bpw", "6", *GROUPS)
+    assert "KL about" in shown.out
+
+
+def test_the_flags_of_quantize(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:
+    data = ("--calibration", text, "--samples", "4", "--seq-len", "16", *GROUPS)
+    ran = command("quantize", tiny, tmp_path / "out", "--bits", "2.5", "--allocation", "layers", *data, "--json")
+    assert ran.code == 0
+    value = json.loads(ran.out)
+    assert value["budget"]["scope"] == "layers"
+    assert 2.48 < value["nominal_bits"] <= 2.5
+    assert "budget" in command("quantize", tiny, tmp_path / "out", "--bits", "2.5", "--allocation", "layers", *data).out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "lots"], "'lots' is no size; wanted such as 6.5GiB"),
+        (["--size", "1GB", "--vram", "1GB", "--ctx", "8"], "size and vram are budgets for the same run"),
+        (["--vram", "1GB"], "vram needs ctx"),
+        (["--allocation", "everywhere"], "unknown allocation 'everywhere'"),
+        (["--sensitivities", "missing"], "no sensitivities at missing"),
+        (["--bits", "9"], "bits is 9"),
+    ],
+)
+def test_mistakes(command: Command, tiny: Path, flags: list[str], message: str) -> None:
+    ran = command("plan", tiny, *flags)
+    assert ran.code == 2
+    assert message in ran.err

@@ -1,0 +1,343 @@
+"""Make it fit: budgets are met and never exceeded, plans round-trip, ties hold, what cannot be reached is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bitquilt
+from bitquilt import Budget, Result, UserError
+from bitquilt.allocation.scopes import SCOPES
+from bitquilt.fit import wish
+from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.structure import open_skeleton
+from bitquilt.models.ties import tied_layers
+from bitquilt.recipes import make_recipe
+from bitquilt.runtime.job import all_targets, shapes
+from bitquilt.runtime.planning import Planner, UnreachableError, predicted_losses
+from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.progress import BlockDone, Stage
+from bitquilt.runtime.report import recipe_json
+from bitquilt.runtime.sensitivities import Sensitivities, read_sensitivities
+
+MakeModel = Callable[..., Path]
+Quantize = Callable[..., Result]
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def measured(
+    make_model: MakeModel, token_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """`(recipe)` -> a model's folder and the file of its sensitivities, measured once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(recipe: str = "slim-llm") -> tuple[Path, Path]:
+        if recipe not in made:
+            path = tmp_path_factory.mktemp("sensitivities") / recipe
+            options = {} if recipe.startswith("cmpq") else {"group_size": 8}
+            model = make_model(**WIDE)
+            bitquilt.measure_model(model, path, recipe, token_file, samples=6, seq_len=16, **options)
+            made[recipe] = (model, path)
+        return made[recipe]
+
+    return make
+
+
+def planner(model: Path, path: Path | None, recipe: str = "slim-llm", **options: Any) -> Planner:
+    skeleton = open_skeleton(open_checkpoint(model))
+    made: Any = make_recipe(recipe, **({} if recipe.startswith("cmpq") else {"group_size": 8}))
+    layers = shapes(all_targets(skeleton, (), False))
+    known = None if path is None else read_sensitivities(path)
+    ties = tied_layers(skeleton.model, layers) if options.pop("tie", False) else []
+    return Planner(skeleton, made, recipe_json(made), layers, known, ties=ties)
+
+
+# Plans
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", ["bits", "bpw", "size", "vram"])
+def test_a_plan_is_close_to_its_budget_and_never_above(
+    scope: str, kind: str, measured: Callable[..., tuple[Path, Path]]
+) -> None:
+    made = planner(*measured())
+    ctx = 16 if kind == "vram" else None
+    least, most = made.reach(Budget(kind, 1.0, ctx))  # type: ignore[arg-type]
+    # a second width in every layer of this tiny model is a jump of 6 % for its headers, which uniform takes at once
+    closest = 0.93 if scope == "uniform" else 0.995
+    for share in (0.0, 0.45, 1.0):
+        target = least + share * (most - least)
+        found = made.plan(Budget(kind, target, ctx), scope)  # type: ignore[arg-type]
+        assert closest * target <= found.spent <= target * (1 + 1e-12)
+        assert found.plans.keys() == made.shapes.keys()
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), tie=st.booleans(), scope=st.sampled_from(SCOPES))
+def test_more_bytes_never_predict_a_worse_loss(
+    shares: tuple[float, float], tie: bool, scope: Any, measured: Callable[..., tuple[Path, Path]]
+) -> None:
+    made = planner(*measured(), tie=tie)
+    least, most = made.reach(Budget("size", 1.0))
+    found = [made.plan(Budget("size", int(least + share * (most - least))), scope) for share in sorted(shares)]
+    for one, share in zip(found, sorted(shares), strict=True):
+        assert one.spent <= int(least + share * (most - least))
+    assert found[0].loss is not None
+    assert found[1].loss is not None
+    assert found[1].loss <= found[0].loss * (1 + 2e-5)  # the exact solver's gap is 1e-5
+
+
+def test_better_scopes_predict_less_loss(measured: Callable[..., tuple[Path, Path]]) -> None:
+    made = planner(*measured())
+    losses = [made.plan(Budget("bpw", 5.0), scope).loss or 0.0 for scope in SCOPES]
+    assert losses[0] < min(losses[1:])
+    assert max(losses) == losses[3]
+
+
+def test_tied_layers_share_their_bits(measured: Callable[..., tuple[Path, Path]]) -> None:
+    found = planner(*measured(), tie=True).plan(Budget("bpw", 5.0))
+    for block in (0, 1):
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            plans = {found.plans[f"model.layers.{block}.{name}"] for name in names}
+            assert len(plans) == 1
+    assert found.plans["model.layers.0.self_attn.o_proj"] != found.plans["model.layers.0.self_attn.q_proj"]
+    free = planner(*measured()).plan(Budget("bpw", 5.0))
+    assert free.loss is not None
+    assert found.loss is not None
+    assert free.loss <= found.loss
+
+
+def test_layers_of_different_widths_cannot_be_tied(measured: Callable[..., tuple[Path, Path]]) -> None:
+    model, _ = measured()
+    skeleton = open_skeleton(open_checkpoint(model))
+    recipe: Any = make_recipe("slim-llm", group_size=8)
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+    layers = shapes(all_targets(skeleton, (), False))
+    with pytest.raises(UserError, match=r"up_proj and .*down_proj are tied and have \[64, 96\] inputs"):
+        Planner(skeleton, recipe, recipe_json(recipe), layers, ties=[names])
+
+
+def test_an_unreachable_budget_names_the_reach(measured: Callable[..., tuple[Path, Path]]) -> None:
+    made = planner(*measured())
+    least, most = made.reach(Budget("size", 1.0))
+    with pytest.raises(UnreachableError, match=rf"reaches {least:.0f} to {most:.0f} bytes"):
+        made.plan(Budget("size", least - 1))
+    assert made.plan(Budget("size", 10 * most)).spent == most
+    with pytest.raises(UnreachableError, match=r"reaches 1 to 8 with"):
+        made.plan(Budget("bits", 9.0))
+
+
+@pytest.mark.parametrize(("recipe", "bpw"), [("gptq", 6.0), ("rtn", 6.0), ("cmpq", 9.0), ("cmpq+", 9.0)])
+def test_every_recipe_can_be_planned(recipe: str, bpw: float, measured: Callable[..., tuple[Path, Path]]) -> None:
+    made = planner(*measured(recipe), recipe)
+    found = made.plan(Budget("bpw", bpw))
+    assert 0.99 * bpw <= found.bpw <= bpw
+    even = made.plan(Budget("bpw", bpw), "uniform")
+    assert found.loss is not None
+    assert even.loss is not None
+    assert found.loss < even.loss
+
+
+# Quantizing to a budget
+
+
+@pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "rtn", "cmpq"])
+def test_the_folder_takes_what_was_promised(
+    recipe: str, measured: Callable[..., tuple[Path, Path]], quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    model, path = measured(recipe)
+    options = {} if recipe.startswith("cmpq") else {"group_size": 8}
+    least, most = bitquilt.plan(model, recipe, **options).summary["reachable_bytes"]
+    target = (least + most) // 2
+    budget = Budget.of(size=target)
+    found = bitquilt.plan(model, recipe, budget=budget, sensitivities=path, **options)
+    made: Any = make_recipe(recipe, **options)
+    result = quantize_tiny(model, tmp_path / "out", made, budget=budget, sensitivities=path)
+    assert folder_bytes(result.folder) == found.summary["bytes"]
+    assert 0.995 * target <= found.summary["bytes"] <= target
+    assert json.loads((result.folder / "plan.json").read_text()) == found.plan_json()
+    report = result.report
+    assert report["budget"]["bytes"] == report["folder_bytes"] == folder_bytes(result.folder)
+    assert (report["budget"]["kind"], report["budget"]["target"]) == ("size", target)
+    assert report["prediction"]["kl"] == pytest.approx(found.planned.loss)
+    losses = {name: layer["predicted_loss"] for name, layer in report["layers"].items()}
+    assert losses == pytest.approx(found.planned.losses)
+    assert bitquilt.load(result.folder) is not None
+
+
+def test_without_saved_sensitivities_a_run_measures_once_and_continues(
+    make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    model, out = make_model(), tmp_path / "out"
+    stages: list[str] = []
+
+    def stop(event: object) -> None:
+        if isinstance(event, Stage):
+            stages.append(event.text)
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"recipe": "gptq", "bits": 3.3, "group_size": 8}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_tiny(model, out, observer=stop, **options)
+    assert any("backward" in text for text in stages)
+    stages.clear()
+    result = quantize_tiny(model, out, observer=lambda e: stages.append(str(e)), **options)
+    assert not any("backward" in text for text in stages)
+    assert 0.995 * 3.3 <= result.report["nominal_bits"] <= 3.3
+    whole = quantize_tiny(model, tmp_path / "whole", **options)
+    assert (whole.folder / "plan.json").read_bytes() == (result.folder / "plan.json").read_bytes()
+    assert quantize_tiny(model, out, **options).already_done
+    with pytest.raises(UserError, match="belongs to another run: budget"):
+        quantize_tiny(model, out, recipe="gptq", bits=3.4, group_size=8)
+
+
+def test_an_unreachable_budget_is_refused_before_anything_is_read(
+    make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    seen: list[object] = []
+    with pytest.raises(UnreachableError, match="reaches"):
+        quantize_tiny(
+            make_model(), tmp_path / "out", make_recipe("gptq"), budget=Budget.of(size="1kB"), observer=seen.append
+        )
+    assert not seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_edited_plan_is_followed(
+    measured: Callable[..., tuple[Path, Path]], quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    model, path = measured()
+    value = bitquilt.plan(model, "slim-llm", bpw=5.0, group_size=8, sensitivities=path).plan_json()
+    name = "model.layers.1.mlp.up_proj"
+    value["layers"][name]["bits"] = "4" * len(value["layers"][name]["bits"])
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    plans = read_plan(tmp_path / "plan.json")
+    result = quantize_tiny(
+        model, tmp_path / "out", make_recipe("slim-llm", group_size=8), plan=tmp_path / "plan.json", sensitivities=path
+    )
+    assert json.loads((result.folder / "plan.json").read_text()) == value
+    expected = predicted_losses(read_sensitivities(path), plans)
+    assert result.report["prediction"]["kl"] == pytest.approx(sum(expected.values()))
+    assert folder_bytes(result.folder) == result.report["folder_bytes"]
+    with pytest.raises(UserError, match="a plan and the budget"):
+        quantize_tiny(
+            model, tmp_path / "no", make_recipe("slim-llm"), plan=tmp_path / "plan.json", budget=Budget.of(bpw=3)
+        )
+
+
+# Sensitivities
+
+
+def test_sensitivities_come_back_as_saved(measured: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    found = read_sensitivities(measured()[1])
+    assert found.method == "kfac"
+    assert found.perplexity is not None
+    assert found.perplexity > 1
+    assert set(found.widths.values()) == {(1, 2, 3, 4, 5, 6, 7, 8)}
+    for table in found.losses.values():
+        assert (table >= 0).all()
+        assert (np.diff(table, axis=1) <= 0).all()
+    found.save(tmp_path / "again")
+    again = read_sensitivities(tmp_path / "again")
+    assert all(np.array_equal(found.losses[name], again.losses[name]) for name in found.losses)
+
+
+def test_files_that_are_no_sensitivities(measured: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    model, path = measured()
+    with pytest.raises(UserError, match="no sensitivities at"):
+        read_sensitivities(tmp_path / "none")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-40])
+    (tmp_path / "text").write_text("hello")
+    shutil.copyfile(model / "model.safetensors", tmp_path / "weights")
+    for name in ("cut", "text", "weights"):
+        with pytest.raises(UserError, match="no file of sensitivities, or damaged"):
+            read_sensitivities(tmp_path / name)
+
+
+def test_sensitivities_of_another_model_or_recipe_are_refused(
+    measured: Callable[..., tuple[Path, Path]], make_model: MakeModel
+) -> None:
+    model, path = measured()
+    for other, options, message in [
+        (make_model(), {"group_size": 8}, "measured for another model"),
+        (model, {"group_size": 16}, "measured for another recipe"),
+        (model, {"group_size": 8, "damp": 0.5}, "measured for another recipe"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            bitquilt.plan(other, "slim-llm", bpw=5.0, sensitivities=path, **options)
+
+
+def test_tables_that_do_not_fit_the_layers(measured: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    model, path = measured()
+    found = read_sensitivities(path)
+    name = next(iter(found.losses))
+    for losses, message in [
+        ({k: v for k, v in found.losses.items() if k != name}, f"no table for {name}"),
+        ({**found.losses, name: found.losses[name][:-1]}, "groups of 8; wanted 12 of 8"),
+    ]:
+        Sensitivities(losses, {k: found.widths[k] for k in losses}, 8, "kfac", None).save(tmp_path / "bad")
+        with pytest.raises(UserError, match=message):
+            planner(model, tmp_path / "bad")
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-neox", "gemma3", "qwen3-moe", "bert"])
+def test_every_family_can_be_measured(family: str, make_model: MakeModel, token_file: Path, tmp_path: Path) -> None:
+    model = make_model(family)
+    found = bitquilt.measure_model(model, tmp_path / "s", "gptq", token_file, samples=3, seq_len=16, group_size=8)
+    sums = [table.sum() for table in found.losses.values()]
+    assert min(sums) > 0
+    outlook = bitquilt.plan(model, "gptq", bpw=5.5, group_size=8, sensitivities=tmp_path / "s")
+    assert outlook.planned.bpw <= 5.5
+
+
+# Wishes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "budget", "scope", "expected"),
+    [
+        ("gptq", {"bits": 3}, None, None, None),
+        ("gptq", {"bits": 3.0}, None, None, None),
+        ("gptq", {"bits": 2.5}, None, None, Budget("bits", 2.5)),
+        ("slim-llm", {"bpw": 2.5}, None, None, Budget("bpw", 2.5)),
+        ("slim-llm", {"allocation": "global"}, None, None, Budget("bits", 2.0)),
+        ("slim-llm", {"bits": 3}, None, "layers", Budget("bits", 3.0)),
+        ("cmpq", {"bits": 2.2}, None, None, None),
+        ("cmpq", {"bpw": 2.5}, None, None, None),
+        ("cmpq", {"bpw": 2.5, "allocation": "global"}, None, None, Budget("bpw", 2.5)),
+        ("cmpq", {}, Budget("size", 100.0), None, Budget("size", 100.0)),
+    ],
+)
+def test_who_gives_out_the_bits(
+    recipe: str, options: dict[str, Any], budget: Budget | None, scope: str | None, expected: Budget | None
+) -> None:
+    found = wish(recipe, options, budget, scope)
+    assert found.budget == expected
+    if expected is not None:
+        assert getattr(found.recipe, "bpw", None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "budget", "scope", "message"),
+    [
+        ({"bits": 3, "bpw": 3.0}, None, None, "two budgets"),
+        ({"bits": 3}, Budget("bpw", 3.0), None, "two budgets"),
+        ({"bpw": -1.0}, None, None, "wanted a number above 0"),
+        ({}, None, "everywhere", "unknown allocation 'everywhere'"),
+    ],
+)
+def test_wishes_that_contradict(options: dict[str, Any], budget: Any, scope: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        wish("gptq", options, budget, scope)
