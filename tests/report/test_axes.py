@@ -30,3 +30,9 @@ def test_flipped_the_largest_is_on_top() -> None:
     axis = Axis.around([1.0, 100.0], 300, log=True, flip=True)
     assert axis.place(100) < axis.place(10) < axis.place(1)
     assert axis.place(10) == pytest.approx(150)
+
+
+def test_a_trifle_is_not_made_large() -> None:
+    axis = Axis.around([1000.0, 1001.0], 300, span=0.05)
+    assert 0 < axis.place(1001) - axis.place(1000) < 10
+    assert axis.place(1000.5) == pytest.approx(150)

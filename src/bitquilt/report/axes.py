@@ -17,9 +17,15 @@ class Axis:
     flip: bool = False
 
     @classmethod
-    def around(cls, values: list[float], pixels: float, *, log: bool = False, flip: bool = False) -> "Axis":
-        """All values with a margin; linear where a logarithm does not exist, or would show no difference."""
+    def around(
+        cls, values: list[float], pixels: float, *, log: bool = False, flip: bool = False, span: float = 0.0
+    ) -> "Axis":
+        """All values with a margin; linear where a logarithm does not exist, or would show no difference.
+
+        `span`: of the largest value the least share that the axis covers, so that nothing is made of a trifle."""
         low, high = min(values), max(values)
+        if (lacking := span * abs(high) - (high - low)) > 0:
+            low, high = low - lacking / 2, high + lacking / 2
         log = log and low > 0 and high > 1.5 * low
         if log:
             low, high = math.log10(low), math.log10(high)

@@ -17,6 +17,8 @@ _POLYGONS = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "down": (
 _SHAPES = ("circle", *_POLYGONS)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 26, 40  # pixels around the axes
 
+_LEAST_SPAN = 0.05  # of the size: checkpoints of the same size stand above each other
+
 
 def shapes(panel: Panel) -> dict[str, str]:
     """A mark's shape for each recipe; of more recipes than shapes the last ones share."""
@@ -29,7 +31,7 @@ def front_plot(panel: Panel, width: int, height: int = 340) -> Markup:
     drawn = [(e, value) for e in panel.entries if (value := getattr(e, panel.metric)) is not None]
     if not drawn:
         return Markup("")
-    x = Axis.around([float(e.bytes) for e, _ in drawn], width - _LEFT - _RIGHT)
+    x = Axis.around([float(e.bytes) for e, _ in drawn], width - _LEFT - _RIGHT, span=_LEAST_SPAN)
     y = Axis.around([value for _, value in drawn], height - _TOP - _BOTTOM, log=True, flip=True)
     places = [(x.place(e.bytes), y.place(value)) for e, value in drawn]
     front = sorted(place for place, (e, _) in zip(places, drawn, strict=True) if e.front)
