@@ -1,6 +1,7 @@
 """`bitquilt`, the command: which verbs there are. Each is a function in a file of its name."""
 
 from bitquilt.cli.app import app
+from bitquilt.cli.bench import bench
 from bitquilt.cli.demo import demo
 from bitquilt.cli.doctor import doctor
 from bitquilt.cli.eval import evaluate
@@ -14,6 +15,7 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(generate)
+app.command()(bench)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(law_app, name="law")

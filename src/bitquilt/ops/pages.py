@@ -1,0 +1,58 @@
+"""Where stored weights lie while they are used: memory in large pages, `place(tensors) -> tensors`.
+
+A processor translates addresses page by page. Read in sequence, 4 KiB pages gave 8 GB/s on one thread where 2 MiB
+pages gave 14 (Sapphire Rapids in a virtual machine; `benchmarks.kernels --small-pages` repeats it). Linux hands large
+pages out on request only, and never to files mapped into memory.
+"""
+
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LARGE = 2**21
+_CHUNK = 2**25  # mapped at a time, in one piece or more; what is not written to takes no memory
+_LINE = 64
+_lock = threading.Lock()
+_current: "_Chunk | None" = None  # guarded by the lock
+
+
+class _Chunk:
+    """Memory in large pages, handed out from its start."""
+
+    def __init__(self, size: int) -> None:
+        self.size = math.ceil(size / _LARGE) * _LARGE
+        self.memory = mmap.mmap(-1, self.size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.start = -torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr() % _LARGE
+        self.used = 0
+
+    def take(self, count: int) -> Tensor:
+        """uint8 `[count]`, a storage of its own: what is saved of it is the tensor, not the chunk."""
+        offset = self.start + self.used
+        self.used += -(-count // _LINE) * _LINE
+        return torch.frombuffer(self.memory, dtype=torch.uint8, offset=offset, count=count)
+
+
+def place(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in large pages, side by side, each at a cache line. A chunk lives as long as any tensor in it."""
+    global _current
+    sizes = [t.numel() * t.itemsize for t in tensors]
+    with _lock, torch.inference_mode(False):
+        total = sum(-(-size // _LINE) * _LINE for size in sizes)
+        if _current is None or _current.size - _current.used < total:
+            _current = _Chunk(max(_CHUNK, total))
+        places = [_current.take(size) if size else None for size in sizes]
+        return [
+            tensor if own is None else own.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            for tensor, own in zip(tensors, places, strict=True)
+        ]
+
+
+def reserve(size: int) -> Tensor:
+    """uint8 `[size]` in large pages, contents undefined."""
+    return _Chunk(size).take(size)
