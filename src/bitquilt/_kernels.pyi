@@ -16,6 +16,9 @@ class Handle:
     def dequantize(self, first: int, last: int, out: int, type: int, threads: int) -> None:
         """Rows first..last of the weight into out `[last - first, columns]`."""
 
+def use_team(address: int) -> None:
+    """GOMP_parallel of the OpenMP library that torch uses: unpacking for torch's products runs on its threads."""
+
 class Decoder:
     """One token through a decoder of the Llama kind; csrc/decoder.h explains the arguments. Addresses throughout."""
 

@@ -220,7 +220,7 @@ void Handle::dequantize(int64_t first, int64_t last, void* out, Type type, int t
     if (owned_.code_bytes < threaded_bytes) threads = 1;
     const int64_t before = first * w.columns * (type == Type::f32 ? 4 : 2);
     void* const start = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(out) - static_cast<uintptr_t>(before));
-    parallel_for(pieces, threads, [&](int piece) {
+    parallel_for_torch(pieces, threads, [&](int piece) {
         const int64_t begin = first + piece * rows, end = std::min(begin + rows, last);
         float* scratch = scratch_of(of_rows, 2 * w.columns + 64);
         isa_.dequantize(w, begin, end, scratch, start, type);  // it counts rows from the first of the weight

@@ -6,6 +6,7 @@
 #include "bandwidth.h"
 #include "decoder.h"
 #include "handle.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 
@@ -28,6 +29,7 @@ void dequantize(const Handle& handle, int64_t first, int64_t last, uintptr_t out
 
 NB_MODULE(_kernels, m) {
     m.def("levels", &level_names);
+    m.def("use_team", &use_team);
     m.def("read_bandwidth", &read_bandwidth, Released());
     nb::class_<Handle>(m, "Handle")
         .def(nb::init<const std::string&, const std::vector<int64_t>&>())

@@ -145,7 +145,25 @@ Pool& pool() {
     return *seen;
 }
 
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Team> torchs_team{nullptr};
+std::atomic<pid_t> team_owner{0};
+
 }  // namespace
+
+void use_team(uintptr_t address) {
+    torchs_team = reinterpret_cast<Team>(address);
+    team_owner = getpid();
+}
+
+void parallel_for_torch(int count, int threads, const std::function<void(int)>& work) {
+    const Team run_team = team_owner == getpid() ? torchs_team.load() : nullptr;  // a forked child has no team
+    if (!run_team || threads < 2 || count < 2) return parallel_for(count, threads, work);
+    threads = threads < count ? threads : count;
+    Round round(count, threads, work);
+    const auto member = [](void* data) { static_cast<Round*>(data)->take_part(); };
+    run_team(member, &round, static_cast<unsigned>(threads), 0);
+}
 
 void parallel_for(int count, int threads, const std::function<void(int)>& work) { pool().run(count, threads, work); }
 

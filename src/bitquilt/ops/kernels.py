@@ -5,6 +5,7 @@ built (no compiler when the package was installed) everything is the reference's
 between `exact` (16 or 24 bits per activation) and `int8`, which only avx512 makes use of.
 """
 
+import ctypes
 import functools
 import os
 import threading
@@ -172,3 +173,21 @@ def _tile(count: int, dtype: torch.dtype) -> Tensor:
     if kept is None or kept.numel() < size:
         kept = _local.tile = reserve(size) if size else torch.empty(0, dtype=torch.uint8)
     return kept[:size].view(dtype)
+
+
+def _know_torchs_threads() -> None:
+    """Tell the native code where torch's OpenMP team begins (csrc/pool.h says what for)."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line or "libiomp5" in line}
+        for path in sorted(paths, key=lambda path: "torch" not in path):
+            start = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+            if start:
+                _kernels.use_team(start)
+                return
+    except (OSError, AttributeError, IndexError):
+        pass  # threads of our own serve as well
+
+
+if built():
+    _know_torchs_threads()

@@ -5,6 +5,7 @@ pages gave 14 (Sapphire Rapids in a virtual machine; `benchmarks.kernels --small
 pages out on request only, and never to files mapped into memory.
 """
 
+import ctypes
 import math
 import mmap
 import threading
@@ -16,6 +17,7 @@ from torch import Tensor
 _LARGE = 2**21
 _CHUNK = 2**25  # mapped at a time, in one piece or more; what is not written to takes no memory
 _LINE = 64
+_PAGEOUT = 21  # of Linux 5.4; mmap has no name for it
 _lock = threading.Lock()
 _current: "_Chunk | None" = None  # guarded by the lock
 
@@ -47,10 +49,31 @@ def place(tensors: Sequence[Tensor]) -> list[Tensor]:
         if _current is None or _current.size - _current.used < total:
             _current = _Chunk(max(_CHUNK, total))
         places = [_current.take(size) if size else None for size in sizes]
-        return [
+        copies = [
             tensor if own is None else own.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
             for tensor, own in zip(tensors, places, strict=True)
         ]
+    _let_go(tensors)
+    return copies
+
+
+def _let_go(tensors: Sequence[Tensor]) -> None:
+    """Give back the memory of pages mapped from a file (a checkpoint as transformers loads it): the file still has
+    them, and as long as any of its tensors lives they would be held twice. Nothing is lost if they are read again."""
+    try:
+        with open("/proc/self/maps") as maps:
+            fields = [line.split(maxsplit=5) for line in maps]
+        files = [[int(n, 16) for n in f[0].split("-")] for f in fields if len(f) == 6 and f[5].startswith("/")]
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    for tensor in tensors:
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+        if any(first <= start and start + size <= last for first, last in files):
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+            if length > 0:
+                advise(ctypes.c_void_p(first), ctypes.c_size_t(length), _PAGEOUT)
 
 
 def reserve(size: int) -> Tensor:
