@@ -9,6 +9,7 @@ zeros. `prefill` is 512 tokens, the weight unpacked once per product.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -59,19 +60,19 @@ def layer_row(form: Format, threads: int, size: float, rounds: int, bandwidth: f
     ]
     x, many = torch.randn(1, COLUMNS, dtype=torch.bfloat16), torch.randn(PREFILL, COLUMNS, dtype=torch.bfloat16)
     seconds = seconds_each(lambda i: layers[i](x), copies, rounds)
-    raw = [kernels._describe(*layer._stored(), ROWS) for layer in layers]
-    flat, out = x.float(), torch.empty(1, ROWS)
+    handles = [layer.settle() for layer in layers]
+    out, digits = torch.empty(1, ROWS, dtype=torch.bfloat16), 1 if kernels.activations() == "int8" else 2
 
     def bare(i: int) -> None:
-        assert kernels._kernels is not None
-        kernels._kernels.matmul(
-            kernels.level(), raw[i][0], flat.data_ptr(), 1, COLUMNS, 0, out.data_ptr(), 2, threads
-        )  # fmt: skip
+        handle = handles[i]
+        assert handle is not None
+        handle.native.matmul(x.data_ptr(), 2, 1, COLUMNS, 0, out.data_ptr(), digits, threads)
 
     bare_seconds = seconds_each(bare, copies, rounds)
     prefill = seconds_each(lambda i: layers[i](many), min(copies, 4), rounds)
     return {
-        "weight": f"{form.bits} bits",
+        "weight": f"{form.bits} bits" + (" codebook" if form.grid == "codebook" else ""),
+        "activations": kernels.activations(),
         "threads": threads,
         "MB": layer_bytes / 1e6,
         "ms": seconds * 1e3,
@@ -107,6 +108,8 @@ def dense_row(threads: int, size: float, rounds: int, bandwidth: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--codebooks", type=int, nargs="*", default=[2, 3, 4], help="their bits")
+    parser.add_argument("--activations", nargs="+", choices=kernels.MODES, default=list(kernels.MODES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
@@ -122,14 +125,17 @@ def main() -> None:
             print(f"{threads} threads: read bandwidth {bandwidth / 1e9:.1f} GB/s, {kernels.level()}", flush=True)
             dense = dense_row(threads, size, arguments.rounds, bandwidth)
             rows.append(dense)
-            for bits in arguments.bits:
-                row = layer_row(Format(bits, GROUP_SIZE), threads, size, arguments.rounds, bandwidth)
+            forms = [Format(bits, GROUP_SIZE) for bits in arguments.bits]
+            forms += [Format(bits, 1, "codebook") for bits in arguments.codebooks]
+            for form, mode in itertools.product(forms, arguments.activations):
+                kernels.use_activations(mode)
+                row = layer_row(form, threads, size, arguments.rounds, bandwidth)
                 row["times bf16"] = dense["ms"] / row["ms"]
                 row["prefill / bf16"] = dense["prefill ms"] / row["prefill ms"]
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    columns = ("weight", "threads", "MB", "ms", "ms without Python", "weight GB/s", "share", "times bf16",
-               "prefill ms", "prefill / bf16")  # fmt: skip
+    columns = ("weight", "activations", "threads", "MB", "ms", "ms without Python", "weight GB/s", "share",
+               "times bf16", "prefill ms", "prefill / bf16")  # fmt: skip
     table = markdown_table(columns, rows)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "kernels.json").write_text(

@@ -3,21 +3,29 @@ MAX_TOKENS: int
 def levels() -> list[str]:
     """Instruction sets of this processor that the kernels know, the fastest first."""
 
-def matmul(
-    level: str,
-    description: list[int],
-    x: int,
-    tokens: int,
-    columns: int,
-    bias: int,
-    out: int,
-    digits: int,
-    threads: int,
-) -> None:
-    """fp32 x `[tokens, columns]` times the described weight, plus fp32 bias (address 0: none), into fp32 out."""
+class Handle:
+    """A weight, checked once, for one instruction set. It reads the described memory: the caller keeps it alive."""
 
-def dequantize(level: str, description: list[int], first: int, last: int, out: int, type: int, threads: int) -> None:
-    """Rows first..last of the described weight into out `[last - first, columns]`: type 0 fp32, 1 fp16, 2 bf16."""
+    def __init__(self, level: str, description: list[int]) -> None: ...
+    def matmul(
+        self, x: int, type: int, tokens: int, columns: int, bias: int, out: int, digits: int, threads: int
+    ) -> None:
+        """x `[tokens, columns]` times the weight, plus fp32 bias (address 0: none), into out; x and out are of type
+        0 fp32, 1 fp16, 2 bf16. `digits`: bytes of a fixed-point activation, 1 to 3."""
+
+    def dequantize(self, first: int, last: int, out: int, type: int, threads: int) -> None:
+        """Rows first..last of the weight into out `[last - first, columns]`."""
+
+def use_team(address: int) -> None:
+    """GOMP_parallel of the OpenMP library that torch uses: unpacking for torch's products runs on its threads."""
+
+class Decoder:
+    """One token through a decoder of the Llama kind; csrc/decoder.h explains the arguments. Addresses throughout."""
+
+    def __init__(self, sizes: list[int], epsilon: float, scale: float) -> None: ...
+    def add_layer(self, products: list[Handle], arrays: list[int], cache_type: int) -> None: ...
+    def set_ends(self, norm: int, head: int, head_type: int, cosines: int, sines: int) -> None: ...
+    def step(self, x: int, position: int, logits: int, digits: int, threads: int) -> None: ...
 
 def read_bandwidth(bytes: int, threads: int, rounds: int) -> float:
     """Bytes per second of a plain read loop over that much memory, the fastest of the rounds."""

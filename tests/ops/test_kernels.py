@@ -12,6 +12,7 @@ import torch
 from bitquilt import ops
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels, reference
+from bitquilt.ops.handles import StoredWeight, describe
 from bitquilt.types import Outliers, Permutation, QuantizedWeight, Segment
 from tests.weights import KINDS, codebook_segment, make_weight, uniform_segment
 
@@ -116,7 +117,7 @@ def test_unpacking_some_rows_at_a_time(level, monkeypatch):
     expected = reference.quantized_matmul(x, *module._stored(), module.bias, 150)
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     with pytest.raises(ValueError, match="rows 5 to 151 are not among the layer's 150"):
-        kernels._dense((*module._stored(), 150), torch.float32, 5, 151)
+        kernels.dense(kernels.handle(module._stored(), 150), torch.empty(146, 300), 5)
 
 
 def test_half_precision_rounds_as_torch_does(level):
@@ -130,7 +131,8 @@ def test_half_precision_rounds_as_torch_does(level):
         expected = reference.dequantize(*arguments)
         assert torch.equal(ops.dequantize(*arguments).nan_to_num(7.0, 8.0, -8.0), expected.nan_to_num(7.0, 8.0, -8.0))
         for dtype in (torch.bfloat16, torch.float16):
-            dense = kernels._dense(arguments, dtype)
+            handle = kernels.handle(StoredWeight(*arguments[:-1]), 256)
+            dense = kernels.dense(handle, torch.empty(256, 256, dtype=dtype))
             assert torch.equal(dense.nan_to_num(7.0, 8.0, -8.0), expected.to(dtype).nan_to_num(7.0, 8.0, -8.0))
 
 
@@ -282,21 +284,24 @@ def test_wide_outlier_columns_and_order(level):
 
 
 def test_the_module_checks_what_the_operator_cannot_pass(level):
-    good, _alive = kernels._describe(*arguments()[1:-2], 5)
+    weight = StoredWeight(*arguments()[1:-2])  # held: a description is addresses
+    good, _copies = describe(weight, 5)
     x, out = torch.randn(2, 24), torch.empty(2, 5)
-    call = kernels._kernels.matmul
 
-    def run(name=level, description=good, tokens=2, columns=24, digits=3, threads=1):
-        call(name, description, x.data_ptr(), tokens, columns, 0, out.data_ptr(), digits, threads)
+    def run(name=level, description=good, kind=0, tokens=2, columns=24, digits=3, threads=1):
+        handle = kernels._kernels.Handle(name, description)
+        handle.matmul(x.data_ptr(), kind, tokens, columns, 0, out.data_ptr(), digits, threads)
 
     for changes, message in (
         ({"name": "mmx"}, "instruction set 'mmx' is not one this processor has"),
         ({"description": good[:5]}, "at least 15 numbers"),
         ({"description": good[:-1]}, "do not go together"),
+        ({"kind": 3}, "x type is 0, 1 or 2, not 3"),
         ({"tokens": 17}, "17 tokens; the kernels take 1 to 16"),
         ({"tokens": 0}, "0 tokens"),
         ({"columns": 23}, "23 features"),
-        ({"digits": 4}, "digits is 2 or 3"),
+        ({"digits": 4}, "digits is 1, 2 or 3"),
+        ({"digits": 0}, "digits is 1, 2 or 3"),
         ({"threads": 0}, "threads is 0"),
         ({"threads": 5000}, "threads is 5000; wanted 1 to 1024"),
     ):

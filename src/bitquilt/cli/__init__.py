@@ -1,6 +1,7 @@
 """`bitquilt`, the command: which verbs there are. Each is a function in a file of its name."""
 
 from bitquilt.cli.app import app
+from bitquilt.cli.bench import bench
 from bitquilt.cli.compare import compare_checkpoints
 from bitquilt.cli.demo import demo
 from bitquilt.cli.doctor import doctor
@@ -20,6 +21,7 @@ app.command()(inspect)
 app.command()(report)
 app.command("compare")(compare_checkpoints)
 app.command()(generate)
+app.command()(bench)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(law_app, name="law")

@@ -1,15 +1,23 @@
 """`bitquilt generate DIR --prompt TEXT`: the model writes."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from transformers import TextStreamer
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from typer import Argument, Option
 
 from bitquilt.cli.eval import DtypeOption
 from bitquilt.cli.output import calm, stderr
 from bitquilt.errors import UserError
 from bitquilt.evaluation.loading import as_model, check_causal, context_length
+from bitquilt.integrations.decoding import Decoder
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.runtime.calibration import load_tokenizer
 
@@ -57,6 +65,11 @@ def write_text(
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         check_causal(model, ids[0])
         torch.manual_seed(seed)
+        decoder = Decoder.of(model, ids.shape[1] + max_new_tokens) if _plain(model) else None
+        logits = None if decoder is None else decoder.begin(ids[0])
+        if decoder is not None and logits is not None:
+            written = _decode(decoder, logits, ids[0], max_new_tokens, _choice(model, temperature), streamer)
+            return str(tokenizer.decode(written, skip_special_tokens=True))
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         written = model.generate(
@@ -68,6 +81,51 @@ def write_text(
             **sampling,
         )
     return str(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+def _plain(model: Any) -> bool:
+    """Whether the model's own settings ask for nothing that `_choice` does not know, penalties for instance."""
+    known = {"bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_k", "top_p", "do_sample"}
+    length = {"max_length", "max_new_tokens", "min_length", "transformers_version", "use_cache"}
+    asked = {name for name, value in model.generation_config.to_diff_dict().items() if value is not None}
+    return not {name for name in asked if not name.startswith(("_", "output_"))} - known - length
+
+
+def _choice(model: Any, temperature: float) -> Callable[[torch.Tensor], int]:
+    """From logits to the next token, as `model.generate` chooses."""
+    if temperature == 0:
+        return lambda logits: int(logits.argmax())
+    config = model.generation_config
+    top_k = 50 if config.top_k is None else config.top_k  # transformers' own default
+    steps = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if config.top_p is not None and config.top_p < 1:
+        steps.append(TopPLogitsWarper(config.top_p))
+    nothing = torch.empty((1, 0), dtype=torch.int64)
+    return lambda logits: int(torch.multinomial(steps(nothing, logits[None]).softmax(-1), 1))
+
+
+def _decode(
+    decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, most: int, choose: Callable[[torch.Tensor], int],
+    streamer: TextStreamer | None,
+) -> list[int]:  # fmt: skip
+    """The prompt's tokens and up to `most` more, until one that ends a text."""
+    ends = decoder.model.generation_config.eos_token_id
+    stop = {ends} if isinstance(ends, int) else set(ends or ())
+    written = ids.tolist()
+    if streamer is not None:
+        streamer.put(ids)
+    for i in range(most):
+        written.append(choose(logits))
+        if streamer is not None:
+            streamer.put(torch.tensor(written[-1:]))
+        if written[-1] in stop or i == most - 1:
+            break
+        logits = decoder.step(written[-1])
+    if streamer is not None:
+        streamer.end()
+    return written
 
 
 def _encode(tokenizer: Any, prompt: str) -> torch.Tensor:

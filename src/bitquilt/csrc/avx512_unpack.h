@@ -1,25 +1,20 @@
-// How stored codes become bytes in AVX-512 registers. Included by avx512.cpp alone.
+// How stored codes become bytes in AVX-512 registers.
 //
 // Codes become bytes in one of two ways, always 16 lanes of 4 bytes:
-//   planes  1, 2, 4 bits: a shift and a mask turn 64 stored bytes into 64 codes, every 8/bits-th column of the chunk;
-//           the activations are stored in that order once per call. 2 operations per 64 codes.
+//   planes  1, 2, 4 bits: one GFNI bit matrix product (shift and mask at once) turns 64 stored bytes into 64 codes,
+//           every 8/bits-th column of the chunk; the activations are stored in that order once per call.
 //   words   any width: a byte permutation gives each 64-bit word its 8 codes, `vpmultishiftqb` shifts each to its
 //           byte, a mask. 3 operations per 64 codes, columns in order.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "avx512.h"
 
 namespace bitquilt {
+namespace avx512 {
 namespace {
 
-constexpr int wide_bytes = 64;
-
-int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Planes of a chunk: a lane adds 4 * planes neighbouring columns, which must share a group.
-int plane_count(const Segment& s) {
+[[maybe_unused]] inline int plane_count(const Segment& s) {
     const int planes = s.bits == 1 || s.bits == 2 || s.bits == 4 ? 8 / s.bits : 1;
     return s.groups == 1 || s.group_size % (4 * planes) == 0 ? planes : 1;
 }
@@ -82,20 +77,38 @@ struct Words : WordControl {
     __m512i plane(__m512i raw) const { return codes(raw); }
 };
 
+// `count` codes from code `first` on, a multiple of 8, into bytes; writes up to the next multiple of 64.
+[[maybe_unused]] inline void unpack_bytes(const uint8_t* stream, int64_t bytes, int bits, int64_t first, int64_t count,
+                                          uint8_t* codes) {
+    const WordControl control(bits);
+    int64_t at = first / 8 * bits;
+    for (int64_t j = 0; j < count; j += 64, at += 8 * bits) {
+        _mm512_storeu_si512(codes + j, control.codes(load_bytes(stream + at, bytes - at)));
+    }
+}
+
+// The matrix that moves bits first .. first + count of each byte to its low end: byte 7 - i says what makes bit i.
+constexpr long long bit_field(int first, int count) {
+    unsigned long long matrix = 0;
+    for (int i = 0; i < count; ++i) matrix |= (1ull << (first + i)) << (8 * (7 - i));
+    return static_cast<long long>(matrix);
+}
+
 template <int bits>
 struct Planes {
     static constexpr int planes = 8 / bits;
     static constexpr int64_t step = wide_bytes;
     static constexpr int bytes_read = wide_bytes;
-    __m512i mask;
-    explicit Planes(int) : mask(_mm512_set1_epi8(static_cast<char>((1 << bits) - 1))) {}
+    explicit Planes(int) {}
     __m512i raw(const uint8_t* at, int64_t left) const { return load_bytes(at, left); }
     __m512i raw(const uint8_t* at) const { return _mm512_loadu_si512(at); }
     template <int k>
     __m512i plane(__m512i raw) const {
-        return _mm512_and_si512(k ? _mm512_srli_epi16(raw, bits * k) : raw, mask);
+        if constexpr (k == 0) return _mm512_and_si512(raw, _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
+        return _mm512_gf2p8affine_epi64_epi8(raw, _mm512_set1_epi64(bit_field(k * bits, bits)), 0);
     }
 };
 
 }  // namespace
+}  // namespace avx512
 }  // namespace bitquilt

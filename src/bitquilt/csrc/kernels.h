@@ -11,7 +11,9 @@
 namespace bitquilt {
 
 constexpr int max_tokens = 16;   // above it, unpacking once into a matrix product costs less than the products here
+constexpr int max_segments = 256;
 constexpr int row_block = 64;    // rows of one piece of work: zeros of 64 rows start on a byte at every width
+constexpr int strip_columns = 256;  // of a codebook segment: its tables (2 digits, 8 levels: 4 KiB) stay in the L1 cache
 constexpr int group_padding = 16;  // group arrays start at multiples of this, so that 16 floats can always be read
 
 enum class Type : int64_t { f32 = 0, f16 = 1, bf16 = 2 };
@@ -21,7 +23,8 @@ enum class Grid : int64_t { uniform = 0, codebook = 1 };
 struct Segment {
     Grid grid;
     int bits;
-    int64_t group_size, width, groups;
+    int64_t group_size, width;
+    int64_t groups;         // of a codebook segment: its strips of `strip_columns`
     int64_t first_column;   // in stored order
     int64_t first_group;    // in the padded group arrays of Inputs
     int64_t first_plane;    // in Inputs::digits, bytes per token before it
@@ -60,14 +63,15 @@ struct Weight {
 // The inputs of one product, prepared once per call and read by every row.
 struct Inputs {
     int tokens;
-    int digits;            // bytes of one fixed-point activation (AVX-512): 2 or 3
+    int digits;            // bytes of one fixed-point activation (AVX-512): 1, 2 or 3
     const float* x;        // [tokens, columns], original order
     const float* stored;   // [tokens, columns], stored order
     int64_t groups;        // floats of one token in the two arrays below
     float* unit;           // what one unit of the activations of a group is worth (1 without digits)
     float* sum;            // sum of the activations of a group
     int64_t plane_bytes;   // bytes of one token in `planes`
-    int8_t* planes;        // fixed-point activations in the order in which the codes are unpacked
+    int8_t* planes;        // fixed-point activations in the order in which the codes are unpacked; for codebooks
+                           // the tables of activation times level
 };
 
 struct Isa {

@@ -44,7 +44,7 @@ OwnedWeight::OwnedWeight(const std::vector<int64_t>& description) : view{} {
     const int64_t* head = description.data();
     view.rows = head[0];
     const int64_t count = head[1];
-    if (view.rows < 0 || count < 1 || count > 256 || size != head_fields + count * segment_fields) {
+    if (view.rows < 0 || count < 1 || count > max_segments || size != head_fields + count * segment_fields) {
         fail("out_features is " + std::to_string(view.rows) + " and there are " + std::to_string(count) +
              " segments, described by " + std::to_string(size) + " numbers: they do not go together");
     }
@@ -88,7 +88,7 @@ void OwnedWeight::add_segment(const int64_t* numbers, int index) {
         levels_.emplace_back(static_cast<size_t>(width << bits));
         for (int64_t i = 0; i < width << bits; ++i) levels_.back()[static_cast<size_t>(i)] = load(scale.data, type, i);
         s.levels = levels_.back().data();
-        s.groups = 0;
+        s.groups = (width + strip_columns - 1) / strip_columns;
     } else {
         s.group_size = group_size;
         s.groups = (width + group_size - 1) / group_size;

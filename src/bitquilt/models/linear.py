@@ -1,5 +1,6 @@
 """The one module: a linear layer whose weight is stored as `QuantizedWeight` is, in the checkpoint's own tensors."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -8,8 +9,40 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt import ops
+from bitquilt.ops import kernels
+from bitquilt.ops.handles import Handle, StoredWeight, version
+from bitquilt.ops.pages import place
 from bitquilt.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.types import Layout, QuantizedWeight
+
+_PAGED_BYTES = 2**16  # smaller layers stay where they are: a page holds hundreds of them
+_settling = threading.Lock()
+
+
+class _Ready:
+    """A module's weight ready for the kernels, valid while its buffers are the very tensors it was made from.
+
+    Copies of the module and pickles of it begin without."""
+
+    def __init__(self) -> None:
+        self.handle: Handle | None = None
+        self._seen: list[tuple[str, Tensor, int]] = []
+
+    def of(self, buffers: Mapping[str, Tensor | None]) -> Handle | None:
+        for name, tensor, before in self._seen:
+            if buffers[name] is not tensor or version(tensor) != before:
+                return None
+        return self.handle
+
+    def set(self, handle: Handle, buffers: Mapping[str, Tensor | None]) -> None:
+        self._seen = [(name, t, version(t)) for name, t in buffers.items() if t is not None]
+        self.handle = handle
+
+    def __deepcopy__(self, memo: Any) -> "_Ready":
+        return _Ready()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Ready, ()
 
 
 class QuantizedLinear(nn.Module):
@@ -31,6 +64,7 @@ class QuantizedLinear(nn.Module):
         self.layout = layout
         self.in_features, self.out_features = layout.in_features, layout.out_features
         self._op_layout = op_layout(layout)
+        self._ready = _Ready()
         for name, spec in tensor_specs(layout).items():
             self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         if bias:
@@ -56,8 +90,31 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
+        if not torch.compiler.is_compiling() and kernels.direct(x, self.bias):
+            handle = self._ready.of(self._buffers)
+            if handle is None or handle.level != kernels.level():
+                handle = self.settle()
+            if handle is not None:
+                return kernels.product(x, handle, self.bias)
         output: Tensor = ops.quantized_matmul(x, *self._stored(), self.bias, self.out_features)
         return output
+
+    def settle(self) -> Handle | None:
+        """Put the weight where the CPU reads it fastest (`ops.pages`) and make its handle; the first product does.
+
+        None where the kernels leave the layer to the reference. The buffers keep names, shapes and contents; what they
+        were is freed, so at most one layer is held twice."""
+        with _settling:
+            stored = {name: t for name, t in self._buffers.items() if t is not None}
+            handle = kernels.handle(self._stored(), self.out_features)
+            if handle is None or any(t.device.type != "cpu" for t in stored.values()):
+                return None
+            if self._ready.handle is None and sum(t.numel() * t.itemsize for t in stored.values()) >= _PAGED_BYTES:
+                self._buffers.update(zip(stored, place(list(stored.values())), strict=True))
+                handle = kernels.handle(self._stored(), self.out_features)
+                assert handle is not None
+            self._ready.set(handle, self._buffers)
+            return handle
 
     def dequantize(self) -> Tensor:
         """The weight fp32 `[out, in]` this module computes with."""
@@ -70,14 +127,14 @@ class QuantizedLinear(nn.Module):
         dtype = self.bias.dtype if self.bias is not None else torch.float32
         return self.dequantize().to(dtype)
 
-    def _stored(self) -> tuple[Any, ...]:
+    def _stored(self) -> StoredWeight:
         segments = range(len(self.layout.segments))
         empty = torch.empty(0, device=self._buffers["scale_0"].device)  # type: ignore[union-attr]
         buffers = self._buffers
         zeros = [buffers.get(f"zero_{i}") for i in segments]
-        return (
-            [buffers[f"codes_{i}"] for i in segments],
-            [buffers[f"scale_{i}"] for i in segments],
+        return StoredWeight(
+            [buffers[f"codes_{i}"] for i in segments],  # type: ignore[misc]
+            [buffers[f"scale_{i}"] for i in segments],  # type: ignore[misc]
             [empty if zero is None else zero for zero in zeros],
             self._op_layout,
             buffers.get("permutation"),
@@ -94,6 +151,7 @@ class QuantizedLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._ready = _Ready()
         stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, tensor in stored.items():

@@ -1,0 +1,226 @@
+"""`bitquilt bench DIR`: how fast does it write, and how close is that to what the memory allows?"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from typer import Argument, Option
+
+from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
+from bitquilt.errors import UserError
+from bitquilt.evaluation.loading import as_model, context_length, vocabulary
+from bitquilt.integrations.decoding import Decoder
+from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.linear import QuantizedLinear, replace_module
+from bitquilt.ops import kernels, reference
+
+_SPARE = 2**30  # bytes that must stay free beside a model unpacked for comparison
+_READ = 2**31  # memory of the read loop: more than caches hold
+
+
+def bench(
+    folder: Annotated[str, Argument(metavar="DIR", help="Folder of a quantized model.")],
+    threads: Annotated[
+        int | None, Option(min=1, max=1024, help="Threads (default: as torch decides).", show_default=False)
+    ] = None,
+    tokens: Annotated[int, Option(min=2, help="Tokens to write.")] = 64,
+    prompt: Annotated[int, Option(min=2, help="Tokens of the prompt.")] = 512,
+    compare: Annotated[bool, Option(help="Measure the bf16 model and the reference body too.")] = True,
+    json_output: Json = False,
+) -> None:
+    """Tokens per second of prompt and text, share of the memory's speed, peak memory; random token ids."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with calm(), torch.no_grad():
+            figures = _measure(folder, tokens, prompt, compare)
+    finally:
+        torch.set_num_threads(before)
+    if json_output:
+        print_json(figures)
+    else:
+        _print(folder, figures)
+
+
+def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, Any]:
+    if not kernels.built():
+        raise UserError("the package was installed without its kernels: nothing to measure; install it with a compiler")
+    checkpoint = open_checkpoint(folder)
+    start = _reset_peak()
+    model = as_model(checkpoint.folder, "cpu", "auto")
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    if not layers:
+        raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` has written")
+    room = context_length(model)
+    if room is not None and room < prompt + tokens:
+        prompt, tokens = max(2, room - tokens), min(tokens, room - 2)
+        stderr.print(f"the model's context holds {room} tokens: a prompt of {prompt}, {tokens} written")
+    for _, layer in layers:
+        layer.settle()
+    ids = torch.randint(0, vocabulary(model) or 2, (prompt,), generator=torch.Generator().manual_seed(0))
+    prefill, decode, native = _speeds(model, ids, tokens)
+    peak = psutil.Process().memory_info().rss if start is None else _peak() - start
+    matmuls = _sum_of_products(model)
+    bandwidth = kernels.read_bandwidth(_READ, torch.get_num_threads())
+    read = _bytes_per_token(model)
+    figures: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "isa": kernels.level(),
+        "activations": kernels.activations(),
+        "decoder": "native" if native else "transformers",
+        "prompt_tokens": prompt,
+        "written_tokens": tokens,
+        "decode_tokens_per_s": 1 / decode,
+        "prefill_tokens_per_s": prompt / prefill,
+        "bytes_per_token": read,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_share": read / decode / bandwidth,
+        "share_of_matmuls": matmuls / decode,
+        "peak_bytes": peak,
+        "file_bytes": sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
+        "kv_cache_bytes": _cache_bytes(model, prompt + tokens),
+        "reference_decode_tokens_per_s": None,
+        "bf16_decode_tokens_per_s": None,
+        "bf16_prefill_tokens_per_s": None,
+    }
+    if compare:
+        figures |= _comparison(model, layers, ids, tokens)
+    return figures
+
+
+def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[float, float, bool]:
+    """Seconds of the prompt, seconds per token written, and whether the native decoder wrote them."""
+    decoder = Decoder.of(model, len(ids) + tokens)
+    logits = None if decoder is None else decoder.begin(ids[:2])
+    started = time.perf_counter()
+    cache = DynamicCache(config=model.config)
+    out = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prefill = time.perf_counter() - started
+    times = []
+    if decoder is not None and logits is not None:
+        del cache, out
+        logits = decoder.begin(ids)
+        assert logits is not None, "the decoder agreed on two tokens and not on all"
+        for _ in range(tokens):
+            started = time.perf_counter()
+            logits = decoder.step(int(logits.argmax()))
+            times.append(time.perf_counter() - started)
+        return prefill, _typical(times), True
+    token = out.logits[:, -1:].argmax(-1)
+    for _ in range(tokens):
+        started = time.perf_counter()
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        times.append(time.perf_counter() - started)
+    return prefill, _typical(times), False
+
+
+def _typical(times: list[float]) -> float:
+    """The median: a neighbour's interruption is not the model's speed."""
+    return sorted(times)[len(times) // 2]
+
+
+def _sum_of_products(model: PreTrainedModel) -> float:
+    """Seconds of all linear layers for one token, each called once in their order, the best of five rounds."""
+    dtype = model.dtype
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) or type(m) is nn.Linear]
+    inputs = {m.in_features: torch.randn(1, m.in_features).to(dtype) for m in layers}
+    return _best(lambda: [layer(inputs[layer.in_features]) for layer in layers])
+
+
+def _best(work: Callable[[], Any], rounds: int = 5) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of weights that one token reads: all linear layers; of the embedding one row."""
+    tensors = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) or type(module) is nn.Linear:
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensors[t.data_ptr()] = t.numel() * t.itemsize
+    return sum(tensors.values())
+
+
+def _cache_bytes(model: PreTrainedModel, length: int) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize)
+
+
+def _comparison(
+    model: PreTrainedModel, layers: list[tuple[str, QuantizedLinear]], ids: Tensor, tokens: int
+) -> dict[str, Any]:
+    """The reference body, one token; then the same weights in bf16 through torch, where they fit."""
+    figures: dict[str, Any] = {}
+    x = {layer.in_features: torch.randn(1, layer.in_features, dtype=model.dtype) for _, layer in layers}
+
+    def through_reference() -> None:
+        for _, layer in layers:
+            reference.quantized_matmul(x[layer.in_features], *layer._stored(), None, layer.out_features)
+
+    figures["reference_decode_tokens_per_s"] = 1 / _best(through_reference, 1)
+    needed = sum(2 * layer.in_features * layer.out_features for _, layer in layers) + _SPARE
+    if psutil.virtual_memory().available < needed:
+        stderr.print(f"the bf16 model needs {size_text(needed)} of memory, more than is free: not measured")
+        return figures
+    for name, layer in layers:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(layer.dequantize().to(torch.bfloat16), requires_grad=False)
+        if layer.bias is not None:
+            dense.bias = nn.Parameter(layer.bias.to(torch.bfloat16), requires_grad=False)
+        replace_module(model, name, dense)
+    layers.clear()
+    model.to(torch.bfloat16)
+    prefill, decode, _ = _speeds(model, ids, min(tokens, 16))
+    return figures | {"bf16_decode_tokens_per_s": 1 / decode, "bf16_prefill_tokens_per_s": len(ids) / prefill}
+
+
+def _reset_peak() -> int | None:
+    """Bytes resident now, the peak counted from here; None where the system does not count one."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _peak()
+    except OSError:
+        return None
+
+
+def _peak() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _print(folder: str, figures: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("figure", "value", ""):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    share, products = figures["bandwidth_share"], figures["share_of_matmuls"]
+    table.add_row("writing", f"{figures['decode_tokens_per_s']:.1f} tokens/s", f"{figures['decoder']} decoder")
+    table.add_row("", f"{100 * products:.0f} %", "of the speed of its matrix products alone")
+    table.add_row("prompt", f"{figures['prefill_tokens_per_s']:.0f} tokens/s", f"{figures['prompt_tokens']} tokens")
+    read = figures["bytes_per_token"] * figures["decode_tokens_per_s"]
+    table.add_row("weights read", f"{size_text(read)}/s", f"{100 * share:.0f} % of the memory's "
+                  f"{size_text(figures['read_bandwidth_bytes_per_s'])}/s")  # fmt: skip
+    table.add_row("peak memory", size_text(figures["peak_bytes"]), f"files {size_text(figures['file_bytes'])}, "
+                  f"cache {size_text(figures['kv_cache_bytes'])}")  # fmt: skip
+    for key, name in (("bf16", "bf16"), ("reference", "reference body")):
+        speed = figures[f"{key}_decode_tokens_per_s"]
+        if speed is not None:
+            times = figures["decode_tokens_per_s"] / speed
+            table.add_row(f"{name}, writing", f"{speed:.3g} tokens/s", f"{times:.1f} times slower")
+    stdout.print(f"{folder}, {figures['threads']} threads, {figures['isa']}, {figures['activations']} activations",
+                 style="bold", markup=False)  # fmt: skip
+    stdout.print(table)

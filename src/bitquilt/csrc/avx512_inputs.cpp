@@ -1,0 +1,145 @@
+// Activations as the AVX-512 kernels read them, once per call.
+#include "avx512_unpack.h"
+#include "scalar.h"
+
+namespace bitquilt {
+namespace avx512 {
+namespace {
+
+// Largest magnitude as its bits: above 0x7f800000 if there is a NaN, equal to it if there is an infinity.
+uint32_t magnitude(const float* x, int64_t count) {
+    const __m512i positive = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 keep = static_cast<__mmask16>(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1);
+        const __m512i bits = _mm512_maskz_loadu_epi32(keep, x + j);
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, positive));
+    }
+    return static_cast<uint32_t>(_mm512_reduce_max_epi32(largest));
+}
+
+// One digit of every activation of a chunk, in the order in which the codes are unpacked.
+inline void store_plane(const int8_t* digits, int64_t planes, int64_t k, int8_t* to) {
+    const __m128i shift = _mm_cvtsi64_si128(8 * k);
+    for (int64_t j = 0; j < wide_bytes; j += 64 / planes) {
+        const __m512i columns = _mm512_load_si512(digits + j * planes);
+        if (planes == 1) {
+            _mm512_storeu_si512(to, columns);
+        } else if (planes == 2) {
+            const __m256i bytes = _mm512_cvtepi16_epi8(_mm512_srl_epi16(columns, shift));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), bytes);
+        } else if (planes == 4) {
+            const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srl_epi32(columns, shift));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), bytes);
+        } else {
+            const __m128i bytes = _mm512_cvtepi64_epi8(_mm512_srl_epi64(columns, shift));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(to + j), bytes);
+        }
+    }
+}
+
+// A little below 127 * (1 + 256 + ...), the largest value the digits hold, so that rounding cannot leave it.
+float largest_of(int digits) { return digits == 1 ? 127.0f : digits == 2 ? 32630.0f : 8355000.0f; }
+
+// 16 numbers' low bytes, signed; what is left in `q` is the rest, divided by 256.
+inline void next_digit(int32_t* q, int8_t* to) {
+    const __m512i rest = _mm512_load_si512(q);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(rest));
+    _mm512_store_si512(q, _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8));
+}
+
+// Fixed-point activations of one segment and token. Digits are signed: q = d0 + 256 d1 + 65536 d2.
+void prepare_segment(const Segment& s, const float* x, int digits, float* unit, float* sum, int8_t* planes) {
+    const float largest = largest_of(digits);
+    const int64_t count = plane_count(s), chunk = wide_bytes * count;
+    int64_t group_end = 0, g = -1;
+    float inverse = 0.0f;
+    __m512i total = _mm512_setzero_si512();
+    alignas(64) int32_t q[512];
+    alignas(64) int8_t bytes[512];
+    for (int64_t start = 0; start < s.width; start += chunk, planes += chunk * digits) {
+        for (int64_t j = 0; j < chunk; j += 8) {  // 8 columns share a group
+            const int64_t column = start + j;
+            if (column >= group_end && column < s.width) {
+                if (g >= 0) sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
+                ++g;
+                total = _mm512_setzero_si512();
+                group_end = s.groups == 1 || column + s.group_size > s.width ? s.width : column + s.group_size;
+                const uint32_t bits = magnitude(x + column, group_end - column);
+                unit[g] = bits >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(bits) / largest;
+                // Below 1e-30 the inverse would leave fp32: such activations count as zero.
+                inverse = bits >= 0x7f800000u || from_bits(bits) < 1e-30f ? 0.0f : largest / from_bits(bits);
+            }
+            const int64_t left = s.width - column;
+            const int used = left <= 0 || inverse == 0.0f ? 0 : left >= 8 ? 0xff : (1 << left) - 1;
+            const __m256 value = _mm256_maskz_loadu_ps(static_cast<__mmask8>(used), x + column);
+            const __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(inverse)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(q + j), fixed);
+            total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(fixed));
+        }
+        for (int d = 0; d < digits; ++d) {
+            for (int64_t j = 0; j < chunk; j += 16) next_digit(q + j, bytes + j);
+            for (int64_t k = 0; k < count; ++k) store_plane(bytes, count, k, planes + (k * digits + d) * wide_bytes);
+        }
+    }
+    sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
+}
+
+// One codebook segment and token: per strip of columns the products of activation and level as fixed-point numbers, a
+// register of them per digit. Their order is the levels' own: 64 >> bits columns, each with its levels.
+void prepare_tables(const Segment& s, const float* x, int digits, float* unit, int8_t* tables) {
+    const float largest = largest_of(digits);
+    const int64_t step = wide_bytes >> s.bits;  // columns of a register
+    alignas(64) float products[wide_bytes];
+    alignas(64) int32_t q[wide_bytes];
+    for (int64_t strip = 0; strip < s.groups; ++strip) {
+        const int64_t begin = strip * strip_columns;
+        const int64_t left = s.width - begin, count = left < strip_columns ? left : strip_columns;
+        uint32_t most = 0;
+        for (int64_t j = 0; j < count; ++j) {
+            const float* levels = s.levels + ((begin + j) << s.bits);
+            float values[16] = {};
+            for (int64_t i = 0; i < 1 << s.bits; ++i) values[i] = levels[i] * x[begin + j];
+            const uint32_t here = magnitude(values, int64_t{1} << s.bits);
+            most = here > most ? here : most;
+        }
+        unit[strip] = most >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(most) / largest;
+        const float inverse = most >= 0x7f800000u || from_bits(most) < 1e-30f ? 0.0f : largest / from_bits(most);
+        for (int64_t j = 0; j < up(count, 64); j += step) {
+            for (int64_t i = 0; i < wide_bytes; ++i) {
+                const int64_t column = j + (i >> s.bits);
+                products[i] = column < count && inverse != 0.0f
+                                  ? s.levels[((begin + j) << s.bits) + i] * x[begin + column] * inverse : 0.0f;
+            }
+            for (int64_t i = 0; i < wide_bytes; i += 16) {
+                _mm512_store_si512(q + i, _mm512_cvtps_epi32(_mm512_load_ps(products + i)));
+            }
+            for (int d = 0; d < digits; ++d, tables += wide_bytes) {
+                for (int64_t i = 0; i < wide_bytes; i += 16) next_digit(q + i, tables + i);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int64_t plane_bytes(const Segment& s, int digits) {
+    if (has_tables(s)) return (up(s.width, 64) << s.bits) * digits;
+    return s.grid == Grid::codebook ? 0 : up(s.width, wide_bytes * plane_count(s)) * digits;
+}
+
+void prepare(const Weight& w, const Inputs& in) {
+    for (int t = 0; t < in.tokens; ++t) {
+        for (int i = 0; i < w.count; ++i) {
+            const Segment& s = w.segments[i];
+            const int64_t at = t * in.groups + s.first_group;
+            const float* x = in.stored + t * w.columns + s.first_column;
+            int8_t* planes = in.planes + t * in.plane_bytes + s.first_plane;
+            if (has_tables(s)) prepare_tables(s, x, in.digits, in.unit + at, planes);
+            if (s.grid == Grid::uniform) prepare_segment(s, x, in.digits, in.unit + at, in.sum + at, planes);
+        }
+    }
+}
+
+}  // namespace avx512
+}  // namespace bitquilt

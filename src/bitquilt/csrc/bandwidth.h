@@ -1,0 +1,11 @@
+// What the machine's memory gives: the limit that decoding is held against.
+#pragma once
+
+#include <cstdint>
+
+namespace bitquilt {
+
+// Bytes per second of reading `bytes` of memory once, the fastest of `rounds`.
+double read_bandwidth(int64_t bytes, int threads, int rounds);
+
+}  // namespace bitquilt

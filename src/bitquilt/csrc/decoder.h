@@ -1,0 +1,51 @@
+// One token through a whole decoder of the Llama kind without returning to Python: RMS norms, rotary positions, grouped
+// attention over a cache, a gated MLP. Between two products of a 1.1B model torch's operators took 0.14 ms from Python.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "handle.h"
+
+namespace bitquilt {
+
+// Addresses are the caller's memory, which it keeps alive. Everything that does not fit throws std::invalid_argument.
+class Decoder {
+  public:
+    // sizes: hidden, heads, kv_heads, head_dim, rotary (the part of a head that turns), inner, vocabulary, length (of
+    // the cache). epsilon: of the norms; scale: of the attention's scores.
+    Decoder(const std::vector<int64_t>& sizes, double epsilon, double scale);
+
+    // products: query, key, value, output, gate, up, down. arrays: fp32 addresses of their biases (0: none), the norms
+    // before attention and MLP, the norms of query and key heads (0: none), then the layer's cache: keys and values
+    // [kv_heads, length, head_dim] of type `cache_type` (0 fp32, 2 bf16).
+    void add_layer(const std::vector<const Handle*>& products, const std::vector<uintptr_t>& arrays,
+                   int64_t cache_type);
+
+    // The last norm, the head [vocabulary, hidden] of a type (0 fp32, 1 fp16, 2 bf16), and cosines and sines
+    // [length, rotary] of all positions.
+    void set_ends(uintptr_t norm, uintptr_t head, int64_t head_type, uintptr_t cosines, uintptr_t sines);
+
+    // x fp32 [hidden], the token's embedding -> logits fp32 [vocabulary]; fills place `position` of the cache.
+    void step(uintptr_t x, int64_t position, uintptr_t logits, int digits, int threads) const;
+
+  private:
+    struct Layer {
+        const Handle* product[7];
+        const float* bias[7];
+        const float *before_attention, *before_mlp, *query_norm, *key_norm;
+        void *keys, *values;
+        Type cache_type;
+    };
+
+    void attend(const Layer& layer, const float* query, int64_t position, float* out, int threads) const;
+
+    int64_t hidden_, heads_, kv_heads_, head_dim_, rotary_, inner_, vocabulary_, length_;
+    float epsilon_, scale_;
+    std::vector<Layer> layers_;
+    const float *norm_ = nullptr, *cosines_ = nullptr, *sines_ = nullptr;
+    const void* head_ = nullptr;
+    Type head_type_ = Type::f32;
+};
+
+}  // namespace bitquilt

@@ -1,0 +1,136 @@
+"""A stored weight as the native code knows it: tensors become addresses and sizes once, not at every call.
+
+`handle_of(weight, out_features, level, make)` describes and checks a weight the first time, and again whenever one of
+its tensors is another one or was written to. That takes 0.1 ms, as long as the product of a small layer.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitquilt.ops import reference
+
+DTYPES = {torch.uint8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
+_MAX_COLUMNS = 2**20  # integer sums of 8-bit codes stay within 32 bits
+
+
+class StoredWeight(NamedTuple):
+    """The arguments of both operators that make up one weight, as `ops.reference` explains them."""
+
+    codes: list[Tensor]
+    scales: list[Tensor]
+    zeros: list[Tensor]
+    layout: list[int]
+    permutation: Tensor | None
+    block: int
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_rows: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        """Input channels: the widths of all segments."""
+        return sum(self.layout[reference.LAYOUT_FIELDS - 1 :: reference.LAYOUT_FIELDS])
+
+    def tensors(self) -> list[Tensor]:
+        """All that hold anything, codes first: the zeros of a grid without are empty, and new ones at every call."""
+        single = (self.permutation, self.outlier_values, self.outlier_columns, self.outlier_rows)
+        zeros = (t for t in self.zeros if t.numel())
+        return [*self.codes, *self.scales, *zeros, *(t for t in single if t is not None)]
+
+    def known(self) -> bool:
+        """Whether the kernels know the layout (groups of a multiple of 8 columns, or one) and the scales' type."""
+        fields = reference.LAYOUT_FIELDS
+        if len(self.layout) % fields:
+            raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
+        if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.scales):
+            return False
+        for grid, _bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
+            if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
+                return False
+        return self.in_features <= _MAX_COLUMNS
+
+
+class Handle:
+    """A weight as one instruction set's kernels know it. It reads the tensors' memory: whoever calls holds them."""
+
+    def __init__(
+        self, weight: StoredWeight, out_features: int, level: str, make: Callable[[str, list[int]], Any]
+    ) -> None:
+        self.level, self.out_features, self.in_features = level, out_features, weight.in_features
+        self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
+        self._layout = (list(weight.layout), weight.block)
+        numbers, self._copies = describe(weight, out_features)
+        self.native = make(level, numbers)
+
+    def fits(self, weight: StoredWeight, out_features: int, level: str) -> bool:
+        """Whether it still describes `weight`: the same tensors, not written to since."""
+        if (self.level, self.out_features, self._layout) != (level, out_features, (weight.layout, weight.block)):
+            return False
+        tensors = weight.tensors()
+        return len(tensors) == len(self._seen) and all(
+            seen() is tensor and before == version(tensor)
+            for tensor, (seen, before) in zip(tensors, self._seen, strict=True)
+        )
+
+
+def version(tensor: Tensor) -> int:
+    """Counts writes to a tensor; tensors made in inference mode are not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+_handles = WeakTensorKeyDictionary()  # by the first segment's codes
+
+
+def handle_of(
+    weight: StoredWeight, out_features: int, level: str, make: Callable[[str, list[int]], Any]
+) -> Handle | None:
+    """The weight's handle, remembered as long as its codes live; None where the kernels do not know the layout.
+
+    ValueError: tensors that do not go together, naming the first."""
+    key = weight.codes[0] if weight.codes else None
+    handle: Handle | None = None if key is None else _handles.get(key)
+    if handle is None or not handle.fits(weight, out_features, level):
+        if not weight.known():
+            return None
+        handle = Handle(weight, out_features, level, make)
+        if key is not None:
+            _handles[key] = handle
+    return handle
+
+
+def describe(weight: StoredWeight, out_features: int) -> tuple[list[int], list[Tensor]]:
+    """The weight as csrc/weight.h reads it, and copies of tensors that were not contiguous or not aligned."""
+    codes, scales, zeros, layout = weight.codes, weight.scales, weight.zeros, weight.layout
+    fields = reference.LAYOUT_FIELDS
+    if not len(codes) == len(scales) == len(zeros) == len(layout) / fields:
+        raise ValueError(
+            f"{len(codes)} codes, {len(scales)} scales, {len(zeros)} zeros and a layout of {len(layout)} numbers; "
+            f"wanted one each per segment and {fields} numbers"
+        )
+    if out_features < 0:
+        raise ValueError(f"out_features is {out_features}")
+    copies: list[Tensor] = []
+
+    def array(tensor: Tensor | None) -> tuple[int, int, int]:
+        if tensor is None:
+            return 0, 0, 0
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"a stored tensor of {list(tensor.shape)} is {tensor.dtype}; known are {list(DTYPES)}")
+        aligned = tensor.data_ptr() % tensor.itemsize == 0  # a file mapped into memory may begin anywhere
+        if not (aligned and tensor.is_contiguous()):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            copies.append(tensor)
+        return tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype]
+
+    numbers = [out_features, len(codes), weight.block]
+    for tensor in (weight.permutation, weight.outlier_values, weight.outlier_columns, weight.outlier_rows):
+        numbers += array(tensor)
+    for i in range(len(codes)):
+        numbers += layout[fields * i : fields * (i + 1)]
+        numbers += (*array(codes[i]), *array(scales[i]), *array(zeros[i]))
+    return numbers, copies
