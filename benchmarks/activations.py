@@ -36,7 +36,8 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     for window in ids:
         cache = DynamicCache(config=model.config)
         for part in window.split(STEP):
-            found.append(model(part[None], past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1))
+            step = model(part[None], past_key_values=cache, use_cache=True).logits[0]
+            found += [step.float().log_softmax(-1)]
     return torch.cat(found)
 
 
