@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("layer", "kernels", "memory", "crash", "quality")
+BENCHMARKS = ("layer", "kernels", "activations", "memory", "crash", "quality")
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """The native kernels at every instruction set of this processor, against the reference."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from bitquilt import ops
+from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels, reference
 from bitquilt.ops.handles import StoredWeight, describe
@@ -99,6 +102,81 @@ def test_everything_at_once(level):
     order = Permutation(torch.tensor([3, 5, 1, 0, 2, 4, 6]), 64)
     weight = QuantizedWeight(parts, order, outliers(413))
     check(weight, inputs(6, 413, torch.bfloat16), torch.ones(ROWS))
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize(("width", "rows"), [(64, 64), (333, 70), (600, 5), (7, 9)])
+def test_codebooks(level, bits, width, rows):
+    """Ragged strips of columns, blocks of rows that are no multiple of eight, infinite and missing numbers."""
+    weight = QuantizedWeight((codebook_segment(bits, width, rows=rows),))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(weight, inputs(3, width, dtype))
+    x = inputs(2, width)
+    x[0] = 0
+    module = QuantizedLinear.from_weight(weight)
+    assert not module(x)[0].any()
+    x[1, width // 2] = float("nan")
+    assert module(x)[0].isfinite().all()
+    assert module(x)[1].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("grid", ["uniform", "codebook"])
+def test_activations_in_eight_bits(level, bits, grid):
+    """Within 1/254 of the largest activation, or product, of each group; exact where the level has no such mode."""
+    segment = uniform_segment(bits, 512, 64, rows=ROWS) if grid == "uniform" else codebook_segment(bits, 512, rows=ROWS)
+    weight = QuantizedWeight((segment,))
+    module = QuantizedLinear.from_weight(weight)
+    x = inputs(2, 512)
+    exact = module(x)
+    kernels.use_activations("int8")
+    try:
+        rounded = module(x)
+    finally:
+        kernels.use_activations(None)
+    distance = float((rounded - exact).norm() / exact.norm())
+    assert distance < (0.02 if grid == "uniform" else 0.05)  # one group of 64 columns, one strip of 256
+    assert (distance > 1e-6) == (level == "avx512" and (grid == "uniform" or bits <= 4))
+
+
+def test_an_unknown_way_to_round_activations_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'int4'; known are exact, int8"):
+        kernels.use_activations("int4")
+    monkeypatch.setenv("BITQUILT_ACTIVATIONS", "fp8")
+    with pytest.raises(UserError, match="BITQUILT_ACTIVATIONS is 'fp8'; known are exact, int8"):
+        kernels._mode_of_environment.__wrapped__()
+
+
+def test_a_weight_that_was_written_to_is_described_again(level):
+    """The order of the channels and the outliers were checked when the handle was made."""
+    order = Permutation(torch.tensor([1, 0, 2]), 8)
+    module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(3, 24, 8, rows=ROWS),), order))
+    x = inputs(1, 24)
+    module(x)
+    module.permutation.copy_(torch.tensor([2, 0, 1], dtype=module.permutation.dtype))
+    check_module = reference.quantized_matmul(x, *module._stored(), None, ROWS)
+    torch.testing.assert_close(module(x), check_module)
+    torch.testing.assert_close(ops.quantized_matmul(x, *module._stored(), None, ROWS), check_module)
+    module.permutation[0] = 7
+    with pytest.raises(ValueError, match="out of range"):
+        module(x)
+
+
+def test_a_large_weight_moves_once_and_stays_itself(level):
+    module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(4, 1024, 128, rows=200),)))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    x = inputs(2, 1024)
+    first = module(x)
+    places = [t.data_ptr() for t in module.state_dict().values()]
+    assert torch.equal(module(x), first)
+    assert places == [t.data_ptr() for t in module.state_dict().values()]
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), first)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), first)
+    module.load_state_dict({name: t.flip(0) for name, t in before.items()})
+    assert not torch.equal(module(x), first)
+    assert torch.equal(twin(x), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -85,34 +85,50 @@ void prepare_segment(const Segment& s, const float* x, int digits, float* unit, 
     sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
 }
 
+// 16 levels times the activations of their columns; zeros past `left` levels.
+struct Products {
+    const float *levels, *x;
+    int bits;
+    __m512i column;  // of each lane, from the first
+
+    Products(const Segment& s, const float* activations, int64_t first)
+        : levels(s.levels + (first << s.bits)), x(activations + first), bits(s.bits),
+          column(_mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                   _mm512_set1_epi32(s.bits))) {}
+    __m512 at(int64_t entry, int64_t left) const {
+        if (left <= 0) return _mm512_setzero_ps();
+        const __mmask16 keep = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+        const int64_t columns = ((left < 16 ? left : 16) + (1 << bits) - 1) >> bits;
+        const __m512 values = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << columns) - 1), x + (entry >> bits));
+        return _mm512_maskz_mul_ps(keep, _mm512_maskz_loadu_ps(keep, levels + entry),
+                                   _mm512_permutexvar_ps(column, values));
+    }
+};
+
 // One codebook segment and token: per strip of columns the products of activation and level as fixed-point numbers, a
 // register of them per digit. Their order is the levels' own: 64 >> bits columns, each with its levels.
 void prepare_tables(const Segment& s, const float* x, int digits, float* unit, int8_t* tables) {
     const float largest = largest_of(digits);
-    const int64_t step = wide_bytes >> s.bits;  // columns of a register
-    alignas(64) float products[wide_bytes];
+    const __m512i positive = _mm512_set1_epi32(0x7fffffff);
     alignas(64) int32_t q[wide_bytes];
     for (int64_t strip = 0; strip < s.groups; ++strip) {
         const int64_t begin = strip * strip_columns;
         const int64_t left = s.width - begin, count = left < strip_columns ? left : strip_columns;
-        uint32_t most = 0;
-        for (int64_t j = 0; j < count; ++j) {
-            const float* levels = s.levels + ((begin + j) << s.bits);
-            float values[16] = {};
-            for (int64_t i = 0; i < 1 << s.bits; ++i) values[i] = levels[i] * x[begin + j];
-            const uint32_t here = magnitude(values, int64_t{1} << s.bits);
-            most = here > most ? here : most;
+        const int64_t entries = count << s.bits;
+        const Products products(s, x, begin);
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t e = 0; e < entries; e += 16) {
+            const __m512i bits = _mm512_castps_si512(products.at(e, entries - e));
+            most = _mm512_max_epi32(most, _mm512_and_si512(bits, positive));
         }
-        unit[strip] = most >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(most) / largest;
-        const float inverse = most >= 0x7f800000u || from_bits(most) < 1e-30f ? 0.0f : largest / from_bits(most);
-        for (int64_t j = 0; j < up(count, 64); j += step) {
-            for (int64_t i = 0; i < wide_bytes; ++i) {
-                const int64_t column = j + (i >> s.bits);
-                products[i] = column < count && inverse != 0.0f
-                                  ? s.levels[((begin + j) << s.bits) + i] * x[begin + column] * inverse : 0.0f;
-            }
+        const uint32_t bits = static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
+        const bool usable = bits < 0x7f800000u && from_bits(bits) >= 1e-30f;
+        unit[strip] = bits >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(bits) / largest;
+        const __m512 inverse = _mm512_set1_ps(usable ? largest / from_bits(bits) : 0.0f);
+        for (int64_t e = 0; e < up(count, 64) << s.bits; e += wide_bytes) {
             for (int64_t i = 0; i < wide_bytes; i += 16) {
-                _mm512_store_si512(q + i, _mm512_cvtps_epi32(_mm512_load_ps(products + i)));
+                const __m512 fixed = _mm512_mul_ps(products.at(e + i, usable ? entries - e - i : 0), inverse);
+                _mm512_store_si512(q + i, _mm512_cvtps_epi32(fixed));
             }
             for (int d = 0; d < digits; ++d, tables += wide_bytes) {
                 for (int64_t i = 0; i < wide_bytes; i += 16) next_digit(q + i, tables + i);

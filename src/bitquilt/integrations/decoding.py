@@ -42,8 +42,8 @@ class Decoder:
         heads = first.q_proj.out_features // first.head_dim
         positions = torch.arange(length).unsqueeze(0)
         cosines, sines = (self._floats(t[0]) for t in base.rotary_emb(torch.zeros(1, dtype=torch.float32), positions))
-        self._cache_type = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        self.cache = torch.zeros(len(base.layers), 2, kv, length, first.head_dim, dtype=self._cache_type)
+        cache_type = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.cache = torch.zeros(len(base.layers), 2, kv, length, first.head_dim, dtype=cache_type)
         sizes = [config.hidden_size, heads, kv, first.head_dim, cosines.shape[-1], config.intermediate_size,
                  head.weight.shape[0], length]  # fmt: skip
         self._native = kernels.decoder(sizes, _epsilon(base.norm), float(first.scaling))

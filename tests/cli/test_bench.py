@@ -1,0 +1,53 @@
+"""`bitquilt bench`: its figures are there and go together; times are not judged."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bitquilt.cli import bench as verb  # noqa: F401  the module is shadowed by its function of the same name
+from bitquilt.ops import kernels
+
+from .conftest import Command
+
+pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
+SMALL = ("--prompt", 8, "--tokens", 4)
+
+
+@pytest.fixture(autouse=True)
+def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.modules["bitquilt.cli.bench"], "_READ", 2**24)
+
+
+def test_json_has_every_figure(command: Command, quantized: Path) -> None:
+    ran = command("bench", quantized, *SMALL, "--threads", 1, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    figures = json.loads(ran.out)
+    rates = ("decode_tokens_per_s", "prefill_tokens_per_s", "read_bandwidth_bytes_per_s", "bf16_decode_tokens_per_s",
+             "reference_decode_tokens_per_s")  # fmt: skip
+    assert all(figures[name] > 0 for name in rates)
+    assert figures["threads"] == 1
+    assert figures["peak_bytes"] >= 0
+    speed = figures["decode_tokens_per_s"] * figures["bytes_per_token"] / figures["read_bandwidth_bytes_per_s"]
+    assert math.isclose(figures["bandwidth_share"], speed, rel_tol=1e-9)
+    assert figures["decoder"] == "native"
+
+
+def test_the_table_and_a_short_context(command: Command, quantized: Path) -> None:
+    ran = command("bench", quantized, "--prompt", 500, "--tokens", 4, "--no-compare")
+    assert ran.code == 0
+    assert "the model's context holds 64 tokens" in ran.err
+    assert "tokens/s" in ran.out
+    assert "bf16" not in ran.out
+
+
+def test_what_a_user_may_get_wrong(command: Command, tiny: Path) -> None:
+    ran = command("bench", tiny, *SMALL)
+    assert (ran.code, ran.out) == (2, "")
+    assert "holds no quantized layers" in ran.err
+    assert command("bench", "/nowhere").code == 2
+    assert command("bench", tiny, "--threads", 0).code == 2
+    assert command("bench", tiny, "--threads", 5000).code == 2
