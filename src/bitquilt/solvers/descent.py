@@ -3,8 +3,7 @@
 A sweep decides early columns before it knows how later ones will err. Coordinate descent on the same loss
     tr((W - Q) H (W - Q)^T)
 revisits every column: with all others fixed the best value is q_j + [(W - Q) H]_j / H_jj, rounded to the column's
-grid. No step can raise the loss. Measured: KL 4 to 8 % lower (babyllama-1m-chars
-and stories260k at 2 bits, babyllama at 3).
+grid. No step can raise the loss. On stories260k at 2 bits it is worth 6 % of the KL.
 """
 
 from collections.abc import Sequence
