@@ -25,8 +25,8 @@ from bitquilt.models.structure import quiet_transformers
 from bitquilt.recipes import make_recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "slim-llm": {"group_size": 64},
-    "gptq": {"group_size": 64, "scale_search": True},
+    "slim-llm": {"group_size": 128},
+    "gptq": {"group_size": 128, "scale_search": True},
     "cmpq+": {},
 }
 BPW = (2.25, 2.5, 3.0, 3.5, 4.0)
@@ -41,7 +41,7 @@ def measure(model: str, name: str, column: str, bpw: float, folder: Path, sensit
     options: dict[str, Any] = {"budget": Budget("bpw", bpw), "scope": column, "sensitivities": sensitivities}
     recipe: Any = make_recipe(name, **RECIPES[name])
     if column == "published":
-        recipe, options = make_recipe(name, **RECIPES[name], bpw=bpw), {}
+        recipe, options = make_recipe(name, **{**RECIPES[name], "bpw": bpw}), {}
     row: dict[str, Any] = {"model": model, "recipe": name, "bpw": bpw, "column": column}
     started = time.perf_counter()
     try:
@@ -67,7 +67,7 @@ def main() -> None:
     with quiet_transformers():
         for model in arguments.models:
             for name in arguments.recipes:
-                tables = OUTPUT / f"{model}-{name}.sensitivities"
+                tables = OUTPUT / f"{model}-{name}-{RECIPES[name].get('group_size', 1)}.sensitivities"
                 if not tables.is_file():
                     calibration = SHARED / "text" / TEXTS[model][0]
                     source = SHARED / "models" / model

@@ -18,6 +18,7 @@ from bitquilt.fit import (
     load_sensitivities,
     measure_sensitivities,
     open_planner,
+    prediction,
     refuse_quantized,
     wish,
 )
@@ -155,9 +156,14 @@ def quantize(
         difference = verify(folder, work)
         report = build_report(folder, fingerprint, records, untouched, difference, time.perf_counter() - started)
         plan_value = plan_to_json(recipe_json(recipe), records)
-        losses = {} if known is None or plans is None else predicted_losses(known, plans)
+        losses: dict[str, float] = {}
+        predicted = None
+        if known is not None and plans is not None and known.method == "kfac":
+            losses = predicted_losses(known, plans)
+            predicted = prediction(losses, plans, known)
         room = folder_bytes(skeleton, folder, list(shapes(layers)), plan_value)
-        add_prediction(report, wanted.values.get("budget"), None if planned is None else planned.spent, room, losses)
+        spent = None if planned is None else planned.spent
+        add_prediction(report, wanted.values.get("budget"), spent, room, losses, predicted)
         write_reports(folder, plan_value, report, room)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)

@@ -23,7 +23,7 @@ from bitquilt.models.remote import RemoteCheckpoint, open_headers
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
-from bitquilt.recipes import make_recipe, takes_fractions
+from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
@@ -34,7 +34,8 @@ from bitquilt.runtime.progress import Observer, Stage, Untouched, silent
 from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.sensitivities import Method, Sensitivities, measure, read_sensitivities
 from bitquilt.runtime.survey import survey
-from bitquilt.types import Plannable, Recipe
+from bitquilt.sensitivity.together import perplexity_range
+from bitquilt.types import LayerPlan, Plannable, Recipe
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
 # What the tables do not depend on: how many bits there are, and who gives them out.
@@ -63,7 +64,8 @@ def wish(
     recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
 ) -> Wish:
     """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
-    recipe meets it in every layer (`cmpq`); `allocation="global"` makes it one there too.
+    recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own); `allocation="global"` makes it
+    one there too.
 
     Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
     """
@@ -74,7 +76,8 @@ def wish(
         given = [key for key in ("bits", "bpw") if options.get(key) is not None]
         if budget is not None and given:
             raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
-        if not takes_fractions(recipe):
+        layerwise = options.get("bpw") is not None and options.get("allocation") in own_allocations(recipe)[:-1]
+        if not takes_fractions(recipe) and not layerwise:
             budget = budget or _budget_in(options)
         recipe = make_recipe(recipe, **options)
     elif options:
@@ -252,10 +255,18 @@ def _counts(bits: Sequence[int]) -> dict[str, int]:
     return {str(width): int(counts[width]) for width in np.flatnonzero(counts)}
 
 
+def prediction(losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities) -> dict[str, Any]:
+    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows."""
+    found: dict[str, Any] = {"kl": sum(losses.values()), "perplexity_full_precision": known.perplexity}
+    if known.perplexity is not None and not any(1 in plan.bits for plan in plans.values()):
+        found["ppl_range"] = list(perplexity_range(found["kl"], known.perplexity))
+    return found
+
+
 def _prediction(planned: Planned, known: Sensitivities | None) -> dict[str, Any] | None:
     if known is None or planned.loss is None:
         return None
-    return {"kl": planned.loss, "perplexity_full_precision": known.perplexity}
+    return prediction(planned.losses, planned.plans, known)
 
 
 def open_planner(
