@@ -25,7 +25,7 @@ from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.structure import open_skeleton
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.job import all_targets, shapes
-from bitquilt.runtime.sensitivities import Sensitivities
+from bitquilt.runtime.tables import Sensitivities
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,

@@ -29,8 +29,8 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.fit import Wish, wish
 from bitquilt.recipes import own_allocations, takes_fractions
+from bitquilt.wish import Wish, wish
 
 
 def quantize(

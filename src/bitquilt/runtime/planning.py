@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitquilt.allocation.budget import Budget
+from bitquilt.allocation.cut import cut
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.path import Ints, Path
 from bitquilt.allocation.scopes import Scope, order_steps
@@ -21,17 +22,15 @@ from bitquilt.models.config import total_bpw, total_nominal_bits
 from bitquilt.models.structure import Skeleton
 from bitquilt.packing import storage_bits
 from bitquilt.runtime.memory import memory_bytes
-from bitquilt.runtime.sensitivities import Sensitivities
 from bitquilt.runtime.size import FolderSize, Sizes, json_bytes
+from bitquilt.runtime.tables import Sensitivities
 from bitquilt.sensitivity.together import together
 from bitquilt.types import LayerPlan, Layout, Plannable
 
-_EVALUATIONS = 64  # exact sizes computed for one cut: a 70B model's takes 0.1 s
 # One-bit groups lose far more together than the tables say: at 2.25 bpw on babyllama-1m-chars (slim-llm, groups of 128)
 # KL was 2.55 with 17 one-bit groups where the tables liked them, 1.80 with 8 at four times the loss, 0.58 with none. So
 # every group gets two bits before any gets three; only budgets below two bits everywhere hold one-bit groups.
 _ONE_BIT_WEIGHT = 1e3
-_FAR_UNITS, _CLOSE = 100_000, 1e-5  # of so many units one is far below this share of a budget
 
 
 class UnreachableError(UserError):
@@ -228,7 +227,7 @@ class Planner:
         def exact(choices: Ints) -> float:
             return self.spent(budget, self.layouts(choices))
 
-        choices = _cut(path, lambda steps: exact(path.at(steps)), budget.value, base, unit, self.count)
+        choices = cut(path, lambda steps: exact(path.at(steps)), budget.value, base, unit, self.count)
         choices = self._refine(choices, costs, scope, budget, base, unit, exact)
         return self._planned(choices, budget, reach, scope)
 
@@ -318,39 +317,6 @@ def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan]) -> dict
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
     return json.loads(json.dumps({"recipe": dict(recipe), "layers": layers}))
-
-
-def _cut(path: Path, exact: Callable[[int], float], target: float, base: float, unit: float, units: int) -> Ints:
-    """Choices after the most steps whose exact size is within `target`.
-
-    The exact size is the separable one plus what nearly does not change (maps, headers): interpolate, then bisect;
-    at last look a little further, because a width that no group of a layer has any more takes its header with it.
-    """
-    low, high = 0, len(path)
-    at_low = exact(0)
-    if high and exact(high) <= target:
-        return path.at(high)
-
-    def separable(steps: int) -> float:
-        return base + (float(path.cost[steps - 1]) if steps else 0.0)
-
-    for attempt in range(_EVALUATIONS):
-        if high - low <= 1 or (units > _FAR_UNITS and 0 <= target - at_low <= _CLOSE * target):
-            break
-        overhead = at_low / unit - separable(low)
-        guess = path.within(target / unit - overhead - base) if attempt % 3 < 2 else (low + high) // 2
-        guess = min(max(guess + attempt % 3, low + 1), high - 1)
-        size = exact(guess)
-        if size <= target:
-            low, at_low = guess, size
-        else:
-            high = guess
-    if units <= _FAR_UNITS:
-        further = path.within(separable(low) - base + (target - at_low) / unit + 8 * 2048)
-        for steps in range(min(further, low + _EVALUATIONS), low, -1):
-            if exact(steps) <= target:
-                return path.at(steps)
-    return path.at(low)
 
 
 def _shown(budget: Budget, least: float, most: float) -> str:

@@ -34,7 +34,7 @@ _SPELLED = {
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-# Per layer of report.json: its path, eight numbers of up to 24 characters and their names, with room for an event.
+# Per layer of report.json: a dozen numbers of up to 24 characters and their names, with room for an event.
 _REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
 
 Stored = tuple[str, str, tuple[int, ...], int]
