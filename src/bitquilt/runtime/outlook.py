@@ -1,6 +1,7 @@
 """What will a plan ask of the machine, and who will take its checkpoint? estimate(...), permits(...): headers alone.
 
-Estimates give the order of magnitude, no more: floating-point operations over a rate measured here, one block in memory.
+Estimates give the order of magnitude, no more: floating-point operations over a rate measured here, one block in
+memory.
 """
 
 import time
