@@ -26,7 +26,7 @@ from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import open_skeleton, quiet_transformers
 from bitquilt.recipes import make_recipe
 from bitquilt.recipes.cmpq import CMPQ
-from bitquilt.runtime.stream import targets
+from bitquilt.runtime.job import targets
 
 BASELINES: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "slim-llm": {}}
 CURVES: dict[str, dict[str, Any]] = {

@@ -39,6 +39,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 def measure(model: str, row: str, bits: int, group_size: int, seed: int) -> dict[str, Any]:
     """One recipe on one model: true size, KL and perplexity."""
     name, options = ROWS[row]
+    return measure_recipe(model, row, name, options, bits, group_size, seed)
+
+
+def measure_recipe(
+    model: str, row: str, name: str, options: dict[str, Any], bits: int, group_size: int, seed: int
+) -> dict[str, Any]:
+    """The same for any recipe and options."""
     calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
     source = SHARED / "models" / model
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():

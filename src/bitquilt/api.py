@@ -1,7 +1,6 @@
 """The Python interface: `quantize` and `load`. The only place where recipes and runtime meet."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.planning import predicted_losses
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
-from bitquilt.runtime.progress import Observer, Stage, Started, silent
+from bitquilt.runtime.progress import Observer, Stage, StageClock, Started, silent
 from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
 from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
@@ -71,6 +71,7 @@ def quantize(
     work_dir: str | Path | None = None,
     skip: Sequence[str] = (),
     include_head: bool = False,
+    embedding_bits: int | None = None,
     plan: str | Path | None = None,
     budget: Budget | None = None,
     scope: str | None = None,
@@ -83,8 +84,9 @@ def quantize(
     `recipe`: a name, whose fields are taken from `options` (`bits=2, group_size=32, ...`), or a recipe.
     `calibration`: text, jsonl, parquet, a folder of them, a hub data set, token ids in a safetensors file, or
     "self": the model writes its own. `skip`: patterns of layers to leave alone. `include_head`: quantize the layer
-    that makes logits too, where it is not tied to the embedding. `plan`: a plan.json to follow.
-    `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
+    that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to so
+    many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it. `plan`: a plan.json to
+    follow. `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
     bits per weight), "uniform". What a width costs is measured first, unless `sensitivities` names a file of it.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
@@ -109,8 +111,9 @@ def quantize(
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, recipe)
     measures = wanted.budget is not None and wanted.scope != "uniform" and known is None
     fingerprint = fingerprint_of(
-        checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, plan, measures=measures
-    )
+        checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan,
+        measures=measures,
+    )  # fmt: skip
     fingerprint |= wanted.values
     if sensitivities is not None:
         fingerprint["sensitivities"] = file_hash(sensitivities)
@@ -121,7 +124,10 @@ def quantize(
         return Result(out, done, already_done=True)
     skeleton = open_skeleton(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
-    untouched = survey(skeleton, layers)
+    if embedding_bits is not None and wanted.budget is not None:
+        raise UserError(f"the budget {wanted.budget} does not count an embedding in few bits; leave one of them out")
+    embedding = [] if embedding_bits is None else [check_embedding(skeleton, embedding_bits)]
+    untouched = survey(skeleton, {*layers, *embedding})
     if plans is not None:
         check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
     elif wanted.budget is not None:
@@ -131,13 +137,14 @@ def quantize(
             recipe.check_layers(shapes(layers))
         except ValueError as error:
             raise UserError(str(error)) from None
-    started = time.perf_counter()
+    clock = StageClock(observer)
+    observer = clock.observe
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs or measures:
-            _check_disk(work, checkpoint, samples * seq_len)
+            _check_disk(work, checkpoint, samples * seq_len * (2 if "drift" in recipe.needs else 1))
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
         planned = None
         if wanted.budget is not None:
@@ -149,11 +156,12 @@ def quantize(
             plans = planned.plans
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
         used = ids if recipe.needs else None
-        records = stream(Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, plans), observer)
+        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans)
+        records = stream(job, observer)
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
-        report = build_report(folder, fingerprint, records, untouched, difference, time.perf_counter() - started)
+        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
         plan_value = plan_to_json(recipe_json(recipe), records)
         losses: dict[str, float] = {}
         predicted = None

@@ -3,6 +3,7 @@
 `hessian` is the sum of x x^T over calibration tokens; only its shape matters, never its scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,29 +16,66 @@ _MAX_DAMP = 10.0  # ten times the mean diagonal: beyond that the "inverse" is a 
 @dataclass(frozen=True, eq=False)
 class Factor:
     """`upper` fp32 `[in, in]`: U with (H + damp mean(diag H) I)^-1 = U^T U.  `dead` bool `[in]`: channels no token
-    used.  `damp`: what was used in the end.  `precision`: the dtype in which the factorization succeeded."""
+    used.  `damp`: what was used in the end.  `precision`: the dtype in which the factorization succeeded.
+    `order` int64 `[in]`: `upper` belongs to H[order][:, order]; None = as they come. All but `upper` is by channel."""
 
     upper: Tensor
     dead: Tensor
     damp: float
     precision: torch.dtype
+    order: Tensor | None = None
+
+    @property
+    def pivots(self) -> Tensor:
+        """`[in]`, U_jj."""
+        return self._by_channel(self.upper.diagonal())
 
     @property
     def importance(self) -> Tensor:
         """`[in]`, 1 / U_jj^2: the cost of a unit error in column j when only later columns compensate (OBS)."""
-        return self.upper.diagonal().square().reciprocal()
+        return self.pivots.square().reciprocal()
 
     @property
     def inverse_diagonal(self) -> Tensor:
         """`[in]`, diagonal of the inverse Hessian: column sums of U^2."""
-        return self.upper.square().sum(dim=0)
+        return self._by_channel(self.upper.square().sum(dim=0))
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`rows` `[n, in]` times the inverse of the damped Hessian."""
+        if self.order is None:
+            return (rows @ self.upper.t()) @ self.upper
+        solved = (rows[:, self.order] @ self.upper.t()) @ self.upper
+        return torch.empty_like(rows).index_copy_(1, self.order, solved)
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
 
 
-def factorize(hessian: Tensor, damp: float) -> Factor:
+def damped(hessian: Tensor, factor: Factor) -> Tensor:
+    """The matrix behind `factor` `[in, in]`, channels as they come: the one a sweep's loss is measured in."""
+    live = hessian.diagonal()[~factor.dead]
+    mean = float(live.double().mean()) if len(live) else 1.0
+    matrix = hessian.clone()
+    matrix.diagonal()[factor.dead] = mean
+    matrix.diagonal().add_(factor.damp * mean)
+    return matrix
+
+
+def group_order(diagonal: Tensor, groups: Sequence[slice]) -> Tensor:
+    """Channels `[in]` with the largest Hessian diagonal first, by whole groups: groups by their mean, the channels of
+    a group among themselves. Groups keep their columns, so nothing has to be stored (group-aware reordering)."""
+    means = torch.stack([diagonal[group].mean() for group in groups])
+    by_mean = means.argsort(descending=True, stable=True).tolist()
+    inside = [diagonal[groups[k]].argsort(descending=True, stable=True) + groups[k].start for k in by_mean]
+    return torch.cat(inside)
+
+
+def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Factor:
     """Factor a Hessian `[in, in]`; tries fp32, then float64, then ten times the damp, step by step.
 
     Dead channels (diagonal 0) get the mean diagonal, which cannot touch the others and keeps the result
-    independent of the Hessian's scale. Raises ValueError if it is not finite or never becomes positive definite.
+    independent of the Hessian's scale. `order` `[in]`: the channels in the order they will be quantized.
+    Raises ValueError if the Hessian is not finite or never becomes positive definite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the Hessian holds NaN or Inf: an activation overflowed; calibrate in a wider dtype")
@@ -47,14 +85,15 @@ def factorize(hessian: Tensor, damp: float) -> Factor:
         mean = 1.0
     else:
         mean = float(diagonal[~dead].double().mean())
+    ordered, dead_there = (hessian, dead) if order is None else (hessian[order][:, order], dead[order])
     for precision, step in _attempts(damp):
-        matrix = hessian.to(precision, copy=True) / mean
-        matrix.diagonal()[dead] = 1.0
+        matrix = ordered.to(precision, copy=True) / mean
+        matrix.diagonal()[dead_there] = 1.0
         matrix.diagonal().add_(step)
         upper = _inverse_upper(matrix)
         if upper is not None:
             # the mean was divided out: put the scale back so that 1 / U_jj^2 is in units of the Hessian
-            return Factor((upper / mean**0.5).float(), dead, step, precision)
+            return Factor((upper / mean**0.5).float(), dead, step, precision, order)
     raise ValueError(f"the Hessian is not positive definite even with damp {_MAX_DAMP}: check the calibration data")
 
 

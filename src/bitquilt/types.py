@@ -153,16 +153,25 @@ class LayerStats:
 
     `hessian` fp32 `[in, in]` = sum of x x^T over `tokens` tokens; `sample` fp32 `[n, in]`, an even subsample of
     the tokens for objectives that need outputs, or None.
+    Where the full-precision model runs beside: `drift` fp32 `[in, in]` = sum of (x_fp - x) x^T, what earlier layers
+    did to the input; `stream_drift` fp32 `[out, in]` = sum of (r_fp - r) x^T for a layer whose output is added to r.
     """
 
     hessian: Tensor
     tokens: int
     sample: Tensor | None = None
+    drift: Tensor | None = None
+    stream_drift: Tensor | None = None
 
     def __add__(self, other: "LayerStats") -> "LayerStats":
         both = [s for s in (self.sample, other.sample) if s is not None]
-        sample = torch.cat(both) if both else None
-        return LayerStats(self.hessian + other.hessian, self.tokens + other.tokens, sample)
+        return LayerStats(
+            self.hessian + other.hessian,
+            self.tokens + other.tokens,
+            torch.cat(both) if both else None,
+            _sum("drift", self.drift, other.drift),
+            _sum("stream_drift", self.stream_drift, other.stream_drift),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +230,12 @@ class Recipe(Protocol):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # of LayerStats: {"hessian", "sample"}; empty = no calibration at all
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of LayerStats: {"hessian", "sample"}; empty = no calibration at all. {"drift"}, and with it {"stream"} for
+        stream_drift: the full-precision model runs beside, and a layer is measured after those before it are solved."""
+        ...
 
     def prepare(self, stats: LayerStats | None) -> Any:
         """Shared work of the layers that read one input."""
@@ -247,6 +261,14 @@ class ChecksLayers(Protocol):
     def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError naming the first layer, `[out, in]` by path, that the recipe cannot serve."""
         ...
+
+
+def _sum(what: str, one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None and other is None:
+        return None
+    if one is None or other is None:
+        raise ValueError(f"one of the shards has no {what}: its tokens would count as if nothing had drifted")
+    return one + other
 
 
 @runtime_checkable

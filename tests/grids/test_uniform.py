@@ -11,6 +11,7 @@ from bitquilt.grids.uniform import (
     RangeSearch,
     fit,
     fit_range,
+    fit_symmetric,
     fit_two_levels,
     scale_dtype_for,
 )
@@ -186,3 +187,47 @@ def test_scales_never_store_as_zero_and_out_of_range_layers_use_bfloat16():
     assert scale_dtype_for(torch.zeros(3)) == torch.float16
     huge = torch.tensor([[1e6, -2e6, 5e5]])
     torch.testing.assert_close(fit(huge, 8, scale_dtype=torch.bfloat16).quantize(huge), huge, rtol=0.02, atol=2e4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_symmetric_grid_is_the_best_of_its_candidates(bits):
+    w = torch.randn(16, 32, generator=torch.Generator().manual_seed(bits))
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(9)) + 0.1
+    search = RangeSearch(taus=tuple(i / 10 for i in range(3, 12)))
+    grid = fit_symmetric(w, bits, importance, search=search)
+    assert grid.zero is None
+    least = ((w - grid.quantize(w)).square() * importance).sum(1)
+    for tau in search.taus:
+        other = fit_symmetric(w, bits, search=RangeSearch(taus=(tau,)))
+        assert bool((((w - other.quantize(w)).square() * importance).sum(1) >= least - 1e-6).all())
+
+
+def test_symmetric_levels_lie_on_both_sides_of_zero_and_a_group_of_zeros_stays_near_it():
+    grid = fit_symmetric(row(-0.75, 0.1, 0.3, 0.6), 2, **FP32)
+    assert grid.scale.item() == pytest.approx(0.5)
+    assert grid.quantize(row(-0.75, 0.1, 0.3, 0.6)).tolist() == [pytest.approx([-0.75, 0.25, 0.25, 0.75])]
+    assert float(fit_symmetric(row(0, 0, 0), 2, search=RangeSearch()).quantize(row(0, 0, 0)).abs().max()) < 1e-6
+
+
+def test_at_two_bits_symmetric_levels_fit_a_gaussian_better_and_at_four_integer_zeros_do():
+    w = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
+    errors = {
+        (bits, symmetric): float(
+            (w - fit(w, bits, search=RangeSearch(), symmetric=symmetric).quantize(w)).square().mean()
+        )
+        for bits in (2, 4)
+        for symmetric in (True, False)
+    }
+    assert errors[2, True] < 0.98 * errors[2, False]
+    assert errors[4, True] > errors[4, False]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searching_the_zero_never_loses_and_stays_a_code(bits):
+    w = torch.randn(200, 16, generator=torch.Generator().manual_seed(bits)) + 0.5
+    plain, searched = (fit(w, bits, search=RangeSearch(zeros=zeros)) for zeros in (False, True))
+    errors = [(w - grid.quantize(w)).square().sum(1) for grid in (plain, searched)]
+    assert bool((errors[1] <= errors[0]).all())
+    assert float(errors[1].sum()) < float(errors[0].sum())
+    assert searched.zero.dtype == torch.uint8
+    assert int(searched.zero.max()) <= 2**bits - 1

@@ -270,8 +270,11 @@ def test_weights_go_when_they_are_released(family: str, make_model: MakeModel) -
         assert not any(name.startswith(skeleton.blocks) for name in held())
         skeleton.release_outer()
         assert held() == []
+    before = list(skeleton.model.modules())  # what a caller that looked at the layers goes on holding
     template = skeleton.template(skeleton.blocks[0])
     skeleton.load(skeleton.blocks[0])
+    assert held()
+    assert all(p.is_meta for module in before for p in module.parameters(recurse=False))
     assert all(name.startswith(f"{skeleton.blocks[0]}.") for name in held())
     skeleton.reset(skeleton.blocks[0], template)
     assert held() == []

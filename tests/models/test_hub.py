@@ -172,7 +172,7 @@ def test_a_repository_with_pickled_weights_only(hub: Hub, make_model: Callable[.
     folder.mkdir()
     (folder / "config.json").write_bytes((make_model() / "config.json").read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(UserError, match=r"safetensors"):
+    with pytest.raises(UserError, match=r"no \.safetensors file.*Pickled ones.*convert first: .*save_pretrained"):
         open_checkpoint("org/old")
     assert hub.fetched == ["config.json"]
 

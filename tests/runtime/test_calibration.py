@@ -93,6 +93,19 @@ def test_a_model_larger_than_the_memory_is_refused(
         sample(make_model())
 
 
+def test_half_precision_needs_room_for_its_wide_copy(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype, factor in ((torch.float16, 2), (torch.bfloat16, 1)):
+        folder = make_model("llama", dtype=dtype)
+        enough = int(1.2 * factor * open_checkpoint(folder).nbytes) + 1
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=enough: SimpleNamespace(available=free))
+        assert sample(folder, samples=1, seq_len=2).shape == (1, 2)
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=enough: SimpleNamespace(available=0.9 * free))
+        with pytest.raises(UserError, match=r"of memory are free"):
+            sample(folder, samples=1, seq_len=2)
+
+
 def test_windows_of_a_file_depend_on_the_seed(make_model: Callable[..., Path], token_file: Path) -> None:
     def read(seed: int) -> Tensor:
         return make_calibration(

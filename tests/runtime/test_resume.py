@@ -390,7 +390,7 @@ def test_a_damaged_checkpoint_is_found_before_it_is_published(
                 tensors = {**tensors, name: tensor ^ 1}
         real(path, tensors)
 
-    monkeypatch.setattr("bitquilt.runtime.stream.write_tensors", flipping)
+    monkeypatch.setattr("bitquilt.runtime.block.write_tensors", flipping)
     with pytest.raises(bitquilt.VerificationError, match=r"logits differ by"):
         run(quantize_tiny, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

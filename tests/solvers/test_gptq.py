@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitquilt.grids.uniform import fit
-from bitquilt.hessian import factorize
-from bitquilt.solvers.gptq import sweep, sweep_ordered
+from bitquilt.hessian import factorize, group_order
+from bitquilt.solvers.gptq import sweep, sweep_grouped, sweep_ordered
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.types import group_slices
 
@@ -104,3 +104,45 @@ def test_given_order_visits_columns_in_that_order_and_answers_in_the_original_on
     first = int(order[0])
     grid = grids[first // 8]
     torch.testing.assert_close(ordered.weight[:, [first]], grid.quantize(weight[:, [first]]))
+
+
+def test_a_grouped_order_is_the_sweep_of_the_reordered_problem(problem):
+    """Permuting the columns by hand, with the group boundaries that belong to it, gives the same weight."""
+    weight, hessian = problem
+    groups = [slice(0, 16), slice(16, 32), slice(32, 40)]  # a ragged last group
+    order = group_order(hessian.diagonal(), groups)
+    factor = factorize(hessian, 0.01, order)
+    swept = sweep_grouped(weight, factor.upper, groups, fitter([3, 2, 2]), order)
+    by_mean = sorted(range(3), key=lambda k: -float(hessian.diagonal()[groups[k]].mean()))
+    widths = [groups[k].stop - groups[k].start for k in by_mean]
+    starts = [sum(widths[:i]) for i in range(3)]
+    spans = [slice(a, a + n) for a, n in zip(starts, widths, strict=True)]
+    bits = [[3, 2, 2][k] for k in by_mean]
+    plain = sweep(weight[:, order], factorize(hessian[order][:, order], 0.01).upper, spans, fitter(bits))
+    assert torch.equal(swept.weight[:, order], plain.weight)
+    assert torch.equal(swept.codes[:, order], plain.codes)
+    for k, group in enumerate(groups):
+        assert torch.equal(swept.grids[k].decode(swept.codes[:, group].float()), swept.weight[:, group])
+
+
+def test_the_grids_of_a_grouped_sweep_see_their_columns_in_the_original_order(problem):
+    weight, hessian = problem
+    groups = group_slices(40, 8)
+    order = group_order(hessian.diagonal(), groups)
+    seen = {}
+
+    def watching(k, columns):
+        seen[k] = columns.clone()
+        return fit(columns, 2)
+
+    sweep_grouped(weight, factorize(hessian, 0.01, order).upper, groups, watching, order)
+    first = int(order[0]) // 8
+    torch.testing.assert_close(seen[first], weight[:, groups[first]])
+    assert sorted(seen) == list(range(5))
+
+
+def test_an_order_that_leaves_a_group_is_refused(problem):
+    weight, hessian = problem
+    order = torch.arange(40).view(2, 20).t().reshape(-1)
+    with pytest.raises(ValueError, match="leaves a group before it is done"):
+        sweep_grouped(weight, factorize(hessian, 0.01, order).upper, group_slices(40, 8), fitter([2] * 5), order)

@@ -20,6 +20,7 @@ from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr
 from bitquilt.evaluation import Evaluation, evaluate, model_size
 from bitquilt.evaluation.loading import as_model
 from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.report import describe_evaluation, remember
 from bitquilt.runtime.calibration import load_tokenizer, sample_from_model
 from bitquilt.runtime.progress import BlockDone
 from bitquilt.runtime.workdir import write_tensors
@@ -110,6 +111,9 @@ def _row(name: str, folder: Path, text: str, scale: _Scale) -> _Row:
         model, text, reference=DEMO_MODEL, tokenizer=tokenizer, seq_len=scale.seq_len,
         max_tokens=scale.windows * scale.seq_len, size=size,
     )  # fmt: skip
+    asked = {"seq_len": scale.seq_len, "stride": None, "max_tokens": scale.windows * scale.seq_len}
+    record = describe_evaluation(str(folder), figures, text=text, reference=open_checkpoint(DEMO_MODEL), asked=asked)
+    remember(open_checkpoint(folder), record)
     sample = write_text(model, tokenizer, _PROMPT, max_new_tokens=_NEW_TOKENS, temperature=0.8, seed=0)
     return _Row(name, folder, figures, " ".join(sample.split()))
 
@@ -138,6 +142,8 @@ def _print(rows: list[_Row], text: str | None, scale: _Scale) -> None:
     stdout.print(f"\nThe checkpoints lie in [bold]{escape(str(rows[-1].folder.parent))}[/]. Go on with")
     for command in (
         f"bitquilt inspect {folder}",
+        f"bitquilt report {folder}",
+        f"bitquilt compare {shlex.quote(str(rows[-1].folder.parent))}/*bit",
         f"bitquilt generate {folder} --prompt 'It was a cold morning when'",
         "bitquilt quantize MODEL OUT --recipe slim-llm --bits 3 --group-size 128",
     ):

@@ -1,19 +1,20 @@
 """`bitquilt eval MODEL --text FILE`: how good is it, and how far from its reference?"""
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich import box
 from rich.table import Table
 from typer import Argument, Option
 
-from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stdout
+from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
 from bitquilt.cli.progress import scoring
 from bitquilt.errors import UserError
 from bitquilt.evaluation import Evaluation, model_size, run_tasks
 from bitquilt.evaluation import evaluate as measure
 from bitquilt.evaluation.loading import as_model
-from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.report import Record, describe_evaluation, remember
 from bitquilt.runtime.calibration import load_tokenizer
 
 
@@ -48,6 +49,9 @@ def evaluate(
     tasks: Annotated[str | None, Option(metavar="A,B", help="Tasks of lm-eval, by name.")] = None,
     limit: Annotated[int | None, Option(help="Only the first examples of each task.")] = None,
     dtype: DtypeOption = None,
+    save: Annotated[
+        bool, Option("--save/--no-save", help="Remember the figures in the folder of a bitquilt checkpoint.")
+    ] = True,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
@@ -59,7 +63,8 @@ def evaluate(
     kind = None if dtype is None else dtype.value
     with calm(quiet):
         checkpoint = open_checkpoint(model)
-        base = None if reference is None else as_model(open_checkpoint(reference).folder, None, kind)
+        other = None if reference is None else open_checkpoint(reference)
+        base = None if other is None else as_model(other.folder, None, kind)
         loaded, tokenizer = as_model(checkpoint.folder, None, kind), load_tokenizer(checkpoint.folder)
         size = model_size(checkpoint.folder)
         figures = None
@@ -73,14 +78,28 @@ def evaluate(
         if tasks is not None:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             scores = run_tasks(loaded, tokenizer, names, limit, batch_size or 1)
+    asked = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens}
+    record = describe_evaluation(
+        model, figures, text=text, reference=other, dtype=kind, asked=asked, tasks=scores, limit=limit
+    )
+    if save:
+        _remember(checkpoint, record, quiet)
     if json_output:
-        own: dict[str, Any] = {} if figures is None else figures.to_json()
-        print_json({"model": model, "reference": reference, **own} | ({"tasks": scores} if tasks else {}))
+        print_json(record | {"reference": reference})
         return
     if figures is not None:
         _print_figures(figures, model, reference)
     if scores:
         _print_tasks(scores, limit)
+
+
+def _remember(checkpoint: Checkpoint, record: Record, quiet: bool) -> None:
+    """For `report` and `compare`. What was measured counts more than where it is kept: a folder may be read-only."""
+    try:
+        remember(checkpoint, record)
+    except OSError as error:
+        if not quiet:
+            stderr.print(f"not remembered in {checkpoint.folder}: {error.strerror}", markup=False, soft_wrap=True)
 
 
 def _print_figures(figures: Evaluation, model: str, reference: str | None) -> None:
@@ -92,6 +111,7 @@ def _print_figures(figures: Evaluation, model: str, reference: str | None) -> No
             ("KL 99 %", f"{figures.kl_p99:.4f}"),
             ("KL largest", f"{figures.kl_max:.4f}"),
             ("same top token", f"{100 * figures.top1_agreement:.2f} %"),
+            ("its reference's perplexity", f"{figures.reference_perplexity:.4f}"),
         ]
     table = _table("figure", "value", "measured on")
     for name, value in measured:

@@ -1,6 +1,5 @@
 """`bitquilt inspect DIR`: where did the bits go? Of a full-precision model: what would be quantized?"""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -13,23 +12,24 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout
+from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout, time_text
 from bitquilt.cli.quantize import print_bits_and_size, print_events
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes, model_size
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
-from bitquilt.models.config import QUANT_METHOD, read_layouts
+from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import open_skeleton
-from bitquilt.packing import bits_per_weight
+from bitquilt.report.evaluations import Record, newest, number, protocol_text
+from bitquilt.report.facts import LayerFacts, items, read_facts, section
 from bitquilt.runtime.job import all_targets
 from bitquilt.runtime.survey import survey
-from bitquilt.runtime.writer import read_report
-from bitquilt.types import Layout
 
 # From few bits, red, to many, blue: terminal colours of the digits 1 to 8.
 _COLOURS = ("red", "red", "dark_orange", "yellow", "green", "cyan", "blue", "blue", "magenta")
 # Characters of a layer's bar: at most one per group, at most these, at most what the terminal has room for.
 _BAR, _LEAST_BAR = 48, 8
+# Of report.json, as they stand there.
+_OF_THE_RUN = ("untouched", "events", "budget", "prediction", "machine", "stages", "seconds", "peak_memory_bytes")
 _GAP = 3  # between two columns of a table
 
 
@@ -38,6 +38,9 @@ def inspect(
     layer: Annotated[
         str | None, Option(metavar="PATTERN", help="Only the layers whose path matches, such as '*.mlp.*'.")
     ] = None,
+    bit_map: Annotated[
+        bool, Option("--map", help="A line of digits per layer instead of the table: its bits from channel to channel.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Bits, size and error of every layer, and of the whole model."""
@@ -58,50 +61,39 @@ def inspect(
     if json_output:
         print_json(value)
     elif value["quantized"]:
-        _print_quantized(value)
+        _print_quantized(value, bit_map)
     else:
         _print_plain(value)
 
 
 def _quantized(checkpoint: Checkpoint) -> dict[str, Any]:
-    layouts = read_layouts(checkpoint.config)
-    size = model_size(checkpoint.folder)
-    assert size is not None
     # save_pretrained() of a loaded model writes no report: then the layouts alone speak.
-    report = read_report(checkpoint.folder) or {}
-    solved = report.get("layers", {})
+    facts = read_facts(checkpoint.folder)
+    report, fingerprint = facts.report, section(facts.report, "fingerprint")
     return {
         "folder": str(checkpoint.folder),
         "quantized": True,
-        "recipe": report.get("fingerprint", {}).get("recipe"),
-        "calibration": report.get("fingerprint", {}).get("calibration"),
-        "seed": report.get("fingerprint", {}).get("seed"),
-        **asdict(size),
-        "ratio_to_fp16": size.bytes / fp16_bytes(checkpoint.folder),
-        "untouched": report.get("untouched"),
-        "events": report.get("events"),
-        "layers": {name: _layer(layout, solved.get(name, {})) for name, layout in layouts.items()},
+        "recipe": fingerprint.get("recipe"),
+        "calibration": fingerprint.get("calibration"),
+        "seed": fingerprint.get("seed"),
+        **asdict(facts.size),
+        "ratio_to_fp16": facts.size.bytes / facts.fp16_bytes,
+        "bytes_by_part": facts.parts,
+        **{key: report.get(key) for key in _OF_THE_RUN},
+        "evaluations": facts.evaluations,
+        "absent": [asdict(one) for one in facts.absent],
+        "layers": {name: _layer(layer) for name, layer in facts.layers.items()},
     }
 
 
-def _layer(layout: Layout, solved: dict[str, Any]) -> dict[str, Any]:
+def _layer(layer: LayerFacts) -> dict[str, Any]:
     """`bits`: how many column groups have so many; `groups`: one digit per group in column order, where known."""
-    counts: Counter[int] = Counter()
-    for form, width in layout.segments:
-        counts[form.bits] += -(-width // form.group_size)
-    groups = solved.get("bits")
-    if groups:
-        counts = Counter(map(int, groups))
+    value = asdict(layer)
     return {
-        "shape": [layout.out_features, layout.in_features],
-        "bits": {str(bits): counts[bits] for bits in sorted(counts)},
-        "groups": groups,
-        "group_size": layout.segments[0][0].group_size,
-        "nominal_bits": layout.nominal_bits,
-        "bpw": bits_per_weight(layout),
-        "outliers": layout.outliers,
-        "output_error": solved.get("output_error"),
-        "weight_error": solved.get("weight_error"),
+        "shape": [layer.out_features, layer.in_features],
+        "bits": {str(bits): count for bits, count in layer.counts.items()},
+        **{key: value[key] for key in ("groups", "group_size", "nominal_bits", "bpw", "outliers", "output_error")},
+        **{key: value[key] for key in ("weight_error", "loss", "predicted_loss", "seconds")},
     }
 
 
@@ -136,8 +128,11 @@ def _matching(layers: dict[str, Any], pattern: str) -> dict[str, Any]:
     return found
 
 
-def _print_quantized(value: dict[str, Any]) -> None:
-    _print_layers(value["layers"])
+def _print_quantized(value: dict[str, Any], bit_map: bool) -> None:
+    if bit_map:
+        _print_map(value["layers"])
+    else:
+        _print_layers(value["layers"])
     stdout.print(value["folder"], style="bold", markup=False)
     if value["recipe"]:
         print_fact(stdout, "recipe", _settings(value["recipe"]))
@@ -145,9 +140,56 @@ def _print_quantized(value: dict[str, Any]) -> None:
         print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
     _print_sparse(value["layers"])
     print_bits_and_size(value, value["ratio_to_fp16"])
-    _print_untouched(value["untouched"] or [], value["bytes"])
+    parts = ", ".join(f"{part} {size_text(count)}" for part, count in value["bytes_by_part"].items())
+    print_fact(stdout, "bytes", parts)
+    _print_budget(value)
+    for record in value["evaluations"]:
+        _print_evaluation(record)
+    _print_untouched(items(value, "untouched"), value["bytes"])
+    _print_run(value)
     if value["events"] is not None:
-        print_events(value["events"])
+        print_events(items(value, "events"))
+
+
+def _print_budget(value: dict[str, Any]) -> None:
+    """What was asked for, and what was promised, where the run had a budget."""
+    budget, prediction = section(value, "budget"), section(value, "prediction")
+    if (target := number(budget.get("target"))) is not None:
+        kind = str(budget.get("kind"))
+        print_fact(stdout, "budget", f"{kind} {target:g}" if kind in ("bits", "bpw") else f"{kind} {size_text(target)}")
+    if (kl := number(prediction.get("kl"))) is not None:
+        best = newest(value["evaluations"])
+        measured = None if best is None else number(best.get("kl_mean"))
+        told = "" if measured is None else f", measured {measured:.4f}"
+        print_fact(stdout, "promise", f"KL {kl:.4f} predicted{told}")
+
+
+def _print_evaluation(record: Record) -> None:
+    figures = {"KL": record.get("kl_mean"), "perplexity": record.get("perplexity")}
+    said = [f"{name} {value:.4g}" for name, found in figures.items() if (value := number(found)) is not None]
+    if (reference := number(record.get("reference_perplexity"))) is not None:
+        said.append(f"the reference {reference:.4g}")
+    if said:
+        print_fact(stdout, "quality", f"{', '.join(said)} ({protocol_text(record)})")
+
+
+def _print_run(value: dict[str, Any]) -> None:
+    """Time and memory, and where most of the time went."""
+    seconds, peak = number(section(value, "seconds").get("this_process")), number(value["peak_memory_bytes"])
+    if seconds is None or peak is None:
+        return
+    cpu = section(value, "machine").get("cpu")
+    print_fact(stdout, "run", f"{time_text(seconds)}, {size_text(peak)} of memory{f', on {cpu}' if cpu else ''}")
+
+
+def _print_map(layers: dict[str, Any]) -> None:
+    """`self_attn.q_proj 2223122`: as many digits as the line has room for."""
+    names = [_short(name) for name in layers]
+    indent = max(map(len, names)) + 2
+    for name, layer in zip(names, layers.values(), strict=True):
+        bar = group_bar(layer["groups"] or "", max(_LEAST_BAR, stdout.width - indent))
+        stdout.print(Text.assemble(f"{name:<{indent}}", bar if layer["groups"] else "(order unknown)"), soft_wrap=True)
+    stdout.print("  a digit per column group, or the mean of neighbours where there are more groups than room\n")
 
 
 def _print_sparse(layers: dict[str, Any]) -> None:

@@ -17,6 +17,10 @@ from rich.text import Text
 
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.models.structure import quiet_transformers
+from bitquilt.report.words import ratio_text, size_text, time_text
+
+__all__ = ["EXIT_USER_ERROR", "EXIT_WRONG_RESULT", "Json", "Quiet", "calm", "print_fact", "print_json", "ratio_text",
+           "run_cli", "size_text", "stderr", "stdout", "time_text"]  # fmt: skip
 
 EXIT_USER_ERROR = 2
 EXIT_WRONG_RESULT = 3
@@ -87,33 +91,6 @@ def calm(quiet: bool = False) -> Iterator[None]:
     finally:
         if quiet:
             enable_progress_bars()
-
-
-def size_text(count: float) -> str:
-    """3600000 -> "3.6 MB"; decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def time_text(seconds: float) -> str:
-    """75 -> "1 min 15 s"; below ten seconds with a tenth."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def ratio_text(ratio: float) -> str:
-    """0.28 -> "28 % of fp16, 3.6 times smaller"; a model that is no smaller is not called smaller."""
-    share = f"{100 * ratio:.3g} % of fp16"
-    return f"{share}, {1 / ratio:.1f} times smaller" if ratio < 0.95 else share
 
 
 def _finite(value: Any) -> Any:

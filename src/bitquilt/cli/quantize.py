@@ -36,7 +36,9 @@ from bitquilt.wish import Wish, wish
 def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
+    recipe: Annotated[
+        str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")
+    ] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -68,6 +70,10 @@ def quantize(
     include_head: Annotated[
         bool, Option("--include-head", help="Quantize the layer that makes logits too (not where it is tied).")
     ] = False,
+    embedding_bits: Annotated[
+        int | None,
+        Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
+    ] = None,
     plan: Annotated[Path | None, Option(help="A plan.json that says where the bits go.", show_default=False)] = None,
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
@@ -86,9 +92,9 @@ def quantize(
         try:
             result = run(
                 model, wanted.recipe, calibration, out, samples=samples, seq_len=seq_len, seed=seed,
-                batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head, plan=plan,
-                budget=wanted.budget, scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities,
-                observer=observer,
+                batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
+                embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
+                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept, the same command continues after them")

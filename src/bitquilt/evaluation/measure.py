@@ -45,6 +45,7 @@ class Evaluation:
     kl_p99: float | None
     kl_max: float | None
     top1_agreement: float | None
+    reference_perplexity: float | None
     tokens: int
     seq_len: int
     stride: int | None
@@ -55,7 +56,8 @@ class Evaluation:
     def to_json(self) -> dict[str, float | int | None]:
         """The fields by name; a perplexity beyond the doubles, which JSON cannot write, is None."""
         fields = dataclasses.asdict(self)
-        return fields if math.isfinite(self.perplexity) else fields | {"perplexity": None}
+        infinite = [key for key in ("perplexity", "reference_perplexity") if fields[key] == math.inf]
+        return fields | dict.fromkeys(infinite)
 
     def protocol(self) -> str:
         """How the figures were taken, in words to print beside them: they mean nothing without."""
@@ -102,7 +104,7 @@ def evaluate(
         for each in models:
             loading.check_causal(each, stream[:seq_len])
         scores = list(_score(subject, other, stream, planned, batch_size, progress))
-    losses, kl, agree = (torch.cat(column) for column in zip(*scores, strict=True))
+    losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
     cross_entropy = losses.to(torch.float64).mean().item()
     far: dict[str, Any] = dict.fromkeys(_fields(Divergence))
     if other is not None:
@@ -112,6 +114,7 @@ def evaluate(
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
         cross_entropy=cross_entropy,
+        reference_perplexity=perplexity.from_mean(expected.double().mean().item()) if other is not None else None,
         tokens=losses.numel(),
         seq_len=seq_len,
         stride=stride,
@@ -165,8 +168,8 @@ def _score(
     planned: list[Window],
     batch_size: int,
     progress: Progress | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Losses, divergences and top-1 agreements of each window's targets, [targets] each, in order."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Losses, divergences, top-1 agreements and the reference's losses of each window's targets, [targets] each."""
     loss, tokens, done = 0.0, 0, 0
     for batch in _batches(planned, batch_size):
         ids = torch.stack([stream[window.start : window.end] for window in batch])
@@ -206,9 +209,11 @@ def _batches(planned: list[Window], batch_size: int) -> Iterator[list[Window]]:
     yield batch
 
 
-def _score_rows(logits: Tensor, reference: Tensor | None, targets: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+def _score_rows(
+    logits: Tensor, reference: Tensor | None, targets: Tensor, where: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = max(1, _CHUNK // logits.shape[-1])
-    losses, kl, agree = [], [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
+    losses, kl, agree, theirs = [], [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         log_probs = _log_probs(logits[part], "the model", where)
@@ -217,7 +222,8 @@ def _score_rows(logits: Tensor, reference: Tensor | None, targets: Tensor, where
             expected = _log_probs(reference[part], "the reference", where)
             kl.append(divergence.kl_divergence(expected, log_probs).cpu())
             agree.append(divergence.same_top1(expected, log_probs).cpu())
-    return torch.cat(losses), torch.cat(kl), torch.cat(agree)
+            theirs.append(perplexity.nll(expected, targets[part]).cpu())
+    return torch.cat(losses), torch.cat(kl), torch.cat(agree), torch.cat(theirs)
 
 
 def _log_probs(logits: Tensor, whose: str, where: str) -> Tensor:

@@ -21,11 +21,12 @@ class RangeSearch:
     """Candidates for the range multiplier tau and the exponent q of the error they are judged by.
 
     Default: 1, then 71 points in [0.4, 1.1]; for a Gaussian group the best tau is 0.60 / 0.80 / 0.93 at 2 / 3 / 4
-    bits, so [0.9, 1.1], as published, misses it.
+    bits, so [0.9, 1.1], as published, misses it. `zeros`: try the zeros beside the nearest one too (2 bits: all).
     """
 
     taus: tuple[float, ...] = (1.0, *(round(0.4 + 0.01 * i, 2) for i in range(71)))
     exponent: float = 2.0
+    zeros: bool = False
 
 
 MIN_MAX = RangeSearch(taus=(1.0,))
@@ -82,11 +83,16 @@ def fit(
     *,
     search: RangeSearch = MIN_MAX,
     one_bit: OneBitRule = "symmetric",
+    symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` or `[out, n]` weighs the errors, None = 1."""
+    """Grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` or `[out, n]` weighs the errors, None = 1.
+
+    `symmetric`: groups of two and more bits store no zero."""
     if bits == 1:
         return fit_two_levels(weight, importance, rule=one_bit, scale_dtype=scale_dtype)
+    if symmetric:
+        return fit_symmetric(weight, bits, importance, search=search, scale_dtype=scale_dtype)
     return fit_range(weight, bits, importance, search=search, scale_dtype=scale_dtype)
 
 
@@ -100,8 +106,8 @@ def fit_range(
 ) -> UniformGrid:
     """Min-max grid through 0, its range times the tau with the least sum of importance * |error|^q per row.
 
-    The zero is computed once, at tau = 1, where it never leaves 0 .. 2^bits - 1. A later tau wins only when
-    strictly better.
+    The zero is computed once, at tau = 1, where it never leaves 0 .. 2^bits - 1, and searched only on request. A later
+    tau wins only when strictly better.
     """
     levels = 2**bits - 1
     low = weight.amin(dim=1, keepdim=True).clamp_(max=0)
@@ -110,20 +116,55 @@ def fit_range(
     low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     full = (high - low) / levels
     zero = torch.round(-low / full)
-    best_scale = _stored(full * search.taus[0], scale_dtype)
-    if len(search.taus) > 1:
+    best_scale, best_zero = _stored(full * search.taus[0], scale_dtype), zero
+    if len(search.taus) > 1 or search.zeros:
         best_loss: Tensor | None = None
         work = (torch.empty_like(weight), torch.empty_like(weight))
-        for tau in search.taus:
-            scale = _stored(full * tau, scale_dtype)
-            loss = _range_loss(weight, scale, zero, levels, importance, search.exponent, work)
-            if best_loss is None:
-                best_loss = loss
-                continue
-            better = loss < best_loss
-            best_loss = torch.where(better, loss, best_loss)
-            best_scale = torch.where(better, scale, best_scale)
-    return UniformGrid(bits, best_scale.to(scale_dtype), zero.to(torch.uint8))
+        for candidate in _zeros(zero, levels) if search.zeros else [zero]:
+            for tau in search.taus:
+                scale = _stored(full * tau, scale_dtype)
+                loss = _range_loss(weight, scale, candidate, levels, importance, search.exponent, work)
+                if best_loss is None:
+                    best_loss = loss
+                    continue
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                best_scale = torch.where(better, scale, best_scale)
+                best_zero = torch.where(better, candidate, best_zero)
+    return UniformGrid(bits, best_scale.to(scale_dtype), best_zero.to(torch.uint8))
+
+
+def _zeros(nearest: Tensor, levels: int) -> list[Tensor]:
+    """The nearest zero first, then its neighbours; at 2 bits every one."""
+    if levels == 3:
+        return [nearest, *(torch.full_like(nearest, zero) for zero in range(4))]
+    return [nearest, (nearest - 1).clamp_min(0), (nearest + 1).clamp_max(levels)]
+
+
+def fit_symmetric(
+    weight: Tensor,
+    bits: int,
+    importance: Tensor | None = None,
+    *,
+    search: RangeSearch = MIN_MAX,
+    scale_dtype: torch.dtype = torch.float16,
+) -> UniformGrid:
+    """Levels on both sides of zero and none at it: no zero to store.
+
+    The range is tau times the largest |w|, tau searched as in `fit_range`. For groups of 32 Gaussian weights the error
+    is 0.108 of the variance at 2 bits, with a zero 0.112; at 3 bits 0.0293 and 0.0258: more levels prefer a zero.
+    """
+    top = 2**bits - 1
+    full = weight.abs().amax(dim=1, keepdim=True) * (2 / top)
+    best_scale, best_loss = _stored(full * search.taus[0], scale_dtype), None
+    work = (torch.empty_like(weight), torch.empty_like(weight))
+    for tau in search.taus if len(search.taus) > 1 else ():
+        scale = _stored(full * tau, scale_dtype)
+        loss = _symmetric_loss(weight, scale, top, importance, search.exponent, work)
+        better = loss < best_loss if best_loss is not None else torch.ones_like(loss, dtype=torch.bool)
+        best_loss = torch.where(better, loss, best_loss) if best_loss is not None else loss
+        best_scale = torch.where(better, scale, best_scale)
+    return UniformGrid(bits, best_scale.to(scale_dtype), None)
 
 
 def fit_two_levels(
@@ -191,17 +232,37 @@ def _range_loss(
     # clamp(round(w/s) + z, 0, levels) - z, without adding z twice: exact, all terms are small integers
     torch.clamp(error, -zero, levels - zero, out=error)
     error.sub_(exact)
+    return _weighted(error, importance, exponent) * scale**exponent
+
+
+def _symmetric_loss(
+    weight: Tensor,
+    scale: Tensor,
+    top: int,
+    importance: Tensor | None,
+    exponent: float,
+    work: tuple[Tensor, Tensor],
+) -> Tensor:
+    """As `_range_loss`, levels at (code - top / 2) scale."""
+    exact, error = work
+    torch.div(weight, scale, out=exact)
+    torch.floor(exact, out=error)
+    torch.clamp(error, -(top + 1) / 2, (top - 1) / 2, out=error)
+    error.sub_(exact).add_(0.5)
+    return _weighted(error, importance, exponent) * scale**exponent
+
+
+def _weighted(error: Tensor, importance: Tensor | None, exponent: float) -> Tensor:
+    """sum_j importance_j |error_j|^exponent per row, `[out, 1]`; `error` is used up."""
     if exponent == 2.0:
         error.square_()
     else:
         error.abs_().pow_(exponent)
     if importance is None:
-        loss = error.sum(dim=1, keepdim=True)
-    elif importance.dim() == 1:
-        loss = torch.mv(error, importance).unsqueeze(1)
-    else:
-        loss = error.mul_(importance).sum(dim=1, keepdim=True)
-    return loss * scale**exponent
+        return error.sum(dim=1, keepdim=True)
+    if importance.dim() == 1:
+        return torch.mv(error, importance).unsqueeze(1)
+    return error.mul_(importance).sum(dim=1, keepdim=True)
 
 
 def _best_two_levels(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:

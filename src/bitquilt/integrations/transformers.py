@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD, read_layouts
-from bitquilt.models.linear import replace_linears
+from bitquilt.models.embedding import replace_layers
 from bitquilt.models.structure import architecture, missing_parameters, source_names
 from bitquilt.packing import tensor_specs
 
@@ -47,7 +47,7 @@ class BitquiltQuantizer(HfQuantizer):
         layouts = read_layouts({"quantization_config": self.quantization_config.to_dict()})
         _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
-            replace_linears(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
+            replace_layers(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
         except ValueError as error:
             raise UserError(str(error)) from None
 

@@ -24,6 +24,8 @@ from bitquilt.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".lock"}
+# Said about the source, not about what is made of it.
+_OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 # Enough of each file to tell two fine-tunes of one model apart without reading 140 GB.
 _HASH_PROBES, _HASH_PROBE_BYTES = 64, 1 << 16
@@ -90,11 +92,7 @@ class Checkpoint:
 
 def is_companion(name: str) -> bool:
     """Whether a file of this name in a model's folder is copied beside the quantized weights."""
-    return (
-        Path(name).suffix not in _NEVER_COPIED
-        and name not in ("config.json", INDEX_NAME, "plan.json", "report.json", "README.md")
-        and not name.startswith(".")
-    )
+    return Path(name).suffix not in _NEVER_COPIED and name not in _OWN_FILES and not name.startswith(".")
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
@@ -173,7 +171,12 @@ def _refuse_without_safetensors(folder: Path) -> None:
             f"{folder} has pickled weights only ({pickled[0]}), which run code when they are loaded; convert first: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
-    raise UserError(f"{folder} has no .safetensors file; wanted a Hugging Face model folder with safetensors weights")
+    # Of a repository pickled files are not even downloaded, so the folder cannot tell whether there are any.
+    raise UserError(
+        f"{folder} has no .safetensors file; wanted a Hugging Face model with safetensors weights. Pickled ones, which "
+        "run code when they are loaded, are not downloaded from the hub; convert first: "
+        "AutoModelForCausalLM.from_pretrained(name).save_pretrained(new_folder) writes safetensors"
+    )
 
 
 def _open(file: Path) -> Any:

@@ -30,7 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
-from bitquilt.models.linear import is_linear, replace_linears, replace_module
+from bitquilt.models.embedding import replace_layers
+from bitquilt.models.linear import is_linear, replace_module
 from bitquilt.types import Layout
 
 
@@ -69,8 +70,13 @@ class Skeleton:
         return module
 
     def template(self, path: str) -> nn.Module:
-        """A copy of the empty block, to put back with `reset` when its weights are no longer needed."""
-        return copy.deepcopy(self.model.get_submodule(path))
+        """The empty block, to put back with `reset` when its weights are no longer needed; a copy takes its place.
+
+        The copy gets the weights: whoever still holds the model's first modules holds nothing then.
+        """
+        empty = self.model.get_submodule(path)
+        replace_module(self.model, path, copy.deepcopy(empty))
+        return empty
 
     def reset(self, path: str, template: nn.Module) -> None:
         """Drop the block's weights."""
@@ -96,7 +102,7 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
         model = build(config, torch.float32)
     model.eval().requires_grad_(False)
     if layouts:
-        replace_linears(model, layouts)
+        replace_layers(model, layouts)
     blocks = find_blocks(model)
     sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
     parameters: dict[str, str] = {}
@@ -141,7 +147,8 @@ def _mistakes_of(checkpoint: Checkpoint) -> Iterator[None]:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the token embedding. Raises UserError if the model has none: it reads no tokens."""
     try:
-        return int(model.get_input_embeddings().weight.shape[0])
+        table = model.get_input_embeddings()
+        return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
     except (AttributeError, NotImplementedError):
         raise UserError(f"{type(model).__name__} has no table of token embeddings: wanted a language model") from None
 

@@ -9,11 +9,12 @@ from pydantic import TypeAdapter, ValidationError
 from bitquilt.errors import UserError
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
+from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
 from bitquilt.types import Recipe
 
-RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus)}
+RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, Quilt)}
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
@@ -62,11 +63,12 @@ def own_allocations(name: str) -> tuple[str, ...]:
 def _check_ranges(recipe: Any) -> None:
     if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
         raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
-    if takes_fractions(recipe.name):
+    if hasattr(recipe, "check"):
         try:
             recipe.check()
         except ValueError as error:
             raise UserError(str(error)) from None
+    if takes_fractions(recipe.name):
         return
     if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
         raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")

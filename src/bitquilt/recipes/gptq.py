@@ -5,16 +5,17 @@ before the sweep, with act_order). Deviations: scales are rounded to storage pre
 range passes through zero; a Hessian that float32 cannot factor is tried in float64 before the damp is raised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
-from bitquilt.hessian import Factor, factorize
+from bitquilt.hessian import Factor
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
 
 
@@ -22,10 +23,13 @@ from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution,
 class GPTQ:
     """`scale_search`: search each range (tau in 0.4 .. 1.1) instead of min-max, errors weighed as `weighting` says:
     "column" = by 1 / U_jj^2, what the error of a column costs the sweep; "none" = plain squared error.
-    `act_order`: columns in descending Hessian diagonal."""
+    `act_order`: columns in descending Hessian diagonal, grids fitted before; `group_order`: whole groups in that
+    order, their columns likewise, each grid fitted when its group is reached. `symmetric`: no zeros stored.
+    `alpha`, `stream_alpha`: how much of the error of earlier layers, at the layer's input and in the residual stream
+    it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
+    `passes`: of coordinate descent over the codes after the sweep."""
 
     name: ClassVar[str] = "gptq"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     bits: int = 4
     group_size: int = 128
@@ -33,11 +37,27 @@ class GPTQ:
     act_order: bool = False
     scale_search: bool = False
     weighting: Literal["column", "none"] = "column"
+    group_order: bool = False
+    symmetric: bool = False
+    alpha: float = 0.0
+    stream_alpha: float = 0.0
+    passes: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian, and with a full-precision target the drift of the inputs."""
+        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that cannot work."""
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
+        if self.act_order and self.group_order:
+            raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
         assert stats is not None
-        return factorize(stats.hessian / stats.tokens, self.damp)
+        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """One way to spend the bits."""
@@ -49,14 +69,19 @@ class GPTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        assert layer.stats is not None
+        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
+            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
         search = RangeSearch() if self.scale_search else MIN_MAX
         importance = prepared.importance if self.weighting == "column" else None
 
         def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
             weights = None if importance is None else importance[columns]
-            return fit(weight, bits, weights, search=search, scale_dtype=scale_dtype)
+            return fit(weight, bits, weights, search=search, symmetric=self.symmetric, scale_dtype=scale_dtype)
 
-        return solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order)
+        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
+        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order, passes=self.passes)
+        return replace(solution, events=(*events, *solution.events))
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
@@ -64,13 +89,15 @@ class GPTQ:
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size)
+        symmetric = GROUP_WIDTHS if self.symmetric else ()
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, weighed as the sweep weighs it."""
         importance = prepared.importance if self.weighting == "column" else None
         search = COARSE if self.scale_search else MIN_MAX
-        return round_groups(live_weight(layer, prepared), bits, self.group_size, importance, search)
+        weight = live_weight(layer, prepared)
+        return round_groups(weight, bits, self.group_size, importance, search, self.symmetric)
 
     def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
         """1 / U_jj^2: later columns compensate."""

@@ -18,7 +18,7 @@ precision statistics, an unstable sort).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -34,12 +34,13 @@ from bitquilt.allocation.double_pointer import (
 )
 from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.hessian import Factor, factorize
+from bitquilt.hessian import Factor
 from bitquilt.packing import bits_per_weight
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
 from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices
 
 RoundGroup = Callable[[slice, int], Tensor]
@@ -55,11 +56,12 @@ class SlimLLM:
     the pairing on top.
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
     "uniform" = N everywhere; "global" = groups of the whole model share one budget, which needs a plan made before the
-    first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid.
+    first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid. `group_order`,
+    `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
+    weight.
     """
 
     name: ClassVar[str] = "slim-llm"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "sample"})
 
     bits: int = 2
     bpw: float | None = None
@@ -76,6 +78,20 @@ class SlimLLM:
     mask_threshold: float = 2.0
     mask_factor: float = 4.0
     one_bit: OneBitRule = "symmetric"
+    group_order: bool = False
+    symmetric: bool = False
+    alpha: float = 0.0
+    stream_alpha: float = 0.0
+    passes: int = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Hessian and tokens; with a full-precision target the drift of the inputs."""
+        return frozenset({"hessian", "sample"}) | feedback_needs(self.alpha, self.stream_alpha)
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that cannot work."""
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:
@@ -95,7 +111,7 @@ class SlimLLM:
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
         assert stats is not None
-        return factorize(stats.hessian / stats.tokens, self.damp)
+        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """The objective of every candidate bit map: SBA's pairings, or the tabulated optimum beside uniform bits.
@@ -112,6 +128,7 @@ class SlimLLM:
         if self.allocation == "uniform" or len(groups) == 1 or not 1 < bits < 8 or unseen:
             plan = LayerPlan(spread_evenly(len(groups), bits, raised), self.group_size)
             return Cost((plan,), (0.0,))
+        layer, _ = corrected(layer, prepared, self.alpha, self.stream_alpha)
         weight = live_weight(layer, prepared)
         scale_dtype = scale_dtype_for(weight)
         fitter = self._fitter(weight, prepared, MIN_MAX if self.candidate_quantizer == "min_max" else None)
@@ -159,8 +176,13 @@ class SlimLLM:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        assert layer.stats is not None
+        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
+            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
+        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         fitter = self._fitter(live_weight(layer, prepared), prepared)
-        return solve(layer, plan, prepared, fitter, damp=self.damp)
+        solution = solve(layer, plan, prepared, fitter, damp=self.damp, passes=self.passes)
+        return replace(solution, events=(*events, *solution.events))
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
@@ -168,8 +190,10 @@ class SlimLLM:
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        offset = self.one_bit not in ("symmetric", "paper")
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, one_bit_offset=offset)
+        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        if self.symmetric:
+            symmetric |= set(GROUP_WIDTHS)
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, fitted as SQC does with fewer candidates for the range."""
@@ -261,6 +285,7 @@ class _Fitter:
             self._importance(columns),
             search=self.search,
             one_bit=self.recipe.one_bit,
+            symmetric=self.recipe.symmetric,
             scale_dtype=scale_dtype,
         )
 

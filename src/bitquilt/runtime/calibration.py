@@ -132,7 +132,9 @@ def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) 
 
 
 def _check_memory(checkpoint: Checkpoint) -> None:
-    wanted = int(1.2 * checkpoint.nbytes)
+    # fp16 weights become fp32 once they are loaded: twice their size
+    widened = sum(info.nbytes for info in checkpoint.tensors.values() if info.dtype == "F16")
+    wanted = int(1.2 * (checkpoint.nbytes + widened))
     available = psutil.virtual_memory().available
     if wanted > available:
         raise UserError(

@@ -33,6 +33,17 @@ class _Stop(Exception):
     """Raised by the last listening block: nothing after it is needed."""
 
 
+def open_outer(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
+    """Load the weights outside the blocks, and learn from the first block what blocks return (`learn_extras`)."""
+    skeleton.load("")
+    first = skeleton.blocks[0]
+    template = skeleton.template(first)
+    skeleton.load(first)
+    extras = learn_extras(skeleton, ids)
+    skeleton.reset(first, template)
+    return extras
+
+
 def learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
     """What a block returns after the hidden states: None if it returns a tensor, else the rest of its tuple.
 

@@ -24,6 +24,7 @@ class Job:
     batch_size: int
     skip: tuple[str, ...] = ()
     include_head: bool = False
+    embedding_bits: int | None = None
     plans: Mapping[str, LayerPlan] | None = None
 
     def batches(self) -> list[slice]:
@@ -68,7 +69,7 @@ def head_path(skeleton: Skeleton) -> str:
     if f"{path}.weight" not in skeleton.parameters.values() or skeleton.model.config.tie_word_embeddings:
         raise UserError(
             f"the head {path} shares its weight with the embedding, which is looked up, not multiplied: it stays as "
-            "it is; leave out --include-head"
+            "it is; leave out --include-head (--embedding-bits stores both in fewer bits)"
         )
     return path
 

@@ -45,6 +45,7 @@ def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> di
     layers = {
         name: {"group_size": entry["group_size"], "bits": entry["bits"]}
         for record in records
+        if record.get("planned", True)
         for name, entry in record["layers"].items()
     }
     return {"recipe": dict(recipe), "layers": layers}

@@ -1,5 +1,8 @@
 """What a run tells the world while it works: plain values, handed to one callable. Printing is the caller's."""
 
+import re
+import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,3 +62,67 @@ Observer = Callable[[Started | Stage | LayerDone | BlockDone], None]
 
 def silent(_: object) -> None:
     """The observer that says nothing."""
+
+
+@dataclass
+class _Spent:
+    seconds: float = 0.0
+    peak: int = 0
+
+
+class StageClock:
+    """Where do a run's time and memory go? Stands between the run and its observer and adds up what passes by.
+
+    Stages that differ in numbers only ("0 of 64 sequences", "32 of 64 sequences") are one; paths are left out.
+    """
+
+    BLOCKS = "quantizing the blocks"
+    _BEFORE = "preparing"
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._spent: dict[str, _Spent] = {}
+        self._name, self._since = self._BEFORE, time.perf_counter()
+        self.continued_after = 0
+
+    def observe(self, event: Started | Stage | LayerDone | BlockDone) -> None:
+        """Note the time, then hand the event on."""
+        match event:
+            case Started():
+                self.continued_after = event.done
+            case Stage():
+                self._book(self._name)
+                self._name = _kind(event.text)
+            case BlockDone():  # what was not spent on the block belongs to the stage before it
+                self._book(self._name, but=event.seconds)
+                self._spent.setdefault(self.BLOCKS, _Spent()).seconds += event.seconds
+                self._name = self.BLOCKS
+                self._book(self._name)
+        self._observer(event)
+
+    def stages(self) -> list[dict[str, str | float | int]]:
+        """Name, seconds and the process's highest resident memory up to the stage's end, in the order of first use."""
+        self._book(self._name)
+        return [
+            {"name": name, "seconds": round(spent.seconds, 3), "peak_memory_bytes": spent.peak}
+            for name, spent in self._spent.items()
+        ]
+
+    def _book(self, name: str, but: float = 0.0) -> None:
+        now = time.perf_counter()
+        spent = self._spent.setdefault(name, _Spent())
+        spent.seconds += max(0.0, now - self._since - but)
+        spent.peak = peak_memory_bytes()
+        self._since = now
+
+
+def peak_memory_bytes() -> int:
+    """The highest resident memory of this process so far; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _kind(text: str) -> str:
+    """ "the model writes text: 0 of 64" -> "the model writes text"; "reading text from /a/b" -> "reading text"."""
+    head, colon, tail = text.partition(": ")
+    counted = colon and re.search(r"\d", tail)
+    return (head if counted else text).partition(" from /")[0]

@@ -1,22 +1,26 @@
 """What was a run asked to do, and what came of it? fingerprint_of(...) and build_report(...): plain JSON values."""
 
+import datetime
 import hashlib
 import json
+import os
 import platform
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
 from bitquilt._version import __version__
 from bitquilt.models.checkpoint import Checkpoint
 from bitquilt.models.config import FORMAT_VERSION
+from bitquilt.models.structure import Skeleton
 from bitquilt.runtime.calibration import describe_source
-from bitquilt.runtime.progress import Untouched
+from bitquilt.runtime.layers import mean_output_error
+from bitquilt.runtime.progress import StageClock, Untouched, peak_memory_bytes
 from bitquilt.types import Recipe
 
 
@@ -34,6 +38,7 @@ def fingerprint_of(
     seed: int,
     skip: Sequence[str],
     include_head: bool,
+    embedding_bits: int | None,
     plan: str | Path | None,
     measures: bool = False,
 ) -> dict[str, Any]:
@@ -49,6 +54,7 @@ def fingerprint_of(
         "seed": seed,
         "skip": list(skip),
         "include_head": include_head,
+        "embedding_bits": embedding_bits,
         "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
     }
     return dict(json.loads(json.dumps(value)))
@@ -56,16 +62,24 @@ def fingerprint_of(
 
 def build_report(
     folder: Path,
+    skeleton: Skeleton,
     fingerprint: dict[str, Any],
     records: list[dict[str, Any]],
     untouched: tuple[Untouched, ...],
     difference: float,
-    seconds: float,
+    clock: StageClock,
 ) -> dict[str, Any]:
-    """The content of report.json for the checkpoint in `folder`."""
+    """The content of report.json for the checkpoint in `folder`.
+
+    `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
+    how many blocks this process found done. Seconds and bytes throughout.
+    """
     entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    stages = clock.stages()
     return {
         "format_version": FORMAT_VERSION,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": _model(skeleton),
         "fingerprint": fingerprint,
         "bpw": entry["bpw"],
         "nominal_bits": entry["nominal_bits"],
@@ -78,20 +92,57 @@ def build_report(
             for record in records
             for name, layer in record["layers"].items()
         },
+        "blocks": [
+            {"name": record["block"], "seconds": record["seconds"], "output_error": mean_output_error(record)}
+            for record in records
+        ],
+        "stages": stages,
+        "continued_after_block": clock.continued_after,
         "seconds": {
             "blocks": round(sum(record["seconds"] for record in records), 3),
-            "this_process": round(seconds, 3),
+            "this_process": round(sum(float(stage["seconds"]) for stage in stages), 3),
         },
-        # of this process; Linux counts in KiB
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "machine": {
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "peak_memory_bytes": peak_memory_bytes(),
+        "machine": machine(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What computed: processor, memory in bytes, accelerators, versions."""
+    return {
+        "platform": platform.platform(),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bitquilt": __version__,
+    }
+
+
+def _model(skeleton: Skeleton) -> dict[str, Any]:
+    """Which model it was. Of a local one the folder's name only: a path says more about the user than the model."""
+    checkpoint = skeleton.checkpoint
+    local = Path(checkpoint.name).is_dir()
+    return {
+        "name": checkpoint.folder.resolve().name if local else checkpoint.name,
+        "class": type(skeleton.model).__name__,
+        "blocks": len(skeleton.blocks),
+        "bytes": checkpoint.nbytes,
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, else as Python does; ARM kernels give none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def add_prediction(

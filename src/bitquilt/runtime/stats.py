@@ -10,26 +10,44 @@ from bitquilt.types import LayerStats
 
 
 @dataclass
-class _Accumulator:
+class Accumulator:
     """Running sums of one input; every layer that reads the same tensor shares it."""
 
     width: int
     stride: int
     limit: int
     hessian: Tensor | None
+    drift: Tensor | None = None
     tokens: int = 0
     rows: list[Tensor] = field(default_factory=list)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Tokens `[..., in]`, and beside them what the full-precision model's layer reads."""
         flat = x.detach().reshape(-1, self.width).float()
         if self.hessian is not None:
             self.hessian.addmm_(flat.t(), flat)
+        if self.drift is not None and full is not None:
+            theirs = full.detach().reshape(-1, self.width).float()
+            if theirs.shape != flat.shape:  # routed differently in the two models: nothing to compare
+                self.drift = None
+            else:
+                self.drift.addmm_((theirs - flat).t(), flat)
         # every stride-th token of the stream, whatever the batch size
         first = -self.tokens % self.stride
         kept = sum(len(rows) for rows in self.rows)
         if kept < self.limit:
             self.rows.append(flat[first :: self.stride][: self.limit - kept].clone())
         self.tokens += len(flat)
+
+    def result(self) -> LayerStats:
+        """The sums so far."""
+        matrix = self.hessian if self.hessian is not None else torch.zeros(0, 0)
+        return LayerStats(matrix, self.tokens, torch.cat(self.rows) if self.rows else None, self.drift)
+
+
+def stride_for(sample: int, tokens: int) -> int:
+    """Every which token to keep, for about `sample` of `tokens`."""
+    return max(1, -(-tokens // sample)) if sample else tokens + 1
 
 
 def collect(
@@ -47,8 +65,8 @@ def collect(
     `LayerStats`. A layer that saw no token has `tokens` = 0. Raises ValueError naming the layer whose input held
     NaN or Inf.
     """
-    stride = max(1, -(-tokens // sample)) if sample else tokens + 1
-    accumulators: dict[str, _Accumulator] = {}
+    stride = stride_for(sample, tokens)
+    accumulators: dict[str, Accumulator] = {}
     leader_of: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}
 
@@ -63,7 +81,7 @@ def collect(
             if name not in accumulators:
                 width = x.shape[-1]
                 zeros = torch.zeros(width, width, device=x.device) if hessian else None
-                accumulators[name] = _Accumulator(width, stride, sample, zeros)
+                accumulators[name] = Accumulator(width, stride, sample, zeros)
             accumulators[name].add(x)
 
         return before
@@ -79,15 +97,17 @@ def collect(
 
 
 def _results(
-    linears: Mapping[str, nn.Module], accumulators: Mapping[str, _Accumulator], leader_of: Mapping[str, str]
+    linears: Mapping[str, nn.Module], accumulators: Mapping[str, Accumulator], leader_of: Mapping[str, str]
 ) -> dict[str, LayerStats]:
-    shared: dict[str, LayerStats] = {}
-    for name, sums in accumulators.items():
-        matrix = sums.hessian if sums.hessian is not None else torch.zeros(0, 0)
-        sample = torch.cat(sums.rows) if sums.rows else None
-        finite = bool(torch.isfinite(matrix).all()) and (sample is None or bool(torch.isfinite(sample).all()))
-        if not finite:
-            raise ValueError(f"the input of layer {name} holds NaN or Inf")
-        shared[name] = LayerStats(matrix, sums.tokens, sample)
+    shared = {name: sums.result() for name, sums in accumulators.items()}
+    for name, stats in shared.items():
+        check_statistics(name, stats)
     unseen = LayerStats(torch.zeros(0, 0), 0)
     return {name: shared[leader_of[name]] if name in leader_of else unseen for name in linears}
+
+
+def check_statistics(name: str, stats: LayerStats, *more: Tensor) -> None:
+    """Raise ValueError naming the layer if its input held NaN or Inf."""
+    found = (stats.hessian, stats.sample, stats.drift, *more)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found if tensor is not None):
+        raise ValueError(f"the input of layer {name} holds NaN or Inf")

@@ -20,7 +20,7 @@ from bitquilt.models.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.models.config import quantization_config, read_layouts
 from bitquilt.models.structure import Skeleton, open_skeleton
 from bitquilt.packing import layout_from_json
-from bitquilt.runtime.calls import embed, finish, learn_extras, record_calls
+from bitquilt.runtime.calls import embed, finish, open_outer, record_calls
 from bitquilt.runtime.workdir import check_fingerprint, read_tensors, write_json, write_tensors
 
 _SHARD_BYTES = 10**9
@@ -49,6 +49,9 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
         name: layout_from_json(entry["layout"], name) for record in records for name, entry in record["layers"].items()
     }
     config = {**skeleton.checkpoint.config, "quantization_config": quantization_config(layouts)}
+    for record in records:
+        if "tied" in record:  # a config may call two tables tied that are stored apart; the loader must know which
+            config["tie_word_embeddings"] = record["tied"]
     write_json(folder / "config.json", config)
     for companion in skeleton.checkpoint.companions():
         shutil.copyfile(companion, folder / companion.name)
@@ -77,12 +80,7 @@ def verify(folder: Path, work: Path) -> float:
 @torch.no_grad()
 def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
     """The model's logits for ids `[batch, tokens]` with one block in memory at a time."""
-    skeleton.load("")
-    first = skeleton.blocks[0]
-    template = skeleton.template(first)
-    skeleton.load(first)
-    extras = learn_extras(skeleton, ids)
-    skeleton.reset(first, template)
+    extras = open_outer(skeleton, ids)
     calls = record_calls(skeleton, ids, extras)
     hidden = embed(skeleton, ids)
     for path, call in zip(skeleton.blocks, calls, strict=True):

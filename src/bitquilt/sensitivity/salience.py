@@ -23,7 +23,7 @@ def salience(weight: Tensor, factor: Factor, rule: SalienceRule = "cholesky") ->
     paper_literal: w^2 / [H^-1]_jj^2.
     """
     if rule == "cholesky":
-        denominator = factor.upper.diagonal().square()
+        denominator = factor.pivots.square()
     elif rule == "inverse_diag":
         denominator = factor.inverse_diagonal
     else:

@@ -106,6 +106,37 @@ def sweep_ordered(
     return in_original_order(swept, tuple(grids), order)
 
 
+def sweep_grouped(
+    weight: Tensor,
+    upper: Tensor,
+    groups: Sequence[slice],
+    fit: FitGroup[G],
+    order: Tensor,
+    protected: Tensor | None = None,
+) -> Sweep[G]:
+    """The same sweep group by group in another order, grids fitted when their group is reached.
+
+    `order` int64 `[in]`: whole groups one after the other, columns inside a group in any order (`group_order`);
+    `upper` is the factor for that order. `fit` is handed a group's columns in their original order.
+    Raises ValueError if `order` leaves a group before it is done.
+    """
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    spans = [(int(position[g].min()), int(position[g].max()) + 1) for g in groups]
+    if any(stop - start != g.stop - g.start for (start, stop), g in zip(spans, groups, strict=True)):
+        raise ValueError("the order of the columns leaves a group before it is done: its grid cannot be fitted there")
+    reached = sorted(range(len(groups)), key=lambda k: spans[k])
+
+    def fit_reached(i: int, columns: Tensor) -> G:
+        k = reached[i]
+        return fit(k, columns[:, position[groups[k]] - spans[k][0]])
+
+    kept = None if protected is None else protected[:, order]
+    swept = sweep(weight[:, order], upper, [slice(*spans[k]) for k in reached], fit_reached, kept)
+    grids = tuple(swept.grids[reached.index(k)] for k in range(len(groups)))
+    return in_original_order(swept, grids, order)
+
+
 def in_original_order(swept: Sweep[G], grids: tuple[G, ...], order: Tensor) -> Sweep[G]:
     """Undo a sweep over `weight[:, order]`; `grids` as the caller keeps them."""
 

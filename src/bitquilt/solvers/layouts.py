@@ -1,7 +1,7 @@
 """What will a plan store, and about how well, before anything is solved? grouped_layout(out, in, bits, ...) -> Layout,
 as `solve.assemble` cuts segments; channel_layout for codebooks; round_groups(weight, bits, ...) for tables of loss."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,16 @@ def grouped_layout(
     bits: Widths,
     group_size: int,
     *,
-    one_bit_offset: bool = False,
+    symmetric: Collection[int] = (1,),
     scale_dtype: torch.dtype = torch.float16,
 ) -> Layout:
-    """Groups of equal bits side by side, in their own order. `one_bit_offset`: one-bit groups store two free levels."""
+    """Groups of equal bits side by side, in their own order. `symmetric`: the widths that store no zero."""
     widths = np.asarray(bits)
     sizes = np.full(len(widths), group_size)
     sizes[-1] = in_features - group_size * (len(widths) - 1)
     segments = tuple(
         (
-            Format(int(b), group_size, "uniform", scale_dtype, symmetric=int(b) == 1 and not one_bit_offset),
+            Format(int(b), group_size, "uniform", scale_dtype, symmetric=int(b) in symmetric),
             int(sizes[widths == b].sum()),
         )
         for b in np.unique(widths)
@@ -58,6 +58,7 @@ def round_groups(
     group_size: int,
     importance: Tensor | None = None,
     search: RangeSearch = COARSE,
+    symmetric: bool = False,
 ) -> Tensor:
     """`weight` `[out, in]` with every column group rounded at `bits`; `importance` `[in]` weighs the range search."""
     dtype = scale_dtype_for(weight)
@@ -65,5 +66,6 @@ def round_groups(
     for group in group_slices(weight.shape[1], group_size):
         weights = None if importance is None else importance[group]
         columns = weight[:, group]
-        parts.append(fit(columns, bits, weights, search=search, scale_dtype=dtype).quantize(columns))
+        grid = fit(columns, bits, weights, search=search, symmetric=symmetric, scale_dtype=dtype)
+        parts.append(grid.quantize(columns))
     return torch.cat(parts, dim=1)

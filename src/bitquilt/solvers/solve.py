@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
-from bitquilt.hessian import Factor, factorize
+from bitquilt.hessian import Factor, damped, factorize
 from bitquilt.outliers import sparse_remainder
-from bitquilt.solvers.gptq import Sweep, sweep, sweep_ordered
+from bitquilt.solvers.descent import descend
+from bitquilt.solvers.gptq import Sweep, sweep, sweep_grouped, sweep_ordered
 from bitquilt.types import (
     Event,
     Format,
@@ -44,11 +45,14 @@ def solve(
     damp: float,
     act_order: bool = False,
     protected: Tensor | None = None,
+    passes: int = 0,
 ) -> Solution:
     """GPTQ sweep over the plan's groups; with `act_order` columns go in descending Hessian diagonal, grids first.
 
-    `factor` is the layer's, made with `damp`. `protected` bool `[out, in]`: weights kept in fp16 beside the codes,
-    which the grids do not see. Raises ValueError naming the layer if a weight is NaN or Inf.
+    `factor` is the layer's, made with `damp`; where it has an order, that is the sweep's, grids fitted when their
+    group is reached. `protected` bool `[out, in]`: weights kept in fp16 beside the codes, which the grids do not see.
+    `passes`: of coordinate descent over the codes afterwards (`solvers.descent`; not beside protected weights).
+    Raises ValueError naming the layer if a weight is NaN or Inf.
     """
     assert layer.stats is not None
     weight = live_weight(layer, factor)
@@ -65,8 +69,13 @@ def solve(
         grids = [fit_group(k, weight[:, group]) for k, group in enumerate(groups)]
         ordered = factorize(layer.stats.hessian[order][:, order] / layer.stats.tokens, damp)
         swept = sweep_ordered(weight, ordered.upper, groups, grids, order, protected)
+    elif factor.order is not None:
+        swept = sweep_grouped(weight, factor.upper, groups, fit_group, factor.order, protected)
     else:
         swept = sweep(weight, factor.upper, groups, fit_group, protected)
+    if passes and protected is None:
+        hessian = damped(layer.stats.hessian / layer.stats.tokens, factor)
+        swept = descend(weight, hessian, swept, groups, passes)
     stored = assemble(swept, plan, scale_dtype)
     if protected is not None and swept.remainder is not None:
         stored = replace(stored, outliers=sparse_remainder(swept.remainder, torch.zeros(()), protected))

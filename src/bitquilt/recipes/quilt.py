@@ -1,0 +1,106 @@
+"""Quilt: the best this library knows for a given size. No publication: ingredients kept because they measured better.
+
+Without gradients (`effort="fast"`), per layer, in the order in which a block computes:
+1. the target is not the weight but the weight that repairs what earlier layers did to the layer's input and to the
+   residual stream it writes into (`solvers.target`; after arXiv 2504.02692, the stream is ours);
+2. columns are swept group by group, the groups with the largest inputs first (group-aware order: nothing to store);
+3. each group's range is searched when it is reached, at 2 bits on levels symmetric around zero, which store no zero,
+   above with the zeros beside the nearest;
+4. coordinate descent over the codes after the sweep (`solvers.descent`).
+docs/benchmarks.md has what each of them is worth.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
+from bitquilt.hessian import Factor
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
+
+# tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, KL within 1 % of it, for three zeros in its time
+_TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
+
+
+@dataclass(frozen=True)
+class Quilt:
+    """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
+    `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent."""
+
+    name: ClassVar[str] = "quilt"
+
+    bits: int = 2
+    group_size: int = 64
+    damp: float = 0.01
+    alpha: float = 0.75
+    stream_alpha: float = 0.75
+    group_order: bool = True
+    levels: Literal["auto", "symmetric", "zero"] = "auto"
+    passes: int = 3
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian, and with a full-precision target the drift of the inputs."""
+        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that cannot work."""
+        check_feedback(self.alpha, self.stream_alpha, self.passes)
+
+    def prepare(self, stats: LayerStats | None) -> Factor:
+        """Factor the Hessian once for all layers that read this input."""
+        assert stats is not None
+        return self._factor(stats, self.group_size)
+
+    def measure(self, layer: Layer, prepared: Factor) -> Cost:
+        """One way to spend the bits."""
+        return Cost((uniform_plan(layer.weight.shape[1], self.bits, self.group_size),), (0.0,))
+
+    def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
+        """The same bits everywhere."""
+        return cost.plans[0]
+
+    def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
+        """Solve the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        assert layer.stats is not None
+        if plan.group_size != self.group_size:  # a plan made with other groups
+            prepared = self._factor(layer.stats, plan.group_size)
+        importance = prepared.importance
+
+        def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
+            search, symmetric = RangeSearch(_TAUS, zeros=True), bits in self._symmetric()
+            return fit(weight, bits, importance[columns], search=search, symmetric=symmetric, scale_dtype=scale_dtype)
+
+        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
+        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, passes=self.passes)
+        return replace(solution, events=(*events, *solution.events))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """2 to 8 bits."""
+        return GROUP_WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._symmetric())
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, fitted as the sweep fits it with fewer candidates."""
+        weight = live_weight(layer, prepared)
+        symmetric = bits in self._symmetric()
+        return round_groups(weight, bits, self.group_size, prepared.importance, COARSE, symmetric)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
+
+    def _symmetric(self) -> tuple[int, ...]:
+        """The widths that store no zero."""
+        return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
+
+    def _factor(self, stats: LayerStats, group_size: int) -> Factor:
+        return layer_factor(stats, self.damp, group_size if self.group_order else None)

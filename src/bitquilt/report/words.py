@@ -1,0 +1,28 @@
+"""How are numbers said to people? One function per unit, shared by the command line and the pages."""
+
+
+def size_text(count: float) -> str:
+    """3600000 -> "3.6 MB"; decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def time_text(seconds: float) -> str:
+    """75 -> "1 min 15 s"; below ten seconds with a tenth."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def ratio_text(ratio: float) -> str:
+    """0.28 -> "28 % of fp16, 3.6 times smaller"; a model that is no smaller is not called smaller."""
+    share = f"{100 * ratio:.3g} % of fp16"
+    return f"{share}, {1 / ratio:.1f} times smaller" if ratio < 0.95 else share

@@ -1,0 +1,125 @@
+"""How is one block quantized? quantize_block(job, flow, i, observe) -> record, with all its files in place.
+
+Plain recipes measure every layer in one pass of the full-precision block. Recipes that need the drift of the inputs
+have the full-precision block run beside, and a layer is measured when the layers it follows are quantized.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitquilt.errors import UserError
+from bitquilt.runtime.flow import Flow
+from bitquilt.runtime.job import Job, targets
+from bitquilt.runtime.layers import ERROR_TOKENS, check_weights, quantize_layers
+from bitquilt.runtime.pairs import Seen, Stage, beside, collect_pairs, find_stages, observe_pass
+from bitquilt.runtime.progress import Observer
+from bitquilt.runtime.stats import collect
+from bitquilt.runtime.workdir import write_tensors
+from bitquilt.types import LayerStats
+
+_SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
+
+
+@torch.no_grad()
+def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str, Any]:
+    """Quantize block i and make the next block's inputs; all files of the block are in place when it returns."""
+    skeleton, path = job.skeleton, job.skeleton.blocks[i]
+    template = skeleton.template(path)
+    block = skeleton.load(path)
+    linears = targets(skeleton, path, block, job.skip)
+    check_weights(linears)
+    if compares(job):
+        full = beside(block)
+        record, tensors = _by_stages(job, flow, i, block, full, linears, observe)
+        flow.pass_on(i, full, full=True)
+    else:
+        inputs = flow.inputs(i)
+        passes = None if inputs is None else (flow.run(i, block, inputs.read(rows)) for rows in job.batches())
+        record, tensors = quantize_layers(job, i, linears, statistics(job, linears, passes, path), observe)
+    flow.pass_on(i, block)
+    flow.pass_probe_on(i, block)
+    replaced = {f"{name}.weight" for name in linears}
+    kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
+    file = f"block-{i:05d}.safetensors"
+    write_tensors(job.folder / file, tensors | skeleton.checkpoint.read(kept))
+    skeleton.reset(path, template)
+    return {"block": path, "file": file, **record}
+
+
+def compares(job: Job) -> bool:
+    """Whether the full-precision model runs beside."""
+    return job.ids is not None and "drift" in job.recipe.needs
+
+
+def statistics(
+    job: Job, linears: Mapping[str, nn.Module], passes: Iterable[object] | None, where: str
+) -> dict[str, LayerStats]:
+    """Statistics of the inputs of `linears` while `passes` is iterated; none without calibration."""
+    if passes is None or job.ids is None:
+        return {}
+    hessian = "hessian" in job.recipe.needs
+    try:
+        return collect(linears, passes, hessian=hessian, sample=_kept_tokens(job), tokens=job.ids.numel())
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
+
+
+def paired_statistics(job: Job, stage: Stage, passes: Iterable[tuple[Seen, Seen]], where: str) -> dict[str, LayerStats]:
+    """The same for a paired stage, drift included, by path inside the block."""
+    assert job.ids is not None
+    try:
+        return collect_pairs(stage, passes, sample=_kept_tokens(job), tokens=job.ids.numel())
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
+
+
+def _kept_tokens(job: Job) -> int:
+    return _SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
+
+
+def _by_stages(
+    job: Job,
+    flow: Flow,
+    i: int,
+    block: nn.Module,
+    full: nn.Module,
+    linears: Mapping[str, nn.Module],
+    observe: Observer,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    record: dict[str, Any] = {"layers": {}, "events": []}
+    tensors: dict[str, Tensor] = {}
+    prefix = f"{job.skeleton.blocks[i]}."
+    probe = flow.probe(i)
+    names = [name.removeprefix(prefix) for name in linears]
+    for stage in find_stages(full, names, lambda: flow.run(i, full, probe), "stream" in job.recipe.needs):
+        chosen = {prefix + name: linears[prefix + name] for name in stage.names}
+        if stage.paired:
+            found = paired_statistics(job, stage, _passes(job, flow, i, block, full, stage), prefix[:-1])
+            stats = {prefix + name: value for name, value in found.items()}
+        else:
+            inputs = flow.inputs(i)
+            assert inputs is not None
+            passes = (flow.run(i, block, inputs.read(rows)) for rows in job.batches())
+            stats = statistics(job, chosen, passes, prefix[:-1])
+        part, more = quantize_layers(job, i, chosen, stats, observe)
+        record["layers"] |= part["layers"]
+        record["events"] += part["events"]
+        tensors |= more
+    return record, tensors
+
+
+def _passes(
+    job: Job, flow: Flow, i: int, block: nn.Module, full: nn.Module, stage: Stage
+) -> Iterator[tuple[Seen, Seen]]:
+    here, there = flow.inputs(i), flow.inputs(i, full=True)
+    assert here is not None
+    assert there is not None
+    for rows in job.batches():
+        theirs, ours = there.read(rows), here.read(rows)
+        yield (
+            observe_pass(full, stage, lambda hidden=theirs: flow.run(i, full, hidden)),  # type: ignore[misc]
+            observe_pass(block, stage, lambda hidden=ours: flow.run(i, block, hidden)),  # type: ignore[misc]
+        )
