@@ -168,10 +168,10 @@ def quantize(
         if known is not None and plans is not None and known.method == "kfac":
             losses = predicted_losses(known, plans)
             predicted = prediction(losses, plans, known)
-        room = folder_bytes(skeleton, folder, list(shapes(layers)), plan_value)
+        room = folder_bytes(skeleton, folder, plan_value)
         spent = None if planned is None else planned.spent
         add_prediction(report, wanted.values.get("budget"), spent, room, losses, predicted)
-        write_reports(folder, plan_value, report, room)
+        write_reports(folder, plan_value, report, room, promised=wanted.budget is not None)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
         discard(work)
