@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import bitquilt
 from bitquilt import Budget, Result, UserError
 from bitquilt.allocation.scopes import SCOPES
-from bitquilt.fit import wish
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.structure import open_skeleton
 from bitquilt.models.ties import tied_layers
@@ -24,7 +23,8 @@ from bitquilt.runtime.planning import Planner, UnreachableError, predicted_losse
 from bitquilt.runtime.plans import read_plan
 from bitquilt.runtime.progress import BlockDone, Stage
 from bitquilt.runtime.report import recipe_json
-from bitquilt.runtime.sensitivities import Sensitivities, read_sensitivities
+from bitquilt.runtime.tables import Sensitivities, read_sensitivities
+from bitquilt.wish import wish
 
 MakeModel = Callable[..., Path]
 Quantize = Callable[..., Result]

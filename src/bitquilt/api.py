@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
 from bitquilt.fit import (
-    Wish,
     file_hash,
     load_sensitivities,
     measure_sensitivities,
     open_planner,
+    prediction,
     refuse_quantized,
-    wish,
 )
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
@@ -30,10 +29,10 @@ from bitquilt.runtime.planning import predicted_losses
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
 from bitquilt.runtime.progress import Observer, Stage, StageClock, Started, silent
 from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
-from bitquilt.runtime.sensitivities import Sensitivities, read_sensitivities
 from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
 from bitquilt.runtime.survey import survey
+from bitquilt.runtime.tables import Sensitivities, read_sensitivities
 from bitquilt.runtime.workdir import (
     discard,
     full_disk_is_an_error,
@@ -44,6 +43,7 @@ from bitquilt.runtime.workdir import (
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
 from bitquilt.types import ChecksLayers, Recipe
+from bitquilt.wish import Wish, wish
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -163,10 +163,15 @@ def quantize(
         difference = verify(folder, work)
         report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
         plan_value = plan_to_json(recipe_json(recipe), records)
-        losses = {} if known is None or plans is None else predicted_losses(known, plans)
-        room = folder_bytes(skeleton, folder, list(shapes(layers)), plan_value)
-        add_prediction(report, wanted.values.get("budget"), None if planned is None else planned.spent, room, losses)
-        write_reports(folder, plan_value, report, room)
+        losses: dict[str, float] = {}
+        predicted = None
+        if known is not None and plans is not None and known.method == "kfac":
+            losses = predicted_losses(known, plans)
+            predicted = prediction(losses, plans, known)
+        room = folder_bytes(skeleton, folder, plan_value)
+        spent = None if planned is None else planned.spent
+        add_prediction(report, wanted.values.get("budget"), spent, room, losses, predicted)
+        write_reports(folder, plan_value, report, room, promised=wanted.budget is not None)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
         discard(work)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,12 @@ import numpy as np
 import torch
 
 from bitquilt.allocation.budget import Budget
-from bitquilt.allocation.scopes import SCOPES, Scope
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.remote import RemoteCheckpoint, open_headers
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
-from bitquilt.recipes import make_recipe, takes_fractions
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
@@ -32,80 +30,16 @@ from bitquilt.runtime.outlook import estimate, permits
 from bitquilt.runtime.planning import Planned, Planner, plan_json
 from bitquilt.runtime.progress import Observer, Stage, Untouched, silent
 from bitquilt.runtime.report import recipe_json
-from bitquilt.runtime.sensitivities import Method, Sensitivities, measure, read_sensitivities
+from bitquilt.runtime.sensitivities import measure
 from bitquilt.runtime.survey import survey
-from bitquilt.types import Plannable, Recipe
+from bitquilt.runtime.tables import Method, Sensitivities, read_sensitivities
+from bitquilt.sensitivity.together import perplexity_range
+from bitquilt.types import LayerPlan, Plannable, Recipe
+from bitquilt.wish import Wish, wish
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
 # What the tables do not depend on: how many bits there are, and who gives them out.
 _BUDGETED = ("bits", "bpw", "allocation", "swap")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What to make: a recipe, and the budget and scope of a plan for the whole model; `budget` None where the recipe
-    gives every layer its own bits."""
-
-    recipe: Recipe
-    budget: Budget | None = None
-    scope: Scope = "global"
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The budget for a fingerprint; empty without."""
-        if self.budget is None:
-            return {}
-        return {"budget": {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx,
-                           "scope": self.scope}}  # fmt: skip
-
-
-def wish(
-    recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
-) -> Wish:
-    """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
-    recipe meets it in every layer (`cmpq`); `allocation="global"` makes it one there too.
-
-    Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
-    """
-    if scope is not None and scope not in SCOPES:
-        raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
-    options = dict(options)
-    if isinstance(recipe, str):
-        given = [key for key in ("bits", "bpw") if options.get(key) is not None]
-        if budget is not None and given:
-            raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
-        if not takes_fractions(recipe):
-            budget = budget or _budget_in(options)
-        recipe = make_recipe(recipe, **options)
-    elif options:
-        raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
-    if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
-        bpw = getattr(recipe, "bpw", None)
-        budget = Budget("bpw", bpw) if bpw is not None else Budget("bits", float(recipe.bits))  # type: ignore[attr-defined]
-    if budget is not None and getattr(recipe, "bpw", None) is not None:
-        recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
-    if budget is not None and not isinstance(recipe, Plannable):
-        raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
-    return Wish(recipe, budget, scope or "global")
-
-
-def _budget_in(options: dict[str, Any]) -> Budget | None:
-    """Take a budget out of a recipe's options, for recipes with whole bits in every layer."""
-    bits, bpw = options.get("bits"), options.get("bpw")
-    if bits is not None and bpw is not None:
-        raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
-    try:
-        if bpw is not None:
-            del options["bpw"]
-            return Budget("bpw", float(bpw))
-        if isinstance(bits, float) and not bits.is_integer():
-            del options["bits"]
-            return Budget("bits", bits)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
-    if isinstance(bits, float):
-        options["bits"] = int(bits)
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,10 +186,18 @@ def _counts(bits: Sequence[int]) -> dict[str, int]:
     return {str(width): int(counts[width]) for width in np.flatnonzero(counts)}
 
 
+def prediction(losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities) -> dict[str, Any]:
+    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows."""
+    found: dict[str, Any] = {"kl": sum(losses.values()), "perplexity_full_precision": known.perplexity}
+    if known.perplexity is not None and not any(1 in plan.bits for plan in plans.values()):
+        found["ppl_range"] = list(perplexity_range(found["kl"], known.perplexity))
+    return found
+
+
 def _prediction(planned: Planned, known: Sensitivities | None) -> dict[str, Any] | None:
     if known is None or planned.loss is None:
         return None
-    return {"kl": planned.loss, "perplexity_full_precision": known.perplexity}
+    return prediction(planned.losses, planned.plans, known)
 
 
 def open_planner(

@@ -7,7 +7,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.packing import bits_per_weight, pack, unpack
 from bitquilt.recipes import RECIPES, make_recipe, takes_fractions
-from bitquilt.types import Layer, LayerStats
+from bitquilt.types import Layer, LayerPlan, LayerStats
 from tests.weights import naive_dense
 
 GROUPED = [name for name in RECIPES if not takes_fractions(name)]  # the others have a file of their own
@@ -160,6 +160,54 @@ def test_published_needs_at_least_one_pair_and_falls_back_where_none_fits():
     assert plan.bits.count(4) >= 1
     narrow, _ = run(make_recipe("slim-llm", bits=3, group_size=32, published=True), layer)
     assert narrow.bits == (3, 3)
+
+
+@pytest.mark.parametrize("allocation", ["sba", "dp", "uniform"])
+@pytest.mark.parametrize("bpw", [3.7, 4.0, 4.4, 5.1])
+def test_slim_llm_meets_a_fraction_in_every_layer(allocation, bpw):
+    layer = make_layer(out=256, width=124, tokens=400)
+    recipe = make_recipe("slim-llm", bpw=bpw, group_size=16, allocation=allocation)
+    recipe.check_layers({layer.name: (256, 124)})
+    plan, solution = run(recipe, layer)
+    # one-bit groups store no zero, so a pair may take less than the two groups it came from
+    assert bpw - 0.25 < bits_per_weight(solution.weight.layout) <= bpw
+    assert recipe.layout(256, 124, plan) == solution.weight.layout
+    if allocation == "uniform":
+        assert len(set(plan.bits)) <= 2
+
+
+def test_more_bits_in_a_layer_are_less_error_and_out_of_reach_is_refused():
+    layer = make_layer(out=256, width=128, tokens=400)
+    errors = [
+        output_error(layer, run(make_recipe("slim-llm", bpw=bpw, group_size=16), layer)[1]) for bpw in (3.3, 3.9, 4.5)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(ValueError, match=r"block: bpw is 2.5; this 256 x 128 layer reaches 3\.\d+ and more"):
+        make_recipe("slim-llm", bpw=2.5, group_size=16).check_layers({"block": (256, 128)})
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_a_plan_stores_is_known_before(name):
+    recipe = make_recipe(name, bits=3, group_size=8)
+    layer = make_layer(out=20, width=44)
+    prepared = recipe.prepare(layer.stats)
+    for bits in [(2, 3, 4, 2, 3, 8), (2, 2, 3, 3, 3, 4), (5,) * 6]:
+        plan = LayerPlan(bits, 8)
+        assert recipe.layout(20, 44, plan) == recipe.quantize(layer, plan, prepared).weight.layout
+    for bits in recipe.widths(20):
+        rounded = recipe.rounded(layer, prepared, bits)
+        uniform = recipe.quantize(layer, LayerPlan((bits,) * 6, 8), prepared)
+        if name == "rtn":
+            torch.testing.assert_close(rounded, naive_dense(uniform.weight))
+        error = float((rounded - layer.weight).square().mean())
+        assert error < 1.2 * 4.0 ** (1 - bits) * float(layer.weight.square().mean())
+    assert recipe.column_cost(layer, prepared).shape == (44,)
+
+
+def test_a_global_allocation_needs_a_plan():
+    layer = make_layer()
+    with pytest.raises(ValueError, match="a plan for the whole model"):
+        run(make_recipe("slim-llm", allocation="global", group_size=8), layer)
 
 
 def test_dead_channels_are_zeroed_and_reported():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bitquilt.models.config import read_layouts
 from bitquilt.models.structure import open_skeleton
 from bitquilt.runtime.memory import cache_bytes, memory_bytes
 from bitquilt.runtime.size import Sizes, file_bytes
+from bitquilt.runtime.writer import write_reports
 
 
 def test_headers_with_every_type_and_odd_names(tmp_path: Path) -> None:
@@ -63,6 +65,36 @@ def test_a_head_has_a_file_of_its_own(
     skeleton = open_skeleton(open_checkpoint(make_model()))
     size = Sizes(skeleton, list(layouts), plan_text=0, digits=0).of(layouts)
     assert size.tensors == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_an_embedding_in_few_bits_has_a_file_of_its_own(
+    make_model: Callable[..., Path], quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = quantize_tiny(make_model("llama-tied-bias"), tmp_path / "out", "rtn", embedding_bits=4)
+    assert result.report["folder_bytes"] == sum(path.stat().st_size for path in result.folder.iterdir())
+
+
+def report_of(count: int) -> dict[str, Any]:
+    events = [{"layer": "x", "kind": "k", "detail": "d" * 50}] * count
+    return {"fingerprint": {}, "events": events, "layers": {}, "folder_bytes": 20_000}
+
+
+@pytest.mark.parametrize(("count", "kept"), [(3, 3), (150, 150), (400, 200)])
+def test_a_report_fills_its_room_and_drops_events_only_for_a_promise(count: int, kept: int, tmp_path: Path) -> None:
+    for promised in (True, False):
+        folder = tmp_path / str(promised)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x" * 1000)
+        write_reports(folder, {"layers": {}}, report_of(count), 20_000, promised)
+        report = json.loads((folder / "report.json").read_text())
+        total = sum(path.stat().st_size for path in folder.iterdir())
+        if promised:
+            assert total == 20_000
+            assert len([e for e in report["events"] if e["kind"] == "k"]) == kept
+            assert (report["events"][-1]["kind"] == "events left out") == (kept < count)
+        else:
+            assert len(report["events"]) == count
+        assert report["folder_bytes"] == 20_000 if promised else total - 1 <= report["folder_bytes"] <= total + 1
 
 
 def test_memory_counts_what_is_loaded(make_quantized: Callable[..., Result], make_model: Callable[..., Path]) -> None:

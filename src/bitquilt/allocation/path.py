@@ -18,13 +18,18 @@ Ints = NDArray[np.integer[Any]]
 @dataclass(frozen=True, eq=False)
 class Path:
     """`start` [units]: the cheapest choice of each. Steps in order of taking them: `unit`, `choice` (the one stepped
-    to), `cost` and `gain` so far, fp64, the start not counted."""
+    to), `cost` so far in fp64, the start not counted, and `gains` of each step alone."""
 
     start: Ints
     unit: Ints
     choice: Ints
     cost: NDArray[np.float64]
-    gain: NDArray[np.float64]
+    gains: Floats
+
+    @property
+    def gain(self) -> NDArray[np.float64]:
+        """What the loss has fallen by after each step."""
+        return np.cumsum(self.gains, dtype=np.float64)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -50,39 +55,47 @@ def steepest(losses: Floats, costs: Floats) -> Path:
     count, width = losses.shape
     start = np.zeros(count, dtype=np.int8)
     # the hull from the left: the next corner is the choice of the steepest descent from the last one
-    at = np.zeros(count, dtype=np.intp)
-    rows = np.arange(count)
+    at = np.zeros(count, dtype=np.int8)
     unit: list[Ints] = []
     choice: list[Ints] = []
     slope: list[Floats] = []
     price: list[Floats] = []
-    active = rows
+    active = np.arange(count, dtype=np.int32)
     while len(active) and width > 1:
         here = at[active]
         base, paid = losses[active, here][:, None], costs[active, here][:, None]
         more = costs[active] - paid
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gains = np.where(more > 0, (base - losses[active]) / more, -np.inf)
+        gains = base - losses[active]
+        dear = more > 0
+        np.divide(gains, more, out=gains, where=dear)
+        gains[~dear] = -np.inf
+        del more, dear
         best = gains.argmax(axis=1)
         steep = gains[np.arange(len(active)), best]
         useful = steep > 0
         active, best, steep = active[useful], best[useful], steep[useful]
         if len(active):
-            unit.append(active.astype(np.int32))
+            unit.append(active)
             choice.append(best.astype(np.int8))
             slope.append(steep.astype(np.float32))
-            price.append((costs[active, best] - costs[active, at[active]]).astype(np.float64))
+            price.append(costs[active, best] - costs[active, at[active]])
             at[active] = best
     if not unit:
-        return Path(start, np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0), np.empty(0))
-    steps, to = np.concatenate(unit), np.concatenate(choice)
+        return Path(start, np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0), np.empty(0, np.float32))
+    # tens of millions of steps: what is no longer needed goes at once
     steepness = np.concatenate(slope)
-    prices: NDArray[np.float64] = np.concatenate(price).astype(np.float64)
+    slope.clear()
     # stable: of equal gains the earlier unit's, and a unit's steps in their order, goes first
     order = np.argsort(-steepness, kind="stable")
-    cost: NDArray[np.float64] = np.cumsum(prices[order])
-    gain: NDArray[np.float64] = np.cumsum(steepness[order].astype(np.float64) * prices[order])
-    return Path(start, steps[order], to[order], cost, gain)
+    steepness = steepness[order]
+    prices = np.concatenate(price)[order]
+    price.clear()
+    steps = np.concatenate(unit)[order]
+    unit.clear()
+    to = np.concatenate(choice)[order]
+    del order
+    cost: NDArray[np.float64] = np.cumsum(prices, dtype=np.float64)
+    return Path(start, steps, to, cost, steepness * prices)
 
 
 def check_losses(losses: Floats) -> None:

@@ -73,5 +73,5 @@ def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -
     same = unit[order][1:] == unit[order][:-1]
     before[order[1:]] = np.where(same, choice[order][:-1], 0)
     price = (costs[unit, choice] - costs[unit, before]).astype(np.float64)
-    gain = (losses[unit, before] - losses[unit, choice]).astype(np.float64)
-    return Path(np.zeros(count, dtype=np.int8), unit, choice, np.cumsum(price), np.cumsum(gain))
+    gains = losses[unit, before] - losses[unit, choice]
+    return Path(np.zeros(count, dtype=np.int8), unit, choice, np.cumsum(price), gains)

@@ -14,9 +14,10 @@ from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
 from bitquilt.errors import UserError
-from bitquilt.fit import Outlook, Wish, measure_model
+from bitquilt.fit import Outlook, measure_model
 from bitquilt.fit import plan as run
 from bitquilt.runtime.planning import UnreachableError
+from bitquilt.wish import Wish
 
 EXIT_DOES_NOT_FIT = 4
 

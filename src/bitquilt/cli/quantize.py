@@ -29,8 +29,8 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.fit import Wish, wish
 from bitquilt.recipes import own_allocations, takes_fractions
+from bitquilt.wish import Wish, wish
 
 
 def quantize(
@@ -132,7 +132,7 @@ def chosen(
     if group_size is not None and takes_fractions(name):
         raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
     given = {"bits": bits, "bpw": bpw, "group_size": group_size, "published": published or None}
-    whole = budget is not None or (not takes_fractions(name) and (bpw is not None or not (bits or 0.0).is_integer()))
+    whole = budget is not None or not (takes_fractions(name) or bpw is not None or (bits or 0.0).is_integer())
     split = split_allocation(allocation, own_allocations(name), whole)
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if "allocation" in split:

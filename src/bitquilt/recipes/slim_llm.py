@@ -17,23 +17,31 @@ Never reproduced: the public code's faults (a quantizer left in a symmetric stat
 precision statistics, an unstable sort).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates, pairs, within_budget
+from bitquilt.allocation.double_pointer import (
+    cheapest_within,
+    pair_candidates,
+    pairs,
+    raised_map,
+    spread_evenly,
+    within_budget,
+)
 from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor
+from bitquilt.packing import bits_per_weight
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices, uniform_plan
+from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices
 
 RoundGroup = Callable[[slice, int], Tensor]
 """(columns, bits) -> the group's weights rounded at these bits, without compensation."""
@@ -43,6 +51,9 @@ RoundGroup = Callable[[slice, int], Tensor]
 class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
+    `bpw`: instead of `bits`, true bits per weight of every layer with everything stored, met from below to one group
+    [ours, for budgets the publication does not reach]: N everywhere, N+1 for as many of the most salient groups as fit,
+    the pairing on top.
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
     "uniform" = N everywhere; "global" = groups of the whole model share one budget, which needs a plan made before the
     first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid. `group_order`,
@@ -53,6 +64,7 @@ class SlimLLM:
     name: ClassVar[str] = "slim-llm"
 
     bits: int = 2
+    bpw: float | None = None
     group_size: int = 128
     damp: float = 0.01
     salience: SalienceRule = "cholesky"
@@ -112,8 +124,10 @@ class SlimLLM:
         in_features = layer.weight.shape[1]
         groups = group_slices(in_features, self.group_size)
         unseen = layer.stats is None or layer.stats.sample is None
-        if self.allocation == "uniform" or len(groups) == 1 or not 1 < self.bits < 8 or unseen:
-            return Cost((uniform_plan(in_features, self.bits, self.group_size),), (0.0,))
+        bits, raised = self._mean(*layer.weight.shape)
+        if self.allocation == "uniform" or len(groups) == 1 or not 1 < bits < 8 or unseen:
+            plan = LayerPlan(spread_evenly(len(groups), bits, raised), self.group_size)
+            return Cost((plan,), (0.0,))
         layer, _ = corrected(layer, prepared, self.alpha, self.stream_alpha)
         weight = live_weight(layer, prepared)
         scale_dtype = scale_dtype_for(weight)
@@ -123,12 +137,42 @@ class SlimLLM:
             return fitter(group, weight[:, group], bits, scale_dtype).quantize(weight[:, group])
 
         if self.allocation == "dp":
-            return self._tabulated(weight, groups, prepared, rounded)
-        return self._searched(layer, weight, groups, prepared, rounded)
+            return self._tabulated(weight, groups, prepared, rounded, bits, raised)
+        return self._searched(layer, weight, groups, prepared, rounded, bits, raised)
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
-        """The cheapest candidate within N bits per weight; the fewest pairs win a tie."""
-        return cheapest_within(cost, in_features, self.bits)
+        """The cheapest candidate within N bits per weight, or within the bits of the first, which has no pair; the
+        fewest pairs win a tie."""
+        if self.bpw is None:
+            return cheapest_within(cost, in_features, self.bits)
+        first = cost.plans[0]
+        spent = sum(width * b for width, b in zip(first.widths(in_features), first.bits, strict=True))
+        return cheapest_within(cost, in_features, spent / in_features)
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError naming the first layer, `[out, in]` by path, that cannot have `bpw`."""
+        for name, shape in shapes.items():
+            try:
+                self._mean(*shape)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def _mean(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """N, and how many groups get N + 1: the most that are within `bpw`. Raises ValueError out of reach."""
+        if self.bpw is None:
+            return self.bits, 0
+        count = len(group_slices(in_features, self.group_size))
+        ends = []
+        for total in range(8 * count, 2 * count - 1, -1):
+            bits, raised = divmod(total, count)
+            # the raised ones in front: a map and two widths, as whichever groups are raised will need
+            plan = LayerPlan(tuple(bits + (k < raised) for k in range(count)), self.group_size)
+            ends.append(bits_per_weight(self.layout(out_features, in_features, plan)))
+            if ends[-1] <= self.bpw:
+                return bits, raised
+        raise ValueError(
+            f"bpw is {self.bpw}; this {out_features} x {in_features} layer reaches {min(ends):.3f} and more"
+        )
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
@@ -169,39 +213,54 @@ class SlimLLM:
             search = PUBLISHED_SEARCH if self.search == "published" else RangeSearch()
         return _Fitter(self, original, factor, search)
 
-    def _searched(self, layer: Layer, weight: Tensor, groups: list[slice], factor: Factor, rounded: RoundGroup) -> Cost:
+    def _searched(
+        self,
+        layer: Layer,
+        weight: Tensor,
+        groups: list[slice],
+        factor: Factor,
+        rounded: RoundGroup,
+        bits: int,
+        raised: int,
+    ) -> Cost:
         """SBA: every pairing that the salience ranking allows, judged at the layer's output."""
         assert layer.stats is not None
         assert layer.stats.sample is not None
         values = salience(weight, factor, self.salience)
         ranking = group_salience(values, groups, factor.dead, self.group_statistic).tolist()
-        base = [rounded(group, self.bits) for group in groups]
+        start = raised_map(ranking, bits, raised)
+        base = [rounded(group, b) for group, b in zip(groups, start, strict=True)]
+        maps = pair_candidates(ranking, bits, start)
         changes = [
-            (groups[k], rounded(groups[k], bits) - base[k])
-            for low, high in pairs(ranking)
-            for k, bits in ((low, self.bits - 1), (high, self.bits + 1))
+            (groups[k], rounded(groups[k], b) - base[k])
+            for low, high in pairs(ranking)[: len(maps) - 1]
+            for k, b in ((low, start[low] - 1), (high, start[high] + 1))
         ]
         losses = pair_losses(
             layer.stats.sample, weight, layer.bias, torch.cat(base, dim=1), changes, self.objective
         ).tolist()
-        plans = [LayerPlan(bits, self.group_size) for bits in pair_candidates(ranking, self.bits)]
+        plans = [LayerPlan(bit_map, self.group_size) for bit_map in maps]
         menu = list(zip(plans, losses, strict=True))
         if self.candidates == "published":
             # p = 0 stays where nothing else is left: the public code stops there with an error
-            inner = [item for item in menu[1:-1] if within_budget(item[0], weight.shape[1], self.bits)]
+            total = sum((g.stop - g.start) * b for g, b in zip(groups, start, strict=True))
+            inner = [item for item in menu[1:-1] if within_budget(item[0], weight.shape[1], total / weight.shape[1])]
             menu = inner or menu[:1]
         return Cost(tuple(plan for plan, _ in menu), tuple(loss for _, loss in menu))
 
-    def _tabulated(self, weight: Tensor, groups: list[slice], factor: Factor, rounded: RoundGroup) -> Cost:
+    def _tabulated(
+        self, weight: Tensor, groups: list[slice], factor: Factor, rounded: RoundGroup, bits: int, raised: int
+    ) -> Cost:
         """e_k(b) = sum over the group of (w - q_b(w))^2 / U_jj^2: what the group adds to the sweep's loss at b bits."""
-        palette = (self.bits - 1, self.bits, self.bits + 1)
+        palette = tuple(b for b in range(bits - 1, bits + 2 + (raised > 0)) if b <= 8)
         table = [
             [float(((weight[:, g] - rounded(g, b)).square() @ factor.importance[g]).sum()) for b in palette]
             for g in groups
         ]
         widths = [group.stop - group.start for group in groups]
-        chosen = least_error(table, palette, widths, self.bits * weight.shape[1])
-        uniform = (self.bits,) * len(groups)
+        uniform = spread_evenly(len(groups), bits, raised)
+        budget = sum(width * b for width, b in zip(widths, uniform, strict=True))
+        chosen = least_error(table, palette, widths, budget)
         plans = (LayerPlan(uniform, self.group_size), LayerPlan(chosen, self.group_size))
         return Cost(plans, tuple(_table_loss(table, palette, plan.bits) for plan in plans))
 

@@ -1,6 +1,7 @@
 """What will a plan ask of the machine, and who will take its checkpoint? estimate(...), permits(...): headers alone.
 
-Estimates are of the order of magnitude: floating-point operations over a rate measured here, one block in memory.
+Estimates give the order of magnitude, no more: floating-point operations over a rate measured here, one block in
+memory.
 """
 
 import time
@@ -18,7 +19,7 @@ _PYTHON_BYTES = 450 * 2**20  # an interpreter with torch and transformers
 _ACTIVATIONS = 14  # hidden states of a batch alive at once in a block's forward pass, in widths of the model
 _BATCH_TOKENS = 4096
 _MAX_COLUMNS = 2**20
-# Share of a matrix product's rate that the solvers' many small steps reach: 4096 x 11008 layer, benchmarks/layer.py.
+# Share of a matrix product's rate that the solvers' many small steps are taken to reach: an assumption.
 _SOLVER_SHARE = 0.15
 # Passes over each weight to fit a group's range: one, or 72 candidates.
 _SEARCHED = 72

@@ -151,13 +151,14 @@ def add_prediction(
     spent: float | None,
     folder_bytes: int,
     losses: dict[str, float],
+    prediction: dict[str, Any] | None,
 ) -> None:
     """What was promised, beside what was measured: the budget, the whole folder's bytes, the predicted loss per layer
     (nats per token) and of all."""
     report["folder_bytes"] = folder_bytes
     if budget is not None:
         report["budget"] = {**budget, "spent": spent, "bytes": folder_bytes, "bpw": report["bpw"]}
-    if losses:
-        report["prediction"] = {"kl": sum(losses.values())}
+    if prediction is not None and losses:
+        report["prediction"] = prediction
         for name, loss in losses.items():
             report["layers"][name]["predicted_loss"] = loss

@@ -7,19 +7,15 @@ backward:  block by block from the last, recomputed from its stored input; squar
            linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
@@ -29,72 +25,14 @@ from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import check_weights
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.stats import collect
+from bitquilt.runtime.tables import Method, Sensitivities
 from bitquilt.runtime.workdir import Activations
 from bitquilt.sensitivity.kfac import activation_rows, width_losses
 from bitquilt.types import Layer, LayerStats, Plannable
 
-Method = Literal["kfac", "activation"]
-FORMAT = 1
-# Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk; the tables of the demo model from
-# 4 k and from 16 k tokens rank its layers alike (Spearman 0.99).
+# Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk.
 MAX_TOKENS, MAX_SEQUENCE = 16_384, 512
-
-
-@dataclass(frozen=True, eq=False)
-class Sensitivities:
-    """`losses`: per layer fp32 `[groups, widths]`, nats per token with method "kfac"; `widths` per layer, ascending.
-
-    `perplexity` of the full-precision model on the calibration text, None where it gives no next-token logits.
-    `about`: what they were measured of, for `check`."""
-
-    losses: dict[str, NDArray[np.float32]]
-    widths: dict[str, tuple[int, ...]]
-    group_size: int
-    method: Method
-    perplexity: float | None
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, path: Path) -> None:
-        """Write one file, by a rename."""
-        meta = {
-            "format": FORMAT,
-            "widths": self.widths,
-            "group_size": self.group_size,
-            "method": self.method,
-            "perplexity": self.perplexity,
-            "about": self.about,
-        }
-        temporary = path.with_name(f".{path.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.losses, temporary, {"sensitivities": json.dumps(meta)})
-        temporary.replace(path)
-
-    def check(self, about: Mapping[str, Any], where: str) -> None:
-        """Raise UserError naming the first thing that differs from what is wanted."""
-        for key, wanted in about.items():
-            if (got := self.about.get(key)) != wanted:
-                raise UserError(
-                    f"the sensitivities in {where} were measured for another {key}: {_short(got)}, now it is "
-                    f"{_short(wanted)}; measure again with `bitquilt plan --measure`"
-                )
-
-
-def read_sensitivities(path: str | Path) -> Sensitivities:
-    """Raises UserError if the file is missing, damaged, or something else."""
-    try:
-        with safe_open(path, framework="np") as handle:
-            meta = json.loads((handle.metadata() or {})["sensitivities"])
-            losses = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        if meta["format"] != FORMAT:
-            raise UserError(f"{path} has sensitivities of format {meta['format']}; this bitquilt reads {FORMAT}")
-        widths = {name: tuple(map(int, value)) for name, value in meta["widths"].items()}
-        if widths.keys() != losses.keys() or any(losses[n].shape[1:] != (len(w),) for n, w in widths.items()):
-            raise UserError(f"{path} is damaged: its tables do not have the widths it names")
-        return Sensitivities(losses, widths, meta["group_size"], meta["method"], meta["perplexity"], meta["about"])
-    except FileNotFoundError:
-        raise UserError(f"no sensitivities at {path}; `bitquilt plan MODEL --measure` writes them") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no file of sensitivities, or damaged ({error}); measure again") from None
+_FLOOR, _LEAST = 1e-4, 1e-12  # of the mean squared gradient of the layer's rows; and in itself
 
 
 def measure(
@@ -151,6 +89,8 @@ class _Tables:
                 rows = activation_rows(weight, columns)
             else:
                 rows = squares.get(name, torch.zeros(len(weight))).float() / self.tokens
+                # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
+                rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
             widths = self.recipe.widths(len(weight))
             group_size = int(getattr(self.job.recipe, "group_size", 1))
             try:
@@ -323,8 +263,3 @@ def _squared_gradients(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _short(value: Any) -> str:
-    text = "not recorded" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -34,7 +34,7 @@ _SPELLED = {
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-# Per layer of report.json: its path, eight numbers of up to 24 characters and their names, with room for an event.
+# Per layer of report.json: a dozen numbers of up to 24 characters and their names, with room for an event.
 _REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
 
 Stored = tuple[str, str, tuple[int, ...], int]
@@ -122,11 +122,10 @@ class Sizes:
         return FolderSize(total, self._small + json_bytes(index) + json_bytes(config), self.report)
 
 
-def folder_bytes(skeleton: Skeleton, folder: Path, layers: Sequence[str], plan: Mapping[str, Any]) -> int:
-    """What the finished checkpoint in `folder` was promised to take."""
+def folder_bytes(skeleton: Skeleton, folder: Path, plan: Mapping[str, Any]) -> int:
+    """What the finished checkpoint in `folder` is promised to take, report and all."""
     layouts = read_layouts(json.loads((folder / "config.json").read_text()))
-    sizes = Sizes(skeleton, layers, plan_text=json_bytes(plan), digits=_digits(plan))
-    return sizes.of(layouts).total
+    return Sizes(skeleton, list(layouts), plan_text=json_bytes(plan), digits=_digits(plan)).of(layouts).total
 
 
 def _digits(plan: Mapping[str, Any]) -> int:

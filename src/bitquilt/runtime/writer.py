@@ -120,19 +120,25 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any], total: int) -> None:
+def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any], total: int, promised: bool) -> None:
     """plan.json and report.json beside the weights, the report padded with blanks so that the folder takes `total`
-    bytes. One that is too long is written without line breaks, then without its last events, which it says."""
+    bytes. One that is too long for a total that was `promised` is written without line breaks, then without its last
+    events, which it says; without a promise the folder is larger, and `folder_bytes` says how large."""
     write_json(folder / "plan.json", plan)
-    room = total - sum(path.stat().st_size for path in folder.iterdir())
+    others = sum(path.stat().st_size for path in folder.iterdir())
+    room = total - others
     text = json.dumps(report, indent=1)
-    if len(text) >= room:
+    if promised and len(text) >= room:
         text = json.dumps(report, separators=(",", ":"))
-    kept = len(report["events"])
-    while len(text) >= room and kept:
-        kept //= 2
-        left = {"layer": "", "kind": "events left out", "detail": f"{len(report['events']) - kept} for want of room"}
-        text = json.dumps({**report, "events": [*report["events"][:kept], left]}, separators=(",", ":"))
+        kept = len(report["events"])
+        while len(text) >= room and kept:
+            kept //= 2
+            gone = len(report["events"]) - kept
+            left = {"layer": "", "kind": "events left out", "detail": f"{gone} for want of room"}
+            text = json.dumps({**report, "events": [*report["events"][:kept], left]}, separators=(",", ":"))
+    elif len(text) >= room:
+        room = len(text) + 2  # one more digit in the number itself
+        text = json.dumps({**report, "folder_bytes": others + room}, indent=1)
     (folder / "report.json").write_text(text + " " * (room - len(text) - 1) + "\n")
 
 

@@ -1,0 +1,21 @@
+"""From the tables of single layers to a model quantized whole."""
+
+import math
+
+import pytest
+
+from bitquilt.sensitivity.together import RANGE, perplexity_range, together
+
+
+def test_few_bits_lose_more_together_and_many_add_up():
+    factors = together(range(1, 9))
+    assert factors == sorted(factors, reverse=True)
+    assert factors[4:] == [1.0] * 4
+
+
+def test_the_range_holds_the_prediction_and_shrinks_with_it():
+    low, high = perplexity_range(0.1, 10.0)
+    assert low < 10.0 * math.exp(0.1) < high
+    assert (math.log(high / 10.0) / 0.1, math.log(low / 10.0) / 0.1) == pytest.approx((RANGE[1], RANGE[0]))
+    assert perplexity_range(0.0, 10.0) == pytest.approx((10.0, 10.0))
+    assert all(map(math.isfinite, perplexity_range(1e6, 10.0)))
