@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("layer", "kernels", "memory", "crash", "quality")
+BENCHMARKS = ("layer", "clustering", "channels", "kernels", "memory", "crash", "quality", "curve")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "kmeans.h"
 #include "pool.h"
 #include "scalar.h"
 #include "weight.h"
@@ -192,6 +193,14 @@ double read_bandwidth(int64_t bytes, int threads, int rounds) {
     return best;
 }
 
+void kmeans_at(uintptr_t x, uintptr_t w, int64_t columns, int64_t n, int64_t k, uintptr_t centroids,
+               uintptr_t boundaries, int threads) {
+    check_threads(threads);
+    nb::gil_scoped_release released;
+    kmeans(reinterpret_cast<const double*>(x), reinterpret_cast<const double*>(w), columns, n, k,
+           reinterpret_cast<double*>(centroids), reinterpret_cast<int64_t*>(boundaries), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -203,6 +212,7 @@ NB_MODULE(_kernels, m) {
     m.def("matmul", &matmul);
     m.def("dequantize", &dequantize);
     m.def("read_bandwidth", &read_bandwidth);
+    m.def("kmeans", &kmeans_at);
     m.attr("MAX_TOKENS") = max_tokens;
 }
 

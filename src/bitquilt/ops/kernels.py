@@ -63,6 +63,7 @@ def quantized_matmul(
     out_features: int,
 ) -> Tensor:
     """`reference.quantized_matmul`; up to 16 tokens without ever writing the weight, unpacked once for more."""
+    scales, zeros, layout = _own_tables(scales, zeros, layout)
     weight = (codes, scales, zeros, layout, permutation, block,
               outlier_values, outlier_columns, outlier_rows, out_features)  # fmt: skip
     if x.dtype not in _OUTPUTS or not _takes(layout, scales):
@@ -102,9 +103,35 @@ def dequantize(
     out_features: int,
 ) -> Tensor:
     """`reference.dequantize`, bit for bit."""
+    scales, zeros, layout = _own_tables(scales, zeros, layout)
     weight = (codes, scales, zeros, layout, permutation, block,
               outlier_values, outlier_columns, outlier_rows, out_features)  # fmt: skip
     return _dense(weight, torch.float32) if _takes(layout, scales) else reference.dequantize(*weight)
+
+
+def _own_tables(
+    scales: list[Tensor], zeros: list[Tensor], layout: list[int]
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The same weight with fp32 levels for every column: the kernels know no shared tables, gains or float8."""
+    scales, zeros, layout, fields = list(scales), list(zeros), list(layout), reference.LAYOUT_FIELDS
+    for i in range(min(len(layout) // fields, len(scales), len(zeros))):
+        grid, _bits, group_size, width = layout[fields * i : fields * (i + 1)]
+        plain = group_size == 1 and not zeros[i].numel() and scales[i].dtype in _DTYPES
+        if grid == reference.GRID_CODEBOOK and not plain:
+            scales[i] = reference.column_levels(scales[i], zeros[i], group_size, width)
+            zeros[i], layout[fields * i + 2] = zeros[i][:0].float(), 1
+    return scales, zeros, layout
+
+
+def kmeans(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`grids.kmeans.kmeans_reference` on the native body: contiguous fp64 `[columns, n]`, on all threads."""
+    columns, n = x.shape
+    centroids = torch.empty((columns, k), dtype=torch.float64)
+    boundaries = torch.empty((columns, k + 1), dtype=torch.int64)
+    _kernels.kmeans(
+        x.data_ptr(), w.data_ptr(), columns, n, k, centroids.data_ptr(), boundaries.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return centroids, boundaries
 
 
 def _takes(layout: list[int], scales: list[Tensor]) -> bool:
@@ -181,6 +208,10 @@ def _describe(
         alive.append(tensor)
         return tensor.data_ptr(), tensor.numel(), _DTYPES[tensor.dtype]
 
+    if outlier_columns is not None and outlier_columns.dtype == torch.uint8:  # few: the kernels read wider indices
+        outlier_columns = outlier_columns.to(torch.int16)
+    if outlier_rows is not None:
+        outlier_rows = outlier_rows.to(torch.int32)
     numbers = [out_features, len(codes), block]
     for tensor in (permutation, outlier_values, outlier_columns, outlier_rows):
         numbers += array(tensor)

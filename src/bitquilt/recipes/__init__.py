@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bitquilt.errors import UserError
+from bitquilt.outliers import check_share
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.rtn import RTN
@@ -56,12 +57,14 @@ def takes_fractions(name: str) -> bool:
 def _check_ranges(recipe: Any) -> None:
     if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
         raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
-    if takes_fractions(recipe.name):
-        try:
+    try:
+        if takes_fractions(recipe.name):
             recipe.check()
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        return
+            return
+        if hasattr(recipe, "error_outliers"):
+            check_share(error_outliers=recipe.error_outliers, act_outliers=recipe.act_outliers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
         raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
     if recipe.group_size < GROUP_SIZE_STEP or recipe.group_size % GROUP_SIZE_STEP:

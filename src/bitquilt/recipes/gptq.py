@@ -5,7 +5,7 @@ before the sweep, with act_order). Deviations: scales are rounded to storage pre
 range passes through zero; a Hessian that float32 cannot factor is tried in float64 before the damp is raised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor, factorize
+from bitquilt.solvers.protect import protect, unprotected_event
 from bitquilt.solvers.solve import solve
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform_plan
 
@@ -21,7 +22,8 @@ from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform
 class GPTQ:
     """`scale_search`: search each range (tau in 0.4 .. 1.1) instead of min-max, errors weighed as `weighting` says:
     "column" = by 1 / U_jj^2, what the error of a column costs the sweep; "none" = plain squared error.
-    `act_order`: columns in descending Hessian diagonal."""
+    `act_order`: columns in descending Hessian diagonal. `error_outliers`, `act_outliers`: shares of the weights kept in
+    half precision beside the codes, as in `cmpq`."""
 
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -32,6 +34,8 @@ class GPTQ:
     act_order: bool = False
     scale_search: bool = False
     weighting: Literal["column", "none"] = "column"
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -55,4 +59,9 @@ class GPTQ:
             weights = None if importance is None else importance[columns]
             return fit(weight, bits, weights, search=search, scale_dtype=scale_dtype)
 
-        return solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order)
+        protected = protect(layer, plan, prepared, fit_group, self.act_outliers, self.error_outliers)
+        solution = solve(
+            layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order, protected=protected
+        )
+        events = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
+        return replace(solution, events=(*solution.events, *events))

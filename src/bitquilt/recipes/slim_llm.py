@@ -18,7 +18,7 @@ precision statistics, an unstable sort).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -30,6 +30,7 @@ from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeS
 from bitquilt.hessian import Factor, factorize
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
+from bitquilt.solvers.protect import protect, unprotected_event
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, group_slices, uniform_plan
 
@@ -42,7 +43,8 @@ class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
-    "uniform" = N everywhere. `search`: "wide" or "published" tau grid.
+    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `error_outliers`, `act_outliers`: shares of the
+    weights kept in half precision beside the codes, as in `cmpq`.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -62,6 +64,8 @@ class SlimLLM:
     mask_threshold: float = 2.0
     mask_factor: float = 4.0
     one_bit: OneBitRule = "symmetric"
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:
@@ -112,7 +116,10 @@ class SlimLLM:
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
         fitter = self._fitter(live_weight(layer, prepared), prepared)
-        return solve(layer, plan, prepared, fitter, damp=self.damp)
+        protected = protect(layer, plan, prepared, fitter, self.act_outliers, self.error_outliers)
+        solution = solve(layer, plan, prepared, fitter, damp=self.damp, protected=protected)
+        events = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
+        return replace(solution, events=(*solution.events, *events))
 
     def _fitter(self, original: Tensor, factor: Factor, search: RangeSearch | None = None) -> "_Fitter":
         if search is None:
