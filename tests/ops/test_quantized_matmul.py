@@ -30,9 +30,7 @@ def test_opcheck(kind):
     module = QuantizedLinear.from_weight(make_weight(kind), torch.zeros(12))
     x = torch.randn(4, module.in_features, requires_grad=True)
     every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    tests = (
-        every[1:] if kind in FLOAT8 else every
-    )  # the schema test multiplies its arguments: torch cannot, with float8
+    tests = every[1:] if kind in FLOAT8 else every  # the first multiplies its arguments: no float8
     arguments = (x, *module._stored(), module.bias, module.out_features)
     torch.library.opcheck(ops.quantized_matmul.default, arguments, test_utils=tests)
     torch.library.opcheck(ops.dequantize.default, (*module._stored(), module.out_features), test_utils=tests)

@@ -3,8 +3,8 @@
 On a line the best clusters are intervals of the sorted values, so the optimum can be computed: dynamic programming over
 prefixes, where the best last boundary never moves left as the prefix grows (quadrangle inequality), hence
 O(k n log n) by divide and conquer. Wu 1991, Optimal quantization by matrix searching. The numpy body is the definition
-and the fallback; csrc/kmeans.cpp is the same programme, one column per step: 4096 values in 16 clusters take 2 ms
-instead of 60 on one core (benchmarks/clustering.py).
+and the fallback; csrc/kmeans.cpp is the same programme, one column per step: 4096 values in 16 clusters take 7 ms
+instead of 60 on one busy core (benchmarks/clustering.py).
 """
 
 import numpy as np

@@ -4,8 +4,9 @@ A table per column costs 16 x 2^bits / out bits per weight: nothing on 4096 rows
 all columns of a width costs next to nothing and one float8 factor ("gain") per column 8 / out. On layers of 64 to 768
 rows that is worth 0.05 to 1.6 bits per weight at equal squared error (python -m benchmarks.clustering).
 
-Table and gains are fitted in turn: k-means over the columns divided by their gains, then the least-squares gain of each
-column for its codes. Not published: a storage format for narrow layers.
+The table is fitted by k-means over the columns divided by their root mean squares, then each column's gain to its
+codes. Fitting both in turn again changes the squared error by less than 0.2 % (demo model, 2 to 4 bits, four rounds). Not
+published: a storage format for narrow layers.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +17,11 @@ from torch import Tensor
 
 from bitquilt.grids.codebook import Clustering, CodebookGrid, cluster
 
-_ROUNDS = 3  # of table and gains: on the layers above a fourth changes the squared error by less than 0.3 %
 _REFITS = 2  # of a column's gain to its codes
-# Of a large layer the table is fitted on some rows: at least so many, from which a column's factor is known to 4 %, and
-# so many weights, from which 16 levels are known to 0.3 %. The gains are fitted on all rows.
-_ROWS, _SAMPLE = 256, 2**17
-_BINS = 4096  # means of so many quantiles stand for them: 16 clusters take 2 ms
+# Of a large layer the table is fitted on some rows: at least so many, from which a column's root mean square is known
+# to 4 %, and so many weights: sixteen times as many lower the squared error at 4 bits by 0.2 %.
+_ROWS, _SAMPLE = 256, 2**16
+_BINS = 4096  # means of so many quantiles stand for them
 # Largest gain: room to grow to float8's 448 when errors of other columns are added, and nine octaves of full precision
 # below. Raised where the table's own float16 would run out of digits.
 _LEAST_PEAK, _PEAK = 4.0, 128.0
@@ -73,13 +73,11 @@ def fit_table(
     cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
     cost = cost / cost.max().clamp(min=_TINY)
     gains = _root_mean_square(weight, counted)
-    levels = torch.zeros(1 << bits)
-    for i in range(_ROUNDS):
-        if clustering != "uniform":
-            levels = _clustered(weight, counted, cost, gains, 1 << bits, clustering, iterations)
-        elif i == 0:
-            levels = _equal_steps(weight, counted, cost, gains, 1 << bits)
-        gains = _refit(weight, counted, levels, gains)
+    if clustering == "uniform":
+        levels = _equal_steps(weight, counted, cost, gains, 1 << bits)
+    else:
+        levels = _clustered(weight, counted, cost, gains, 1 << bits, clustering, iterations)
+    gains = _refit(weight, counted, levels, gains)
     return _in_storage(levels, gains, weight, counted, bits, dtype, gain_dtype)
 
 

@@ -45,7 +45,6 @@ _DTYPES = {
     "float8": torch.float8_e4m3fn,
 }
 _FLOAT8_SAFE = (0.125, 448.0)  # largest weight: below, most levels fall under 2^-6, where float8_e4m3 loses digits
-_FLOAT16_SAFE = 2.0**-10  # largest weight: below, the levels of a shared table lose float16's digits
 _ROWS = 512  # of a layer that `measure` looks at: it only ranks
 
 
@@ -132,7 +131,7 @@ class CMPQ:
     def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError naming the first layer, `[out, in]` by path, that cannot have `bpw`, and what all can."""
         self.check()
-        self._budget(torch.float16).check_layers(shapes)
+        self._budget().check_layers(shapes)
 
     def prepare(self, stats: LayerStats | None) -> Activations:
         """Norms of the channels, and with compensation the factor. Raises ValueError without finite statistics."""
@@ -154,6 +153,7 @@ class CMPQ:
         cost_j |w_j - Q(w_j)|^2. Raises ValueError if the budget is out of the layer's reach."""
         out_features, in_features = layer.weight.shape
         asked = self._budget(self._dtype(layer.weight))
+        asked.check_reach(out_features, in_features)
         candidates = asked.candidates()
         budgets = [b for b in candidates if b.reaches(out_features, in_features)] or candidates[-1:]
         plans = list(dict.fromkeys(LayerPlan(self._bits(layer, prepared, budget), 1) for budget in budgets))
@@ -204,11 +204,13 @@ class CMPQ:
         events += layer_events(layer, budget.tables.dtype, prepared.factor, self.damp)
         return Solution(stored, loss, tuple(events))
 
-    def _budget(self, dtype: torch.dtype) -> Budget:
+    def _budget(self, dtype: torch.dtype | None = None) -> Budget:
+        """With tables of `dtype`; without a layer, of the type that is asked for."""
+        chosen = dtype or _DTYPES.get(self.codebook_dtype, torch.float16)
         return Budget(
             self.bits,
             self.bpw,
-            Tables(self.codebook, self.clustering, self.iterations, dtype),
+            Tables(self.codebook, self.clustering, self.iterations, chosen),
             self.palette,
             self.swap,
             self.act_outliers,
@@ -240,10 +242,7 @@ class CMPQ:
                 f"the largest weight is {largest:.3g}; float8 levels need it within {_FLOAT8_SAFE[0]} .. "
                 f"{_FLOAT8_SAFE[1]}; use codebook_dtype=float16"
             )
-        if self.codebook_dtype != "auto":
-            return _DTYPES[self.codebook_dtype]
-        tiny = self.codebook == "shared" and 0 < largest < _FLOAT16_SAFE
-        return torch.bfloat16 if tiny else scale_dtype_for(weight)
+        return scale_dtype_for(weight) if self.codebook_dtype == "auto" else _DTYPES[self.codebook_dtype]
 
     def _bits(self, layer: Layer, prepared: Activations, budget: Budget) -> tuple[int, ...]:
         out_features, in_features = layer.weight.shape

@@ -84,16 +84,21 @@ class Budget:
         return [replace(self, act_share=s * self.act_share, error_share=s * self.error_share) for s in shares]
 
     def total(self, out_features: int, in_features: int) -> int:
-        """Sum of the channels' bits: as asked, or the most that `bpw` leaves room for. Raises ValueError if none."""
+        """Sum of the channels' bits: as asked, or the most that `bpw` leaves room for."""
         if self.bpw is None:
             check_budget(self.bits, self.palette)
             return min(round(self.bits * in_features), self.widest(out_features) * in_features)
+        return _largest_total(self, out_features, in_features)
+
+    def check_reach(self, out_features: int, in_features: int) -> None:
+        """Raise ValueError if no map of the palette has `bpw`."""
+        if self.bpw is None:
+            return
         least, most = self.reach(out_features, in_features)
         if not least <= self.bpw <= most:
             raise ValueError(
                 f"bpw is {self.bpw}; this {out_features} x {in_features} layer reaches {least:.3f} to {most:.3f}"
             )
-        return _largest_total(self, out_features, in_features)
 
     def least_error(
         self,
