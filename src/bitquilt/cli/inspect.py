@@ -96,7 +96,7 @@ def _layer(layout: Layout, solved: dict[str, Any]) -> dict[str, Any]:
         "shape": [layout.out_features, layout.in_features],
         "bits": {str(bits): counts[bits] for bits in sorted(counts)},
         "groups": groups,
-        "group_size": layout.segments[0][0].group_size,
+        "group_size": solved.get("group_size", layout.segments[0][0].group_size),
         "nominal_bits": layout.nominal_bits,
         "bpw": bits_per_weight(layout),
         "outliers": layout.outliers,

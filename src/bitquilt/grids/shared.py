@@ -5,8 +5,8 @@ all columns of a width costs next to nothing and one float8 factor ("gain") per 
 rows that is worth 0.05 to 1.6 bits per weight at equal squared error (python -m benchmarks.clustering).
 
 The table is fitted by k-means over the columns divided by their root mean squares, then each column's gain to its
-codes. Fitting both in turn again changes the squared error by less than 0.2 % (demo model, 2 to 4 bits, four rounds). Not
-published: a storage format for narrow layers.
+codes. Fitting both in turn again changes the squared error by less than 0.2 % (demo model, 2 to 4 bits, four rounds).
+Not published: a storage format for narrow layers.
 """
 
 from dataclasses import dataclass, replace
