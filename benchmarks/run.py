@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("layer", "kernels", "activations", "memory", "crash", "quality")
+BENCHMARKS = (
+    "layer", "clustering", "channels", "kernels", "activations", "memory", "crash", "quality", "curve",
+)  # fmt: skip
 
 
 def main() -> None:

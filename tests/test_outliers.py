@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from bitquilt.errors import UserError
 from bitquilt.hessian import factorize
 from bitquilt.outliers import (
     activation_outliers,
@@ -14,10 +15,11 @@ from bitquilt.outliers import (
     largest,
     sparse_remainder,
 )
-from bitquilt.packing import bits_per_weight, pack, unpack
+from bitquilt.packing import bits_per_weight, pack, tensor_specs, unpack
 from bitquilt.recipes import make_recipe
 from bitquilt.solvers.solve import solve
-from tests.recipes.test_contract import make_layer, run
+from bitquilt.types import Format, Layer, Layout
+from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
 
 WEIGHT = torch.tensor([[1.0, -4.0, 0.5], [2.0, 1.0, -6.0]])
@@ -92,3 +94,47 @@ def test_any_sweep_can_protect_weights(name, act_order):
     assert bits_per_weight(layout) > bits_per_weight(plain.weight.layout)
     again = unpack(pack(protected.weight), layout)
     assert torch.equal(naive_dense(again), naive_dense(protected.weight))
+
+
+@pytest.mark.parametrize("name", ["gptq", "slim-llm"])
+def test_recipes_on_groups_take_outliers_as_options(name):
+    layer = make_layer(out=24, width=48)
+    layer.weight[3, 5], layer.weight[7, 40] = 12.0, -15.0
+    layouts, errors = [], []
+    both = {"act_outliers": 0.01, "error_outliers": 0.02}
+    for options in ({}, {"act_outliers": 0.01}, {"error_outliers": 0.02}, both):
+        recipe = make_recipe(name, bits=2, group_size=16, **options)
+        solution = run(recipe, layer)[1]
+        layouts.append(solution.weight.layout)
+        errors.append(output_error(layer, solution))
+    assert [layout.outliers for layout in layouts] == [0, 12, 23, 35]
+    assert errors[3] < errors[1] < errors[0]
+    assert errors[2] < errors[0]
+    sizes = [bits_per_weight(layout) for layout in layouts]
+    assert sizes == sorted(sizes)
+    # 16 bits for the value, 8 for a column of 48; 25 row pointers of 8 bits
+    assert sizes[3] - sizes[0] == pytest.approx((35 * 24 + 25 * 8) / (24 * 48), abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["gptq", "slim-llm"])
+def test_outliers_that_half_precision_cannot_hold_are_an_event(name):
+    layer = make_layer(out=24, width=48)
+    layer = Layer(layer.name, 1e6 * layer.weight, None, layer.stats)
+    solution = run(make_recipe(name, bits=3, group_size=16, error_outliers=0.01), layer)[1]
+    assert "outliers out of float16 range" in [event.kind for event in solution.events]
+    assert solution.weight.outliers is None
+
+
+@pytest.mark.parametrize("name", ["gptq", "slim-llm", "cmpq"])
+def test_absurd_shares_are_refused_by_every_recipe(name):
+    with pytest.raises(UserError, match=r"error_outliers is 0\.7"):
+        make_recipe(name, error_outliers=0.7)
+
+
+@pytest.mark.parametrize(
+    ("columns", "count", "narrow"), [(200, 9, "uint8"), (300, 300, "int16"), (40_000, 40_000, "int32")]
+)
+def test_indices_take_the_bytes_they_need(columns, count, narrow):
+    layout = Layout(2, columns, ((Format(2, 8), columns),), outliers=count)
+    specs = tensor_specs(layout)
+    assert [str(specs[f"outlier_{key}"].dtype) for key in ("columns", "rows")] == [f"torch.{narrow}"] * 2

@@ -17,6 +17,8 @@ KINDS = (
     "mixed_ragged",
     "reordered",
     "codebook",
+    "shared_table",
+    "tables_of_three",
     "outliers",
     "bfloat16_scales",
 )
@@ -38,11 +40,15 @@ def uniform_segment(bits, width, group_size, seed=0, symmetric=False, scale_dtyp
     return Segment(Format(bits, group_size, "uniform", scale_dtype, symmetric), codes, scale, zero)
 
 
-def codebook_segment(bits, width, seed=0, rows=ROWS):
-    """Random codes into one table per column."""
+def codebook_segment(bits, width, seed=0, rows=ROWS, shared=1, gains=True):
+    """Random codes into one table per `shared` columns; shared ones have gains."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (rows, width), generator=g, dtype=torch.uint8)
-    return Segment(Format(bits, 1, "codebook"), codes, torch.randn(width, 2**bits, generator=g).half())
+    tables = torch.randn(-(-width // shared), 2**bits, generator=g).half()
+    if shared == 1 or not gains:
+        return Segment(Format(bits, shared, "codebook"), codes, tables)
+    factors = (torch.rand(width, generator=g) + 0.1).to(torch.float8_e4m3fn)
+    return Segment(Format(bits, shared, "codebook", gain_dtype=torch.float8_e4m3fn), codes, tables, factors)
 
 
 def make_weight(kind: str) -> QuantizedWeight:
@@ -58,9 +64,14 @@ def make_weight(kind: str) -> QuantizedWeight:
     if kind == "codebook":
         parts = (codebook_segment(2, 9, 1), codebook_segment(3, 7, 2))
         return QuantizedWeight(parts, Permutation(torch.randperm(16, generator=torch.Generator().manual_seed(3)), 1))
+    if kind == "shared_table":  # one table for all columns of a width, a float8 gain each
+        parts = (codebook_segment(2, 9, 1, shared=9), codebook_segment(3, 7, 2, shared=7))
+        return QuantizedWeight(parts, Permutation(torch.randperm(16, generator=torch.Generator().manual_seed(3)), 1))
+    if kind == "tables_of_three":  # a table per three columns, no gains, the last group narrower
+        return QuantizedWeight((codebook_segment(2, 10, 1, shared=3, gains=False),))
     if kind == "outliers":
-        rows = torch.tensor([0, 2, 2, 3] + [5] * 9, dtype=torch.int32)
-        columns = torch.tensor([0, 7, 3, 1, 15], dtype=torch.int16)
+        rows = torch.tensor([0, 2, 2, 3] + [5] * 9, dtype=torch.uint8)
+        columns = torch.tensor([0, 7, 3, 1, 15], dtype=torch.uint8)
         values = torch.tensor([1.5, -2.0, 0.25, 8.0, -1.0], dtype=torch.float16)
         return QuantizedWeight((uniform_segment(2, 16, 8),), None, Outliers(values, columns, rows))
     single = {
@@ -84,7 +95,8 @@ def naive_dense(weight: QuantizedWeight) -> Tensor:
         for j in range(segment.codes.shape[1]):
             codes, k = segment.codes[:, j].float(), j // group_size
             if segment.format.grid == "codebook":
-                columns.append(segment.scale[j].float()[segment.codes[:, j].long()])
+                gain = 1.0 if segment.zero is None else segment.zero[j].float()
+                columns.append(gain * segment.scale[k].float()[segment.codes[:, j].long()])
                 continue
             scale = segment.scale[:, k].float()
             if segment.zero is None:

@@ -29,3 +29,8 @@ class Decoder:
 
 def read_bandwidth(bytes: int, threads: int, rounds: int) -> float:
     """Bytes per second of a plain read loop over that much memory, the fastest of the rounds."""
+
+def kmeans(
+    values: int, weights: int, columns: int, count: int, k: int, centroids: int, boundaries: int, threads: int
+) -> None:
+    """fp64 `[columns, count]`, ascending -> centroids fp64 `[columns, k]`, boundaries int64 `[columns, k + 1]`."""

@@ -17,10 +17,9 @@ _SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
-    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks of narrow layers only: three digits, no room for small scales
+    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks and gains only: three digits, no room for small scales
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
-_INT16_CHANNELS = 2**15  # indices of wider layers need four bytes
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,15 @@ class TensorSpec:
 def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
     """The stored tensors of a weight, by name, in stored order: the size model and the file layout in one."""
     rows, columns = layout.out_features, layout.in_features
-    index = torch.int16 if columns <= _INT16_CHANNELS else torch.int32
+    index = torch.int16 if columns <= 2**15 else torch.int32
     specs: dict[str, TensorSpec] = {}
     for i, (form, width) in enumerate(layout.segments):
         groups = -(-width // form.group_size)
         specs[f"codes_{i}"] = TensorSpec((rows, packed_bytes(width, form.bits)), torch.uint8)
         if form.grid == "codebook":
-            specs[f"scale_{i}"] = TensorSpec((width, 1 << form.bits), form.scale_dtype)
+            specs[f"scale_{i}"] = TensorSpec((groups, 1 << form.bits), form.scale_dtype)
+            if form.gain_dtype is not None:
+                specs[f"gain_{i}"] = TensorSpec((width,), form.gain_dtype)
             continue
         specs[f"scale_{i}"] = TensorSpec((rows, groups), form.scale_dtype)
         if form.symmetric:
@@ -60,9 +61,14 @@ def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
         specs["permutation"] = TensorSpec((layout.blocks,), index)
     if layout.outliers:
         specs["outlier_values"] = TensorSpec((layout.outliers,), torch.float16)
-        specs["outlier_columns"] = TensorSpec((layout.outliers,), index)
-        specs["outlier_rows"] = TensorSpec((rows + 1,), torch.int32)
+        specs["outlier_columns"] = TensorSpec((layout.outliers,), _index_dtype(columns - 1))
+        specs["outlier_rows"] = TensorSpec((rows + 1,), _index_dtype(layout.outliers))
     return specs
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    """The narrowest integer that holds 0 .. largest."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
 
 def storage_bits(layout: Layout) -> int:
@@ -83,7 +89,10 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         bits = segment.format.bits
         tensors[f"codes_{i}"] = pack_bits(segment.codes, bits)
         tensors[f"scale_{i}"] = segment.scale
-        if segment.zero is not None:
+        if segment.format.grid == "codebook":
+            if segment.zero is not None:
+                tensors[f"gain_{i}"] = segment.zero
+        elif segment.zero is not None:
             tensors[f"zero_{i}"] = segment.zero if bits == 1 else pack_bits(segment.zero.t().contiguous(), bits)
     if weight.permutation is not None:
         tensors["permutation"] = weight.permutation.order
@@ -103,8 +112,8 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
     check_tensors(tensors, layout, name)
     segments = []
     for i, (form, width) in enumerate(layout.segments):
-        zero = tensors.get(f"zero_{i}")
-        if zero is not None and form.bits > 1:
+        zero = tensors.get(f"gain_{i}" if form.grid == "codebook" else f"zero_{i}")
+        if zero is not None and form.grid == "uniform" and form.bits > 1:
             zero = unpack_bits(zero, form.bits, layout.out_features).t()
         codes = unpack_bits(tensors[f"codes_{i}"], form.bits, width)
         segments.append(Segment(form, codes, tensors[f"scale_{i}"], zero))
@@ -146,6 +155,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
             "width": width,
             "scale_dtype": _DTYPE_NAMES[form.scale_dtype],
             "symmetric": form.symmetric,
+            **({} if form.gain_dtype is None else {"gain_dtype": _DTYPE_NAMES[form.gain_dtype]}),
         }
         for form, width in layout.segments
     ]
@@ -172,6 +182,7 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
                 item["grid"],
                 _SCALE_DTYPES[item["scale_dtype"]],
                 item["symmetric"],
+                _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
             )
             segments.append((form, int(item["width"])))
         return Layout(

@@ -22,7 +22,8 @@ class Format:
 
     uniform: one scale and one zero per row and `group_size` columns; at one bit two free levels per row and group.
     `symmetric` stores no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
-    codebook: 2^bits free levels per column (`group_size` is 1).
+    codebook: 2^bits free levels per `group_size` columns (1: every column its own); with a `gain_dtype` the columns of
+    a group share their levels but for a factor each.
     """
 
     bits: int
@@ -30,12 +31,15 @@ class Format:
     grid: Grid = "uniform"
     scale_dtype: torch.dtype = torch.float16
     symmetric: bool = False
+    gain_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits is {self.bits}; a code takes {MIN_BITS} to {MAX_BITS} bits")
         if self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
+        if self.gain_dtype is not None and self.grid != "codebook":
+            raise ValueError(f"a {self.grid} grid has no gains")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Outliers:
 @dataclass(frozen=True, eq=False)
 class Segment:
     """Consecutive stored columns of one format. `codes` uint8 `[out, width]`; `scale`, `zero` as `ops.reference`
-    defines them, unpacked: uniform `[out, groups]` (integer zeros as uint8), codebook `[width, 2^bits]` and None."""
+    defines them, unpacked: uniform `[out, groups]` (integer zeros as uint8), codebook `[groups, 2^bits]` and the gains
+    `[width]` or None."""
 
     format: Format
     codes: Tensor

@@ -10,8 +10,8 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.packing import bits_per_weight, pack, storage_bits, unpack
 from bitquilt.recipes import make_recipe
-from bitquilt.recipes.cmpq import CMPQ
-from bitquilt.solvers.solve import codebook_layout
+from bitquilt.solvers.codebooks import Tables
+from bitquilt.solvers.layouts import channel_layout
 from bitquilt.types import ChecksLayers, Layer, LayerStats
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
@@ -26,9 +26,14 @@ VARIANTS = [
     {"swap": 0.2, "statistic": "max_abs"},
     {"allocation": "error_table"},
     {"allocation": "first", "codebook_dtype": "bfloat16"},
-    {"codebook_dtype": "float8"},
+    {"weighting": "none", "outlier_choice": "asked"},
     {"compensation": True},
     {"compensation": True, "act_order": False, "allocation": "error_table", "error_outliers": 0.03},
+    {"published": True},
+    {"published": True, "error_outliers": 0.0, "act_outliers": 0.0},
+    {"codebook": "channel", "clustering": "uniform", "allocation": "error_table"},
+    {"codebook": "channel", "codebook_dtype": "float8"},
+    {"codebook": "channel", "compensation": True},
 ]
 
 
@@ -47,9 +52,8 @@ def test_contract(options, bits):
     assert layout.in_features == len(plan.bits) == 44
     assert sum(plan.bits) == round(bits * 44)
     assert layout.nominal_bits == pytest.approx(round(bits * 44) / 44)
-    assert layout == codebook_layout(
-        layer.weight.shape[0], plan.bits, layout.outliers, layout.segments[0][0].scale_dtype
-    )
+    tables = Tables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype)
+    assert layout == channel_layout(layer.weight.shape[0], plan.bits, tables, layout.outliers)
     tensors = pack(solution.weight)
     assert bits_per_weight(layout) == 8 * sum(t.nbytes for t in tensors.values()) / layer.weight.numel()  # law C8
     assert torch.equal(naive_dense(unpack(tensors, layout)), naive_dense(solution.weight))
@@ -63,8 +67,10 @@ def test_contract(options, bits):
 def test_layers_of_few_rows_or_columns(options, out, width):
     layer = make_layer(out=out, width=width)
     plan, solution = run(make_recipe("cmpq", bits=2.5, **options), layer)
-    assert max(plan.bits) <= max(1, (out - 1).bit_length())
-    assert ("more levels than rows" in [event.kind for event in solution.events]) == (out < 5)
+    own = make_recipe("cmpq", **options).codebook == "channel"
+    if own:
+        assert max(plan.bits) <= max(1, (out - 1).bit_length())
+    assert ("more levels than rows" in [event.kind for event in solution.events]) == (own and out < 5)
     assert output_error(layer, solution) < 0.2 * float((layer.stats.sample @ layer.weight.t()).square().sum())
 
 
@@ -104,7 +110,7 @@ def test_permuted_channels_permute_the_result(options):
 def test_norms_choose_bits_but_leave_the_codes_of_a_channel():
     """Law C5, second half: without outliers a channel's codes depend on its weights and width alone."""
     layer = make_layer()
-    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0)
+    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0, codebook="channel")
     other = Layer(layer.name, layer.weight, None, LayerStats(torch.diag(torch.rand(44)), 1, None))
     assert torch.equal(naive_dense(run(recipe, layer)[1].weight), naive_dense(run(recipe, other)[1].weight))
 
@@ -114,7 +120,8 @@ def test_protected_weights_are_exact_and_more_of_them_never_hurt():
     layer = make_layer(out=60)
     errors = []
     for share in (0.0, 0.002, 0.01, 0.03, 0.1, 0.2):
-        solution = run(make_recipe("cmpq", bits=2.5, error_outliers=share, act_outliers=0.01), layer)[1]
+        options = {"error_outliers": share, "act_outliers": 0.01, "codebook": "channel"}
+        solution = run(make_recipe("cmpq", bits=2.5, **options), layer)[1]
         errors.append(objective(layer, solution.weight))
         sparse = solution.weight.outliers
         rows = torch.repeat_interleave(torch.arange(60), sparse.rows.diff().long())
@@ -130,7 +137,8 @@ def test_enough_levels_reconstruct_exactly():
     layer = make_layer(out=200)
     grid = (layer.weight * 2).round().clamp(-3, 4) / 2  # eight distinct values
     layer = Layer(layer.name, grid, None, layer.stats)
-    solution = run(make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0), layer)[1]
+    options = {"error_outliers": 0.0, "act_outliers": 0.0, "codebook": "channel"}
+    solution = run(make_recipe("cmpq", bits=3, **options), layer)[1]
     assert torch.equal(naive_dense(solution.weight), grid)
 
 
@@ -141,9 +149,13 @@ def test_channels_that_matter_get_the_bits_and_it_helps():
     blind = run(make_recipe("cmpq", bits=2.5, allocation="first"), layer)[1]
     table = run(make_recipe("cmpq", bits=2.5, allocation="error_table"), layer)[1]
     uniform = run(make_recipe("cmpq", bits=2.5, clustering="uniform"), layer)[1]
-    lloyd = run(make_recipe("cmpq", bits=2.5, clustering="lloyd"), layer)[1]
     assert objective(layer, table.weight) < objective(layer, by_norm.weight) < objective(layer, blind.weight)
-    assert objective(layer, by_norm.weight) <= objective(layer, lloyd.weight) < objective(layer, uniform.weight)
+    assert objective(layer, by_norm.weight) < objective(layer, uniform.weight)
+    own, lloyd, steps = (
+        objective(layer, run(make_recipe("cmpq", bits=2.5, codebook="channel", clustering=kind), layer)[1].weight)
+        for kind in ("exact", "lloyd", "uniform")
+    )
+    assert own <= lloyd < steps
 
 
 def test_compensation_lowers_the_layers_output_error():
@@ -169,15 +181,19 @@ def test_cmpq_plus_is_cmpq_with_compensation():
 def test_true_bits_are_met_from_below(options, out):
     """Exact to one channel, and to an outlier where O_q takes what is left."""
     layer = make_layer(out=out, width=100)
-    least, most = CMPQ(bpw=3.0, **options)._reach(out, 100)
+    least, most = make_recipe("cmpq", bpw=3.0, **options)._budget().reach(out, 100)
     for target in (least, least + 0.3, least + 0.9, least + 1.25, most):
         recipe = make_recipe("cmpq", bpw=target, **options)
-        bits = storage_bits(run(recipe, layer)[1].weight.layout)
+        layout = run(recipe, layer)[1].weight.layout
+        bits = storage_bits(layout)
         assert bits <= target * out * 100 + 1e-6
         if target == most:
             continue
-        # without O_q whole bytes per row are the step, and equal widths save the map of one bit per channel
-        step = 32 if recipe.error_outliers else 2 * 8 * out + 2 * 16 * 32 + 200
+        # an outlier, and wider row pointers for all; without O_q whole bytes per row are the step, and equal widths
+        # save the map of one bit per channel and a table
+        step = 32 + 16 * (out + 1)
+        if not (recipe.error_outliers and layout.outliers):
+            step += 2 * 8 * out + 2 * 16 * 32 + 200
         if options.get("allocation") != "error_table":
             assert bits > target * out * 100 - step
 
@@ -216,7 +232,7 @@ def test_small_weights_do_not_fit_float8():
     layer = make_layer()
     small = Layer(layer.name, 0.01 * layer.weight, None, layer.stats)
     with pytest.raises(ValueError, match=r"largest weight is 0\.0.*use codebook_dtype=float16"):
-        run(make_recipe("cmpq", codebook_dtype="float8"), small)
+        run(make_recipe("cmpq", codebook="channel", codebook_dtype="float8"), small)
 
 
 def test_missing_statistics_are_named():
@@ -250,7 +266,8 @@ def test_missing_statistics_are_named():
         ({"statistic": "l3"}, "option 'statistic': got 'l3'"),
         ({"group_size": 8}, "no option 'group_size'"),
         ({"damp": 0}, "damp is 0"),
-        ({"published": True}, "no published variant"),
+        ({"codebook_dtype": "float8"}, "float8 goes with codebook=channel"),
+        ({"codebook": "row"}, "option 'codebook': got 'row'"),
     ],
 )
 def test_bad_options_are_named_with_the_fix(options, message):
@@ -259,7 +276,7 @@ def test_bad_options_are_named_with_the_fix(options, message):
 
 
 def test_a_target_no_layer_can_meet_is_refused_with_what_it_can():
-    recipe = make_recipe("cmpq", bpw=2.5)
+    recipe = make_recipe("cmpq", bpw=2.5, codebook="channel")
     assert isinstance(recipe, ChecksLayers)
     with pytest.raises(ValueError, match=r"b \(16 x 64\) reaches 3\..* to .*; all layers together reach"):
         recipe.check_layers({"a": (4096, 64), "b": (16, 64)})
@@ -297,6 +314,66 @@ def test_from_checkpoint_to_logits(make_model, token_file, tmp_path, options):
 
 
 def test_a_model_too_narrow_for_the_target_is_refused_before_the_work(make_model, token_file, tmp_path):
+    options = {"bpw": 2.0, "published": True}
     with pytest.raises(UserError, match=r"bpw is 2\.0; model\.layers\.0\.self_attn\.q_proj"):
-        bitquilt.quantize(make_model(), "cmpq", token_file, tmp_path / "out", bpw=2.0, samples=6, seq_len=16)
+        bitquilt.quantize(make_model(), "cmpq", token_file, tmp_path / "out", samples=6, seq_len=16, **options)
     assert not (tmp_path / "out.work").exists()
+
+
+def test_published_is_a_table_per_channel_and_the_shares_as_asked():
+    recipe = make_recipe("cmpq", published=True, bpw=4.0)
+    assert (recipe.codebook, recipe.outlier_choice, recipe.compensation) == ("channel", "asked", False)
+    layer = make_layer(out=200, width=64)
+    layout = run(recipe, layer)[1].weight.layout
+    assert {form.group_size for form, _ in layout.segments} == {1}
+    assert layout.outliers >= round(0.005 * 200 * 64)
+
+
+def test_outliers_are_kept_where_they_are_worth_more_than_bits():
+    """Wild weights: protected. Tame ones: the bytes go into bits."""
+    tame = make_layer(out=128, width=128)
+    wild = make_layer(out=128, width=128)
+    wild.weight[torch.rand(128, 128, generator=torch.Generator().manual_seed(2)) < 0.005] *= 30
+    recipe = make_recipe("cmpq", bpw=3.0)
+    kept = run(recipe, wild)[1].weight.layout
+    assert kept.outliers >= round(0.005 * 128 * 128)
+    for layer in (wild, tame):
+        asked = run(make_recipe("cmpq", bpw=3.0, outlier_choice="asked"), layer)[1]
+        chosen = run(recipe, layer)[1]
+        assert objective(layer, chosen.weight) <= objective(layer, asked.weight) * (1 + 1e-9)
+
+
+def test_bits_instead_of_outliers_where_these_cost_more_than_they_save():
+    layer = make_layer(out=64, width=64)
+    asked, chosen = (
+        run(make_recipe("cmpq", bpw=2.7, outlier_choice=choice), layer)[1].weight for choice in ("asked", "measured")
+    )
+    assert chosen.layout.nominal_bits > asked.layout.nominal_bits
+    assert objective(layer, chosen) < objective(layer, asked)
+
+
+def test_a_palette_of_one_width_spends_what_is_left_on_outliers():
+    layer = make_layer(out=128, width=128)
+    recipe = make_recipe("cmpq", bpw=3.2, palette=(3,))
+    plan, solution = run(recipe, layer)
+    assert set(plan.bits) == {3}
+    assert 3.15 < bits_per_weight(solution.weight.layout) <= 3.2
+    assert solution.weight.outliers is not None
+
+
+def test_shared_tables_cost_little_on_narrow_layers_and_lose_less():
+    """At the same bytes, on 64 rows."""
+    layer = make_layer(out=64, width=96)
+    shared, own = (
+        run(make_recipe("cmpq", bpw=4.0, codebook=scope), layer)[1].weight for scope in ("shared", "channel")
+    )
+    assert shared.layout.nominal_bits > own.layout.nominal_bits + 0.5
+    assert objective(layer, shared) < 0.8 * objective(layer, own)
+
+
+def test_tiny_weights_keep_their_digits():
+    layer = make_layer()
+    small = Layer(layer.name, 1e-4 * layer.weight, None, layer.stats)
+    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0)  # float16 could not hold them
+    big, little = (run(recipe, each)[1].weight for each in (layer, small))
+    assert objective(small, little) == pytest.approx(1e-8 * objective(layer, big), rel=0.05)

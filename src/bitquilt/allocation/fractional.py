@@ -5,7 +5,7 @@ reach every mean exactly; which channels get the wider one is a ranking. Pure Py
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bitquilt.types import MAX_BITS, MIN_BITS
 
@@ -69,3 +69,19 @@ def check_budget(bits: float, palette: Sequence[int]) -> None:
     check_palette(palette)
     if not palette[0] <= bits <= palette[-1]:
         raise ValueError(f"bits is {bits}; the palette reaches means from {palette[0]} to {palette[-1]}")
+
+
+def largest_within(size: Callable[[int], int], low: int, high: int, target: float, further: Sequence[int] = ()) -> int:
+    """The largest of low .. high whose size is within `target`; `low` if none is.
+
+    Sizes need grow only on the whole: bisect, then look a little further, and at the places of `further`.
+    """
+    first, last = low, high
+    while first < last:
+        middle = (first + last + 1) // 2
+        if size(middle) <= target:
+            first = middle
+        else:
+            last = middle - 1
+    nearby = next((n for n in range(min(high, first + 32), first, -1) if size(n) <= target), first)
+    return max([nearby, *(n for n in further if size(n) <= target)])

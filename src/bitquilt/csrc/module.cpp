@@ -6,6 +6,7 @@
 #include "bandwidth.h"
 #include "decoder.h"
 #include "handle.h"
+#include "kmeans.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -25,12 +26,20 @@ void dequantize(const Handle& handle, int64_t first, int64_t last, uintptr_t out
     handle.dequantize(first, last, reinterpret_cast<void*>(out), checked_type("output", type), threads);
 }
 
+void kmeans_at(uintptr_t x, uintptr_t w, int64_t columns, int64_t n, int64_t k, uintptr_t centroids,
+               uintptr_t boundaries, int threads) {
+    check_threads(threads);
+    kmeans(reinterpret_cast<const double*>(x), reinterpret_cast<const double*>(w), columns, n, k,
+           reinterpret_cast<double*>(centroids), reinterpret_cast<int64_t*>(boundaries), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
     m.def("levels", &level_names);
     m.def("use_team", &use_team);
     m.def("read_bandwidth", &read_bandwidth, Released());
+    m.def("kmeans", &kmeans_at, Released());
     nb::class_<Handle>(m, "Handle")
         .def(nb::init<const std::string&, const std::vector<int64_t>&>())
         .def("matmul", &matmul, Released())

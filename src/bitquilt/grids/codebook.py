@@ -1,34 +1,29 @@
 """Which few free levels represent a column best? fit_codebook(weight [out, n], bits, mass, ...) -> CodebookGrid.
 
-One table of 2^bits levels per input column, by one-dimensional k-means. On a line the best clusters are intervals of
-the sorted weights, so the optimum can be computed: dynamic programming over prefixes, where the best last boundary
-never moves left as the prefix grows (quadrangle inequality), hence O(k n log n) by divide and conquer. Levels are
-rounded to storage precision BEFORE codes are chosen. CMPQ (arXiv 2410.13056), spec section 3.2; the exact programme:
-Wu 1991, Optimal quantization by matrix searching.
+One table of 2^bits levels per input column, by one-dimensional k-means (`grids.kmeans`). Levels are rounded to storage
+precision BEFORE codes are chosen. CMPQ (arXiv 2410.13056), spec section 3.2. Tables that columns share: `grids.shared`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bitquilt.grids.kmeans import exact_kmeans, lloyd
+
 Clustering = Literal["exact", "lloyd", "uniform"]
-Array = np.ndarray
-# Elements of one batch of columns: the working set of a level (about ten such arrays of float64) stays near 10 MB.
-_BATCH_ELEMENTS = 2**17
-_TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
 class CodebookGrid:
-    """`levels` fp32 `[n, 2^bits]`, ascending per column, rounded to storage precision: column j holds
-    `levels[j, code]`."""
+    """`levels` fp32 `[n, 2^bits]`, ascending per column: column j holds `levels[j, code]`. They are of storage
+    precision, or products of two that are: a `table` fp32 `[2^bits]` of all columns and their `gains` fp32 `[n]`."""
 
     bits: int
     levels: Tensor
+    gains: Tensor | None = None
+    table: Tensor | None = None
 
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes of `[out, n]` as float; the lower level wins a tie."""
@@ -61,74 +56,22 @@ def fit_codebook(
     """
     values, order = weight.t().double().contiguous().sort(dim=1)
     masses = torch.ones_like(values) if mass is None else mass.t().double().gather(1, order)
-    k = 1 << bits
-    if clustering == "uniform":
-        levels = _equal_steps(values, masses, k)
-    else:
-        levels, few = _distinct(values, masses, k)
-        many = ~few
-        if bool(many.any()):
-            cluster: Callable[..., tuple[Tensor, Tensor]] = exact_kmeans if clustering == "exact" else lloyd
-            arguments = () if clustering == "exact" else (iterations,)
-            centroids, _ = cluster(values[many].t(), masses[many].t(), k, *arguments)
-            levels[many] = centroids.t()
+    levels = cluster(values, masses, 1 << bits, clustering, iterations)
     limit = torch.finfo(dtype).max
     return CodebookGrid(bits, levels.clamp(-limit, limit).to(dtype).float())
 
 
-def exact_kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-means of least weighted squared error of each column, by dynamic programming.
-
-    `values` fp64 `[n, columns]`, ascending per column; `weights` `[n, columns]` >= 0 -> centroids fp64 `[k, columns]`,
-    ascending, and boundaries int64 `[k + 1, columns]`: cluster c holds the values boundaries[c] .. boundaries[c + 1].
-    An empty cluster repeats a neighbour's centroid. Raises ValueError if k < 1.
-    """
-    _check_clusters(k)
-    x = np.ascontiguousarray(values.detach().cpu().numpy().T, dtype=np.float64)
-    w = np.ascontiguousarray(weights.detach().cpu().numpy().T, dtype=np.float64)
-    columns, n = x.shape
-    boundaries = np.empty((columns, k + 1), dtype=np.int64)
-    centroids = np.empty((columns, k))
-    batch = max(1, _BATCH_ELEMENTS // (n + 1))
-    for start in range(0, columns, batch):
-        part = slice(start, min(start + batch, columns))
-        boundaries[part], centroids[part] = _dynamic_programme(x[part], w[part], k)
-    # means of neighbouring clusters of equal values may differ in the last bit, the wrong way round
-    np.maximum.accumulate(centroids, axis=1, out=centroids)
-    return torch.from_numpy(centroids.T.copy()), torch.from_numpy(boundaries.T.copy())
-
-
-def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tuple[Tensor, Tensor]:
-    """Lloyd's rounds from a quantile start: same arguments and results as `exact_kmeans`, a local optimum.
-
-    Stops when no boundary moves. An empty cluster takes the value with the largest weighted error.
-    """
-    _check_clusters(k)
-    x, w = values.double().t().contiguous(), weights.double().t().contiguous()
-    sums = [torch.nn.functional.pad(s.cumsum(1), (1, 0)) for s in (w, w * x)]
-    mass = sums[0]
-    targets = (torch.arange(k, dtype=torch.float64, device=x.device) + 0.5) / k * mass[:, -1:]
-    starts = torch.searchsorted(mass[:, 1:].contiguous(), targets).clamp_(max=x.shape[1] - 1)
-    centroids = x.gather(1, starts)
-    boundaries = _nearest_boundaries(x, centroids)
-    for _ in range(iterations):
-        centroids = _revive(x, w, *_means(sums, boundaries, centroids))
-        moved = _nearest_boundaries(x, centroids)
-        if torch.equal(moved, boundaries):
-            break
-        boundaries = moved
-    return centroids.t().contiguous(), boundaries.t().contiguous()
-
-
-def squared_error(values: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
-    """Weighted squared error of `values` `[n, columns]` to the nearest of `centroids` `[k, columns]`, `[columns]`."""
-    distance = (values.unsqueeze(0) - centroids.unsqueeze(1)).square().amin(dim=0)
-    return (distance * weights).sum(dim=0)
-
-
-def _check_clusters(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k is {k}; wanted at least one cluster")
+def cluster(values: Tensor, masses: Tensor, k: int, clustering: Clustering, iterations: int) -> Tensor:
+    """Levels fp64 `[columns, k]`, ascending, of fp64 rows `[columns, n]`, ascending too."""
+    if clustering == "uniform":
+        return _equal_steps(values, masses, k)
+    levels, few = _distinct(values, masses, k)
+    many = ~few
+    if bool(many.any()):
+        arguments = values[many].t(), masses[many].t(), k
+        centroids, _ = exact_kmeans(*arguments) if clustering == "exact" else lloyd(*arguments, iterations)
+        levels[many] = centroids.t()
+    return levels
 
 
 def _distinct(values: Tensor, masses: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -155,101 +98,3 @@ def _equal_steps(values: Tensor, masses: Tensor, k: int) -> Tensor:
     empty = low > high
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
     return low + (high - low) * torch.linspace(0, 1, k, dtype=torch.float64, device=values.device)
-
-
-def _dynamic_programme(x: Array, w: Array, k: int) -> tuple[Array, Array]:
-    """Boundaries `[columns, k + 1]` and centroids `[columns, k]` of a batch of columns `[columns, n]`."""
-    columns, n = x.shape
-    total = w.sum(1, keepdims=True)
-    # around the mean the prefix sums lose the fewest digits
-    centre = (w * x).sum(1, keepdims=True) / np.maximum(total, _TINY)
-    x = x - centre
-    s0, s1, s2 = (np.pad(np.cumsum(s, axis=1), ((0, 0), (1, 0))) for s in (w, w * x, w * x * x))
-    best = s2 - s1**2 / np.maximum(s0, _TINY)  # one cluster for each prefix
-    splits = []
-    for _ in range(2, k):
-        best, split = _one_cluster_more(best, s0, s1, s2)
-        splits.append(split)
-    boundaries = np.zeros((columns, k + 1), dtype=np.int64)
-    boundaries[:, k] = n
-    rows = np.arange(columns)
-    if k > 1:
-        tail = best - s2 - (s1[:, -1:] - s1) ** 2 / np.maximum(s0[:, -1:] - s0, _TINY)
-        boundaries[:, k - 1] = tail.argmin(1)
-    for c, split in zip(range(k - 2, 0, -1), reversed(splits), strict=True):
-        boundaries[:, c] = split[rows, boundaries[:, c + 1]]
-    inside = np.diff(np.take_along_axis(s0, boundaries, 1), axis=1)
-    sums = np.diff(np.take_along_axis(s1, boundaries, 1), axis=1)
-    means = np.where(inside > 0, sums / np.maximum(inside, _TINY), np.nan)
-    return boundaries, _fill_empty(means) + np.where(total > 0, centre, 0.0)
-
-
-def _one_cluster_more(best: Array, s0: Array, s1: Array, s2: Array) -> tuple[Array, Array]:
-    """From the least errors of all prefixes `[columns, n + 1]` to those with one more cluster, and where it starts.
-
-    Prefixes are solved from the coarsest stride to the finest; each searches between the boundaries of its solved
-    neighbours, so a stride costs n + (number of prefixes) candidates per column.
-    """
-    columns, size = best.shape
-    base = np.arange(columns)[:, None] * size
-    flat0, flat1 = s0.ravel(), s1.ravel()
-    reduced = (best - s2).ravel()
-    error, split = np.zeros_like(best), np.zeros((columns, size), dtype=np.int64)
-    stride = 1 << (size - 1).bit_length()
-    while stride > 1:
-        half = stride // 2
-        ends = np.arange(half, size, stride)
-        low = split[:, ends - half]
-        high = np.broadcast_to(ends, low.shape).copy()
-        solved = ends + half < size
-        high[:, solved] = np.minimum(high[:, solved], split[:, ends[solved] + half])
-        counts = (high - low + 1).ravel()
-        first = np.cumsum(counts) - counts
-        candidate = np.repeat((base + low).ravel() - first, counts) + np.arange(counts.sum())
-        at = (base + ends).ravel()
-        gain = np.repeat(flat1[at], counts) - flat1[candidate]
-        gain *= gain
-        gain /= np.maximum(np.repeat(flat0[at], counts) - flat0[candidate], _TINY)
-        value = reduced[candidate] - gain
-        least = np.minimum.reduceat(value, first)
-        hits = np.flatnonzero(value == np.repeat(least, counts))
-        chosen = hits[np.searchsorted(hits, first)]  # the leftmost of each prefix
-        split[:, ends] = (candidate[chosen] - base.repeat(len(ends), axis=1).ravel()).reshape(columns, -1)
-        error[:, ends] = least.reshape(columns, -1) + s2[:, ends]
-        stride = half
-    return error, split
-
-
-def _fill_empty(means: Array) -> Array:
-    """Empty clusters (NaN) repeat the centroid on their left, leading ones that on their right; all empty: 0."""
-    index = np.where(np.isnan(means), -1, np.arange(means.shape[1]))
-    left = np.maximum.accumulate(index, axis=1)
-    leading = np.where(index >= 0, index, means.shape[1]).min(axis=1, keepdims=True)
-    source = np.where(left >= 0, left, leading)
-    empty = source >= means.shape[1]
-    return np.where(empty, 0.0, np.take_along_axis(means, np.minimum(source, means.shape[1] - 1), 1))
-
-
-def _nearest_boundaries(x: Tensor, centroids: Tensor) -> Tensor:
-    middles = (centroids[:, 1:] + centroids[:, :-1]) / 2
-    inner = torch.searchsorted(x, middles, right=True)
-    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=x.shape[1])
-
-
-def _means(sums: list[Tensor], boundaries: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the clusters (the old centroid where there is no mass), and which clusters are empty."""
-    mass, first = (s.gather(1, boundaries).diff(dim=1) for s in sums)
-    empty = mass <= 0
-    return torch.where(empty, centroids, first / mass.clamp(min=_TINY)), empty
-
-
-def _revive(x: Tensor, w: Tensor, centroids: Tensor, empty: Tensor) -> Tensor:
-    """Move one empty cluster per column onto the value with the largest weighted error."""
-    rows = torch.nonzero(empty.any(dim=1)).flatten()
-    if len(rows) == 0:
-        return centroids.sort(dim=1).values
-    error = (x[rows].unsqueeze(2) - centroids[rows].sort(dim=1).values.unsqueeze(1)).square().amin(2) * w[rows]
-    worst = error.argmax(dim=1)
-    moved = centroids.clone()
-    moved[rows, empty[rows].to(torch.int8).argmax(dim=1)] = x[rows, worst]
-    return moved.sort(dim=1).values

@@ -90,6 +90,7 @@ def _check_files(files: Any, layouts: Any, model: PreTrainedModel) -> None:
         "F32": "float32",
         "I16": "int16",
         "I32": "int32",
+        "F8_E4M3": "float8_e4m3fn",
     }
     base = f"{model.base_model_prefix}."
     for path, layout in layouts.items():

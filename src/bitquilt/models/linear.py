@@ -131,7 +131,7 @@ class QuantizedLinear(nn.Module):
         segments = range(len(self.layout.segments))
         empty = torch.empty(0, device=self._buffers["scale_0"].device)  # type: ignore[union-attr]
         buffers = self._buffers
-        zeros = [buffers.get(f"zero_{i}") for i in segments]
+        zeros = [buffers.get(f"zero_{i}", buffers.get(f"gain_{i}")) for i in segments]
         return StoredWeight(
             [buffers[f"codes_{i}"] for i in segments],  # type: ignore[misc]
             [buffers[f"scale_{i}"] for i in segments],  # type: ignore[misc]

@@ -42,16 +42,33 @@ class StoredWeight(NamedTuple):
         zeros = (t for t in self.zeros if t.numel())
         return [*self.codes, *self.scales, *zeros, *(t for t in single if t is not None)]
 
+    def plain(self) -> "StoredWeight":
+        """The same weight as the kernels read it: fp32 levels for every column instead of shared tables, gains or
+        float8, wide enough integers for outliers. Itself where nothing has to change."""
+        scales, zeros, layout, fields = list(self.scales), list(self.zeros), list(self.layout), reference.LAYOUT_FIELDS
+        for i in range(min(len(layout) // fields, len(scales), len(zeros))):
+            grid, _bits, group_size, width = layout[fields * i : fields * (i + 1)]
+            own = group_size == 1 and not zeros[i].numel() and scales[i].dtype in DTYPES
+            if grid == reference.GRID_CODEBOOK and not own:
+                scales[i] = reference.column_levels(scales[i], zeros[i], group_size, width)
+                zeros[i], layout[fields * i + 2] = zeros[i][:0].float(), 1
+        columns, rows = self.outlier_columns, self.outlier_rows
+        if columns is not None and columns.dtype == torch.uint8:
+            columns = columns.to(torch.int16)
+        if rows is not None:
+            rows = rows.to(torch.int32)
+        return self._replace(scales=scales, zeros=zeros, layout=layout, outlier_columns=columns, outlier_rows=rows)
+
     def known(self) -> bool:
         """Whether the kernels know the layout (groups of a multiple of 8 columns, or one) and the scales' type."""
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
-        if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.scales):
-            return False
         for grid, _bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
             if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
                 return False
+        if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.plain().scales):
+            return False
         return self.in_features <= _MAX_COLUMNS
 
 
@@ -64,7 +81,9 @@ class Handle:
         self.level, self.out_features, self.in_features = level, out_features, weight.in_features
         self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
         self._layout = (list(weight.layout), weight.block)
-        numbers, self._copies = describe(weight, out_features)
+        plain = weight.plain()
+        numbers, copies = describe(plain, out_features)
+        self._copies = [*copies, *plain.tensors()]  # what `plain` made is held by nobody else
         self.native = make(level, numbers)
 
     def fits(self, weight: StoredWeight, out_features: int, level: str) -> bool:

@@ -137,6 +137,17 @@ def dequantize(*arguments: Any) -> Tensor:
     return dense(found, torch.empty((out_features, found.in_features)))
 
 
+def kmeans(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`grids.kmeans.kmeans_reference` on the native body: contiguous fp64 `[columns, n]`, on all threads."""
+    columns, n = x.shape
+    centroids = torch.empty((columns, k), dtype=torch.float64)
+    boundaries = torch.empty((columns, k + 1), dtype=torch.int64)
+    _kernels.kmeans(
+        x.data_ptr(), w.data_ptr(), columns, n, k, centroids.data_ptr(), boundaries.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return centroids, boundaries
+
+
 def decoder(sizes: list[int], epsilon: float, scale: float) -> Any:
     """`csrc/decoder.h`'s Decoder. ValueError: sizes that do not go together."""
     return _kernels.Decoder(sizes, epsilon, scale)

@@ -2,16 +2,17 @@
 
 Arguments, as in the op's schema (one entry per column segment in the three lists):
   codes[i]   uint8 [out, ceil(width_i * bits_i / 8)], the bit streams of `ops.bits`
-  scales[i]  uniform: step between levels [out, groups_i];  codebook: the levels [width_i, 2^bits_i]
+  scales[i]  uniform: step between levels [out, groups_i];  codebook: the levels [groups_i, 2^bits_i]
   zeros[i]   uniform, bits >= 2: integer zeros, packed along the rows: uint8 [groups_i, ceil(out * bits_i / 8)];
              uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
-             codebook, or a symmetric uniform grid: empty
+             codebook: a factor per column [width_i], or empty;  symmetric uniform grid: empty
   layout     per segment four integers: grid (0 uniform, 1 codebook), bits, group_size, width
   permutation, block
              order of the input channels in storage, in blocks of that many neighbours; None = as they come.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
              at the width of the largest segment index; blocks keep their order inside a segment
-  outlier_*  compressed sparse rows of what is added to the dense weight, original channel order; None = nothing
+  outlier_*  compressed sparse rows of what is added to the dense weight, original channel order; None = nothing.
+             Columns and row pointers in any integer type that holds them
 """
 
 import torch
@@ -54,9 +55,17 @@ def decode_uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_
     return base + step * codes if bits == 1 else step * (codes - base)
 
 
-def decode_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Codes `[out, width]` into one table per column, `[width, 2^bits]` -> fp32 `[out, width]`."""
-    return codebook.float().t().gather(0, codes.to(torch.int64))
+def column_levels(codebook: Tensor, gain: Tensor, group_size: int, width: int) -> Tensor:
+    """The levels of every column fp32 `[width, 2^bits]`: those of its group, `[groups, 2^bits]`, times its gain."""
+    levels = codebook.float()
+    if group_size > 1:
+        levels = levels.repeat_interleave(group_size, dim=0)[:width]
+    return levels * gain.float().unsqueeze(1) if gain.numel() else levels
+
+
+def decode_codebook(codes: Tensor, levels: Tensor) -> Tensor:
+    """Codes `[out, width]` into one table per column, fp32 `[width, 2^bits]` -> fp32 `[out, width]`."""
+    return levels.t().gather(0, codes.to(torch.int64))
 
 
 def dequantize(
@@ -78,7 +87,7 @@ def dequantize(
         channels = expand_permutation(permutation, block, len(codes), in_features)
         dense = torch.empty_like(dense).index_copy_(1, channels, dense)
     if outlier_values is not None and outlier_columns is not None and outlier_rows is not None:
-        counts = outlier_rows.diff()
+        counts = outlier_rows.to(torch.int64).diff()
         rows = torch.repeat_interleave(torch.arange(out_features, device=dense.device), counts)
         dense.index_put_((rows, outlier_columns.to(torch.int64)), outlier_values.float(), accumulate=True)
     return dense
@@ -114,7 +123,7 @@ def _stored_order(
         grid, bits, group_size, width = layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
         unpacked = unpack_bits(stream, bits, width)
         if grid == GRID_CODEBOOK:
-            parts.append(decode_codebook(unpacked, scale))
+            parts.append(decode_codebook(unpacked, column_levels(scale, zero, group_size, width)))
         else:
             base = zero if bits == 1 or zero.numel() == 0 else unpack_bits(zero, bits, out_features).t()
             parts.append(decode_uniform(unpacked, scale, base, bits, group_size))

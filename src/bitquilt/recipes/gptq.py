@@ -14,6 +14,7 @@ from torch import Tensor
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
@@ -27,7 +28,8 @@ class GPTQ:
     order, their columns likewise, each grid fitted when its group is reached. `symmetric`: no zeros stored.
     `alpha`, `stream_alpha`: how much of the error of earlier layers, at the layer's input and in the residual stream
     it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
-    `passes`: of coordinate descent over the codes after the sweep."""
+    `passes`: of coordinate descent over the codes after the sweep. `error_outliers`, `act_outliers`: shares of the
+    weights kept in half precision beside the codes, as in `cmpq`."""
 
     name: ClassVar[str] = "gptq"
 
@@ -42,6 +44,8 @@ class GPTQ:
     alpha: float = 0.0
     stream_alpha: float = 0.0
     passes: int = 0
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -51,6 +55,7 @@ class GPTQ:
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
         check_feedback(self.alpha, self.stream_alpha, self.passes)
+        check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
         if self.act_order and self.group_order:
             raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
 
@@ -80,8 +85,13 @@ class GPTQ:
             return fit(weight, bits, weights, search=search, symmetric=self.symmetric, scale_dtype=scale_dtype)
 
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, act_order=self.act_order, passes=self.passes)
-        return replace(solution, events=(*events, *solution.events))
+        protected = protect(layer, plan, prepared, fit_group, self.act_outliers, self.error_outliers)
+        solution = solve(
+            layer, plan, prepared, fit_group,
+            damp=self.damp, act_order=self.act_order, protected=protected, passes=self.passes,
+        )  # fmt: skip
+        unprotected = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
+        return replace(solution, events=(*events, *solution.events, *unprotected))
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
@@ -90,7 +100,10 @@ class GPTQ:
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
         symmetric = GROUP_WIDTHS if self.symmetric else ()
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+        count = protected_count((out_features, in_features), self.act_outliers, self.error_outliers)
+        return grouped_layout(
+            out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count
+        )
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, weighed as the sweep weighs it."""

@@ -39,6 +39,7 @@ from bitquilt.packing import bits_per_weight
 from bitquilt.sensitivity.divergence import Objective, pair_losses
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
+from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices
@@ -58,7 +59,7 @@ class SlimLLM:
     "uniform" = N everywhere; "global" = groups of the whole model share one budget, which needs a plan made before the
     first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid. `group_order`,
     `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
-    weight.
+    weight. `error_outliers`, `act_outliers`: shares of the weights kept in half precision beside the codes.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -83,6 +84,8 @@ class SlimLLM:
     alpha: float = 0.0
     stream_alpha: float = 0.0
     passes: int = 0
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -92,6 +95,7 @@ class SlimLLM:
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
         check_feedback(self.alpha, self.stream_alpha, self.passes)
+        check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:
@@ -181,8 +185,10 @@ class SlimLLM:
             prepared = layer_factor(layer.stats, self.damp, plan.group_size)
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
         fitter = self._fitter(live_weight(layer, prepared), prepared)
-        solution = solve(layer, plan, prepared, fitter, damp=self.damp, passes=self.passes)
-        return replace(solution, events=(*events, *solution.events))
+        protected = protect(layer, plan, prepared, fitter, self.act_outliers, self.error_outliers)
+        solution = solve(layer, plan, prepared, fitter, damp=self.damp, protected=protected, passes=self.passes)
+        unprotected = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
+        return replace(solution, events=(*events, *solution.events, *unprotected))
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
@@ -193,7 +199,10 @@ class SlimLLM:
         symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
         if self.symmetric:
             symmetric |= set(GROUP_WIDTHS)
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+        count = protected_count((out_features, in_features), self.act_outliers, self.error_outliers)
+        return grouped_layout(
+            out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count
+        )
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, fitted as SQC does with fewer candidates for the range."""

@@ -134,8 +134,13 @@ class Planner:
         last = width - self.group_size * (groups - 1)
         widths = self.recipe.widths(rows)
 
-        def price(columns: int, bits: int) -> int:
-            return storage_bits(self._bare(rows, columns, min(bits, max(widths))))
+        def price(columns: int, bits: int) -> float:
+            bits = min(bits, max(widths))
+            if self.group_size % 8 == 0:
+                return storage_bits(self._bare(rows, columns, bits))
+            # one more channel among many: alone it would pay for whole bytes in every row and for a shared table
+            more, fewer = (storage_bits(self._bare(rows, count * columns, bits)) for count in (16, 8))
+            return (more - fewer) / 8
 
         table = np.array([[price(min(self.group_size, width), b) for b in self.palette]], dtype=np.float32)
         table = np.repeat(table, groups, axis=0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, fit, scale_dtype_for
+from bitquilt.solvers.codebooks import Tables
 from bitquilt.types import MAX_BITS, Format, Layout, group_slices
 
 GROUP_WIDTHS = tuple(range(2, MAX_BITS + 1))
@@ -26,6 +27,7 @@ def grouped_layout(
     *,
     symmetric: Collection[int] = (1,),
     scale_dtype: torch.dtype = torch.float16,
+    outliers: int = 0,
 ) -> Layout:
     """Groups of equal bits side by side, in their own order. `symmetric`: the widths that store no zero."""
     widths = np.asarray(bits)
@@ -40,14 +42,15 @@ def grouped_layout(
     )
     sorted_already = bool((np.diff(widths) >= 0).all())
     ordering: Any = "identity" if sorted_already else "map"
-    return Layout(out_features, in_features, segments, ordering, 0 if sorted_already else group_size)
+    return Layout(out_features, in_features, segments, ordering, 0 if sorted_already else group_size, outliers)
 
 
-def channel_layout(out_features: int, bits: Widths, outliers: int, dtype: torch.dtype) -> Layout:
-    """Channels of equal bits side by side, a codebook each: `solve.codebook_layout` for arrays of millions."""
+def channel_layout(out_features: int, bits: Widths, tables: Tables, outliers: int = 0) -> Layout:
+    """Channels of equal bits side by side, with levels as `tables` says: as `codebooks.assemble_codebooks` stores them,
+    for arrays of millions too."""
     widths = np.asarray(bits)
     counts = np.bincount(widths)
-    segments = tuple((Format(int(b), 1, "codebook", dtype), int(counts[b])) for b in np.flatnonzero(counts))
+    segments = tuple((tables.format(int(b), int(counts[b])), int(counts[b])) for b in np.flatnonzero(counts))
     mixed = not bool((np.diff(widths) >= 0).all())
     return Layout(out_features, len(widths), segments, "map" if mixed else "identity", int(mixed), outliers)
 

@@ -2,11 +2,11 @@
 
 What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, the assembly. Groups of
 equal bits are stored side by side: as many segments as distinct widths, and one map of the groups.
-`assemble_codebooks` does the same for channels with a table of levels each.
+`solvers.codebooks` does the same for channels with tables of levels.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,8 +22,6 @@ from bitquilt.types import (
     Format,
     Layer,
     LayerPlan,
-    Layout,
-    Outliers,
     Permutation,
     QuantizedWeight,
     Segment,
@@ -128,34 +126,3 @@ def assemble(swept: Sweep[UniformGrid], plan: LayerPlan, scale_dtype: torch.dtyp
         # the narrow last group may stand inside the stored order: `expand_permutation` knows its width by its index
         permutation = Permutation(torch.tensor(order), plan.group_size)
     return QuantizedWeight(tuple(segments), permutation)
-
-
-def assemble_codebooks(
-    codes: Tensor,
-    bits: Sequence[int],
-    levels: Mapping[int, Tensor],
-    dtype: torch.dtype,
-    outliers: Outliers | None = None,
-) -> QuantizedWeight:
-    """Channels by bits, each with its table: `codes` uint8 `[out, in]`, `bits` per channel, `levels[b]`
-    `[channels of b bits, 2^b]` in channel order, stored as `dtype`. Channels keep their order inside a segment."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for channel, width in enumerate(bits):
-        members[width].append(channel)
-    segments, order = [], []
-    for width in sorted(members):
-        order += members[width]
-        form = Format(width, 1, "codebook", dtype)
-        segments.append(Segment(form, codes[:, members[width]], levels[width].to(dtype)))
-    permutation = Permutation(torch.tensor(order), 1) if order != sorted(order) else None
-    return QuantizedWeight(tuple(segments), permutation, outliers)
-
-
-def codebook_layout(
-    out_features: int, bits: Sequence[int], outliers: int = 0, dtype: torch.dtype = torch.float16
-) -> Layout:
-    """The layout `assemble_codebooks` will make: what a plan costs before anything is computed."""
-    counts = Counter(bits)
-    segments = tuple((Format(width, 1, "codebook", dtype), counts[width]) for width in sorted(counts))
-    mixed = list(bits) != sorted(bits)
-    return Layout(out_features, len(bits), segments, "map" if mixed else "identity", int(mixed), outliers)
