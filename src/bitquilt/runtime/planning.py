@@ -94,6 +94,7 @@ class Planner:
         empty = {name: {"group_size": self.group_size, "bits": ""} for name in shapes}
         text = json_bytes({"recipe": dict(recipe_values), "layers": empty}) + digits
         self.sizes = Sizes(skeleton, list(shapes), plan_text=text, digits=digits)
+        self._reached: dict[tuple[str, int | None], tuple[float, float]] = {}
         self._group(ties)
         self._tabulate()
 
@@ -197,9 +198,12 @@ class Planner:
 
     def reach(self, budget: Budget) -> tuple[float, float]:
         """The least and the most that plans take, in the budget's unit."""
-        ends = (np.zeros(self.count, np.int8), np.full(self.count, len(self.palette) - 1, np.int8))
-        least, most = (self.spent(budget, self.layouts(choices)) for choices in ends)
-        return least, most
+        key = (budget.kind, budget.ctx)
+        if key not in self._reached:
+            ends = (np.zeros(self.count, np.int8), np.full(self.count, len(self.palette) - 1, np.int8))
+            least, most = (self.spent(budget, self.layouts(choices)) for choices in ends)
+            self._reached[key] = (least, most)
+        return self._reached[key]
 
     def check(self, budget: Budget) -> tuple[float, float]:
         """The reach. Raises UnreachableError for a budget below the least; one above the most is the most."""
