@@ -47,9 +47,11 @@ class StoredWeight(NamedTuple):
         float8, wide enough integers for outliers. Itself where nothing has to change."""
         scales, zeros, layout, fields = list(self.scales), list(self.zeros), list(self.layout), reference.LAYOUT_FIELDS
         for i in range(min(len(layout) // fields, len(scales), len(zeros))):
-            grid, _bits, group_size, width = layout[fields * i : fields * (i + 1)]
+            grid, bits, group_size, width = layout[fields * i : fields * (i + 1)]
             own = group_size == 1 and not zeros[i].numel() and scales[i].dtype in DTYPES
-            if grid == reference.GRID_CODEBOOK and not own:
+            tables = (-(-width // max(group_size, 1)), 1 << bits)
+            fits = scales[i].shape == tables and zeros[i].numel() in (0, width)  # else the native check names it
+            if grid == reference.GRID_CODEBOOK and fits and not own:
                 scales[i] = reference.column_levels(scales[i], zeros[i], group_size, width)
                 zeros[i], layout[fields * i + 2] = zeros[i][:0].float(), 1
         columns, rows = self.outlier_columns, self.outlier_rows
