@@ -37,7 +37,7 @@ def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
     recipe: Annotated[
-        str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")
+        str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, slim-llm+, cmpq, cmpq+ or quilt.")
     ] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
@@ -78,6 +78,9 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
+    effort: Annotated[
+        str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
+    ] = None,
     published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
@@ -87,7 +90,8 @@ def quantize(
 ) -> None:
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
     budget = size_budget(bits, bpw, size, vram, ctx)
-    wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
+    asked = [*(settings or []), *([f"effort={effort}"] if effort is not None else [])]
+    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget)
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(

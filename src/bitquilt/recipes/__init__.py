@@ -12,9 +12,12 @@ from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
+from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
 from bitquilt.types import Recipe
 
-RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, Quilt)}
+RECIPES: dict[str, type[Any]] = {
+    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt)
+}
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
