@@ -152,14 +152,20 @@ def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable
     change(
         slim / "report.json",
         layers=layers,
-        budget={"kind": "size", "target": 2 * report["bytes"], "bytes": report["bytes"], "bpw": report["bpw"]},
+        budget={
+            "kind": "size",
+            "target": 2 * report["folder_bytes"],
+            "bytes": report["folder_bytes"],
+            "bpw": report["bpw"],
+        },
         prediction={"kl": 0.125, "ppl_range": [1.0, 1e6]},
     )
     facts = read_facts(slim)
     assert not any("predicted" in one.what for one in facts.absent)
     said = texts(parse(report_page(facts)))
     assert "50.00 % of it" in said
-    assert f"Planned were {report['bytes']} bytes, on disk are {report['bytes']}: the same." in said
+    whole = report["folder_bytes"]
+    assert f"The whole folder takes {whole} bytes, {report['bytes']} of them weights." in said
     assert "0.125" in said
     assert ", inside the range" in said
     assert "rank correlation 1.00" in said

@@ -151,15 +151,16 @@ def _budget(facts: Facts) -> dict[str, Any] | None:
     if target is None:
         return None
     kind = str(budget.get("kind", "budget"))
-    got = {"bits": facts.size.nominal_bits, "bpw": facts.size.bpw}.get(kind, float(facts.size.bytes))
+    spent = number(budget.get("spent"))  # the run's own count: of the folder, or of memory with its cache
+    whole = number(facts.report.get("folder_bytes")) or float(facts.size.bytes)
+    got = {"bits": facts.size.nominal_bits, "bpw": facts.size.bpw}.get(kind, whole if spent is None else spent)
     return {
         "kind": kind,
         "target": target,
         "got": got,
         "in_bytes": kind not in ("bits", "bpw"),
         "share": got / target if target else None,
-        "planned_bytes": number(budget.get("bytes")),
-        "planned_bpw": number(budget.get("bpw")),
+        "folder_bytes": int(whole),
     }
 
 
