@@ -96,7 +96,8 @@ def quantize(
     layers = all_targets(skeleton, skip, include_head)
     untouched = survey(skeleton, layers)
     if plans is not None:
-        check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
+        columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
+        check_plan(plans, shapes(layers), channels=columns)
     elif isinstance(recipe, ChecksLayers):
         try:
             recipe.check_layers(shapes(layers))

@@ -189,10 +189,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each."""
+    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each. `details`: plain
+    values for the report on how the plans were found."""
 
     plans: tuple[LayerPlan, ...]
     losses: tuple[float, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

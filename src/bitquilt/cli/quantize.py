@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from bitquilt.api import Result
 from bitquilt.api import quantize as run
+from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.output import (
     Json,
     Quiet,
@@ -27,17 +28,17 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.recipes import MAX_TARGET_BITS, MIN_TARGET_BITS, RECIPES, make_recipe, takes_fractions
+from bitquilt.recipes import MAX_TARGET_BITS, MIN_TARGET_BITS, RECIPES, make_recipe, takes_fractions, takes_option
 from bitquilt.types import Recipe
 
 
 def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
+    recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
     bits: Annotated[
         float | None,
-        Option(help="Mean bits per code, 2 to 8; cmpq takes fractions (default: the recipe's).", metavar="N"),
+        Option(help="Mean bits per code, 2 to 8; cmpq and mg-ptq take fractions (default: the recipe's).", metavar="N"),
     ] = None,
     bpw: Annotated[
         float | None,
@@ -120,9 +121,9 @@ def _recipe(
             f"bits is {bits:g}; recipe {name} takes a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}: "
             "fractions come from mixing, and its mean stays whole; recipe cmpq takes fractions"
         )
-    if bpw is not None and name in RECIPES and not fractions:
+    if bpw is not None and name in RECIPES and not takes_option(name, "bpw"):
         raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; --bpw goes with cmpq")
-    if group_size is not None and fractions:
+    if group_size is not None and fractions and not takes_option(name, "group_size"):
         raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
     whole = bits if bits is None or fractions else int(bits)
     given = {"bits": whole, "bpw": bpw, "group_size": group_size, "published": published or None}
@@ -163,6 +164,7 @@ def _summarize(result: Result, model: str) -> None:
         seconds = time_text(report["seconds"]["this_process"])
         stdout.print(f"[bold green]done[/] in {seconds}: [bold]{escape(str(result.folder))}[/]")
     print_bits_and_size(report, report["bytes"] / fp16_bytes(result.folder))
+    print_allocators(report)
     print_events(report["events"])
     commands = {
         "look": f"bitquilt inspect {folder}",
