@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-Grid = Literal["uniform", "codebook"]
+Grid = Literal["uniform", "codebook", "mx", "mx_e2m3"]
+Activation = Literal["none", "ceil", "paper", "ocp"]
 Ordering = Literal["identity", "map", "order"]
 MIN_BITS, MAX_BITS = 1, 8
 
@@ -23,6 +24,9 @@ class Format:
     uniform: one scale and one zero per row and `group_size` columns; at one bit two free levels per row and group.
     `symmetric` stores no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
     codebook: 2^bits free levels per column (`group_size` is 1).
+    mx: elements of 4 (E2M1), 6 (E3M2; mx_e2m3: E2M3) or 8 bits (E4M3) with one power of two, a uint8 E8M0, per row and
+    32 columns. `activation`: the layer's input takes the same elements in this segment, quantized as it comes, by
+    `ops.mx`'s scale rule of that name.
     """
 
     bits: int
@@ -30,12 +34,20 @@ class Format:
     grid: Grid = "uniform"
     scale_dtype: torch.dtype = torch.float16
     symmetric: bool = False
+    activation: Activation = "none"
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise ValueError(f"bits is {self.bits}; a code takes {MIN_BITS} to {MAX_BITS} bits")
         if self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
+        if self.grid in ("mx", "mx_e2m3"):
+            widths = (4, 6, 8) if self.grid == "mx" else (6,)
+            stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
+            if self.bits not in widths or not stored:
+                raise ValueError(f"grid {self.grid} stores {widths} bits, 32 columns to a uint8 scale and no zero")
+        elif self.activation != "none":
+            raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def quantize(
     recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
     bits: Annotated[
         float | None,
-        Option(help="Mean bits per code, 2 to 8; cmpq and mg-ptq take fractions (default: the recipe's).", metavar="N"),
+        Option(
+            help="Mean bits per code, 2 to 8; most mixed recipes take fractions (default: the recipe's).",
+            metavar="N",
+        ),
     ] = None,
     bpw: Annotated[
         float | None,
@@ -124,7 +127,7 @@ def _recipe(
     if bpw is not None and name in RECIPES and not takes_option(name, "bpw"):
         raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; --bpw goes with cmpq")
     if group_size is not None and fractions and not takes_option(name, "group_size"):
-        raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
+        raise UserError(f"recipe {name} has no groups of columns to size; leave out --group-size")
     whole = bits if bits is None or fractions else int(bits)
     given = {"bits": whole, "bpw": bpw, "group_size": group_size, "published": published or None}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}

@@ -114,7 +114,9 @@ def _takes(layout: list[int], scales: list[Tensor]) -> bool:
     fields = reference.LAYOUT_FIELDS
     if len(layout) % fields:
         raise ValueError(f"a layout of {len(layout)} numbers; wanted {fields} per segment")
-    for grid, _bits, group_size, width in zip(*(layout[i::fields] for i in range(fields)), strict=True):
+    for grid, bits, group_size, width in zip(*(layout[i::fields] for i in range(fields)), strict=True):
+        if reference.is_mx(grid, bits):
+            return False
         if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
             return False
     return sum(layout[fields - 1 :: fields]) <= _MAX_COLUMNS

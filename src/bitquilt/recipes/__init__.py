@@ -10,11 +10,14 @@ from bitquilt.errors import UserError
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.mg_ptq import MGPTQ
+from bitquilt.recipes.micromix import MicroMix
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
 from bitquilt.types import Recipe
 
-RECIPES: dict[str, type[Any]] = {recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, MGPTQ)}
+RECIPES: dict[str, type[Any]] = {
+    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, MGPTQ, MicroMix)
+}
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
