@@ -263,6 +263,19 @@ class ChecksLayers(Protocol):
         ...
 
 
+@runtime_checkable
+class PlansModel(Protocol):
+    """A recipe that plans all layers together: each is looked at in a first pass over the full-precision model."""
+
+    def sense(self, layer: Layer, trace: float) -> dict[str, float]:
+        """Numbers that `plan_model` needs of a layer; `trace`: of the Hessian at its sub-block's output."""
+        ...
+
+    def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
+        """A plan for each layer; no tensors. Raises ValueError if the budget cannot be met."""
+        ...
+
+
 def group_slices(in_features: int, group_size: int) -> list[slice]:
     """Column groups in order; the last may be narrower, one group if the layer is narrower than `group_size`."""
     return [slice(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bitquilt.errors import UserError
+from bitquilt.recipes.aptq import APTQ
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.mg_ptq import MGPTQ
@@ -16,7 +17,7 @@ from bitquilt.recipes.slim_llm import SlimLLM
 from bitquilt.types import Recipe
 
 RECIPES: dict[str, type[Any]] = {
-    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, MGPTQ, MicroMix)
+    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, APTQ, MGPTQ, MicroMix)
 }
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8

@@ -21,7 +21,8 @@ from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Solution, uniform
 class GPTQ:
     """`scale_search`: search each range (tau in 0.4 .. 1.1) instead of min-max, errors weighed as `weighting` says:
     "column" = by 1 / U_jj^2, what the error of a column costs the sweep; "none" = plain squared error.
-    `act_order`: columns in descending Hessian diagonal."""
+    `act_order`: columns in descending Hessian diagonal. `hessian`: of the layer's input, or "attention": of its errors'
+    effect on the output of its sub-block (see `sensitivity.attention`)."""
 
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -32,6 +33,7 @@ class GPTQ:
     act_order: bool = False
     scale_search: bool = False
     weighting: Literal["column", "none"] = "column"
+    hessian: Literal["input", "attention"] = "input"
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""

@@ -42,7 +42,8 @@ class SlimLLM:
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `allocation`: "sba" as published; "dp" = the least sum of tabulated group errors at the same mean (exact);
-    "uniform" = N everywhere. `search`: "wide" or "published" tau grid.
+    "uniform" = N everywhere. `search`: "wide" or "published" tau grid. `hessian`: of the layer's input, or "attention":
+    of its errors' effect on the output of its sub-block (see `sensitivity.attention`).
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -62,6 +63,7 @@ class SlimLLM:
     mask_threshold: float = 2.0
     mask_factor: float = 4.0
     one_bit: OneBitRule = "symmetric"
+    hessian: Literal["input", "attention"] = "input"
 
     @classmethod
     def published(cls, bits: int = 2, group_size: int = 128) -> Self:

@@ -79,9 +79,10 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
 
 
 def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
-    if job.plans is not None:
-        plan = job.plans[layer.name]
-        return plan, job.recipe.quantize(layer, plan, prepared)
+    plan = None if job.plans is None else job.plans.get(layer.name)
+    if plan is not None:
+        solution = job.recipe.quantize(layer, plan, prepared)
+        return plan, replace(solution, details={**job.notes.get(layer.name, {}), **solution.details})
     cost = job.recipe.measure(layer, prepared)
     plan = job.recipe.allocate(cost, layer.weight.shape[1])
     solution = job.recipe.quantize(layer, plan, prepared)

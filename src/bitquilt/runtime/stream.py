@@ -10,7 +10,8 @@ for block in blocks:
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from bitquilt.models.structure import vocabulary_size
 from bitquilt.packing import layout_from_json
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, finish, learn_extras, record_calls
+from bitquilt.runtime.firstpass import Look, gradients_of, planned
+from bitquilt.runtime.gradients import attention_aware
 from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import ERROR_TOKENS, check_weights, mean_output_error, quantize_layers
 from bitquilt.runtime.progress import BlockDone, Observer, Stage
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.workdir import Activations, read_tensors, write_json, write_tensors
-from bitquilt.types import LayerStats
+from bitquilt.types import Event, LayerStats
 
 _SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
 _PROBE = (2, 32)
@@ -60,6 +63,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
         return records + head
     observe(Stage("reading the embedding and making the first block's inputs"))
     streams = _open_streams(job, resumed=bool(records))
+    job = planned(job, partial(_full_pass, job, streams), observe)
     for i in range(len(records), len(blocks)):
         started = time.perf_counter()
         record = _block(job, streams, i, observe)
@@ -139,7 +143,12 @@ def _block(job: Job, streams: _Streams, i: int, observe: Observer) -> dict[str, 
     check_weights(linears)
     inputs = _inputs(job, i)
     stats = _statistics(job, linears, _through_block(job, streams, i, block, inputs), path)
+    events: list[Event] = []
+    if getattr(job.recipe, "hessian", "input") == "attention" and inputs is not None:
+        passes = _through_block(job, streams, i, block, inputs)
+        stats, events = attention_aware(stats, gradients_of(job, block, linears, passes, hessian=True))
     record, tensors = quantize_layers(job, i, linears, stats, observe)
+    record["events"] = [*map(asdict, events), *record["events"]]
     _forward(job, streams, i, block, inputs)
     replaced = {f"{name}.weight" for name in linears}
     kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
@@ -156,6 +165,27 @@ def _through_block(
     if inputs is None:
         return None
     return (streams.run(i, block, inputs.read(rows)) for rows in job.batches())
+
+
+@torch.no_grad()
+def _full_pass(job: Job, streams: _Streams, i: int, look: Look) -> None:
+    """Show `look` block i in full precision on the full-precision blocks' outputs, and make the next one's inputs."""
+    skeleton, folder, path = job.skeleton, job.folder, job.skeleton.blocks[i]
+    template = skeleton.template(path)
+    block = skeleton.load(path)
+    linears = targets(skeleton, path, block, job.skip)
+    check_weights(linears)
+    file = folder / (f"activations-{i:05d}.f32" if i == 0 else f"first-{i:05d}.f32")
+    inputs = _inputs(job, i, file)
+    look(block, linears, _through_block(job, streams, i, block, inputs))
+    if inputs is not None and i + 1 < len(skeleton.blocks):
+        outputs = Activations.create(folder / ".activations.tmp", inputs.shape)
+        for rows in job.batches():
+            outputs.write(rows, streams.run(i, block, inputs.read(rows)))
+        outputs.commit(folder / f"first-{i + 1:05d}.f32")
+    if i:
+        file.unlink()
+    skeleton.reset(path, template)
 
 
 def _statistics(
@@ -229,10 +259,10 @@ def _check_outputs(job: Job, i: int, output: Tensor) -> None:
         raise UserError(f"the output of quantized block {job.skeleton.blocks[i]} holds NaN or Inf")
 
 
-def _inputs(job: Job, i: int) -> Activations | None:
+def _inputs(job: Job, i: int, path: Path | None = None) -> Activations | None:
     if job.ids is None:
         return None
-    path = job.folder / f"activations-{i:05d}.f32"
+    path = path or job.folder / f"activations-{i:05d}.f32"
     tokens = job.ids.numel()
     width = path.stat().st_size // (4 * tokens)
     return Activations(path, (*job.ids.shape, width))
