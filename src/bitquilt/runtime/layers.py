@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -79,11 +79,14 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
 
 
 def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
-    if job.plans is None:
-        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), layer.weight.shape[1])
-    else:
-        plan = job.plans[layer.name]
-    return plan, job.recipe.quantize(layer, plan, prepared)
+    plan = None if job.plans is None else job.plans.get(layer.name)
+    if plan is not None:
+        solution = job.recipe.quantize(layer, plan, prepared)
+        return plan, replace(solution, details={**job.notes.get(layer.name, {}), **solution.details})
+    cost = job.recipe.measure(layer, prepared)
+    plan = job.recipe.allocate(cost, layer.weight.shape[1])
+    solution = job.recipe.quantize(layer, plan, prepared)
+    return plan, replace(solution, details={**cost.details, **solution.details})
 
 
 def _entry(
@@ -103,4 +106,5 @@ def _entry(
         "output_error": output_error,
         "weight_error": weight_error,
         "loss": solution.loss,
+        **solution.details,
     }
