@@ -45,6 +45,18 @@ def rivals() -> tuple[Any, Any]:
         raise SystemExit(f"{error.name} is missing; pip install llama-cpp-python gguf") from None
 
 
+def use_plain_buffers(llama_cpp: Any) -> None:
+    """llama.cpp's weights as they are in the file; its Python class has no argument for that."""
+    default = llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = default()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = plain
+
+
 def write_gguf(model: Path, path: Path, gguf: Any) -> None:
     """The random Llama as GGUF in fp16. The rows of query and key stay as they are: random ones need no reordering."""
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
@@ -122,10 +134,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--types", nargs="*", choices=sorted(TYPES), help="instead of the nearest")
+    parser.add_argument(
+        "--plain-buffers", action="store_true", help="llama.cpp without repacking and AMX (built by gcc 12 those crash)"
+    )
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--keep", type=Path, help="folder for the models, used again by the next run")
     arguments = parser.parse_args()
     llama_cpp, gguf = rivals()
+    if arguments.plain_buffers:
+        use_plain_buffers(llama_cpp)
     torch.set_num_threads(arguments.threads)
     folder = arguments.keep or Path(tempfile.mkdtemp(dir=OUTPUT.parent))
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,8 +74,9 @@ def test_a_plan_is_close_to_its_budget_and_never_above(
     made = planner(*measured())
     ctx = 16 if kind == "vram" else None
     least, most = made.reach(Budget(kind, 1.0, ctx))  # type: ignore[arg-type]
-    # a second width in every layer of this tiny model is a jump of 6 % for its headers, which uniform takes at once
-    closest = 0.93 if scope == "uniform" else 0.995
+    # a second width in every layer of this tiny model is a jump of 6 % for its headers, which uniform takes
+    # at once; one more width in one layer is 0.5 % of the folder's 121 kB, which a budget may fall into
+    closest = 0.93 if scope == "uniform" else 0.99 if kind == "size" else 0.995
     for share in (0.0, 0.45, 1.0):
         target = least + share * (most - least)
         found = made.plan(Budget(kind, target, ctx), scope)  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ def quantize(
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs or measures:
-            _check_disk(work, checkpoint, samples * seq_len * (2 if "drift" in recipe.needs else 1))
+            _check_disk(work, checkpoint, samples * seq_len * (2 if recipe.needs & {"drift", "full"} else 1))
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
         planned = None
         if wanted.budget is not None:

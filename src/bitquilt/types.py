@@ -4,7 +4,7 @@ column segments with one storage format each, plus an optional sparse remainder.
 Layout everywhere: `weight [out, in]`, y = x W^T + b. Sizes in bits or bytes as named.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -234,12 +234,43 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solved layer. `loss`: the solver's tr((W-Q) H (W-Q)^T), H the mean of x x^T plus damp; None for RTN."""
+    """A solved layer. `loss`: the solver's tr((W-Q) H (W-Q)^T), H the mean of x x^T plus damp; None for RTN.
+    `details`: what the recipe wants to keep until the block is done; not stored."""
 
     weight: QuantizedWeight
     loss: float | None = None
     events: tuple[Event, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockProblem:
+    """A block whose layers are solved, to be trained as a whole. `plans` and `solutions` by layer.
+
+    `forward` (weights `[out, in]` by layer, `[batch, tokens, width]`) -> the block's output with these weights; for
+    lists of sample numbers below `count`: `inputs`, what the block reads in the quantized model, `outputs`, what the
+    full-precision block makes of it, and `full_outputs`, its output in the full-precision model.
+    """
+
+    name: str
+    plans: Mapping[str, LayerPlan]
+    solutions: Mapping[str, Solution]
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    count: int
+    inputs: Callable[[Sequence[int]], Tensor]
+    outputs: Callable[[Sequence[int]], Tensor]
+    full_outputs: Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSolution:
+    """The trained layers; the block's relative error on samples not trained on: at the start, the best, by epoch."""
+
+    solutions: Mapping[str, Solution]
+    events: tuple[Event, ...]
+    start_loss: float
+    loss: float
+    losses: tuple[float, ...]
 
 
 class Recipe(Protocol):
@@ -253,7 +284,8 @@ class Recipe(Protocol):
     @property
     def needs(self) -> frozenset[str]:
         """Of LayerStats: {"hessian", "sample"}; empty = no calibration at all. {"drift"}, and with it {"stream"} for
-        stream_drift: the full-precision model runs beside, and a layer is measured after those before it are solved."""
+        stream_drift: the full-precision model runs beside, and a layer is measured after those before it are solved.
+        {"full"}: it runs beside for a block's training."""
         ...
 
     def prepare(self, stats: LayerStats | None) -> Any:
@@ -270,6 +302,20 @@ class Recipe(Protocol):
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
         """Solve the layer for the chosen plan."""
+        ...
+
+
+@runtime_checkable
+class TrainsBlocks(Protocol):
+    """A recipe that trains the layers of a block together once each is solved."""
+
+    @property
+    def train_batch(self) -> int:
+        """Samples that go through the block at once, a power of two; 0 = no training this time."""
+        ...
+
+    def train_block(self, problem: BlockProblem) -> BlockSolution:
+        """Raise ValueError if the block cannot be trained."""
         ...
 
 

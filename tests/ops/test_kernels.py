@@ -332,8 +332,6 @@ def arguments(**changes):
         ({"layout": [0, 2, 0, 24]}, "group_size 0"),
         ({"layout": [0, 2, 8]}, "a layout of 3 numbers"),
         ({"layout": [1, 2, 1, 24]}, "scale_0 holds 15 entries; 24 codebooks take 96"),
-        ({"layout": [1, 2, 8, 24], "scales": [torch.randn(3, 4)]}, "gain_0 holds 6 entries; 24 columns take 24"),
-        ({"layout": [1, 2, 0, 24]}, "segment_0: group_size 0"),
         ({"permutation": torch.tensor([2, 0, 3], dtype=torch.int16)}, "block 3 of 3 is out of range or stored twice"),
         ({"permutation": torch.tensor([2, 0, 2], dtype=torch.int32)}, "block 2 of 3 is out of range or stored twice"),
         ({"permutation": torch.tensor([2, 0], dtype=torch.int16)}, "permutation holds 2 entries; 3 blocks take 3"),

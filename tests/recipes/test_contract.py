@@ -19,6 +19,8 @@ VARIANTS = [
     ("gptq", {"scale_search": True, "weighting": "none", "act_order": True}),
     ("gptq", {"scale_search": True, "group_order": True, "symmetric": True, "alpha": 0.75, "stream_alpha": 0.75}),
     ("quilt", {}),
+    ("slim-llm+", {}),
+    ("slim-llm+", {"bit_map": "from_slim_llm", "allocation": "uniform"}),
     ("slim-llm", {}),
     ("slim-llm", {"group_order": True, "symmetric": True, "alpha": 0.5}),
     ("slim-llm", {"published": True}),

@@ -252,8 +252,8 @@ def _print_untouched(untouched: Iterable[dict[str, Any]], total: int) -> None:
 
 
 def _settings(values: dict[str, Any]) -> str:
-    """Settings in one line; a hash says nothing to a reader."""
-    shown = {key: value for key, value in values.items() if key not in ("name", "sha256")}
+    """Settings in one line; a hash says nothing to a reader, nor what is not set."""
+    shown = {key: value for key, value in values.items() if key not in ("name", "sha256") and value is not None}
     text = ", ".join(f"{key}={Path(value).name if key == 'source' else value}" for key, value in shown.items())
     return f"{values['name']}: {text}" if "name" in values else text
 

@@ -77,6 +77,9 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
+    effort: Annotated[
+        str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
+    ] = None,
     published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
     settings: Annotated[
         list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
@@ -86,7 +89,8 @@ def quantize(
 ) -> None:
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
     budget = size_budget(bits, bpw, size, vram, ctx)
-    wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
+    asked = [*(settings or []), *([f"effort={effort}"] if effort is not None else [])]
+    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget)
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(

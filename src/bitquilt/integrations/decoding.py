@@ -27,6 +27,7 @@ _ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 class Decoder:
     """A model ready to write: `begin(ids)`, then `step(token)` for each, both -> logits fp32 `[vocabulary]`."""
 
+    @torch.no_grad()
     def __init__(self, model: Any, length: int) -> None:
         """ValueError: the model is not of this build; the message says where."""
         self.model, self.length, self.position = model, length, 0
@@ -67,6 +68,7 @@ class Decoder:
         except (AttributeError, ValueError):
             return None
 
+    @torch.no_grad()
     def begin(self, ids: Tensor) -> Tensor | None:
         """Logits after `ids` int64 `[tokens]`, at most `length`; None if they are not what the model computes.
 

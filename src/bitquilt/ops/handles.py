@@ -44,15 +44,14 @@ class StoredWeight(NamedTuple):
 
     def plain(self) -> "StoredWeight":
         """The same weight as the kernels read it: fp32 levels for every column instead of shared tables, gains or
-        float8, wide enough integers for outliers. Itself where nothing has to change.
-
-        ValueError: tables or gains that are not the layout's."""
+        float8, wide enough integers for outliers. Itself where nothing has to change."""
         scales, zeros, layout, fields = list(self.scales), list(self.zeros), list(self.layout), reference.LAYOUT_FIELDS
         for i in range(min(len(layout) // fields, len(scales), len(zeros))):
-            grid, _bits, group_size, width = layout[fields * i : fields * (i + 1)]
+            grid, bits, group_size, width = layout[fields * i : fields * (i + 1)]
             own = group_size == 1 and not zeros[i].numel() and scales[i].dtype in DTYPES
-            if grid == reference.GRID_CODEBOOK and not own:
-                _check_tables(i, scales[i], zeros[i], layout[fields * i : fields * (i + 1)])
+            tables = (-(-width // max(group_size, 1)), 1 << bits)
+            fits = scales[i].shape == tables and zeros[i].numel() in (0, width)  # else the native check names it
+            if grid == reference.GRID_CODEBOOK and fits and not own:
                 scales[i] = reference.column_levels(scales[i], zeros[i], group_size, width)
                 zeros[i], layout[fields * i + 2] = zeros[i][:0].float(), 1
         columns, rows = self.outlier_columns, self.outlier_rows
@@ -75,18 +74,6 @@ class StoredWeight(NamedTuple):
         if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.plain().scales):
             return False
         return self.in_features <= _MAX_COLUMNS
-
-
-def _check_tables(i: int, tables: Tensor, gains: Tensor, numbers: list[int]) -> None:
-    """What csrc/weight.cpp checks of a table per column, of tables that several columns share."""
-    _grid, bits, group_size, width = numbers
-    if group_size < 1:
-        raise ValueError(f"segment_{i}: group_size {group_size}")
-    groups = -(-width // group_size)
-    if tuple(tables.shape) != (groups, 2**bits):
-        raise ValueError(f"scale_{i} holds {tables.numel()} entries; {groups} codebooks take {groups * 2**bits}")
-    if gains.numel() not in (0, width):
-        raise ValueError(f"gain_{i} holds {gains.numel()} entries; {width} columns take {width}")
 
 
 class Handle:

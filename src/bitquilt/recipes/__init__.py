@@ -15,10 +15,11 @@ from bitquilt.recipes.micromix import MicroMix
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
+from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
 from bitquilt.types import Recipe
 
 RECIPES: dict[str, type[Any]] = {
-    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)
+    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)
 }
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8

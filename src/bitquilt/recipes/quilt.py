@@ -7,6 +7,10 @@ Without gradients (`effort="fast"`), per layer, in the order in which a block co
 3. each group's range is searched when it is reached, at 2 bits on levels symmetric around zero, which store no zero,
    above with the zeros beside the nearest;
 4. coordinate descent over the codes after the sweep (`solvers.descent`).
+With gradients (`effort="normal"`), per block, all its layers together:
+5. an offset per weight decides which way it is rounded, moved by the sign of its gradient, scales and zeros beside
+   (after arXiv 2309.05516), from the result of 1 to 4: the block on the quantized model's inputs against the
+   full-precision block's output in the full-precision model.
 docs/benchmarks.md has what each of them is worth.
 """
 
@@ -18,10 +22,25 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
+from bitquilt.solvers.blockwise import Samples, Training, train
+from bitquilt.solvers.gptq import Sweep
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.solvers.solve import live_weight, solve
+from bitquilt.solvers.solve import assemble, live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
+from bitquilt.solvers.trainable import Rounding
+from bitquilt.types import (
+    BlockProblem,
+    BlockSolution,
+    Cost,
+    Event,
+    Layer,
+    LayerPlan,
+    LayerStats,
+    Layout,
+    Solution,
+    group_slices,
+    uniform_plan,
+)
 
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, because each is tried with three zeros
 _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
@@ -30,7 +49,9 @@ _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 @dataclass(frozen=True)
 class Quilt:
     """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
-    `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent."""
+    `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent.
+    `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time; each
+    weight can move by half a step in all, scales and zeros learn at `scale_rate` and `zero_rate`."""
 
     name: ClassVar[str] = "quilt"
 
@@ -42,15 +63,29 @@ class Quilt:
     group_order: bool = True
     levels: Literal["auto", "symmetric", "zero"] = "auto"
     passes: int = 3
+    effort: Literal["fast", "normal"] = "fast"
+    epochs: int = 20
+    batch: int = 8
+    scale_rate: float = 3e-3
+    zero_rate: float = 1e-2
+    patience: int = 0
+    train_seed: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Hessian, and with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+        """The Hessian, with a full-precision target the drift of the inputs, and what training compares with."""
+        training = frozenset({"full"}) if self.train_batch else frozenset[str]()
+        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha) | training
+
+    @property
+    def train_batch(self) -> int:
+        """Samples per step; 0 without training."""
+        return 0 if self.effort == "fast" else self.batch
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
         check_feedback(self.alpha, self.stream_alpha, self.passes)
+        self._training()
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -101,6 +136,30 @@ class Quilt:
     def _symmetric(self) -> tuple[int, ...]:
         """The widths that store no zero."""
         return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
+
+    def train_block(self, problem: BlockProblem) -> BlockSolution:
+        """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
+        training = self._training()
+        # by the sign of its gradient, at a rate that falls to zero: half a step in all
+        steps = max(1, training.epochs * -(-training.trained(problem.count) // training.batch))
+        parts, groups = {}, {}
+        for name, solution in problem.solutions.items():
+            swept: Sweep[UniformGrid] = solution.details["swept"]
+            groups[name] = group_slices(swept.codes.shape[1], problem.plans[name].group_size)
+            scale_dtype = solution.weight.segments[0].format.scale_dtype
+            rates = (1 / steps, self.scale_rate, self.zero_rate)
+            parts[name] = Rounding.of(swept, groups[name], scale_dtype, rates)
+        samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
+        trained = train(problem.forward, parts, samples, training)
+        solutions = {}
+        for name, part in parts.items():
+            swept = part.export(trained.values[name], groups[name])
+            solutions[name] = Solution(assemble(swept, problem.plans[name], part.scale_dtype))
+        events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
+        return BlockSolution(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+
+    def _training(self) -> Training:
+        return Training(self.epochs, self.batch, "linear", patience=self.patience, seed=self.train_seed)
 
     def _factor(self, stats: LayerStats, group_size: int) -> Factor:
         return layer_factor(stats, self.damp, group_size if self.group_order else None)

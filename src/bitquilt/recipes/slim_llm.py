@@ -17,35 +17,26 @@ Never reproduced: the public code's faults (a quantizer left in a symmetric stat
 precision statistics, an unstable sort).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.double_pointer import (
-    cheapest_within,
-    pair_candidates,
-    pairs,
-    raised_map,
-    spread_evenly,
-    within_budget,
-)
+from bitquilt.allocation.double_pointer import cheapest_within, raised_map, spread_evenly, within_budget
 from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor
 from bitquilt.packing import bits_per_weight
-from bitquilt.sensitivity.divergence import Objective, pair_losses
+from bitquilt.recipes.pairing import RoundGroup, paired_menu
+from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
 from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
 from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices
-
-RoundGroup = Callable[[slice, int], Tensor]
-"""(columns, bits) -> the group's weights rounded at these bits, without compensation."""
 
 
 @dataclass(frozen=True)
@@ -236,23 +227,10 @@ class SlimLLM:
         raised: int,
     ) -> Cost:
         """SBA: every pairing that the salience ranking allows, judged at the layer's output."""
-        assert layer.stats is not None
-        assert layer.stats.sample is not None
         values = salience(weight, factor, self.salience)
         ranking = group_salience(values, groups, factor.dead, self.group_statistic).tolist()
         start = raised_map(ranking, bits, raised)
-        base = [rounded(group, b) for group, b in zip(groups, start, strict=True)]
-        maps = pair_candidates(ranking, bits, start)
-        changes = [
-            (groups[k], rounded(groups[k], b) - base[k])
-            for low, high in pairs(ranking)[: len(maps) - 1]
-            for k, b in ((low, start[low] - 1), (high, start[high] + 1))
-        ]
-        losses = pair_losses(
-            layer.stats.sample, weight, layer.bias, torch.cat(base, dim=1), changes, self.objective
-        ).tolist()
-        plans = [LayerPlan(bit_map, self.group_size) for bit_map in maps]
-        menu = list(zip(plans, losses, strict=True))
+        menu = paired_menu(layer, weight, groups, ranking, rounded, bits, start, self.group_size, self.objective)
         if self.candidates == "published":
             # p = 0 stays where nothing else is left: the public code stops there with an error
             total = sum((g.stop - g.start) * b for g, b in zip(groups, start, strict=True))

@@ -16,10 +16,11 @@ from bitquilt.runtime.firstpass import Look, gradients_of
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.gradients import attention_aware
 from bitquilt.runtime.job import Job, targets
-from bitquilt.runtime.layers import ERROR_TOKENS, check_weights, quantize_layers
+from bitquilt.runtime.layers import ERROR_TOKENS, Done, check_weights, quantize_layers, trains
 from bitquilt.runtime.pairs import Seen, Stage, beside, collect_pairs, find_stages, observe_pass
 from bitquilt.runtime.progress import Observer
 from bitquilt.runtime.stats import collect
+from bitquilt.runtime.train import train_block
 from bitquilt.runtime.workdir import Activations, write_tensors
 from bitquilt.types import Event, LayerStats
 
@@ -34,22 +35,27 @@ def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str,
     block = skeleton.load(path)
     linears = targets(skeleton, path, block, job.skip)
     check_weights(linears)
-    if compares(job):
-        full = beside(block)
-        record, tensors = _by_stages(job, flow, i, block, full, linears, observe)
-        flow.pass_on(i, full, full=True)
+    done, full = Done(), beside(block) if runs_beside(job) else None
+    if full is not None and compares(job):
+        _by_stages(job, flow, i, block, full, linears, observe, done)
     else:
         stats, events = _measured(job, flow, i, block, linears)
-        record, tensors = quantize_layers(job, i, linears, stats, observe)
-        record["events"] = [*map(asdict, events), *record["events"]]
+        done.record["events"] += map(asdict, events)
+        quantize_layers(job, i, linears, stats, observe, done)
+    if full is not None:
+        flow.pass_on(i, full, full=True, always=trains(job))
+        if trains(job):
+            train_block(job, flow, i, full, linears, done, observe)
     flow.pass_on(i, block)
     flow.pass_probe_on(i, block)
+    if i + 1 == len(skeleton.blocks) and not job.include_head:
+        flow.drop_activations(i + 1)
     replaced = {f"{name}.weight" for name in linears}
     kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
     file = f"block-{i:05d}.safetensors"
-    write_tensors(job.folder / file, tensors | skeleton.checkpoint.read(kept))
+    write_tensors(job.folder / file, done.tensors | skeleton.checkpoint.read(kept))
     skeleton.reset(path, template)
-    return {"block": path, "file": file, **record}
+    return {"block": path, "file": file, **done.record}
 
 
 @torch.no_grad()
@@ -66,8 +72,13 @@ def look_at_block(job: Job, flow: Flow, i: int, look: Look) -> None:
 
 
 def compares(job: Job) -> bool:
-    """Whether the full-precision model runs beside."""
+    """Whether layers are measured against the full-precision model, stage by stage."""
     return job.ids is not None and "drift" in job.recipe.needs
+
+
+def runs_beside(job: Job) -> bool:
+    """Whether the full-precision model runs beside, for whatever reason."""
+    return job.ids is not None and bool(job.recipe.needs & {"drift", "full"})
 
 
 def statistics(
@@ -121,9 +132,8 @@ def _by_stages(
     full: nn.Module,
     linears: Mapping[str, nn.Module],
     observe: Observer,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    record: dict[str, Any] = {"layers": {}, "events": []}
-    tensors: dict[str, Tensor] = {}
+    done: Done,
+) -> None:
     prefix = f"{job.skeleton.blocks[i]}."
     probe = flow.probe(i)
     names = [name.removeprefix(prefix) for name in linears]
@@ -134,11 +144,7 @@ def _by_stages(
             stats = {prefix + name: value for name, value in found.items()}
         else:
             stats = statistics(job, chosen, _through(job, flow, i, block, flow.inputs(i)), prefix[:-1])
-        part, more = quantize_layers(job, i, chosen, stats, observe)
-        record["layers"] |= part["layers"]
-        record["events"] += part["events"]
-        tensors |= more
-    return record, tensors
+        quantize_layers(job, i, chosen, stats, observe, done)
 
 
 def _passes(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.models.structure import Skeleton
@@ -23,7 +23,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run `block` on `hidden` `[batch, tokens, width]` -> the same shape."""
         output = block(hidden, *self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]

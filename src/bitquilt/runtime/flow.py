@@ -1,5 +1,6 @@
 """What flows through the blocks, and where does it lie? open_flow(job, resumed) -> Flow: calls and inputs on disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, open_outer, record_calls
 from bitquilt.runtime.embedding import open_embedding
 from bitquilt.runtime.job import Job
+from bitquilt.runtime.layers import trains
 from bitquilt.runtime.workdir import Activations, read_tensors, write_tensors
+from bitquilt.types import TrainsBlocks
 
 _PROBE = (2, 32)
 
@@ -27,7 +30,7 @@ class Flow:
     calls: dict[tuple[int, ...], list[Call]]
     probe_ids: Tensor
 
-    def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, i: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Block i on `[batch, tokens, width]`, called as the model calls it."""
         return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
 
@@ -43,10 +46,11 @@ class Flow:
         """The probe's hidden states before block i."""
         return read_tensors(self.job.folder / f"probe-{i:05d}.safetensors")["hidden"]
 
-    def pass_on(self, i: int, block: nn.Module, full: bool = False) -> None:
-        """Send the inputs of block i through `block`; the results are the next block's inputs."""
+    def pass_on(self, i: int, block: nn.Module, full: bool = False, always: bool = False) -> None:
+        """Send the inputs of block i through `block`; the results are the next block's inputs. `always`: also where
+        nothing reads them next."""
         inputs = self.inputs(i, full)
-        if inputs is not None and (i + 1 < len(self.job.skeleton.blocks) or self.job.include_head):
+        if inputs is not None and (i + 1 < len(self.job.skeleton.blocks) or self.job.include_head or always):
             self._send(i, block, inputs, _activations(i + 1, full), full)
 
     def pass_first_on(self, i: int, block: nn.Module) -> None:
@@ -110,6 +114,11 @@ def open_flow(job: Job, resumed: bool) -> Flow:
         shape = tuple(job.ids[rows].shape)
         if shape not in calls:
             calls[shape] = record_calls(skeleton, job.ids[rows], extras)
+    for count in _training_batches(job):
+        assert job.ids is not None
+        shape = (count, job.ids.shape[1])
+        if shape not in calls:
+            calls[shape] = record_calls(skeleton, job.ids[:1].expand(shape), extras)
     if not resumed:
         write_tensors(folder / "probe-00000.safetensors", {"hidden": embed(skeleton, probe_ids)})
         if job.ids is not None:
@@ -120,6 +129,14 @@ def open_flow(job: Job, resumed: bool) -> Flow:
             inputs.commit(folder / _activations(0, False))
     skeleton.release_outer()
     return Flow(job, extras, calls, probe_ids)
+
+
+def _training_batches(job: Job) -> list[int]:
+    """How many samples go through a block at once while it is trained: powers of two."""
+    if not trains(job):
+        return []
+    assert isinstance(job.recipe, TrainsBlocks)
+    return [1 << k for k in range(job.recipe.train_batch.bit_length())]
 
 
 def _activations(i: int, full: bool) -> str:

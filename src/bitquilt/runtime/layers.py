@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,21 +13,36 @@ from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_modul
 from bitquilt.packing import bits_per_weight, layout_to_json, pack
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.progress import LayerDone, Observer
-from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite
+from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, TrainsBlocks, check_finite
 
 ERROR_TOKENS = 256  # to report each layer's relative output error
 
 
+@dataclass(eq=False)
+class Done:
+    """What is known of the solved layers: their record `{"layers": {path: ...}, "events": [...]}`, their stored tensors
+    under their full names, and, for a recipe that trains blocks, what it is handed."""
+
+    record: dict[str, Any] = field(default_factory=lambda: {"layers": {}, "events": []})
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    plans: dict[str, LayerPlan] = field(default_factory=dict)
+    solutions: dict[str, Solution] = field(default_factory=dict)
+
+
 def quantize_layers(
-    job: Job, number: int, linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], observe: Observer
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    job: Job,
+    number: int,
+    linears: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStats],
+    observe: Observer,
+    done: Done | None = None,
+) -> Done:
     """Quantize `linears` (full path -> module) and put the quantized modules in their places in the model.
 
-    Returns their record, `{"layers": {path: ...}, "events": [...]}`, and their stored tensors under their full names.
-    Raises UserError naming the layer that cannot be solved.
+    What came of it is added to `done`. Raises UserError naming the layer that cannot be solved.
     """
-    record: dict[str, Any] = {"layers": {}, "events": []}
-    tensors: dict[str, Tensor] = {}
+    done = Done() if done is None else done
     prepared: tuple[LayerStats | None, Any] | None = None
     for full, module in linears.items():
         started = time.perf_counter()
@@ -35,21 +50,39 @@ def quantize_layers(
             layer, events = _layer(full, module, stats.get(full))
             if prepared is None or prepared[0] is not layer.stats:
                 prepared = (layer.stats, job.recipe.prepare(layer.stats))
-            plan, solution = _solve(job, layer, prepared[1])
+            plan, solution, notes = _solve(job, layer, prepared[1])
         except ValueError as error:
             text = str(error)
             raise UserError(text if full in text else f"{full}: {text}") from None
-        bias = getattr(module, "bias", None)
-        quantized = QuantizedLinear.from_weight(solution.weight, None if bias is None else bias.data)
-        replace_module(job.skeleton.model, full, quantized)
-        tensors |= {f"{full}.{key}": value for key, value in pack(solution.weight).items()}
-        entry = _entry(layer, plan, solution, quantized, stats.get(full))
+        entry = put_in_place(job, layer, plan, solution, module, done)
+        entry |= notes
         entry["seconds"] = round(time.perf_counter() - started, 3)
-        record["layers"][full] = entry
-        record["events"] += [asdict(event) for event in (*events, *solution.events)]
+        done.record["events"] += [asdict(event) for event in (*events, *solution.events)]
+        if trains(job):
+            kept = replace(
+                layer, stats=None if layer.stats is None else replace(layer.stats, hessian=torch.zeros(0, 0))
+            )
+            done.layers[full], done.plans[full], done.solutions[full] = kept, plan, solution
         bpw = bits_per_weight(solution.weight.layout)
         observe(LayerDone(number, full, bpw, entry["output_error"], entry["seconds"]))
-    return record, tensors
+    return done
+
+
+def put_in_place(
+    job: Job, layer: Layer, plan: LayerPlan, solution: Solution, module: nn.Module, done: Done
+) -> dict[str, Any]:
+    """Put a quantized module where the layer `module` was; returns its record, which is in `done` too."""
+    bias = getattr(module, "bias", None)
+    quantized = QuantizedLinear.from_weight(solution.weight, None if bias is None else bias.data)
+    replace_module(job.skeleton.model, layer.name, quantized)
+    done.tensors |= {f"{layer.name}.{key}": value for key, value in pack(solution.weight).items()}
+    done.record["layers"][layer.name] = _entry(layer, plan, solution, quantized)
+    return done.record["layers"][layer.name]
+
+
+def trains(job: Job) -> bool:
+    """Whether blocks are trained once their layers are solved."""
+    return job.ids is not None and isinstance(job.recipe, TrainsBlocks) and job.recipe.train_batch > 0
 
 
 def check_weights(linears: Mapping[str, nn.Module]) -> None:
@@ -78,20 +111,18 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
     return Layer(full, weight, None if bias is None else bias.data.float(), stats), events
 
 
-def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
+def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution, Mapping[str, Any]]:
+    """Plan, solution, and what the report says about how the plan was found."""
     plan = None if job.plans is None else job.plans.get(layer.name)
     if plan is not None:
-        solution = job.recipe.quantize(layer, plan, prepared)
-        return plan, replace(solution, details={**job.notes.get(layer.name, {}), **solution.details})
+        return plan, job.recipe.quantize(layer, plan, prepared), job.notes.get(layer.name, {})
     cost = job.recipe.measure(layer, prepared)
     plan = job.recipe.allocate(cost, layer.weight.shape[1])
-    solution = job.recipe.quantize(layer, plan, prepared)
-    return plan, replace(solution, details={**cost.details, **solution.details})
+    return plan, job.recipe.quantize(layer, plan, prepared), cost.details
 
 
-def _entry(
-    layer: Layer, plan: LayerPlan, solution: Solution, module: QuantizedLinear, stats: LayerStats | None
-) -> dict[str, Any]:
+def _entry(layer: Layer, plan: LayerPlan, solution: Solution, module: QuantizedLinear) -> dict[str, Any]:
+    stats = layer.stats
     difference = module.dequantize() - layer.weight
     weight_error = float(difference.square().sum() / layer.weight.square().sum().clamp_min(1e-30))
     output_error = None
@@ -106,5 +137,4 @@ def _entry(
         "output_error": output_error,
         "weight_error": weight_error,
         "loss": solution.loss,
-        **solution.details,
     }

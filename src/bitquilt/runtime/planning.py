@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitquilt.allocation.budget import Budget
-from bitquilt.allocation.cut import cut
+from bitquilt.allocation.cut import cut, fill
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.path import Ints, Path
 from bitquilt.allocation.scopes import Scope, order_steps
@@ -31,6 +31,8 @@ from bitquilt.types import LayerPlan, Layout, Plannable
 # KL was 2.55 with 17 one-bit groups where the tables liked them, 1.80 with 8 at four times the loss, 0.58 with none. So
 # every group gets two bits before any gets three; only budgets below two bits everywhere hold one-bit groups.
 _ONE_BIT_WEIGHT = 1e3
+
+_NEAR = 0.998  # of a budget: below, single steps fill it; larger models never are
 
 
 class UnreachableError(UserError):
@@ -94,6 +96,7 @@ class Planner:
         empty = {name: {"group_size": self.group_size, "bits": ""} for name in shapes}
         text = json_bytes({"recipe": dict(recipe_values), "layers": empty}) + digits
         self.sizes = Sizes(skeleton, list(shapes), plan_text=text, digits=digits)
+        self._reached: dict[tuple[str, int | None], tuple[float, float]] = {}
         self._group(ties)
         self._tabulate()
 
@@ -197,9 +200,12 @@ class Planner:
 
     def reach(self, budget: Budget) -> tuple[float, float]:
         """The least and the most that plans take, in the budget's unit."""
-        ends = (np.zeros(self.count, np.int8), np.full(self.count, len(self.palette) - 1, np.int8))
-        least, most = (self.spent(budget, self.layouts(choices)) for choices in ends)
-        return least, most
+        key = (budget.kind, budget.ctx)
+        if key not in self._reached:
+            ends = (np.zeros(self.count, np.int8), np.full(self.count, len(self.palette) - 1, np.int8))
+            least, most = (self.spent(budget, self.layouts(choices)) for choices in ends)
+            self._reached[key] = (least, most)
+        return self._reached[key]
 
     def check(self, budget: Budget) -> tuple[float, float]:
         """The reach. Raises UnreachableError for a budget below the least; one above the most is the most."""
@@ -234,6 +240,8 @@ class Planner:
 
         choices = cut(path, lambda steps: exact(path.at(steps)), budget.value, base, unit, self.count)
         choices = self._refine(choices, costs, scope, budget, base, unit, exact)
+        if scope == "global" and exact(choices) < _NEAR * budget.value:
+            choices = fill(choices, self._ranked(), costs, exact, budget.value)
         return self._planned(choices, budget, reach, scope)
 
     def _nominal(self) -> NDArray[np.float32]:

@@ -87,6 +87,7 @@ def build_report(
         "logit_difference": difference,
         "untouched": [asdict(item) for item in untouched],
         "events": [event for record in records for event in record["events"]],
+        "training": {record["block"]: record["training"] for record in records if "training" in record},
         "layers": {
             name: {key: value for key, value in layer.items() if key != "layout"}
             for record in records

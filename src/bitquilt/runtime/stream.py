@@ -99,8 +99,9 @@ def _head(job: Job, flow: Flow, observe: Observer) -> dict[str, Any]:
     skeleton.load("")
     linears = {path: skeleton.model.get_submodule(path)}
     check_weights(linears)
-    record, tensors = quantize_layers(job, count, linears, _head_statistics(job, flow, path), observe)
-    write_tensors(folder / HEAD_FILE, tensors)
+    done = quantize_layers(job, count, linears, _head_statistics(job, flow, path), observe)
+    record = done.record
+    write_tensors(folder / HEAD_FILE, done.tensors)
     skeleton.release_outer()
     record["seconds"] = round(time.perf_counter() - started, 3)
     record = {"block": path, "file": HEAD_FILE, **record}

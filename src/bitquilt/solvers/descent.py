@@ -26,6 +26,7 @@ def descend(weight: Tensor, hessian: Tensor, swept: Sweep[G], groups: Sequence[s
     quantized = swept.weight.t().contiguous()  # [in, out]: a column is a row in memory
     codes = swept.codes.t().contiguous()
     grid_of = [grid for grid, group in zip(swept.grids, groups, strict=True) for _ in range(group.start, group.stop)]
+    aims = torch.empty_like(quantized)
     diagonal = hessian.diagonal().tolist()
     pull = hessian @ (weight.t() - quantized)  # [in, out]: H (W - Q)^T
     for _ in range(passes):
@@ -34,8 +35,8 @@ def descend(weight: Tensor, hessian: Tensor, swept: Sweep[G], groups: Sequence[s
             stop = min(start + _BLOCK, len(codes))
             steps = torch.zeros_like(quantized[start:stop])
             for j in range(start, stop):
-                wanted = quantized[j] + pull[j] / diagonal[j]
-                found = grid_of[j].encode(wanted.unsqueeze(1))
+                aims[j] = quantized[j] + pull[j] / diagonal[j]
+                found = grid_of[j].encode(aims[j].unsqueeze(1))
                 steps[j - start] = grid_of[j].decode(found).squeeze(1) - quantized[j]
                 quantized[j] += steps[j - start]
                 codes[j] = found.squeeze(1).to(torch.uint8)
@@ -51,4 +52,10 @@ def descend(weight: Tensor, hessian: Tensor, swept: Sweep[G], groups: Sequence[s
             break
     error = weight.t() - quantized
     loss = float((error.double() * (hessian.double() @ error.double())).sum())
-    return replace(swept, codes=codes.t().contiguous(), weight=quantized.t().contiguous(), loss=loss)
+    return replace(
+        swept,
+        codes=codes.t().contiguous(),
+        weight=quantized.t().contiguous(),
+        loss=loss,
+        compensated=aims.t().contiguous() if passes else swept.compensated,
+    )

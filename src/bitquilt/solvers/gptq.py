@@ -38,13 +38,15 @@ class Sweep(Generic[G]):
     """`codes` uint8 and `weight` fp32 `[out, in]` in the original column order, one grid per group, and the loss:
     sum of (error / U_jj)^2, which is tr((W - Q) H (W - Q)^T) for the damped Hessian behind `upper`.
 
-    `weight` is what the codes stand for, plus `remainder` fp16 `[out, in]` where weights are protected."""
+    `weight` is what the codes stand for, plus `remainder` fp16 `[out, in]` where weights are protected.
+    `compensated` fp32 `[out, in]`: what each code was rounded from."""
 
     codes: Tensor
     weight: Tensor
     grids: tuple[G, ...]
     loss: float
     remainder: Tensor | None = None
+    compensated: Tensor | None = None
 
 
 def sweep(
@@ -81,7 +83,8 @@ def sweep(
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         loss += errors.double().square().sum()
     rest = None if remainder is None else remainder.t().contiguous()
-    return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest)
+    # a column changes no more once it is rounded
+    return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest, columns.t())
 
 
 def sweep_ordered(
@@ -144,7 +147,8 @@ def in_original_order(swept: Sweep[G], grids: tuple[G, ...], order: Tensor) -> S
         return torch.empty_like(tensor).index_copy_(1, order, tensor)
 
     remainder = None if swept.remainder is None else restore(swept.remainder)
-    return Sweep(restore(swept.codes), restore(swept.weight), grids, swept.loss, remainder)
+    compensated = None if swept.compensated is None else restore(swept.compensated)
+    return Sweep(restore(swept.codes), restore(swept.weight), grids, swept.loss, remainder, compensated)
 
 
 def _round_column(column: Tensor, grid: Levels) -> tuple[Tensor, Tensor]:

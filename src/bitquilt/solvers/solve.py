@@ -77,7 +77,7 @@ def solve(
     stored = assemble(swept, plan, scale_dtype)
     if protected is not None and swept.remainder is not None:
         stored = replace(stored, outliers=sparse_remainder(swept.remainder, torch.zeros(()), protected))
-    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp))
+    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"swept": swept})
 
 
 def live_weight(layer: Layer, factor: Factor) -> Tensor:
