@@ -183,7 +183,8 @@ def _summarize(result: Result, model: str) -> None:
         stdout.print(f"[bold green]done[/] in {seconds}: [bold]{escape(str(result.folder))}[/]")
     print_bits_and_size(report, report["bytes"] / fp16_bytes(result.folder))
     if budget := report.get("budget"):
-        text = f"{budget['kind']} {budget['target']:g}, spent {budget['spent']:.10g}; the folder takes"
+        shown = size_text if budget["kind"] in ("size", "vram") else "{:.6g}".format
+        text = f"{budget['kind']} {shown(budget['target'])}, spent {shown(budget['spent'])}; the folder takes"
         print_fact(stdout, "budget", f"{text} {report['folder_bytes']} bytes")
     print_allocators(report)
     print_events(report["events"])

@@ -36,6 +36,7 @@ void kmeans_at(uintptr_t x, uintptr_t w, int64_t columns, int64_t n, int64_t k, 
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false);  // modules that live until the interpreter ends hold their handles: no leak, no message
     m.def("levels", &level_names);
     m.def("use_team", &use_team);
     m.def("read_bandwidth", &read_bandwidth, Released());
