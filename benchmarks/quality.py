@@ -33,6 +33,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "slim-llm": ("slim-llm", {}),
     "slim-llm, two-level 1 bit": ("slim-llm", {"one_bit": "two_level"}),
     "slim-llm, dp allocation": ("slim-llm", {"allocation": "dp"}),
+    "mg-ptq": ("mg-ptq", {}),
+    "mg-ptq, graph": ("mg-ptq", {"allocator": "graph"}),
+    "mg-ptq, best swept": ("mg-ptq", {"allocator": "best"}),
+    "mg-ptq, columns": ("mg-ptq", {"granularity": "column"}),
 }
 
 

@@ -319,6 +319,9 @@ def test_every_family_can_be_measured(family: str, make_model: MakeModel, token_
         ("cmpq", {"bpw": 2.5}, None, None, None),
         ("cmpq", {"bpw": 2.5, "allocation": "global"}, None, None, Budget("bpw", 2.5)),
         ("cmpq", {}, Budget("size", 100.0), None, Budget("size", 100.0)),
+        ("mg-ptq", {"bits": 2.2}, None, None, None),
+        ("aptq", {"bits": 3.3, "allocation": "hawq2"}, None, None, None),
+        ("micromix", {"bits": 4.7}, None, None, None),
     ],
 )
 def test_who_gives_out_the_bits(

@@ -111,3 +111,30 @@ def test_formats_and_layouts_check_themselves():
         Format(9, 32)
     with pytest.raises(ValueError, match="group_size is 0"):
         Format(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "grid mx stores"),
+        ({"group_size": 16}, "grid mx stores"),
+        ({"scale_dtype": torch.float16}, "grid mx stores"),
+        ({"symmetric": False}, "grid mx stores"),
+        ({"grid": "mx_e2m3", "bits": 4}, "grid mx_e2m3 stores"),
+        ({"grid": "uniform", "scale_dtype": torch.float16, "activation": "ceil"}, "only mx quantizes its input"),
+    ],
+)
+def test_mx_formats_check_themselves(changes, message):
+    fields = {"bits": 6, "group_size": 32, "grid": "mx", "scale_dtype": torch.uint8, "symmetric": True}
+    Format(**fields)
+    with pytest.raises(ValueError, match=message):
+        Format(**{**fields, **changes})
+
+
+def test_an_unknown_activation_is_refused():
+    layout = Layout(4, 32, ((Format(4, 32, "mx", torch.uint8, True, activation="ceil"), 32),))
+    value = layout_to_json(layout)
+    assert layout_from_json(value) == layout
+    value["segments"][0]["activation"] = "tanh"
+    with pytest.raises(ValueError, match="activation is 'tanh'"):
+        layout_from_json(value)

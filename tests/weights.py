@@ -1,5 +1,7 @@
 """Stored weights of every kind, and their decoding written as plainly as possible."""
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ KINDS = (
     "tables_of_three",
     "outliers",
     "bfloat16_scales",
+    "mx",
 )
 ROWS = 12
 
@@ -51,6 +54,16 @@ def codebook_segment(bits, width, seed=0, rows=ROWS, shared=1, gains=True):
     return Segment(Format(bits, shared, "codebook", gain_dtype=torch.float8_e4m3fn), codes, tables, factors)
 
 
+def mx_segment(bits, width, seed=0, rows=ROWS, grid="mx", activation="none"):
+    """Random elements in blocks of 32, scales around one; the codes of NaN stay out."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, width), generator=g, dtype=torch.uint8)
+    if bits == 8:
+        codes[(codes & 0x7F) == 0x7F] = 0
+    scale = torch.randint(112, 125, (rows, -(-width // 32)), generator=g, dtype=torch.uint8)
+    return Segment(Format(bits, 32, grid, torch.uint8, True, activation=activation), codes, scale)
+
+
 def make_weight(kind: str) -> QuantizedWeight:
     """A weight of 12 rows."""
     if kind == "mixed":
@@ -69,6 +82,15 @@ def make_weight(kind: str) -> QuantizedWeight:
         return QuantizedWeight(parts, Permutation(torch.randperm(16, generator=torch.Generator().manual_seed(3)), 1))
     if kind == "tables_of_three":  # a table per three columns, no gains, the last group narrower
         return QuantizedWeight((codebook_segment(2, 10, 1, shared=3, gains=False),))
+    if kind.startswith("mx"):
+        activation = "ceil" if kind == "mx_with_inputs" else "none"
+        parts = (
+            mx_segment(4, 40, 1, activation=activation),
+            mx_segment(6, 32, 2, activation=activation),
+            mx_segment(6, 33, 3, grid="mx_e2m3", activation=activation),
+            mx_segment(8, 64, 4, activation=activation),
+        )
+        return QuantizedWeight(parts, Permutation(torch.randperm(169, generator=torch.Generator().manual_seed(3)), 1))
     if kind == "outliers":
         rows = torch.tensor([0, 2, 2, 3] + [5] * 9, dtype=torch.uint8)
         columns = torch.tensor([0, 7, 3, 1, 15], dtype=torch.uint8)
@@ -97,6 +119,12 @@ def naive_dense(weight: QuantizedWeight) -> Tensor:
             if segment.format.grid == "codebook":
                 gain = 1.0 if segment.zero is None else segment.zero[j].float()
                 columns.append(gain * segment.scale[k].float()[segment.codes[:, j].long()])
+                continue
+            if segment.format.grid.startswith("mx"):
+                name = {4: "float4_e2m1fn", 6: "float6_e3m2fn", 8: "float8_e4m3fn"}[bits]
+                name = "float6_e2m3fn" if segment.format.grid == "mx_e2m3" else name
+                numbers = segment.codes[:, j].numpy().view(getattr(ml_dtypes, name)).astype(np.float32)
+                columns.append(torch.from_numpy(numbers) * 2.0 ** (segment.scale[:, k].float() - 127))
                 continue
             scale = segment.scale[:, k].float()
             if segment.zero is None:

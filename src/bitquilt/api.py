@@ -129,7 +129,8 @@ def quantize(
     embedding = [] if embedding_bits is None else [check_embedding(skeleton, embedding_bits)]
     untouched = survey(skeleton, {*layers, *embedding})
     if plans is not None:
-        check_plan(plans, shapes(layers), channels=getattr(recipe, "channelwise", False))
+        columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
+        check_plan(plans, shapes(layers), channels=columns)
     elif wanted.budget is not None:
         open_planner(skeleton, recipe, shapes(layers)).check(wanted.budget)
     elif isinstance(recipe, ChecksLayers):

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
-from bitquilt.ops.reference import GRID_CODEBOOK, GRID_UNIFORM, expand_permutation, map_bits
+from bitquilt.ops.reference import ACTIVATIONS, GRID_CODEBOOK, GRID_UNIFORM, expand_permutation, map_bits, mx_grid
 from bitquilt.types import Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
 
-_GRID_CODES = {"uniform": GRID_UNIFORM, "codebook": GRID_CODEBOOK}
+_GRIDS = ("uniform", "codebook", "mx", "mx_e2m3")
 _SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "uint8": torch.uint8,  # E8M0, of mx
     "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks and gains only: three digits, no room for small scales
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
@@ -142,7 +143,13 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
 
 def op_layout(layout: Layout) -> list[int]:
     """The op's `layout` argument: grid, bits, group_size, width of each segment."""
-    return [v for f, width in layout.segments for v in (_GRID_CODES[f.grid], f.bits, f.group_size, width)]
+    return [v for f, width in layout.segments for v in (_grid_code(f), f.bits, f.group_size, width)]
+
+
+def _grid_code(form: Format) -> int:
+    if form.grid == "uniform":
+        return GRID_UNIFORM
+    return GRID_CODEBOOK if form.grid == "codebook" else mx_grid(form.grid == "mx_e2m3", form.activation)
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:
@@ -156,6 +163,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
             "scale_dtype": _DTYPE_NAMES[form.scale_dtype],
             "symmetric": form.symmetric,
             **({} if form.gain_dtype is None else {"gain_dtype": _DTYPE_NAMES[form.gain_dtype]}),
+            **({} if form.activation == "none" else {"activation": form.activation}),
         }
         for form, width in layout.segments
     ]
@@ -174,8 +182,10 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
     try:
         segments = []
         for item in value["segments"]:
-            if item["grid"] not in _GRID_CODES:
-                raise ValueError(f"grid is {item['grid']!r}; known are {sorted(_GRID_CODES)}")
+            if item["grid"] not in _GRIDS:
+                raise ValueError(f"grid is {item['grid']!r}; known are {sorted(_GRIDS)}")
+            if (activation := item.get("activation", "none")) not in ACTIVATIONS:
+                raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
             form = Format(
                 item["bits"],
                 item["group_size"],
@@ -183,6 +193,7 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
                 _SCALE_DTYPES[item["scale_dtype"]],
                 item["symmetric"],
                 _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
+                activation,
             )
             segments.append((form, int(item["width"])))
         return Layout(

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-Grid = Literal["uniform", "codebook"]
+Grid = Literal["uniform", "codebook", "mx", "mx_e2m3"]
+Activation = Literal["none", "ceil", "paper", "ocp"]
 Ordering = Literal["identity", "map", "order"]
 MIN_BITS, MAX_BITS = 1, 8
 
@@ -24,6 +25,9 @@ class Format:
     `symmetric` stores no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
     codebook: 2^bits free levels per `group_size` columns (1: every column its own); with a `gain_dtype` the columns of
     a group share their levels but for a factor each.
+    mx: elements of 4 (E2M1), 6 (E3M2; mx_e2m3: E2M3) or 8 bits (E4M3) with one power of two, a uint8 E8M0, per row and
+    32 columns. `activation`: the layer's input takes the same elements in this segment, quantized as it comes, by
+    `ops.mx`'s scale rule of that name.
     """
 
     bits: int
@@ -32,6 +36,7 @@ class Format:
     scale_dtype: torch.dtype = torch.float16
     symmetric: bool = False
     gain_dtype: torch.dtype | None = None
+    activation: Activation = "none"
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -40,6 +45,13 @@ class Format:
             raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
         if self.gain_dtype is not None and self.grid != "codebook":
             raise ValueError(f"a {self.grid} grid has no gains")
+        if self.grid in ("mx", "mx_e2m3"):
+            widths = (4, 6, 8) if self.grid == "mx" else (6,)
+            stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
+            if self.bits not in widths or not stored:
+                raise ValueError(f"grid {self.grid} stores {widths} bits, 32 columns to a uint8 scale and no zero")
+        elif self.activation != "none":
+            raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 
 
 @dataclass(frozen=True)
@@ -203,10 +215,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each."""
+    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each. `details`: plain
+    values for the report on how the plans were found."""
 
     plans: tuple[LayerPlan, ...]
     losses: tuple[float, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -340,6 +354,19 @@ class Plannable(Protocol):
 
     def column_cost(self, layer: Layer, prepared: Any) -> Tensor:
         """What a squared error in each column `[in]` costs at the layer's output, per token."""
+        ...
+
+
+@runtime_checkable
+class PlansModel(Protocol):
+    """A recipe that plans all layers together: each is looked at in a first pass over the full-precision model."""
+
+    def sense(self, layer: Layer, trace: float) -> dict[str, float]:
+        """Numbers that `plan_model` needs of a layer; `trace`: of the Hessian at its sub-block's output."""
+        ...
+
+    def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
+        """A plan for each layer; no tensors. Raises ValueError if the budget cannot be met."""
         ...
 
 

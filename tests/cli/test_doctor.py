@@ -20,6 +20,7 @@ def test_facts(command: Command) -> None:
     assert facts["torch"] == torch.__version__
     assert facts["transformers"]["in_range"] is True
     assert facts["self_test"] == "ok"
+    assert facts["mx_matmul"].startswith("emulated: right, not faster")
     assert facts["cpu"]["torch_threads"] == 1
     assert facts["memory"]["total"] > facts["memory"]["available"] > 0
     lines = command("doctor").out

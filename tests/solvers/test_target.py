@@ -70,3 +70,6 @@ def test_shares_are_checked_and_say_what_they_need():
     assert feedback_needs(0.0, 0.5) == {"drift", "stream"}
     with pytest.raises(ValueError, match=r"stream_alpha is 1\.5; wanted a share"):
         check_feedback(1.0, 1.5)
+    check_feedback(0.0, 0.0, 3, "attention")
+    with pytest.raises(ValueError, match="hessian is 'attention'; what an alpha repairs"):
+        check_feedback(0.0, 0.5, 0, "attention")

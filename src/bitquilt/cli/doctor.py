@@ -33,6 +33,7 @@ _OPTIONAL = {
     "jinja2": "reports",
     "matplotlib": "plots",
 }
+_MX = "emulated: right, not faster (weights and inputs are rounded to MX numbers, the product is fp32)"
 _REFERENCE = "reference (dequantize, then matmul): right, not fast"
 
 
@@ -50,6 +51,7 @@ def doctor(json_output: Json = False) -> None:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "optional": {name: _version(name) for name in _OPTIONAL},
         "quantized_matmul": {device: _body(device) for device in ("CPU", "CUDA")},
+        "mx_matmul": _MX,
         "self_test": "ok" if failure is None else f"FAILED: {failure}",
     }
     if json_output:
@@ -170,6 +172,7 @@ def _print(facts: dict[str, Any]) -> None:
         for name, version in facts["optional"].items()
     ]
     lines.append(("matmul", facts["quantized_matmul"]["CUDA" if facts["gpus"] else "CPU"]))
+    lines.append(("mx matmul", facts["mx_matmul"]))
     style = "green" if facts["self_test"] == "ok" else "bold red"
     lines.append(("self-test", f"[{style}]{facts['self_test']}[/]"))
     for name, text in lines:

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from bitquilt.allocation.budget import Budget
 from bitquilt.api import Result
 from bitquilt.api import quantize as run
+from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
 from bitquilt.cli.output import (
     Json,
@@ -29,16 +30,14 @@ from bitquilt.cli.output import (
 from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
-from bitquilt.recipes import own_allocations, takes_fractions
+from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
 from bitquilt.wish import Wish, wish
 
 
 def quantize(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[
-        str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, slim-llm+, cmpq, cmpq+ or quilt.")
-    ] = "slim-llm",
+    recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -133,10 +132,13 @@ def chosen(
     budget: Budget | None,
 ) -> Wish:
     """Recipe, budget and scope from the flags. Raises UserError for flags that do not go together."""
-    if group_size is not None and takes_fractions(name):
-        raise UserError(f"recipe {name} has no groups: every channel has a codebook; leave out --group-size")
+    fractions = takes_fractions(name)
+    if bpw is not None and fractions and not takes_option(name, "bpw"):
+        raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; give it --bits")
+    if group_size is not None and fractions and not takes_option(name, "group_size"):
+        raise UserError(f"recipe {name} has no groups of columns to size; leave out --group-size")
     given = {"bits": bits, "bpw": bpw, "group_size": group_size, "published": published or None}
-    whole = budget is not None or not (takes_fractions(name) or bpw is not None or (bits or 0.0).is_integer())
+    whole = budget is not None or not (fractions or bpw is not None or (bits or 0.0).is_integer())
     split = split_allocation(allocation, own_allocations(name), whole)
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if "allocation" in split:
@@ -184,6 +186,7 @@ def _summarize(result: Result, model: str) -> None:
         shown = size_text if budget["kind"] in ("size", "vram") else "{:.6g}".format
         text = f"{budget['kind']} {shown(budget['target'])}, spent {shown(budget['spent'])}; the folder takes"
         print_fact(stdout, "budget", f"{text} {report['folder_bytes']} bytes")
+    print_allocators(report)
     print_events(report["events"])
     commands = {
         "look": f"bitquilt inspect {folder}",

@@ -62,11 +62,13 @@ class StoredWeight(NamedTuple):
         return self._replace(scales=scales, zeros=zeros, layout=layout, outlier_columns=columns, outlier_rows=rows)
 
     def known(self) -> bool:
-        """Whether the kernels know the layout (groups of a multiple of 8 columns, or one) and the scales' type."""
+        """Whether the kernels know the layout (no mx; groups of 8 n columns, or one) and the scales' type."""
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
-        for grid, _bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
+        for grid, bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
+            if reference.is_mx(grid, bits):
+                return False
             if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
                 return False
         if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.plain().scales):

@@ -5,8 +5,9 @@ Arguments, as in the op's schema (one entry per column segment in the three list
   scales[i]  uniform: step between levels [out, groups_i];  codebook: the levels [groups_i, 2^bits_i]
   zeros[i]   uniform, bits >= 2: integer zeros, packed along the rows: uint8 [groups_i, ceil(out * bits_i / 8)];
              uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
-             codebook: a factor per column [width_i], or empty;  symmetric uniform grid: empty
-  layout     per segment four integers: grid (0 uniform, 1 codebook), bits, group_size, width
+             codebook: a factor per column [width_i], or empty;  mx, or a symmetric uniform grid: empty
+  layout     per segment four integers: grid (0 uniform, 1 codebook, from 2 on mx, see `mx_grid`), bits, group_size,
+             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`)
   permutation, block
              order of the input channels in storage, in blocks of that many neighbours; None = as they come.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
@@ -19,9 +20,31 @@ import torch
 from torch import Tensor
 
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.mx import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
 
-GRID_UNIFORM, GRID_CODEBOOK = 0, 1
+GRID_UNIFORM, GRID_CODEBOOK, GRID_MX = 0, 1, 2
 LAYOUT_FIELDS = 4
+ACTIVATIONS = ("none", "ceil", "paper", "ocp")  # how an mx segment's input is quantized: not, or by a scale rule
+_ELEMENTS = {4: E2M1, 6: E3M2, 8: E4M3}
+
+
+def mx_grid(e2m3: bool, activation: str) -> int:
+    """The layout's number of an mx grid: 2 + what happens to the input, + 4 where 6 bits are E2M3."""
+    return GRID_MX + ACTIVATIONS.index(activation) + len(ACTIVATIONS) * e2m3
+
+
+def is_mx(grid: int, bits: int) -> bool:
+    """Whether the layout's numbers of a segment name an mx grid that exists."""
+    e2m3 = (grid - GRID_MX) // len(ACTIVATIONS)
+    return (e2m3 == 0 and bits in _ELEMENTS) or (e2m3 == 1 and bits == E2M3.bits)
+
+
+def _mx(grid: int, bits: int) -> tuple[Element, str]:
+    """The inverse of `mx_grid`: element and activation rule."""
+    if not is_mx(grid, bits):
+        raise ValueError(f"grid {grid} with {bits} bits is unknown")
+    e2m3, activation = divmod(grid - GRID_MX, len(ACTIVATIONS))
+    return E2M3 if e2m3 else _ELEMENTS[bits], ACTIVATIONS[activation]
 
 
 def map_bits(segments: int) -> int:
@@ -107,12 +130,41 @@ def quantized_matmul(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """x `[..., in]` -> x W^T + bias `[..., out]` in the dtype of x; the weight is rounded to that dtype once."""
+    """x `[..., in]` -> x W^T + bias `[..., out]` in the dtype of x; the weight is rounded to that dtype once.
+
+    Where a segment quantizes its input too, the product is fp32 and only its result is rounded.
+    """
     weight = dequantize(
         codes, scales, zeros, layout, permutation, block,
         outlier_values, outlier_columns, outlier_rows, out_features,
     )  # fmt: skip
+    if any(grid > GRID_MX and (grid - GRID_MX) % len(ACTIVATIONS) for grid in layout[::LAYOUT_FIELDS]):
+        channels = None
+        if permutation is not None:
+            channels = expand_permutation(permutation, block, len(codes), weight.shape[1])
+        rounded = quantize_input(x, layout, channels)
+        return torch.nn.functional.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def quantize_input(x: Tensor, layout: list[int], channels: Tensor | None) -> Tensor:
+    """x `[..., in]` as the segments that quantize their input see it, fp32, in the original order of the channels.
+
+    `channels` int64 `[in]`: the channel at each stored position, None = as they come. Blocks are of the stored order.
+    """
+    stored = x.float() if channels is None else x.float()[..., channels]
+    parts, start = [], 0
+    for i in range(0, len(layout), LAYOUT_FIELDS):
+        grid, bits, _group_size, width = layout[i : i + LAYOUT_FIELDS]
+        part = stored[..., start : start + width]
+        start += width
+        if grid >= GRID_MX:
+            element, rule = _mx(grid, bits)
+            if rule != "none":
+                part = quantize_blocks(part, element, rule)  # type: ignore[arg-type]
+        parts.append(part)
+    rounded = torch.cat(parts, dim=-1)
+    return rounded if channels is None else torch.empty_like(rounded).index_copy_(-1, channels, rounded)
 
 
 def _stored_order(
@@ -124,6 +176,8 @@ def _stored_order(
         unpacked = unpack_bits(stream, bits, width)
         if grid == GRID_CODEBOOK:
             parts.append(decode_codebook(unpacked, column_levels(scale, zero, group_size, width)))
+        elif grid >= GRID_MX:
+            parts.append(decode_blocks(unpacked, scale, _mx(grid, bits)[0], group_size))
         else:
             base = zero if bits == 1 or zero.numel() == 0 else unpack_bits(zero, bits, out_features).t()
             parts.append(decode_uniform(unpacked, scale, base, bits, group_size))

@@ -7,8 +7,11 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from bitquilt.errors import UserError
+from bitquilt.recipes.aptq import APTQ
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
+from bitquilt.recipes.mg_ptq import MGPTQ
+from bitquilt.recipes.micromix import MicroMix
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
@@ -16,7 +19,7 @@ from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
 from bitquilt.types import Recipe
 
 RECIPES: dict[str, type[Any]] = {
-    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt)
+    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)
 }
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
@@ -53,8 +56,14 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
 
 
 def takes_fractions(name: str) -> bool:
-    """Whether the recipe of this name gives bits to single channels, so that their mean may be any number."""
-    return bool(getattr(RECIPES.get(name), "channelwise", False))
+    """Whether the mean of the bits of the recipe of this name may be any number."""
+    kind = RECIPES.get(name)
+    return bool(getattr(kind, "channelwise", False) or getattr(kind, "fractional", False))
+
+
+def takes_option(name: str, option: str) -> bool:
+    """Whether the recipe of this name has a field of that name."""
+    return name in RECIPES and any(field.name == option for field in fields(RECIPES[name]))
 
 
 def own_allocations(name: str) -> tuple[str, ...]:
@@ -71,10 +80,10 @@ def _check_ranges(recipe: Any) -> None:
             recipe.check()
         except ValueError as error:
             raise UserError(str(error)) from None
-    if takes_fractions(recipe.name):
-        return
-    if not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
+    if not takes_fractions(recipe.name) and not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
         raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
+    if not takes_option(recipe.name, "group_size"):
+        return
     if recipe.group_size < GROUP_SIZE_STEP or recipe.group_size % GROUP_SIZE_STEP:
         raise UserError(f"group size is {recipe.group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
 

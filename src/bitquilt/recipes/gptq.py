@@ -29,7 +29,8 @@ class GPTQ:
     `alpha`, `stream_alpha`: how much of the error of earlier layers, at the layer's input and in the residual stream
     it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
     `passes`: of coordinate descent over the codes after the sweep. `error_outliers`, `act_outliers`: shares of the
-    weights kept in half precision beside the codes, as in `cmpq`."""
+    weights kept in half precision beside the codes, as in `cmpq`. `hessian`: of the layer's input, or "attention": of
+    its errors' effect on the output of its sub-block (see `sensitivity.attention`), not with an alpha."""
 
     name: ClassVar[str] = "gptq"
 
@@ -46,6 +47,7 @@ class GPTQ:
     passes: int = 0
     error_outliers: float = 0.0
     act_outliers: float = 0.0
+    hessian: Literal["input", "attention"] = "input"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,7 +56,7 @@ class GPTQ:
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes)
+        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
         if self.act_order and self.group_order:
             raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")

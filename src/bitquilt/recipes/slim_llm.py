@@ -51,6 +51,8 @@ class SlimLLM:
     first layer is solved (`bitquilt.quantize` makes it). `search`: "wide" or "published" tau grid. `group_order`,
     `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
     weight. `error_outliers`, `act_outliers`: shares of the weights kept in half precision beside the codes.
+    `hessian`: of the layer's input, or "attention": of its errors' effect on the output of its sub-block (see
+    `sensitivity.attention`), not with an alpha.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -77,6 +79,7 @@ class SlimLLM:
     passes: int = 0
     error_outliers: float = 0.0
     act_outliers: float = 0.0
+    hessian: Literal["input", "attention"] = "input"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -85,7 +88,7 @@ class SlimLLM:
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes)
+        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
 
     @classmethod

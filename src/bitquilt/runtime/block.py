@@ -5,21 +5,24 @@ have the full-precision block run beside, and a layer is measured when the layer
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitquilt.errors import UserError
+from bitquilt.runtime.firstpass import Look, gradients_of
 from bitquilt.runtime.flow import Flow
+from bitquilt.runtime.gradients import attention_aware
 from bitquilt.runtime.job import Job, targets
 from bitquilt.runtime.layers import ERROR_TOKENS, Done, check_weights, quantize_layers, trains
 from bitquilt.runtime.pairs import Seen, Stage, beside, collect_pairs, find_stages, observe_pass
 from bitquilt.runtime.progress import Observer
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.train import train_block
-from bitquilt.runtime.workdir import write_tensors
-from bitquilt.types import LayerStats
+from bitquilt.runtime.workdir import Activations, write_tensors
+from bitquilt.types import Event, LayerStats
 
 _SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
 
@@ -36,9 +39,9 @@ def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str,
     if full is not None and compares(job):
         _by_stages(job, flow, i, block, full, linears, observe, done)
     else:
-        inputs = flow.inputs(i)
-        passes = None if inputs is None else (flow.run(i, block, inputs.read(rows)) for rows in job.batches())
-        quantize_layers(job, i, linears, statistics(job, linears, passes, path), observe, done)
+        stats, events = _measured(job, flow, i, block, linears)
+        done.record["events"] += map(asdict, events)
+        quantize_layers(job, i, linears, stats, observe, done)
     if full is not None:
         flow.pass_on(i, full, full=True, always=trains(job))
         if trains(job):
@@ -53,6 +56,19 @@ def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str,
     write_tensors(job.folder / file, done.tensors | skeleton.checkpoint.read(kept))
     skeleton.reset(path, template)
     return {"block": path, "file": file, **done.record}
+
+
+@torch.no_grad()
+def look_at_block(job: Job, flow: Flow, i: int, look: Look) -> None:
+    """Show `look` block i in full precision on the full-precision blocks' outputs, and make the next one's inputs."""
+    skeleton, path = job.skeleton, job.skeleton.blocks[i]
+    template = skeleton.template(path)
+    block = skeleton.load(path)
+    linears = targets(skeleton, path, block, job.skip)
+    check_weights(linears)
+    look(block, linears, _through(job, flow, i, block, flow.first_inputs(i)))
+    flow.pass_first_on(i, block)
+    skeleton.reset(path, template)
 
 
 def compares(job: Job) -> bool:
@@ -91,6 +107,23 @@ def _kept_tokens(job: Job) -> int:
     return _SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
 
 
+def _through(job: Job, flow: Flow, i: int, block: nn.Module, inputs: Activations | None) -> Iterator[Tensor] | None:
+    """One forward pass of the block per batch, or None without calibration."""
+    return None if inputs is None else (flow.run(i, block, inputs.read(rows)) for rows in job.batches())
+
+
+def _measured(
+    job: Job, flow: Flow, i: int, block: nn.Module, linears: Mapping[str, nn.Module]
+) -> tuple[dict[str, LayerStats], list[Event]]:
+    """Statistics of all layers of the block at once, by the Hessian that the recipe asks for."""
+    inputs = flow.inputs(i)
+    stats = statistics(job, linears, _through(job, flow, i, block, inputs), job.skeleton.blocks[i])
+    if inputs is None or getattr(job.recipe, "hessian", "input") != "attention":
+        return stats, []
+    passes = _through(job, flow, i, block, inputs)
+    return attention_aware(stats, gradients_of(job, block, linears, passes, hessian=True))
+
+
 def _by_stages(
     job: Job,
     flow: Flow,
@@ -110,10 +143,7 @@ def _by_stages(
             found = paired_statistics(job, stage, _passes(job, flow, i, block, full, stage), prefix[:-1])
             stats = {prefix + name: value for name, value in found.items()}
         else:
-            inputs = flow.inputs(i)
-            assert inputs is not None
-            passes = (flow.run(i, block, inputs.read(rows)) for rows in job.batches())
-            stats = statistics(job, chosen, passes, prefix[:-1])
+            stats = statistics(job, chosen, _through(job, flow, i, block, flow.inputs(i)), prefix[:-1])
         quantize_layers(job, i, chosen, stats, observe, done)
 
 

@@ -36,11 +36,11 @@ class Flow:
 
     def inputs(self, i: int, full: bool = False) -> Activations | None:
         """What block i reads, None without calibration; `full`: in the full-precision model."""
-        ids = self.job.ids
-        if ids is None:
-            return None
-        path = self.job.folder / _activations(i, full)
-        return Activations(path, (*ids.shape, path.stat().st_size // (4 * ids.numel())))
+        return self._read(_activations(i, full))
+
+    def first_inputs(self, i: int) -> Activations | None:
+        """What block i reads in a pass over the full-precision model before any block is quantized."""
+        return self._read(_first(i))
 
     def probe(self, i: int) -> Tensor:
         """The probe's hidden states before block i."""
@@ -51,10 +51,15 @@ class Flow:
         nothing reads them next."""
         inputs = self.inputs(i, full)
         if inputs is not None and (i + 1 < len(self.job.skeleton.blocks) or self.job.include_head or always):
-            outputs = Activations.create(self.job.folder / ".activations.tmp", inputs.shape)
-            for rows in self.job.batches():
-                outputs.write(rows, self._checked(i, block, inputs.read(rows), full))
-            outputs.commit(self.job.folder / _activations(i + 1, full))
+            self._send(i, block, inputs, _activations(i + 1, full), full)
+
+    def pass_first_on(self, i: int, block: nn.Module) -> None:
+        """The same in the first pass, which ends with the last block and leaves only the first block's inputs."""
+        inputs = self.first_inputs(i)
+        if inputs is not None and i + 1 < len(self.job.skeleton.blocks):
+            self._send(i, block, inputs, _first(i + 1), True)
+        if i > 0:
+            (self.job.folder / _first(i)).unlink(missing_ok=True)
 
     def pass_probe_on(self, i: int, block: nn.Module) -> None:
         """The same for the probe."""
@@ -70,6 +75,19 @@ class Flow:
         """The same without the probe, which the last logits are computed from."""
         for full in (False, True):
             (self.job.folder / _activations(i, full)).unlink(missing_ok=True)
+
+    def _read(self, name: str) -> Activations | None:
+        ids = self.job.ids
+        if ids is None:
+            return None
+        path = self.job.folder / name
+        return Activations(path, (*ids.shape, path.stat().st_size // (4 * ids.numel())))
+
+    def _send(self, i: int, block: nn.Module, inputs: Activations, name: str, full: bool) -> None:
+        outputs = Activations.create(self.job.folder / ".activations.tmp", inputs.shape)
+        for rows in self.job.batches():
+            outputs.write(rows, self._checked(i, block, inputs.read(rows), full))
+        outputs.commit(self.job.folder / name)
 
     def _checked(self, i: int, block: nn.Module, hidden: Tensor, full: bool) -> Tensor:
         output = self.run(i, block, hidden)
@@ -124,3 +142,8 @@ def _training_batches(job: Job) -> list[int]:
 def _activations(i: int, full: bool) -> str:
     """Before the first block both models hold the same."""
     return f"activations-{i:05d}.full.f32" if full and i > 0 else f"activations-{i:05d}.f32"
+
+
+def _first(i: int) -> str:
+    """The first pass begins with what the first block reads."""
+    return f"first-{i:05d}.f32" if i > 0 else _activations(0, False)

@@ -1,9 +1,10 @@
 """What a run is asked to do, and to which layers: the value every part of the runtime is handed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ class Job:
     include_head: bool = False
     embedding_bits: int | None = None
     plans: Mapping[str, LayerPlan] | None = None
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
 
     def batches(self) -> list[slice]:
         """Rows of `ids` that go through a block together; the last batch may be smaller."""

@@ -50,11 +50,12 @@ def quantize_layers(
             layer, events = _layer(full, module, stats.get(full))
             if prepared is None or prepared[0] is not layer.stats:
                 prepared = (layer.stats, job.recipe.prepare(layer.stats))
-            plan, solution = _solve(job, layer, prepared[1])
+            plan, solution, notes = _solve(job, layer, prepared[1])
         except ValueError as error:
             text = str(error)
             raise UserError(text if full in text else f"{full}: {text}") from None
         entry = put_in_place(job, layer, plan, solution, module, done)
+        entry |= notes
         entry["seconds"] = round(time.perf_counter() - started, 3)
         done.record["events"] += [asdict(event) for event in (*events, *solution.events)]
         if trains(job):
@@ -110,12 +111,14 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
     return Layer(full, weight, None if bias is None else bias.data.float(), stats), events
 
 
-def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution]:
-    if job.plans is None:
-        plan = job.recipe.allocate(job.recipe.measure(layer, prepared), layer.weight.shape[1])
-    else:
-        plan = job.plans[layer.name]
-    return plan, job.recipe.quantize(layer, plan, prepared)
+def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution, Mapping[str, Any]]:
+    """Plan, solution, and what the report says about how the plan was found."""
+    plan = None if job.plans is None else job.plans.get(layer.name)
+    if plan is not None:
+        return plan, job.recipe.quantize(layer, plan, prepared), job.notes.get(layer.name, {})
+    cost = job.recipe.measure(layer, prepared)
+    plan = job.recipe.allocate(cost, layer.weight.shape[1])
+    return plan, job.recipe.quantize(layer, plan, prepared), cost.details
 
 
 def _entry(layer: Layer, plan: LayerPlan, solution: Solution, module: QuantizedLinear) -> dict[str, Any]:

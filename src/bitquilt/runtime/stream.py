@@ -18,9 +18,10 @@ from torch import Tensor
 
 from bitquilt.models.linear import QuantizedLinear, replace_module
 from bitquilt.packing import layout_from_json
-from bitquilt.runtime.block import compares, paired_statistics, quantize_block, statistics
+from bitquilt.runtime.block import compares, look_at_block, paired_statistics, quantize_block, statistics
 from bitquilt.runtime.calls import finish
 from bitquilt.runtime.embedding import committed_embedding
+from bitquilt.runtime.firstpass import planned
 from bitquilt.runtime.flow import Flow, open_flow
 from bitquilt.runtime.job import Job, head_path
 from bitquilt.runtime.layers import check_weights, mean_output_error, quantize_layers
@@ -45,6 +46,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
         return _all_records(job, records, head)
     observe(Stage("reading the embedding and making the first block's inputs"))
     flow = open_flow(job, resumed=bool(records))
+    job = planned(job, partial(look_at_block, job, flow), observe)
     for i in range(len(records), len(blocks)):
         started = time.perf_counter()
         record = quantize_block(job, flow, i, observe)

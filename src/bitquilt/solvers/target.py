@@ -18,13 +18,17 @@ def feedback_needs(alpha: float, stream_alpha: float) -> frozenset[str]:
     return frozenset({"drift"} if alpha or stream_alpha else ()) | frozenset({"stream"} if stream_alpha else ())
 
 
-def check_feedback(alpha: float, stream_alpha: float, passes: int = 0) -> None:
-    """Raise ValueError unless the first two are shares and `passes` is a count."""
+def check_feedback(alpha: float, stream_alpha: float, passes: int = 0, hessian: str = "input") -> None:
+    """Raise ValueError unless the first two are shares, `passes` is a count and the Hessian is of the input where the
+    target is another one than the layer's weight."""
     for name, value in (("alpha", alpha), ("stream_alpha", stream_alpha)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; wanted a share of the earlier layers' error from 0 to 1")
     if passes < 0:
         raise ValueError(f"passes is {passes}; wanted 0 or more passes over the codes")
+    if hessian != "input" and (alpha or stream_alpha):
+        raise ValueError(f"hessian is {hessian!r}; what an alpha repairs is measured at the layer's input: wanted "
+                         "'input', or alpha 0 and stream_alpha 0")  # fmt: skip
 
 
 def layer_factor(stats: LayerStats, damp: float, group_size: int | None = None) -> Factor:

@@ -1,0 +1,129 @@
+"""APTQ-style mixed precision (arXiv 2402.14866, DAC 2024): layers of 2 or 4 bits, by how much they hurt attention.
+
+1. a first pass over the full-precision model: the trace of every layer's Gauss-Newton Hessian at the output of its
+   sub-block, softmax included, by one backward pass with random signs (`sensitivity.attention`);
+2. layers in falling trace per weight get 4 bits while the mean stays within the target, the rest 2;
+3. a GPTQ sweep of each layer with that Hessian (B / out, its mean diagonal row block) instead of the input's.
+
+Why "-style": the publication's closed forms, calibration and tables were not reachable and there is no public code.
+Published: the loss at the attention output, a Levenberg-Marquardt Hessian, its trace as the sensitivity, 2 and 4 bits.
+Ours: the estimator, feed-forward layers at their sub-block's output (`measure_at="layer"`: at their own, the literal
+reading), the trace per weight, damp, group size, min-max ranges (`scale_search` searches them).
+`allocation="hawq2"`: least sum of trace per weight times |W - Q_b(W)|^2, exact, over any palette.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bitquilt.allocation.by_trace import by_trace, by_weighted_error
+from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.hessian import Factor, factorize
+from bitquilt.solvers.solve import solve
+from bitquilt.types import (
+    MAX_BITS,
+    Cost,
+    Layer,
+    LayerPlan,
+    LayerStats,
+    Solution,
+    check_finite,
+    group_slices,
+    uniform_plan,
+)
+
+
+@dataclass(frozen=True)
+class APTQ:
+    """`bits`: mean over the layers' weights, anything the palette reaches; never exceeded. `sensitivity`: trace per
+    weight ("mean") or as it is ("raw"). `hessian`: of the sub-block's output, or "input": X^T X as in GPTQ.
+    `probes`: backward passes per sequence. A layer outside the blocks (`--include-head`) takes the highest width.
+    """
+
+    name: ClassVar[str] = "aptq"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    fractional: ClassVar[bool] = True
+
+    bits: float = 3.8
+    group_size: int = 128
+    damp: float = 0.01
+    palette: tuple[int, ...] = (2, 4)
+    allocation: Literal["trace", "hawq2"] = "trace"
+    sensitivity: Literal["mean", "raw"] = "mean"
+    hessian: Literal["attention", "input"] = "attention"
+    measure_at: Literal["residual", "layer"] = "residual"
+    probes: int = 1
+    scale_search: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError naming the first field that cannot work, before any layer is read."""
+        if not self.palette or list(self.palette) != sorted(set(self.palette)):
+            raise ValueError(f"palette is {self.palette}; wanted ascending bits, each once, such as (2, 4)")
+        if not 2 <= self.palette[0] <= self.palette[-1] <= MAX_BITS:
+            raise ValueError(f"palette is {self.palette}; layers take 2 to {MAX_BITS} bits")
+        if self.allocation == "trace" and len(self.palette) != 2:
+            raise ValueError(f"palette is {self.palette}; allocation=trace takes two widths, hawq2 any number")
+        low, high = self.palette[0], self.palette[-1]
+        if not low <= self.bits <= high:
+            raise ValueError(f"bits is {self.bits:g}; the palette {self.palette} reaches {low} to {high}")
+        if not 1 <= self.probes <= 64:
+            raise ValueError(f"probes is {self.probes}; wanted 1 to 64")
+
+    def sense(self, layer: Layer, trace: float) -> dict[str, float]:
+        """Size, trace and, per width, the squared error of rounding. Raises ValueError if a weight is not finite."""
+        check_finite(layer.name, weight=layer.weight)
+        found = {"in_features": float(layer.weight.shape[1]), "weights": float(layer.weight.numel()), "trace": trace}
+        if self.allocation == "hawq2":
+            dtype = scale_dtype_for(layer.weight)
+            for bits in self.palette:
+                error = 0.0
+                for group in group_slices(layer.weight.shape[1], self.group_size):
+                    part = layer.weight[:, group]
+                    rounded = self._fit(part, bits, None, dtype).quantize(part)
+                    error += float((part - rounded).double().square().sum())
+                found[f"error_{bits}"] = error
+        return found
+
+    def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
+        """Bits by layer. Raises ValueError if a trace is not a finite number."""
+        sizes = {name: int(value["weights"]) for name, value in sensed.items()}
+        per_weight = {name: value["trace"] / value["weights"] for name, value in sensed.items()}
+        if self.allocation == "hawq2":
+            errors = {
+                name: {bits: per_weight[name] * value[f"error_{bits}"] for bits in self.palette}
+                for name, value in sensed.items()
+            }
+            bits = by_weighted_error(errors, sizes, self.bits, self.palette)
+        else:
+            ranking = per_weight if self.sensitivity == "mean" else {n: v["trace"] for n, v in sensed.items()}
+            bits = by_trace(ranking, sizes, self.bits, self.palette[0], self.palette[-1])
+        return {name: uniform_plan(int(sensed[name]["in_features"]), bits[name], self.group_size) for name in sensed}
+
+    def prepare(self, stats: LayerStats | None) -> Factor:
+        """Factor the Hessian, whichever it is."""
+        assert stats is not None
+        return factorize(stats.hessian / stats.tokens, self.damp)
+
+    def measure(self, layer: Layer, prepared: Factor) -> Cost:
+        """For a layer that the model's plan does not know: the highest width."""
+        return Cost((uniform_plan(layer.weight.shape[1], self.palette[-1], self.group_size),), (0.0,))
+
+    def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
+        """The one plan."""
+        return cost.plans[0]
+
+    def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
+        """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+
+        def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
+            return self._fit(weight, bits, prepared.importance[columns], scale_dtype)
+
+        return solve(layer, plan, prepared, fit_group, damp=self.damp)
+
+    def _fit(self, weight: Tensor, bits: int, importance: Tensor | None, dtype: torch.dtype) -> UniformGrid:
+        search = RangeSearch() if self.scale_search else MIN_MAX
+        return fit(weight, bits, importance, search=search, scale_dtype=dtype)
