@@ -11,26 +11,28 @@ from .conftest import Command
 def test_the_demo_compares_and_is_not_done_twice(command: Command, tmp_path: Path) -> None:
     ran = command("demo", "--quick", "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert [line.split("]")[0] for line in ran.err.splitlines()] == [f"[{i}/6" for i in range(1, 7)]
+    assert [line.split("]")[0] for line in ran.err.splitlines()] == [f"[{i}/7" for i in range(1, 8)]
     assert "windows" in ran.out
     assert "text that the full-precision model wrote itself" in ran.out
-    for recipe in ("rtn", "gptq", "slim-llm"):
+    for recipe in ("rtn", "gptq", "slim-llm", "quilt"):
         assert f"{recipe}, 2 bits: " in ran.out
-    assert f"bitquilt inspect {tmp_path / 'quick' / 'slim-llm-2bit'}" in ran.out
+    assert f"bitquilt inspect {tmp_path / 'quick' / 'quilt-2bit'}" in ran.out
 
     def made() -> dict[Path, int]:  # what was measured is measured again
-        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*") if p.name != "evaluation.json"}
+        return {
+            p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*") if p.name not in ("evaluation.json", "compare.html")
+        }
 
     before = made()
     again = command("demo", "--quick", "--out", tmp_path, "--json", "--quiet")
     assert again.err == ""
     assert made() == before
     rows = json.loads(again.out)["rows"]
-    assert [row["nominal_bits"] for row in rows] == [16, 2, 2, 2]
+    assert [row["nominal_bits"] for row in rows] == [16, 2, 2, 2, 2]
     assert rows[0]["kl_mean"] == 0
     assert rows[0]["bytes"] == (DEMO_MODEL / "model.safetensors").stat().st_size
     assert all(row["kl_mean"] > 0.1 for row in rows[1:])  # two bits hurt a small model
-    assert len({row["sample"] for row in rows}) == 4
+    assert len({row["sample"] for row in rows}) == 5
     assert all(row["sample"].startswith(row["prompt"]) for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""`bitquilt demo`: the packaged model by three recipes at two widths, in one table. No download, no data."""
+"""`bitquilt demo`: the packaged model by four recipes at two widths: a table and a page. No download, no data."""
 
 import contextlib
 import shlex
@@ -17,16 +17,18 @@ from typer import Option
 import bitquilt
 from bitquilt.cli.generate import write_text
 from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
+from bitquilt.cli.pages import check_target, write_page
+from bitquilt.errors import UserError
 from bitquilt.evaluation import Evaluation, evaluate, model_size
 from bitquilt.evaluation.loading import as_model
 from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.report import describe_evaluation, remember
+from bitquilt.report import compare, compare_page, describe_evaluation, read_facts, remember
 from bitquilt.runtime.calibration import load_tokenizer, sample_from_model
 from bitquilt.runtime.progress import BlockDone
 from bitquilt.runtime.workdir import write_tensors
 
 DEMO_MODEL = Path(bitquilt.__file__).parent / "demo"
-_RECIPES = ("rtn", "gptq", "slim-llm")
+_RECIPES = ("rtn", "gptq", "slim-llm", "quilt")
 _GROUP_SIZE = 32
 _PROMPT = "The old man looked at the sea and"
 _NEW_TOKENS = 36
@@ -73,10 +75,13 @@ def demo(
             )  # fmt: skip
             steps.note("measuring")
             rows.append(_row(recipe, folder, measure, scale))
+    page = _page(rows)
     if json_output:
         print_json({"rows": [{**row.figures.to_json(), **row.facts()} for row in rows]})
     elif not quiet:
         _print(rows, None if text is None else str(text), scale)
+        if page is not None:
+            stdout.print(f"\nQuality against size, as a page: [bold]{escape(str(page))}[/]", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,17 @@ class _Row:
 
     def facts(self) -> dict[str, str]:
         return {"recipe": self.name, "folder": str(self.folder), "prompt": _PROMPT, "sample": self.sample}
+
+
+def _page(rows: list[_Row]) -> Path | None:
+    """The comparison of all checkpoints beside them; None where the packages that write pages are not installed."""
+    path = rows[-1].folder.parent / "compare.html"
+    try:
+        check_target(path)
+    except UserError:
+        return None
+    write_page(path, compare_page(compare([read_facts(str(row.folder)) for row in rows[1:]])))
+    return path
 
 
 def _own_text(out: Path, name: str, count: int, seq_len: int, seed: int) -> str:
@@ -145,7 +161,7 @@ def _print(rows: list[_Row], text: str | None, scale: _Scale) -> None:
         f"bitquilt report {folder}",
         f"bitquilt compare {shlex.quote(str(rows[-1].folder.parent))}/*bit",
         f"bitquilt generate {folder} --prompt 'It was a cold morning when'",
-        "bitquilt quantize MODEL OUT --recipe slim-llm --bits 3 --group-size 128",
+        "bitquilt quantize MODEL OUT --recipe quilt --bits 3 --group-size 64",
     ):
         stdout.print(f"  [cyan]{escape(command)}[/]", soft_wrap=True)
 

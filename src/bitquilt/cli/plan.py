@@ -24,7 +24,7 @@ EXIT_DOES_NOT_FIT = 4
 
 def plan(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
-    recipe: Annotated[str, Option("--recipe", "-r", help="How: rtn, gptq, slim-llm, cmpq or cmpq+.")] = "slim-llm",
+    recipe: Annotated[str, Option("--recipe", "-r", help="rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
