@@ -1,6 +1,8 @@
 """The one module: its shapes, its dtypes, its bias, and what may be replaced by it."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from bitquilt.models.linear import QuantizedLinear, is_linear, linear_weight, replace_linears
 from bitquilt.recipes.rtn import RTN
 from bitquilt.types import Layer, Layout, QuantizedWeight, uniform_plan
+from tests.weights import make_weight
 
 OUT, IN = 24, 40
 
@@ -128,3 +131,15 @@ def test_replacing_keeps_bias_device_and_type(kind: Any) -> None:
     assert all(tensor.is_meta for tensor in (*new.buffers(), new.bias))
     assert new.bias.dtype == torch.bfloat16
     assert not new.bias.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["mixed", "shared_table", "outliers"])
+def test_a_layer_that_is_dropped_takes_its_memory_along(kind: str) -> None:
+    """What the kernels remember of a weight must not keep it: a run drops a block after the other."""
+    module = QuantizedLinear.from_weight(make_weight(kind))
+    module(torch.randn(2, module.in_features))
+    module.dequantize()
+    held = [weakref.ref(tensor) for tensor in module.buffers()]
+    del module
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)

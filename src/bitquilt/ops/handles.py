@@ -87,7 +87,10 @@ class Handle:
         self._layout = (list(weight.layout), weight.block)
         plain = weight.plain()
         numbers, copies = describe(plain, out_features)
-        self._copies = [*copies, *plain.tensors()]  # what `plain` made is held by nobody else
+        # What `plain` made is held by nobody else. Never the weight's own tensors: handles are kept by their codes, and
+        # what a value holds its key never leaves.
+        own = {id(t) for t in weight.tensors()}
+        self._copies = [*copies, *(t for t in plain.tensors() if id(t) not in own)]
         self.native = make(level, numbers)
 
     def fits(self, weight: StoredWeight, out_features: int, level: str) -> bool:
