@@ -1,5 +1,5 @@
 """Where does a budget cut a path when the true size is not the sum of the steps? cut(path, exact, ...) -> choices;
-fill(choices, ...) spends what is left.
+spend_rest(choices, ...) for what is left.
 
 Maps, headers and the config are nobody's own, so a size is asked for, not added up. numpy only, no tensors.
 """
@@ -49,7 +49,7 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
     return path.at(low)
 
 
-def fill(
+def spend_rest(
     choices: Ints,
     losses: NDArray[np.float32],
     costs: NDArray[np.float32],

@@ -62,7 +62,8 @@ class StoredWeight(NamedTuple):
         return self._replace(scales=scales, zeros=zeros, layout=layout, outlier_columns=columns, outlier_rows=rows)
 
     def known(self) -> bool:
-        """Whether the kernels know the layout (no mx; groups of 8 n columns, or one) and the scales' type."""
+        """Whether the kernels know the layout (no mx; groups of 8 n columns, or one) and the scales' type. Asked of a
+        weight without extras (`plain`)."""
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
@@ -71,7 +72,7 @@ class StoredWeight(NamedTuple):
                 return False
             if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
                 return False
-        if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.plain().scales):
+        if any(s.is_floating_point() and s.dtype not in DTYPES for s in self.scales):
             return False
         return self.in_features <= _MAX_COLUMNS
 
@@ -80,12 +81,17 @@ class Handle:
     """A weight as one instruction set's kernels know it. It reads the tensors' memory: whoever calls holds them."""
 
     def __init__(
-        self, weight: StoredWeight, out_features: int, level: str, make: Callable[[str, list[int]], Any]
+        self,
+        weight: StoredWeight,
+        plain: StoredWeight,
+        out_features: int,
+        level: str,
+        make: Callable[[str, list[int]], Any],
     ) -> None:
+        """`plain`: of `weight`, what the native code is told."""
         self.level, self.out_features, self.in_features = level, out_features, weight.in_features
         self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
         self._layout = (list(weight.layout), weight.block)
-        plain = weight.plain()
         numbers, copies = describe(plain, out_features)
         # What `plain` made is held by nobody else. Never the weight's own tensors: handles are kept by their codes, and
         # what a value holds its key never leaves.
@@ -121,9 +127,10 @@ def handle_of(
     key = weight.codes[0] if weight.codes else None
     handle: Handle | None = None if key is None else _handles.get(key)
     if handle is None or not handle.fits(weight, out_features, level):
-        if not weight.known():
+        plain = weight.plain()
+        if not plain.known():
             return None
-        handle = Handle(weight, out_features, level, make)
+        handle = Handle(weight, plain, out_features, level, make)
         if key is not None:
             _handles[key] = handle
     return handle

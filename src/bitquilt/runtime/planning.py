@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitquilt.allocation.budget import Budget
-from bitquilt.allocation.cut import cut, fill
+from bitquilt.allocation.cut import cut, spend_rest
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.path import Ints, Path
 from bitquilt.allocation.scopes import Scope, order_steps
@@ -241,7 +241,7 @@ class Planner:
         choices = cut(path, lambda steps: exact(path.at(steps)), budget.value, base, unit, self.count)
         choices = self._refine(choices, costs, scope, budget, base, unit, exact)
         if scope == "global" and exact(choices) < _NEAR * budget.value:
-            choices = fill(choices, self._ranked(), costs, exact, budget.value)
+            choices = spend_rest(choices, self._ranked(), costs, exact, budget.value)
         return self._planned(choices, budget, reach, scope)
 
     def _nominal(self) -> NDArray[np.float32]:

@@ -7,11 +7,11 @@ can be read without its neighbours.
 import torch
 from torch import Tensor
 
-from bitquilt.grids.uniform import UniformGrid, scale_dtype_for
+from bitquilt.grids.uniform import RangeSearch, fit_symmetric, scale_dtype_for
 from bitquilt.types import Format, QuantizedWeight, Segment, group_slices
 
 # Shares of the full range; a Gaussian group of 32 at 4 bits is best near 0.88, at 8 bits near 1.
-_TAUS = tuple(round(0.7 + 0.02 * i, 2) for i in range(16))
+_SEARCH = RangeSearch(tuple(round(1.0 - 0.02 * i, 2) for i in range(16)))
 _ROWS = 16384  # at once: 16384 x 32 fp32 candidates take 2 MB, which stay in the cache
 
 
@@ -28,26 +28,8 @@ def round_symmetric(weight: Tensor, bits: int, group_size: int) -> QuantizedWeig
         rows = slice(start, start + _ROWS)
         for k, columns in enumerate(groups):
             part = weight[rows, columns].float()
-            grid = _fit(part, bits, dtype)
+            grid = fit_symmetric(part, bits, search=_SEARCH, scale_dtype=dtype)
             codes[rows, columns] = grid.encode(part).to(torch.uint8)
             scales[rows, k] = grid.scale.squeeze(1)
     form = Format(bits, group_size, scale_dtype=dtype, symmetric=True)
     return QuantizedWeight((Segment(form, codes, scales),))
-
-
-def _fit(weight: Tensor, bits: int, dtype: torch.dtype) -> UniformGrid:
-    full = 2 * weight.abs().amax(dim=1, keepdim=True) / (2**bits - 1)
-    best: Tensor | None = None
-    chosen = full
-    for tau in reversed(_TAUS):  # the widest wins a tie
-        scale = _stored(full * tau, dtype)
-        loss = (UniformGrid(bits, scale, None).quantize(weight) - weight).square().sum(dim=1, keepdim=True)
-        better = loss < best if best is not None else torch.ones_like(loss, dtype=torch.bool)
-        best = loss if best is None else torch.where(better, loss, best)
-        chosen = torch.where(better, scale, chosen)
-    return UniformGrid(bits, chosen.to(dtype), None)
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to the storage type, never to zero."""
-    return scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype).float()
