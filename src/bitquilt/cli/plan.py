@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from typer import Argument, Exit, Option
+from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
+from bitquilt.cli.options import GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
 from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
@@ -23,7 +24,7 @@ EXIT_DOES_NOT_FIT = 4
 
 
 def plan(
-    model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
+    model: Model,
     recipe: Annotated[str, Option("--recipe", "-r", help="rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
@@ -31,9 +32,7 @@ def plan(
     vram: Vram = None,
     ctx: Ctx = None,
     allocation: Allocation = None,
-    group_size: Annotated[
-        int | None, Option(help="Input channels per scale, a multiple of 8 (default: the recipe's).")
-    ] = None,
+    group_size: GroupSize = None,
     out: Annotated[
         Path | None, Option(help="Write the plan here, for `quantize --plan`.", metavar="FILE", show_default=False)
     ] = None,
@@ -51,21 +50,17 @@ def plan(
     calibration: Annotated[
         str, Option(help="With --measure: text, jsonl, parquet, a folder, a hub data set, token ids, or self.")
     ] = "self",
-    samples: Annotated[int, Option(help="Calibration sequences.")] = 128,
-    seq_len: Annotated[int, Option(help="Tokens per calibration sequence.")] = 2048,
-    seed: Annotated[int, Option(help="Of everything that is drawn at random.")] = 0,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
     work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
-    skip: Annotated[
-        list[str] | None, Option(metavar="PATTERN", help="Leave these layers alone, such as '*.down_proj'; repeatable.")
-    ] = None,
+    skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
     tie: Annotated[
         bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
     ] = False,
-    published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
-    settings: Annotated[
-        list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
-    ] = None,
+    published: Published = False,
+    settings: Settings = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:

@@ -15,6 +15,7 @@ from bitquilt.api import Result
 from bitquilt.api import quantize as run
 from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
+from bitquilt.cli.options import GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
 from bitquilt.cli.output import (
     Json,
     Quiet,
@@ -35,7 +36,7 @@ from bitquilt.wish import Wish, wish
 
 
 def quantize(
-    model: Annotated[str, Argument(metavar="MODEL", help="Folder of a Hugging Face model, or its hub id (org/name).")],
+    model: Model,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
     recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
     bits: Bits = None,
@@ -44,28 +45,23 @@ def quantize(
     vram: Vram = None,
     ctx: Ctx = None,
     allocation: Allocation = None,
-    group_size: Annotated[
-        int | None, Option(help="Input channels per scale, a multiple of 8 (default: the recipe's).")
-    ] = None,
+    group_size: GroupSize = None,
     calibration: Annotated[
         str,
         Option(
             help="Text, jsonl, parquet, a folder of them, a hub data set, token ids; self: the model writes its own."
         ),
     ] = "self",
-    samples: Annotated[int, Option(help="Calibration sequences.")] = 128,
-    seq_len: Annotated[int, Option(help="Tokens per calibration sequence.")] = 2048,
-    seed: Annotated[int, Option(help="Of everything that is drawn at random.")] = 0,
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    seed: Seed = 0,
     batch_size: Annotated[
         int | None, Option(help="Sequences per forward pass; speed and memory only.", show_default=False)
     ] = None,
     work_dir: Annotated[
         Path | None, Option(help="Where a run keeps what it needs to continue (default: OUT.work).", show_default=False)
     ] = None,
-    skip: Annotated[
-        list[str] | None,
-        Option(metavar="PATTERN", help="Leave these layers alone, such as '*.down_proj'; repeatable."),
-    ] = None,
+    skip: Skip = None,
     include_head: Annotated[
         bool, Option("--include-head", help="Quantize the layer that makes logits too (not where it is tied).")
     ] = False,
@@ -80,10 +76,8 @@ def quantize(
     effort: Annotated[
         str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
     ] = None,
-    published: Annotated[bool, Option("--published", help="The settings of the public implementation.")] = False,
-    settings: Annotated[
-        list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
-    ] = None,
+    published: Published = False,
+    settings: Settings = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
