@@ -22,6 +22,7 @@ from bitquilt.fit import (
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
+from bitquilt.protocols import ChecksLayers, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
@@ -42,7 +43,6 @@ from bitquilt.runtime.workdir import (
     write_tensors,
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
-from bitquilt.types import ChecksLayers, Recipe
 from bitquilt.wish import Wish, wish
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
