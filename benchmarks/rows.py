@@ -39,11 +39,13 @@ class Run:
         return ROWS / f"{self.model}-{self.recipe}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
 
 
-def measured(run: Run, again: bool = False) -> dict[str, Any] | None:
+def measured(run: Run, again: bool = False, kept_only: bool = False) -> dict[str, Any] | None:
     """The kept row, or a new one; None, and a line that says why, where the recipe cannot meet the setting."""
     if run.path.is_file() and not again:
         row: dict[str, Any] = json.loads(run.path.read_text())
         return row
+    if kept_only:
+        return None
     try:
         row = {"asked": asdict(run), **measure(run), "stamp": stamp()}
     except UserError as error:

@@ -103,6 +103,7 @@ class Decoder:
         handles, addresses = [], []
         for product in products:
             _want(isinstance(product, QuantizedLinear), "a layer is not quantized")
+            _want(not product.has_row_gains, "a layer has gains per row")
             handle = product.settle()
             _want(handle is not None, "the kernels do not know a layer's format")
             handles.append(handle.native)
