@@ -79,7 +79,7 @@ def grid_points(model: str, recipe: str) -> list[float]:
         except ValueError:
             continue
         points.append(i * STEP)
-    return sorted(points, key=lambda point: point * 2 % 1)  # every other one first: half a run is a coarse curve
+    return points
 
 
 def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
@@ -94,10 +94,13 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
             bpw = rtn_bpw(shapes, bits)
             yield from (("equal", row, name, {"bpw": bpw, **options}) for row, (name, options) in EQUAL.items())
     if "curve" in arguments.parts:
-        for row in CURVES:
-            points = grid_points(model, row)
-            points = [min(points), max(points)] if arguments.quick else points
-            yield from (("curve", row, row, {"bpw": point}) for point in points)
+        reach = {row: grid_points(model, row) for row in CURVES}
+        for coarse in (True, False):  # every other point first: half a run is a coarse curve
+            for row, points in reach.items():
+                chosen = [p for p in points if (p / STEP % 2 == 0) == coarse]
+                if arguments.quick:
+                    chosen = [min(points), max(points)] if coarse else []
+                yield from (("curve", row, row, {"bpw": point}) for point in chosen)
     if "ablation" in arguments.parts:
         for row, options in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
             yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}

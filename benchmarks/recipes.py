@@ -21,8 +21,9 @@ from benchmarks.curve import layer_shapes
 from benchmarks.quality import TEXTS
 from benchmarks.rows import Run, measured
 from bitquilt.packing import storage_bits
+from bitquilt.protocols import Plannable
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Format, Layout, Plannable, uniform_plan
+from bitquilt.types import Format, Layout, uniform_plan
 
 TARGETS = (2.3, 2.6, 3.1, 4.2)
 WHOLE, FRACTIONS = (2, 3, 4), tuple(round(2 + 0.1 * i, 1) for i in range(21))
