@@ -2,50 +2,26 @@
 // 64 >> bits columns with all their levels, as bytes of one digit; a byte permutation looks up 64 codes at once, 8
 // columns of 8 rows; `vpdpbusd` with ones adds them up. Per 64 weights: a multishift, a mask, and per digit a permutation and an
 // addition (two permutations at 4 bits), beside a gather of 8 rows per 16 to 64 columns.
-#include "avx512.h"
-#include "scalar.h"
+#include "avx512_codebook.h"
 
 namespace bitquilt {
 namespace avx512 {
 namespace {
 
-// 64-bit words of 8 rows; safe at the tensor's end.
-inline __m512i gather_rows(const uint8_t* at, __m512i rows, int64_t row_bytes, const uint8_t* end) {
-    if (end - at >= 7 * row_bytes + 8) return _mm512_i64gather_epi64(rows, at, 1);
-    alignas(64) uint64_t words[8];
-    for (int i = 0; i < 8; ++i) words[i] = load_word(at + i * row_bytes, 0, end - at - i * row_bytes);
-    return _mm512_load_si512(words);
-}
-
 template <int bits, int D>
 void strip_rows(const uint8_t* at, __m512i rows, int64_t row_bytes, const uint8_t* end, int64_t columns,
                 const int8_t* table, __m512i* sums) {
-    constexpr int steps = bits == 1 ? 8 : bits == 2 ? 4 : 2;      // of 8 columns in a 64-bit word
-    constexpr int per_table = bits == 4 ? 1 : 8 >> bits;          // steps that share a register of products
-    constexpr int64_t table_bytes = wide_bytes * D * (bits == 4 ? 2 : 1);
-    const __m512i mask = _mm512_set1_epi8((1 << bits) - 1), ones = _mm512_set1_epi8(1);
-    // The place of a column's levels in its register; columns 4 to 7 of a step begin again at 4 bits.
-    const __m512i place = _mm512_set1_epi64(bits == 4 ? 0x3020100030201000 : 0x0706050403020100ll << bits);
-    const __m512i shift = _mm512_set1_epi64(0x0706050403020100ll * bits);
-    for (int64_t j = 0; j < columns; j += 8 * steps, at += steps * bits) {
+    using Look = Lookup<bits>;
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int64_t j = 0; j < columns; j += 8 * Look::steps, at += Look::steps * bits) {
         const __m512i words = gather_rows(at, rows, row_bytes, end);
-        for (int k = 0; k < steps; ++k) {
-            const __m512i shifts = _mm512_add_epi8(shift, _mm512_set1_epi8(static_cast<char>(8 * bits * k)));
-            const __m512i places = _mm512_or_si512(
-                place, _mm512_set1_epi8(static_cast<char>(bits == 4 ? 0 : (k % per_table) * (8 << bits))));
-            // (shifted & mask) | places
-            const __m512i index = _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(shifts, words), mask, places,
-                                                            0xea);
+        for (int k = 0; k < Look::steps; ++k) {
+            const __m512i index = Look::index(words, k);
             for (int d = 0; d < D; ++d) {
-                const int8_t* products = table + d * wide_bytes;
-                __m512i found = _mm512_permutexvar_epi8(index, _mm512_loadu_si512(products));
-                if constexpr (bits == 4) {
-                    found = _mm512_mask_permutexvar_epi8(found, 0xf0f0f0f0f0f0f0f0ull, index,
-                                                         _mm512_loadu_si512(products + D * wide_bytes));
-                }
+                const __m512i found = Look::entries(index, table + d * wide_bytes, D * wide_bytes);
                 sums[d] = _mm512_dpbusd_epi32(sums[d], ones, found);
             }
-            if ((k + 1) % per_table == 0) table += table_bytes;
+            if ((k + 1) % Look::per_table == 0) table += wide_bytes * D * Look::tables;
         }
     }
 }

@@ -5,15 +5,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "clones.h"
 #include "pool.h"
 #include "scalar.h"
-
-// Plain loops, compiled for several instruction sets; the loader picks one.
-#if defined(BITQUILT_X86) && !defined(BITQUILT_SANITIZED)
-#define BITQUILT_EVERY_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define BITQUILT_EVERY_ISA
-#endif
 
 namespace bitquilt {
 namespace {
