@@ -56,6 +56,8 @@ NB_MODULE(_kernels, m) {
         .def(nb::init<const std::vector<int64_t>&, double, double>())
         .def("add_layer", &Decoder::add_layer, nb::keep_alive<1, 2>())
         .def("set_ends", &Decoder::set_ends)
+        .def("set_head", &Decoder::set_head)
+        .def("set_product_head", &Decoder::set_product_head, nb::keep_alive<1, 2>())
         .def("step", &Decoder::step, Released());
     m.attr("MAX_TOKENS") = max_tokens;
 }
