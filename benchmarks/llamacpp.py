@@ -7,8 +7,8 @@
 Built by gcc 12, llama.cpp stops with an illegal instruction where it uses AMX; clang 19 builds it right, AMX and
 repacked weights included. `--plain-buffers` does without both.
 
-Each llama.cpp type is measured beside the bitquilt format nearest to it in true bits per weight of the layers, in turns;
-the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, in bf16 and in 6 bits.
+Each llama.cpp type is measured beside the bitquilt format nearest to it in true bits per weight of the layers, in
+turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, in bf16 and in 6 bits.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -311,15 +312,23 @@ def test_threads_do_not_change_the_result(level):
         for _ in range(5):
             outputs[index] = module(x)
 
+    before = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
     torch.set_num_threads(2)
     try:
         assert torch.equal(module(x), expected)
+        if before:  # one worker beside each caller's own thread, whoever calls
+            assert len(os.listdir("/proc/self/task")) <= before + 1
         assert torch.equal(module.dequantize(), reference.dequantize(*module._stored(), 1000))
+        many = len(os.listdir("/proc/self/task")) if before else 0
         threads = [threading.Thread(target=work, args=(i,)) for i in range(len(outputs))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        deadline = time.monotonic() + 10  # a thread that was joined is listed a moment longer
+        while before and len(os.listdir("/proc/self/task")) > many:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(output, expected) for output in outputs)

@@ -101,11 +101,20 @@ void narrow_levels(const float* levels, int64_t entries, uint8_t* tables) {
     }
 }
 
+// Bytes of the tables before those of segment i.
+int64_t table_bytes(const Weight& w, int i) {
+    int64_t bytes = 0;
+    for (int k = 0; k < i; ++k) {
+        if (has_tables(w.segments[k])) bytes += 2 * up(w.segments[k].width << w.segments[k].bits, wide_bytes);
+    }
+    return bytes;
+}
+
 // 8 rows from `row` on, of which `count` are wanted; out: the first column of the first.
 template <int bits>
-void rows_values(const Segment& s, int64_t row, __m512i rows, const uint8_t* tables, uint16_t* out, int64_t stride,
-                 int64_t count) {
+void rows_values(const Segment& s, int64_t row, const uint8_t* tables, uint16_t* out, int64_t stride, int64_t count) {
     using Look = Lookup<bits>;
+    const __m512i rows = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(s.row_bytes));
     const uint8_t* at = s.codes + row * s.row_bytes;
     for (int64_t j = 0; j < s.width; j += 8 * Look::steps, at += Look::steps * bits) {
         const __m512i words = gather_rows(at, rows, s.row_bytes, s.codes_end);
@@ -136,18 +145,7 @@ void rows_values(const Segment& s, int64_t row, __m512i rows, const uint8_t* tab
     }
 }
 
-// Rows begin..end of a codebook segment of up to 4 bits; out: its first column of row `begin`. Whole rows, eight side by
-// side: in strips of columns, whose tables stay in the L1 cache, every row's piece of memory is met unawares.
-template <Type type, int bits>
-void codebook_values(const Segment& s, int64_t begin, int64_t end, uint8_t* tables, uint16_t* out, int64_t stride) {
-    const __m512i rows = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(s.row_bytes));
-    narrow_levels<type>(s.levels, s.width << bits, tables);
-    for (int64_t row = begin; row < end; row += 8) {
-        rows_values<bits>(s, row, rows, tables, out + (row - begin) * stride, stride, end - row);
-    }
-}
-
-// The stored column of an outlier's channel, and its value without the outlier.
+// One entry of a segment.
 float stored_value(const Segment& s, int64_t row, int64_t column) {
     const uint64_t word = load_word(s.codes + row * s.row_bytes, column / 8 * s.bits, s.row_bytes);
     const int code = static_cast<int>(word >> (column % 8 * s.bits) & ((1u << s.bits) - 1u));
@@ -158,41 +156,74 @@ float stored_value(const Segment& s, int64_t row, int64_t column) {
     return step * (static_cast<float>(code) - zero_point(s, row, g));
 }
 
-// Weights with an outlier are written once more: both are added before anything is rounded.
+// Weights with an outlier are written once more: both are added before anything is rounded. 16 at a time, but for the
+// look-ups of their codes.
 template <Type type>
 void outlier_values(const Weight& w, int64_t row, uint16_t* out) {
-    const Segment* s = w.segments;
-    for (int64_t e = w.outliers.rows[row]; e < w.outliers.rows[row + 1]; ++e) {
-        const int64_t channel = outlier_column(w.outliers, e);
-        const int64_t column = w.place ? w.place[channel] : channel;
-        if (column < s->first_column) s = w.segments;
-        while (column >= s->first_column + s->width) ++s;
-        const float value = stored_value(*s, row, column - s->first_column) + from_half(w.outliers.values[e]);
-        out[column] = type == Type::f16 ? to_half(value) : to_bfloat(value);
+    const Outliers& o = w.outliers;
+    for (int64_t e = o.rows[row]; e < o.rows[row + 1]; e += 16) {
+        const int64_t left = o.rows[row + 1] - e, count = left < 16 ? left : 16;
+        const __mmask16 keep = static_cast<__mmask16>((1 << count) - 1);
+        __m512i column;
+        if (o.wide) {
+            column = _mm512_maskz_loadu_epi32(keep, static_cast<const int32_t*>(o.columns) + e);
+        } else {
+            column = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(keep, static_cast<const int16_t*>(o.columns) + e));
+        }
+        if (w.place) column = _mm512_mask_i32gather_epi32(column, keep, column, w.place, 4);
+        __m512i segment = _mm512_setzero_si512();  // counted, not searched: which one comes next cannot be guessed
+        for (int k = 1; k < w.count; ++k) {
+            const __m512i first = _mm512_set1_epi32(static_cast<int>(w.segments[k].first_column));
+            const __mmask16 behind = _mm512_cmpge_epi32_mask(column, first);
+            segment = _mm512_mask_add_epi32(segment, behind, segment, _mm512_set1_epi32(1));
+        }
+        alignas(64) int32_t columns[16], segments[16];
+        alignas(64) float values[16] = {};
+        _mm512_store_si512(columns, column);
+        _mm512_store_si512(segments, segment);
+        for (int64_t i = 0; i < count; ++i) {
+            const Segment& s = w.segments[segments[i]];
+            values[i] = stored_value(s, row, columns[i] - s.first_column);
+        }
+        const __m512 added = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(keep, o.values + e));
+        alignas(32) uint16_t rounded[16];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(rounded),
+                           narrow<type>(_mm512_add_ps(_mm512_load_ps(values), added)));
+        for (int64_t i = 0; i < count; ++i) out[columns[i]] = rounded[i];
     }
 }
 
+// Eight rows side by side, whole: in strips of columns, whose tables stay in the L1 cache, every row's piece of memory is
+// met unawares (24 ms instead of 8 for 4096 x 11008). Outliers while the rows are in the L2 cache.
 template <Type type>
 void dense_rows(const Weight& w, int64_t begin, int64_t end, float* scratch, uint16_t* out) {
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);  // codes of the widest segment and 63 more, or tables
+    uint8_t* tables = reinterpret_cast<uint8_t*>(scratch);
     for (int i = 0; i < w.count; ++i) {
         const Segment& s = w.segments[i];
-        uint16_t* to = out + begin * w.columns + s.first_column;
-        if (has_tables(s)) {
-            constexpr decltype(&codebook_values<type, 1>) by_bits[] = {
-                codebook_values<type, 1>, codebook_values<type, 2>, codebook_values<type, 3>, codebook_values<type, 4>,
-            };
-            by_bits[s.bits - 1](s, begin, end, bytes, to, w.columns);
-            continue;
-        }
-        for (int64_t row = begin; row < end; ++row, to += w.columns) {
-            fetch(s.codes + row * s.row_bytes + ahead);
-            unpack_bytes(s.codes + row * s.row_bytes, s.row_bytes, s.bits, 0, s.width, bytes);
-            segment_values<type>(s, row, bytes, to);
-        }
+        if (has_tables(s)) narrow_levels<type>(s.levels, s.width << s.bits, tables + table_bytes(w, i));
     }
-    if (!w.outliers.values) return;
-    for (int64_t row = begin; row < end; ++row) outlier_values<type>(w, row, out + row * w.columns);
+    uint8_t* codes = tables + table_bytes(w, w.count);  // of the widest other segment, and 63 more
+    for (int64_t row = begin; row < end; row += 8) {
+        const int64_t last = row + 8 < end ? row + 8 : end;
+        for (int i = 0; i < w.count; ++i) {
+            const Segment& s = w.segments[i];
+            uint16_t* to = out + row * w.columns + s.first_column;
+            if (has_tables(s)) {
+                constexpr decltype(&rows_values<1>) by_bits[] = {
+                    rows_values<1>, rows_values<2>, rows_values<3>, rows_values<4>,
+                };
+                by_bits[s.bits - 1](s, row, tables + table_bytes(w, i), to, w.columns, end - row);
+                continue;
+            }
+            for (int64_t r = row; r < last; ++r, to += w.columns) {
+                fetch(s.codes + r * s.row_bytes + ahead);
+                unpack_bytes(s.codes + r * s.row_bytes, s.row_bytes, s.bits, 0, s.width, codes);
+                segment_values<type>(s, r, codes, to);
+            }
+        }
+        if (!w.outliers.values) continue;
+        for (int64_t r = row; r < last; ++r) outlier_values<type>(w, r, out + r * w.columns);
+    }
 }
 
 }  // namespace

@@ -28,6 +28,8 @@ std::vector<const Isa*> levels() {
         found.push_back(&avx512_isa);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_isa);
+#elif defined(__aarch64__)
+    found.push_back(&neon_isa);
 #endif
     found.push_back(&portable_isa);
     return found;
@@ -237,7 +239,8 @@ void Handle::reorder(const void* x, int64_t item, int64_t tokens, void* out, int
         } else if (item == 4) {
             pick(reinterpret_cast<const float*>(from), w.order, w.columns, reinterpret_cast<float*>(to));
         } else {
-            for (int64_t j = 0; j < w.columns; ++j) std::memcpy(to + 2 * j, from + 2 * w.order[j], 2);
+            isa_.pick_halves(reinterpret_cast<const uint16_t*>(from), w.order, w.columns, token + 1 < tokens,
+                             reinterpret_cast<uint16_t*>(to));
         }
     });
 }
@@ -258,7 +261,7 @@ void Handle::dequantize(int64_t first, int64_t last, bool as_stored, void* out, 
     void* const start = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(out) - static_cast<uintptr_t>(before));
     parallel_for_torch(pieces, threads, [&](int piece) {
         const int64_t begin = first + piece * rows, end = std::min(begin + rows, last);
-        float* scratch = scratch_of(of_rows, dense_scratch(w.columns));
+        float* scratch = scratch_of(of_rows, dense_scratch(w.columns, w.count));
         isa_.dequantize(w, begin, end, as_stored, scratch, start, type);  // it counts rows from the first of the weight
     });
 }

@@ -16,8 +16,9 @@ constexpr int row_block = 64;    // rows of one piece of work: zeros of 64 rows 
 constexpr int strip_columns = 256;  // of a codebook segment: its tables (2 digits, 8 levels: 4 KiB) stay in the L1 cache
 constexpr int group_padding = 16;  // group arrays start at multiples of this, so that 16 floats can always be read
 
-// Two rows in fp32, or the levels of 4-bit codebooks in 16 bits.
-constexpr int64_t dense_scratch(int64_t columns) { return 8 * columns + 64; }
+// Floats that hold two rows in fp32; or the levels of 4-bit codebooks in 16 bits, each segment's up to the next 64,
+// beside a row of codes.
+constexpr int64_t dense_scratch(int64_t columns, int segments) { return 8 * columns + 32 * segments + 64; }
 
 enum class Type : int64_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Grid : int64_t { uniform = 0, codebook = 1 };
@@ -85,12 +86,15 @@ struct Isa {
     void (*matmul)(const Weight&, const Inputs&, int64_t begin, int64_t end, float* scratch, float* out);
     int64_t (*scratch_floats)(const Weight&, const Inputs&);
     // out [rows, columns] of `type` for rows begin..end, columns as stored or as they were originally; scratch:
-    // dense_scratch(columns) floats.
+    // dense_scratch(columns, count) floats.
     void (*dequantize)(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
+    // to[j] = from[order[j]]; beyond: whether one more entry may be read behind the last.
+    void (*pick_halves)(const uint16_t* from, const int32_t* order, int64_t count, bool beyond, uint16_t* to);
 };
 
 extern const Isa portable_isa;
 extern const Isa avx2_isa;    // BITQUILT_X86 only, as the next
 extern const Isa avx512_isa;
+extern const Isa neon_isa;    // 64-bit Arm only
 
 }  // namespace bitquilt

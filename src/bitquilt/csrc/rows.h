@@ -94,6 +94,10 @@ void float_matmul(const Weight& weight, const Inputs& inputs, int64_t begin, int
     }
 }
 
+[[maybe_unused]] void pick_halves(const uint16_t* from, const int32_t* order, int64_t count, bool, uint16_t* to) {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[order[j]];
+}
+
 // One segment of one row as fp32 in stored order, rounded exactly as the reference rounds.
 template <Unpack unpack>
 void decode_segment(const Segment& segment, int64_t row, uint8_t* codes, float* out) {
