@@ -15,12 +15,13 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.errors import UserError
+from bitquilt.protocols import TrainsBlocks
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import Done, put_in_place
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.workdir import Activations
-from bitquilt.types import BlockProblem, TrainsBlocks
+from bitquilt.types import BlockProblem
 
 
 def train_block(
