@@ -130,7 +130,8 @@ def check_bytes(
         if one != other:
             raise UserError(
                 f"the plan was made for {_told(planned, recipe)}: {name} would take {storage_bits(other) // 8} bytes "
-                f"instead of {storage_bits(one) // 8}; leave the recipe to the plan, or plan again"
+                f"instead of {storage_bits(one) // 8}; leave the recipe to the plan, plan again, or empty "
+                "the plan's recipe: a map alone is for any"
             )
 
 

@@ -68,9 +68,9 @@ def test_measure_once_plan_often_quantize_the_plan(
     assert "KL about" in shown.out
     shown = command("plan", tiny, "--bpw", "4.8", "--embedding-bits", "4", *GROUPS)
     assert "without the embedding's rounding" in shown.out
-    ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--group-size", "8")
+    ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--set", "symmetric=true")
     assert ran.code == 2
-    assert "group_size=16, not 8" in ran.err
+    assert "symmetric=False, not True" in ran.err
     ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--bits", "2.5")
     assert ran.code == 2
     assert "a plan and the budget 2.5 bits both say" in ran.err
