@@ -129,14 +129,17 @@ def _path(model: str) -> Path:
     return OUTPUT / f"allocation-{model}.json"
 
 
-def run_model(model: str, recipes: list[str]) -> None:
-    """Every row that is missing, each kept as soon as it is done."""
+def run_model(model: str, recipes: list[str], most: int | None = None) -> None:
+    """Every row that is missing, at most so many, each kept as soon as it is done."""
     rows = read_rows(model)
+    before = len(rows)
     done = {Run(model, r["recipe"], r["options"], r["column"], r["budget"]).key: r for r in rows}
     for recipe in recipes:
         for run in runs(model, recipe):
             if run.key in done:
                 continue
+            if most is not None and len(rows) - before >= most:
+                return
             if not run.tables.is_file():
                 calibration = SHARED / "text" / TEXTS[model][0]
                 source = SHARED / "models" / model
@@ -173,11 +176,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), help="none: tables only")
     recipes = ["slim-llm", "gptq", "cmpq"]
     parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes)
+    parser.add_argument("--rows", type=int, help="of each model; the same command continues after them")
     arguments = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)
     with quiet_transformers():
         for model in arguments.models:
-            run_model(model, arguments.recipes)
+            run_model(model, arguments.recipes, arguments.rows)
     print(table([row for model in TEXTS for row in read_rows(model)]))
 
 

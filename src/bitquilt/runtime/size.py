@@ -136,8 +136,18 @@ def _digits(plan: Mapping[str, Any]) -> int:
 
 
 def json_bytes(value: Any) -> int:
-    """Bytes of a value as `workdir.write_json` writes it."""
-    return len(json.dumps(value, indent=1).encode()) + 1
+    """Bytes of a value as `workdir.write_json` writes it: indented by one blank. Counted, because Python's encoder is
+    ten times slower with an indent, and a plan of 560 layers asks eight times."""
+    return len(json.dumps(value, separators=(",", ": "))) + _indents(value, 0) + 1
+
+
+def _indents(value: Any, depth: int) -> int:
+    """A line break before each item and before the bracket that closes them, each with its indent."""
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
+        return 0
+    items = value.values() if isinstance(value, Mapping) else value
+    inside = sum(_indents(item, depth + 1) for item in items if isinstance(item, (Mapping, list, tuple)))
+    return len(value) * (2 + depth) + 1 + depth + inside
 
 
 def _stored(name: str, info: TensorInfo) -> Stored:
