@@ -28,7 +28,7 @@ from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.planning import predicted_losses
 from bitquilt.runtime.plans import check_plan, plan_to_json, read_plan
-from bitquilt.runtime.progress import Observer, Stage, StageClock, Started, silent
+from bitquilt.runtime.progress import BlockDone, Observer, Stage, StageClock, Started, silent
 from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
 from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
@@ -43,10 +43,12 @@ from bitquilt.runtime.workdir import (
     write_tensors,
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
-from bitquilt.wish import check_bytes, same_embedding, wish, wish_for_plan
+from bitquilt.wish import Wish, check_bytes, same_embedding, wish, wish_for_plan
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
+_IDS = "calibration.safetensors"
+_TABLES, _TABLES_AGAIN = "sensitivities.safetensors", "sensitivities-2.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def quantize(
     budget: Budget | None = None,
     scope: str | None = None,
     sensitivities: str | Path | None = None,
+    rounds: int = 1,
     observer: Observer = silent,
     **options: Any,
 ) -> Result:
@@ -90,7 +93,8 @@ def quantize(
     `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
     bits per weight), "pairs" (inside it N-1, N, N+1 in pairs, as SliM-LLM), "uniform". What a width costs is measured
-    first, unless `sensitivities` names a file of it.
+    first, unless `sensitivities` names a file of it. `rounds`: 2 = quantize once, measure again what the errors really
+    made there cost, plan and quantize again: twice the time, less loss where a first plan trusts its tables too far.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
     file = None if plan is None else read_plan(plan)
@@ -112,12 +116,17 @@ def quantize(
         observer(Stage(notice))
     plans = None if file is None else file.plans
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, recipe)
-    measures = wanted.budget is not None and wanted.scope != "uniform" and known is None
+    worth = wanted.budget is not None and wanted.scope != "uniform"
+    if rounds not in (1, 2) or (rounds == 2 and not worth):
+        raise UserError(f"rounds is {rounds}; wanted 1, or 2 with a budget that is given out by worth, such as a size")
+    measures = worth and known is None
     fingerprint = fingerprint_of(
         checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan,
-        measures=measures,
+        measures=measures or rounds == 2,
     )  # fmt: skip
     fingerprint |= wanted.values
+    if rounds == 2:
+        fingerprint["rounds"] = rounds
     if sensitivities is not None:
         fingerprint["sensitivities"] = file_hash(sensitivities)
     work_path = Path(work_dir) if work_dir is not None else out.with_name(f"{out.name}.work")
@@ -146,7 +155,7 @@ def quantize(
         blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
-        if recipe.needs or measures:
+        if recipe.needs or measures or rounds == 2:
             _check_disk(work, checkpoint, samples * seq_len, _copies(recipe))
             ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
         planned = None
@@ -154,6 +163,12 @@ def quantize(
             if measures:
                 assert ids is not None
                 known = _sensitivities(skeleton, recipe, ids, work, skip, include_head, seed, observer)
+            if rounds == 2:
+                options = {"seed": seed, "skip": skip, "include_head": include_head}
+                known = _second_round(
+                    model, skeleton, wanted, work, observer, sensitivities or work / _TABLES,
+                    batch_size=batch_size, embedding_bits=embedding_bits, **options,
+                )  # fmt: skip
             planner = open_planner(skeleton, recipe, shapes(layers), known, embedding_bits=embedding_bits)
             planned = planner.plan(wanted.budget, wanted.scope)
             plans = planned.plans
@@ -234,12 +249,46 @@ def _sensitivities(
     observer: Observer,
 ) -> Sensitivities:
     """Measured once per run: a run that continues reads what it wrote."""
-    path = work / "sensitivities.safetensors"
+    path = work / _TABLES
     if not path.is_file():
         found = measure_sensitivities(
             skeleton, recipe, ids, work, skip=skip, include_head=include_head, seed=seed, observer=observer
         )
         found.save(path)
+    return read_sensitivities(path)
+
+
+def _second_round(
+    model: str | Path,
+    skeleton: Skeleton,
+    wanted: Wish,
+    work: Path,
+    observer: Observer,
+    tables: str | Path,
+    *,
+    batch_size: int | None,
+    embedding_bits: int | None,
+    **options: Any,
+) -> Sensitivities:
+    """Tables measured in the model that the first round's `tables` lead to; a continued run reads what it wrote."""
+
+    def retell(event: object) -> None:
+        if isinstance(event, Stage):
+            observer(Stage(f"first round: {event.text}"))
+        elif isinstance(event, BlockDone):
+            observer(Stage(f"first round: block {event.block + 1} of {event.blocks} is done"))
+
+    path = work / _TABLES_AGAIN
+    if not path.is_file():
+        ids = read_tensors(work / _IDS)["input_ids"]
+        first = quantize(
+            model, wanted.recipe, work / _IDS, work / "first", samples=len(ids), seq_len=ids.shape[1],
+            batch_size=batch_size, embedding_bits=embedding_bits, budget=wanted.budget, scope=wanted.scope,
+            sensitivities=tables, observer=retell, **options,
+        )  # fmt: skip
+        found = measure_sensitivities(skeleton, wanted.recipe, ids, work, observer=observer, at=first.folder, **options)
+        found.save(path)
+        shutil.rmtree(first.folder)
     return read_sensitivities(path)
 
 
@@ -252,7 +301,7 @@ def _calibration(
     seed: int,
     observer: Observer,
 ) -> torch.Tensor:
-    path = work / "calibration.safetensors"
+    path = work / _IDS
     if path.is_file():
         return read_tensors(path)["input_ids"]
     ids = make_calibration(

@@ -261,10 +261,12 @@ def measure_sensitivities(
     method: Method = "kfac",
     seed: int = 0,
     observer: Observer,
+    at: Path | None = None,
 ) -> Sensitivities:
-    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out."""
+    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out.
+    `at`: measured in this quantized checkpoint of the model, a second round."""
     job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head)
-    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe))
+    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe), at=at)
 
 
 def file_hash(path: str | Path) -> str:
