@@ -33,6 +33,7 @@ from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Sensitivities, read_sensitivities
+from bitquilt.runtime.tune import check_memory
 from bitquilt.runtime.workdir import (
     discard,
     full_disk_is_an_error,
@@ -65,6 +66,7 @@ def quantize(
     out: str | Path | None = None,
     *,
     samples: int = 128,
+    self_samples: int = 0,
     seq_len: int = 2048,
     seed: int = 0,
     batch_size: int | None = None,
@@ -83,8 +85,9 @@ def quantize(
 
     `recipe`: a name, whose fields are taken from `options` (`bits=2, group_size=32, ...`), or a recipe.
     `calibration`: text, jsonl, parquet, a folder of them, a hub data set, token ids in a safetensors file, or
-    "self": the model writes its own. `skip`: patterns of layers to leave alone. `include_head`: quantize the layer
-    that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to so
+    "self": the model writes its own. `self_samples`: so many sequences of the model's own beside those of the text,
+    for recipes that train. `skip`: patterns of layers to leave alone. `include_head`: quantize the layer that makes
+    logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to so
     many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it. `plan`: a plan.json to
     follow. `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
@@ -104,6 +107,7 @@ def quantize(
         out = f"{checkpoint.folder.resolve().name if local else Path(model).name}-{recipe.name}"
     out = Path(out)
     seq_len, notice = clip_to_context(seq_len, checkpoint)
+    _check_self_samples(self_samples, calibration)
     _check_counts(samples=samples, seq_len=seq_len, batch_size=1 if batch_size is None else batch_size)
     if notice and recipe.needs:
         observer(Stage(notice))
@@ -112,7 +116,7 @@ def quantize(
     measures = wanted.budget is not None and wanted.scope != "uniform" and known is None
     fingerprint = fingerprint_of(
         checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan,
-        measures=measures,
+        measures=measures, self_samples=self_samples,
     )  # fmt: skip
     fingerprint |= wanted.values
     if sensitivities is not None:
@@ -127,6 +131,7 @@ def quantize(
     if embedding_bits is not None and wanted.budget is not None:
         raise UserError(f"the budget {wanted.budget} does not count an embedding in few bits; leave one of them out")
     embedding = [] if embedding_bits is None else [check_embedding(skeleton, embedding_bits)]
+    check_memory(recipe, skeleton, shapes(layers), seq_len)
     untouched = survey(skeleton, {*layers, *embedding})
     if plans is not None:
         columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
@@ -145,8 +150,10 @@ def quantize(
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs or measures:
-            _check_disk(work, checkpoint, samples * seq_len * (2 if recipe.needs & {"drift", "full"} else 1))
-            ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
+            _check_disk(
+                work, checkpoint, (samples + self_samples) * seq_len * (2 if recipe.needs & {"drift", "full"} else 1)
+            )
+            ids = _calibration(skeleton, work, calibration, samples, self_samples, seq_len, seed, observer)
         planned = None
         if wanted.budget is not None:
             if measures:
@@ -199,6 +206,15 @@ def _check_counts(**counts: int) -> None:
             raise UserError(f"{name} is {value}; wanted at least 1")
 
 
+def _check_self_samples(count: int, calibration: str | Path) -> None:
+    if count < 0:
+        raise UserError(f"self_samples is {count}; wanted 0 or more")
+    if count and str(calibration) == SELF:
+        raise UserError(
+            "the model writes all of its calibration text already; give more samples instead of self_samples"
+        )
+
+
 def _check_disk(work: Path, checkpoint: Checkpoint, tokens: int) -> None:
     """Refuse early when the disk cannot hold what the run will certainly write: activations, twice."""
     text = checkpoint.config.get("text_config", checkpoint.config)
@@ -238,6 +254,7 @@ def _calibration(
     work: Path,
     source: str | Path,
     samples: int,
+    self_samples: int,
     seq_len: int,
     seed: int,
     observer: Observer,
@@ -249,6 +266,7 @@ def _calibration(
         skeleton.checkpoint,
         source,
         samples=samples,
+        self_samples=self_samples,
         seq_len=seq_len,
         seed=seed,
         vocabulary=vocabulary_size(skeleton.model),
