@@ -15,9 +15,10 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from bitquilt import text
+from bitquilt import documents
+from bitquilt.documents import content_hash, read_documents
 from bitquilt.errors import UserError
-from bitquilt.text import content_hash, read_documents, token_stream, windows
+from bitquilt.text import token_stream, windows
 
 BOS = 256
 
@@ -79,8 +80,8 @@ def test_max_tokens_cuts_the_stream_and_stops_the_reading(tmp_path: Path) -> Non
 
 
 def test_a_large_file_comes_in_pieces_cut_after_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(text, "PIECE_BYTES", 64)
+    monkeypatch.setattr(documents, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
     content = "\ufeff" + "".join(f"líne {n}\n" for n in range(40)) + "a " * 100 + "é" * 200
     path = written(tmp_path / "a.txt", content)
     pieces = [piece.text for piece in read_documents(path)]
@@ -91,8 +92,8 @@ def test_a_large_file_comes_in_pieces_cut_after_line_ends(tmp_path: Path, monkey
 
 
 def test_the_offset_of_a_bad_byte_is_that_in_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "WHOLE_BYTES", 10)
-    monkeypatch.setattr(text, "PIECE_BYTES", 10)
+    monkeypatch.setattr(documents, "WHOLE_BYTES", 10)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
     path = written(tmp_path / "a.txt", b"abcd\n" * 7 + b"x\xffy")
     with pytest.raises(UserError, match="0xff at offset 36 "):
         token_stream(path, by_bytes)

@@ -22,6 +22,7 @@ from bitquilt.fit import (
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
+from bitquilt.protocols import ChecksLayers, PlansModel, Recipe, TunesModel
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
@@ -43,7 +44,6 @@ from bitquilt.runtime.workdir import (
     write_tensors,
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
-from bitquilt.types import ChecksLayers, Recipe
 from bitquilt.wish import Wish, wish
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
@@ -150,9 +150,7 @@ def quantize(
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs or measures:
-            _check_disk(
-                work, checkpoint, (samples + self_samples) * seq_len * (2 if recipe.needs & {"drift", "full"} else 1)
-            )
+            _check_disk(work, checkpoint, (samples + self_samples) * seq_len, _copies(recipe))
             ids = _calibration(skeleton, work, calibration, samples, self_samples, seq_len, seed, observer)
         planned = None
         if wanted.budget is not None:
@@ -215,12 +213,21 @@ def _check_self_samples(count: int, calibration: str | Path) -> None:
         )
 
 
-def _check_disk(work: Path, checkpoint: Checkpoint, tokens: int) -> None:
-    """Refuse early when the disk cannot hold what the run will certainly write: activations, twice."""
+def _copies(recipe: Recipe) -> int:
+    """Of the calibration's hidden states that lie on the disk at once: a block's inputs and outputs, those of the
+    full-precision model beside them, or, in a pass before the first block or for one after the last, what the first
+    block reads."""
+    if recipe.needs & {"drift", "full"}:
+        return 5 if isinstance(recipe, TunesModel) and recipe.tune_batch else 4
+    return 3 if isinstance(recipe, PlansModel) else 2
+
+
+def _check_disk(work: Path, checkpoint: Checkpoint, tokens: int, copies: int) -> None:
+    """Refuse early when the disk cannot hold what the run will certainly write: the hidden states of `tokens`."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     width = text.get("hidden_size") or text.get("n_embd") or 0
     there = sum(path.stat().st_size for path in work.glob("activations-*.f32"))
-    wanted = max(0, 2 * 4 * tokens * width - there)
+    wanted = max(0, copies * 4 * tokens * width - there)
     free = shutil.disk_usage(work).free
     if wanted > free:
         raise UserError(

@@ -22,6 +22,7 @@ from bitquilt.models.remote import RemoteCheckpoint, open_headers
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
+from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
@@ -34,7 +35,7 @@ from bitquilt.runtime.sensitivities import measure
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Method, Sensitivities, read_sensitivities
 from bitquilt.sensitivity.together import perplexity_range
-from bitquilt.types import LayerPlan, Plannable, Recipe
+from bitquilt.types import LayerPlan
 from bitquilt.wish import Wish, wish
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for

@@ -8,8 +8,8 @@ from typing import Any
 from bitquilt.allocation.budget import Budget
 from bitquilt.allocation.scopes import SCOPES, Scope
 from bitquilt.errors import UserError
+from bitquilt.protocols import Plannable, Recipe
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
-from bitquilt.types import Plannable, Recipe
 
 
 @dataclass(frozen=True)

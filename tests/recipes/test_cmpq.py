@@ -9,10 +9,11 @@ import bitquilt
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.packing import bits_per_weight, pack, storage_bits, unpack
+from bitquilt.protocols import ChecksLayers
 from bitquilt.recipes import make_recipe
 from bitquilt.solvers.codebooks import Tables
 from bitquilt.solvers.layouts import channel_layout
-from bitquilt.types import ChecksLayers, Layer, LayerStats
+from bitquilt.types import Layer, LayerStats
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
 

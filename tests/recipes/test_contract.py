@@ -6,8 +6,9 @@ import torch
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.packing import bits_per_weight, pack, unpack
+from bitquilt.protocols import Plannable
 from bitquilt.recipes import RECIPES, make_recipe, takes_fractions
-from bitquilt.types import Layer, LayerPlan, LayerStats, Plannable
+from bitquilt.types import Layer, LayerPlan, LayerStats
 from tests.weights import naive_dense
 
 GROUPED = [name for name in RECIPES if not takes_fractions(name)]  # the others have a file of their own

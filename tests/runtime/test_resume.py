@@ -349,6 +349,18 @@ def test_a_disk_too_small_for_the_activations_is_refused_before_the_work(
     assert not any(isinstance(event, LayerDone) for event in seen)
 
 
+@pytest.mark.parametrize(("recipe", "copies"), [("gptq", 2), ("aptq", 3), ("quilt", 4)])
+def test_every_copy_of_the_activations_counts(
+    source: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, copies: int
+) -> None:
+    """A pass before the first block, or a full-precision model beside, keeps more than a block's inputs and outputs."""
+    usage = shutil.disk_usage(tmp_path)
+    one_short = copies * 4 * 6 * 16 * 32 - 1
+    monkeypatch.setattr("bitquilt.api.shutil.disk_usage", lambda _: usage._replace(free=one_short))
+    with pytest.raises(UserError, match=r"activations need .* are free"):
+        run(quantize_tiny, source, tmp_path / "out", recipe=recipe)
+
+
 def test_a_disk_that_is_full_from_the_start(source: Path, quantize_tiny: Quantize, small_disk: Any) -> None:
     disk, _ = small_disk
     fill(disk, 0)

@@ -1,20 +1,16 @@
 """`bitquilt law`: fit a law to small runs, predict with it, choose a mixture, draw it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from bitquilt.cli.law_output import choice_json, choice_table, fit_json, predictions_table, print_fit, say_warnings
 from bitquilt.cli.output import Json, Quiet, print_json, stderr, stdout
 from bitquilt.errors import UserError
 from bitquilt.laws import (
     BpwLaw,
-    Choice,
     CrossDomainLaw,
     CrossValidation,
     DCPTLaw,
@@ -101,12 +97,12 @@ def fit(
     file = LawFile(kind, laws, runs.name)
     save(output, file)
     if json_:
-        print_json(_fit_json(file, output, splits))
+        print_json(fit_json(file, output, splits))
         return
     for name, law in laws.items():
-        _say_warnings(law.report.warnings if law.report else (), name)
+        say_warnings(law.report.warnings if law.report else (), name)
     if not quiet:
-        _print_fit(file, splits)
+        print_fit(file, splits)
         stdout.print(f"wrote {output}")
 
 
@@ -128,9 +124,9 @@ def predict(
     if json_:
         print_json({"predictions": rows, "level": level, "warnings": notes})
         return
-    _say_warnings(notes)
+    say_warnings(notes)
     if not quiet:
-        stdout.print(_predictions_table(rows, level))
+        stdout.print(predictions_table(rows, level))
 
 
 @law_app.command("optimise")
@@ -193,11 +189,11 @@ def optimise(
             domain_law, _needed(params, "--params", because), _needed(tokens, "--tokens", because), limit
         )
     if json_:
-        print_json(_choice_json(choice))
+        print_json(choice_json(choice))
         return
-    _say_warnings(choice.warnings)
+    say_warnings(choice.warnings)
     if not quiet:
-        stdout.print(_choice_table(choice))
+        stdout.print(choice_table(choice))
 
 
 @law_app.command("plot")
@@ -224,7 +220,7 @@ def plot(
     if json_:
         print_json({"output": str(output), "domain": name, "general": other, "points": len(own), "warnings": notes})
         return
-    _say_warnings(notes)
+    say_warnings(notes)
     if not quiet:
         stdout.print(f"wrote {output}")
 
@@ -266,101 +262,3 @@ def _needed(value: float | None, option: str, because: str) -> float:
     if value is None or value <= 0:
         raise UserError(f"{option} is {value}, wanted a count above 0: {because} needs it")
     return value / BILLION
-
-
-def _fit_json(file: LawFile, output: Path, splits: dict[str, list[CrossValidation]]) -> dict[str, Any]:
-    laws: dict[str, Any] = {}
-    for name, law in file.laws.items():
-        laws[name] = {"parameters": law.parameters}
-        if law.report is not None:
-            laws[name] |= {
-                "points": law.report.points,
-                "goodness": asdict(law.report.goodness),
-                "warnings": list(law.report.warnings),
-                "data_sha256": law.report.data_sha256,
-            }
-        if isinstance(law, DCPTLaw):
-            laws[name]["signs"] = [asdict(sign) for sign in law.check()]
-        if name in splits:
-            laws[name]["cross_validation"] = [
-                {"over": one.over, "huber": one.huber, "r2": one.r2, "rmse": one.rmse, "max_error": one.max_error,
-                 "splits": len(one.splits)}
-                for one in splits[name]
-            ]  # fmt: skip
-    return {"output": str(output), "kind": file.kind, "laws": laws}
-
-
-def _print_fit(file: LawFile, splits: dict[str, list[CrossValidation]]) -> None:
-    table = Table(title=f"{file.kind} law of {file.source}", title_justify="left")
-    for column in ("loss of", "tested on", "points", "Huber", "R2", "rms error", "largest"):
-        table.add_column(column, justify="left" if column in ("loss of", "tested on") else "right")
-    for name, law in file.laws.items():
-        if law.report is None:
-            continue
-        good = law.report.goodness
-        table.add_row(
-            name, "its own points", str(good.points), *_numbers(good.huber, good.r2, good.rmse, good.max_error)
-        )
-        for one in splits.get(name, []):
-            held = {"n": "unseen sizes", "ratio": "unseen ratios", "d": "unseen token counts"}[one.over]
-            table.add_row(
-                "", f"{held} ({len(one.splits)} splits)", "", *_numbers(one.huber, one.r2, one.rmse, one.max_error)
-            )
-    stdout.print(table)
-    for name, law in file.laws.items():
-        stdout.print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in law.parameters.items()))
-        for sign in law.check() if isinstance(law, DCPTLaw) else ():
-            if not sign.holds:
-                at = "N {:.3g}e9, D {:.3g}e9, ratio {:.3g}".format(*sign.at)
-                _say_warnings([f"{sign.derivative} > 0 on {sign.failing:.0%} of the fitted range, worst at {at}"], name)
-
-
-def _numbers(huber: float, r2: float, rmse: float, largest: float) -> tuple[str, str, str, str]:
-    return f"{huber:.2e}", f"{r2:.4f}", f"{rmse:.4f}", f"{largest:.4f}"
-
-
-def _predictions_table(rows: list[dict[str, Any]], level: float) -> Table:
-    table = Table()
-    shown = [key for key in rows[0] if key not in ("low", "high", "spread")]
-    for key in shown:
-        table.add_column(key, justify="left" if key == "domain" else "right")
-    table.add_column(f"{level:.0%} interval", justify="right")
-    for row in rows:
-        cells = [f"{row[key]:.4f}" if key == "loss" else _cell(row[key]) for key in shown]
-        table.add_row(*cells, f"{row['low']:.4f} to {row['high']:.4f}")
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _choice_json(choice: Choice) -> dict[str, Any]:
-    return {
-        "ratio": choice.ratio,
-        "n_params": choice.n * BILLION,
-        "n_tokens": choice.d * BILLION,
-        "domain_loss": choice.domain_loss,
-        "general_loss": choice.general_loss,
-        "max_general_loss": choice.limit,
-        "feasible": choice.feasible,
-        "warnings": list(choice.warnings),
-    }
-
-
-def _choice_table(choice: Choice) -> Table:
-    table = Table(show_header=False)
-    table.add_row("domain text in the mixture", f"{choice.ratio:.2%}")
-    table.add_row("parameters", f"{choice.n * BILLION:,.0f}")
-    table.add_row("tokens", f"{choice.d * BILLION:,.0f}")
-    table.add_row("domain loss", f"{choice.domain_loss:.4f}")
-    if choice.general_loss is not None and choice.limit is not None:
-        table.add_row("general loss", f"{choice.general_loss:.4f} (at most {choice.limit:.4f})")
-    return table
-
-
-def _say_warnings(notes: Sequence[str], name: str = ONLY_DOMAIN) -> None:
-    for note in notes:
-        stderr.print(f"[yellow]warning:[/] {escape('' if name == ONLY_DOMAIN else name + ': ')}{escape(note)}")

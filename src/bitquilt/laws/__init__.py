@@ -7,10 +7,11 @@ from bitquilt.laws.axes import LawWarning
 from bitquilt.laws.bpw import BpwLaw
 from bitquilt.laws.cross_domain import CrossDomainLaw, early_signals
 from bitquilt.laws.data import Runs, read_points, read_runs
-from bitquilt.laws.dcpt import DCPTLaw, FitReport, Prediction, Sign
+from bitquilt.laws.dcpt import DCPTLaw, Sign
 from bitquilt.laws.files import LawFile, load, save
 from bitquilt.laws.fit import Form, Goodness, Solution, goodness, solve
 from bitquilt.laws.optimise import Choice, GeneralBound, best_ratio, best_scarce_ratio, best_under_compute
+from bitquilt.laws.report import FitReport, Prediction
 from bitquilt.laws.validate import CrossValidation, cross_validate
 
 __all__ = [

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
-from bitquilt.laws.bootstrap import bootstrap
-from bitquilt.laws.dcpt import FitReport, Prediction
-from bitquilt.laws.fit import HUBER_DELTA, Array, Form, at_bounds, goodness, solve
+from bitquilt.laws.fit import HUBER_DELTA, Array, Form
+from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 NAMES = ("E", "A", "k")
 _CENTRE = 3.0  # bits: A is fitted as the excess loss there, so that one set of starts serves
@@ -62,27 +61,21 @@ class BpwLaw:
         b, y = np.asarray(bpw, dtype=np.float64), np.asarray(loss, dtype=np.float64)
         _check(b, y, full_precision_loss)
         law_form = _form(full_precision_loss)
-        x = b[:, None]
-        solution = solve(law_form, x, y, starts=starts, seed=seed, delta=delta)
-        refits = bootstrap(law_form, x, y, solution, np.arange(len(b)), draws=draws, seed=seed, delta=delta)
-        theta = _full(solution.theta, full_precision_loss)
-        doubts = at_bounds(law_form, solution.theta)
+        doubts = []
         distinct = len(np.unique(b))
         if distinct < len(law_form.names):
             doubts.append(
                 f"{distinct} different bpw for {len(law_form.names)} parameters: E, A and k are not identified"
             )
-        report = FitReport(
-            points=len(b),
-            goodness=goodness(y, _value(theta, b), delta),
-            ranges={"bpw": (float(b.min()), float(b.max()))},
-            dropped={},
-            warnings=tuple(doubts),
-            near_best=np.stack([_full(t, full_precision_loss) for t in solution.near_best]),
-            bootstrap=np.array([_full(t, full_precision_loss) for t in refits]).reshape(-1, len(NAMES)),
-            data_sha256=hashlib.sha256(repr(sorted(zip(b.tolist(), y.tolist(), strict=True))).encode()).hexdigest(),
-            starts=starts,
-            seed=seed,
+        sha256 = hashlib.sha256(repr(sorted(zip(b.tolist(), y.tolist(), strict=True))).encode()).hexdigest()
+        ranges = {"bpw": (float(b.min()), float(b.max()))}
+        theta, report = fit_points(
+            law_form,
+            Points(b[:, None], y, np.arange(len(b)), ranges, {}, sha256),
+            Effort(starts, draws, seed, delta),
+            full=lambda free: _full(free, full_precision_loss),
+            value=lambda theta: _value(theta, b),
+            doubts=doubts,
         )
         return BpwLaw(E=float(theta[0]), A=float(theta[1]), k=float(theta[2]), report=report)
 
@@ -93,19 +86,12 @@ class BpwLaw:
     def interval(self, bpw: ArrayLike, level: float = 0.9) -> Prediction:
         """Like `predict`, with the uncertainty at `level` and a note outside the fitted range."""
         b = np.atleast_1d(np.asarray(bpw, dtype=np.float64))
-        loss = self.predict(b)
-        if self.report is None:
-            return Prediction(loss, loss, loss, np.zeros_like(loss), level, ())
-        lowest, highest = self.report.ranges["bpw"]
-        notes = (
-            [] if (b >= lowest).all() and (b <= highest).all() else [f"fitted on {lowest:g} to {highest:g} bpw only"]
-        )
-        near = np.stack([_value(theta, b) for theta in self.report.near_best])
-        low, high = near.min(axis=0), near.max(axis=0)
-        if len(self.report.bootstrap):
-            refits = np.stack([_value(theta, b) for theta in self.report.bootstrap])
-            low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return Prediction(loss, low, high, near.max(axis=0) - near.min(axis=0), level, tuple(notes))
+        notes = []
+        if self.report is not None:
+            lowest, highest = self.report.ranges["bpw"]
+            if not ((b >= lowest) & (b <= highest)).all():
+                notes.append(f"fitted on {lowest:g} to {highest:g} bpw only")
+        return predict_with(self.report, self.theta, lambda theta: _value(theta, b), level, notes)
 
     def bpw_for(self, loss: float) -> float:
         """The fewest bits per weight that reach `loss`. Raises UserError for a loss the law never reaches."""

@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
 from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
-from bitquilt.laws.bootstrap import bootstrap
 from bitquilt.laws.data import Runs
-from bitquilt.laws.dcpt import FitReport, Prediction, check_points, unit_scale
-from bitquilt.laws.fit import HUBER_DELTA, Array, Form, at_bounds, goodness, solve
+from bitquilt.laws.dcpt import check_points, unit_scale
+from bitquilt.laws.fit import HUBER_DELTA, Array, Form
 from bitquilt.laws.formula import NAMES as BASE_NAMES
 from bitquilt.laws.formula import form as base_form
 from bitquilt.laws.formula import slopes_by_log
+from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 NAMES = (*BASE_NAMES, "F", "mu", "w1", "w2")
 EARLY = 0.05  # of the run: the window of k2
@@ -103,22 +103,14 @@ class CrossDomainLaw:
             doubts.append(f"{kinds} different (k1, k2), wanted at least 4: F, mu, w1 and w2 cannot be told apart")
         units = (float(np.exp(np.log(k1).mean())), float(k2.mean()) or 1.0)
         scale = (*unit_scale(runs), 1.0, *units)
-        law_form = _form(axes.free)
         x = np.column_stack([runs.x, k1, k2]) / np.array(scale)
-        solution = solve(law_form, x, runs.loss, starts=starts, seed=seed, delta=delta)
-        refits = bootstrap(law_form, x, runs.loss, solution, runs.run, draws=draws, seed=seed, delta=delta)
-        theta = _to_units(solution.theta, axes.free, scale, k1, k2)
-        report = FitReport(
-            points=len(runs),
-            goodness=goodness(runs.loss, _value(theta, runs.n, runs.d, runs.ratio, k1, k2), delta),
-            ranges=axes.ranges,
-            dropped=axes.dropped,
-            warnings=(*doubts, *at_bounds(law_form, solution.theta)),
-            near_best=np.stack([_to_units(t, axes.free, scale, k1, k2) for t in solution.near_best]),
-            bootstrap=np.array([_to_units(t, axes.free, scale, k1, k2) for t in refits]).reshape(-1, len(NAMES)),
-            data_sha256=runs.sha256,
-            starts=starts,
-            seed=seed,
+        theta, report = fit_points(
+            _form(axes.free),
+            Points(x, runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
+            Effort(starts, draws, seed, delta),
+            full=lambda free: _to_units(free, axes.free, scale, k1, k2),
+            value=lambda theta: _value(theta, runs.n, runs.d, runs.ratio, k1, k2),
+            doubts=doubts,
         )
         return CrossDomainLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
 
@@ -131,30 +123,33 @@ class CrossDomainLaw:
 
         Raises UserError like `DCPTLaw.predict`, and for k1 <= 0 or k2 < 0; warns with `LawWarning` far outside.
         """
-        prediction = self.interval(n, d, r, k1, k2)
-        for note in prediction.warnings:
+        inputs = _inputs(n, d, r, k1, k2)
+        for note in self._notes(inputs):
             warnings.warn(note, LawWarning, stacklevel=2)
-        return prediction.loss
+        return _value(self.theta, *inputs)
 
     def interval(
         self, n: ArrayLike, d: ArrayLike, r: ArrayLike, k1: ArrayLike, k2: ArrayLike, level: float = 0.9
     ) -> Prediction:
         """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
-        inputs = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (n, d, r, k1, k2)))
-        check_points(*inputs[:3])
-        _check_signals(inputs[3], inputs[4])
-        loss = _value(self.theta, *inputs)
+        inputs = _inputs(n, d, r, k1, k2)
+        notes = self._notes(inputs)
+        return predict_with(self.report, self.theta, lambda theta: _value(theta, *inputs), level, notes)
+
+    def _notes(self, inputs: tuple[Array, ...]) -> list[str]:
         if self.report is None:
-            return Prediction(loss, loss, loss, np.zeros_like(loss), level, ())
+            return []
         point = dict(zip(("n", "d", "ratio"), inputs[:3], strict=True))
         refuse_dropped(self.report.dropped, point)
-        notes = extrapolations(self.report.ranges, point)
-        near = np.stack([_value(theta, *inputs) for theta in self.report.near_best])
-        low, high = near.min(axis=0), near.max(axis=0)
-        if len(self.report.bootstrap):
-            refits = np.stack([_value(theta, *inputs) for theta in self.report.bootstrap])
-            low, high = np.quantile(refits, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return Prediction(loss, low, high, near.max(axis=0) - near.min(axis=0), level, tuple(notes))
+        return extrapolations(self.report.ranges, point)
+
+
+def _inputs(*columns: ArrayLike) -> tuple[Array, ...]:
+    """N, D, r, k1, k2 as arrays of one shape, at least 1-D. Raises UserError for what no law can answer."""
+    inputs = np.broadcast_arrays(*(np.atleast_1d(np.asarray(column, dtype=np.float64)) for column in columns))
+    check_points(*inputs[:3])
+    _check_signals(inputs[3], inputs[4])
+    return tuple(inputs)
 
 
 def _form(free: tuple[str, ...]) -> Form:

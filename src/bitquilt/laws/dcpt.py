@@ -12,7 +12,6 @@ means are ours (the paper gives L-BFGS, Huber and many starts only); uncertainty
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,40 +19,10 @@ from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
 from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
-from bitquilt.laws.bootstrap import bootstrap
 from bitquilt.laws.data import Runs
-from bitquilt.laws.fit import HUBER_DELTA, Array, Goodness, at_bounds, goodness, solve
+from bitquilt.laws.fit import HUBER_DELTA, Array
 from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
-
-
-@dataclass(frozen=True, eq=False)
-class FitReport:
-    """What a fit knows beyond its parameters. `near_best [k, p]` and `bootstrap [draws, p]` hold the parameters of
-    the best starts and of the refits; `ranges` and `dropped` are the fitted axes (1e9, 1e9, share)."""
-
-    points: int
-    goodness: Goodness
-    ranges: Mapping[str, tuple[float, float]]
-    dropped: Mapping[str, float]
-    warnings: tuple[str, ...]
-    near_best: Array
-    bootstrap: Array
-    data_sha256: str
-    starts: int
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """Losses `[points]` with the bootstrap interval `low`..`high` at `level` (of the law's value; a single run also
-    has its own noise), the `spread` between the best starts, and what the law has to say about the question."""
-
-    loss: Array
-    low: Array
-    high: Array
-    spread: Array
-    level: float
-    warnings: tuple[str, ...]
+from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 
 @dataclass(frozen=True)
@@ -114,27 +83,20 @@ class DCPTLaw:
             )
         axes = identify(runs)
         scale = unit_scale(runs)
-        law_form, x = form(axes.free), runs.x / np.array([*scale, 1.0])
-        solution = solve(law_form, x, runs.loss, starts=starts, seed=seed, delta=delta)
-        refits = bootstrap(law_form, x, runs.loss, solution, runs.run, draws=draws, seed=seed, delta=delta)
-        theta = _to_billions(solution.theta, axes.free, scale)
-        report = FitReport(
-            points=len(runs),
-            goodness=goodness(runs.loss, slopes_by_log(theta, *runs.x.T)[0], delta),
-            ranges=axes.ranges,
-            dropped=axes.dropped,
-            warnings=(*axes.warnings, *at_bounds(law_form, solution.theta)),
-            near_best=_to_billions(solution.near_best, axes.free, scale),
-            bootstrap=_to_billions(refits, axes.free, scale),
-            data_sha256=runs.sha256,
-            starts=starts,
-            seed=seed,
+        x = runs.x / np.array([*scale, 1.0])
+        theta, report = fit_points(
+            form(axes.free),
+            Points(x, runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
+            Effort(starts, draws, seed, delta),
+            full=lambda free: _to_billions(free, axes.free, scale),
+            value=lambda theta: slopes_by_log(theta, *runs.x.T)[0],
+            doubts=axes.warnings,
         )
         return DCPTLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
 
     def value(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
         """The formula and nothing else: no checks, no warnings. Shapes broadcast."""
-        return np.asarray(sum(terms(self.theta, *_arrays(n, d, r))), dtype=np.float64)
+        return _value(self.theta, _arrays(n, d, r))
 
     def predict(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
         """Loss at N (1e9 parameters), D (1e9 tokens), r (share), broadcast together.
@@ -148,22 +110,9 @@ class DCPTLaw:
 
     def interval(self, n: ArrayLike, d: ArrayLike, r: ArrayLike, level: float = 0.9) -> Prediction:
         """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
-        if not 0 < level < 1:
-            raise UserError(f"level is {level:g}, wanted a probability between 0 and 1, such as 0.9")
         point = _arrays(n, d, r)
         notes = self._notes(*point)
-        loss = self.value(*point)
-        if self.report is None:
-            return Prediction(loss, loss, loss, np.zeros_like(loss), level, tuple(notes))
-        near = _values(self.report.near_best, point)
-        low, high = near.min(axis=0), near.max(axis=0)
-        spread = high - low
-        if len(self.report.bootstrap):
-            tails = [(1 - level) / 2, (1 + level) / 2]
-            low, high = np.quantile(_values(self.report.bootstrap, point), tails, axis=0)
-        else:
-            notes = [*notes, "no bootstrap: the interval is the spread of the best starts"]
-        return Prediction(loss, low, high, spread, level, tuple(notes))
+        return predict_with(self.report, self.theta, lambda theta: _value(theta, point), level, notes)
 
     def check(self, steps: int = 25) -> tuple[Sign, ...]:
         """The signs that the paper demands (section 3): dL/dN, dL/dD, dL/dr and d2L/dDdr are negative, on a grid of
@@ -211,11 +160,11 @@ def check_points(n: Array, d: Array, r: Array) -> None:
 
 
 def _to_billions(theta: Array, free: tuple[str, ...], scale: tuple[float, float]) -> Array:
-    """Parameters `[..., free]` in the units of the fit -> all nine `[..., 9]` in 1e9: A N^-alpha is unchanged."""
-    full = np.zeros((*theta.shape[:-1], len(NAMES)))
-    full[..., [NAMES.index(name) for name in free]] = theta
-    full[..., 1] *= scale[0] ** full[..., 2]
-    full[..., 3] *= scale[1] ** full[..., 4]
+    """The free parameters in the units of the fit -> all nine in 1e9: A N^-alpha is unchanged."""
+    full = np.zeros(len(NAMES))
+    full[[NAMES.index(name) for name in free]] = theta
+    full[1] *= scale[0] ** full[2]
+    full[3] *= scale[1] ** full[4]
     return full
 
 
@@ -224,5 +173,5 @@ def _arrays(n: ArrayLike, d: ArrayLike, r: ArrayLike) -> tuple[Array, Array, Arr
     return first, second, third
 
 
-def _values(thetas: Array, point: tuple[Array, Array, Array]) -> Array:
-    return np.stack([np.asarray(sum(terms(theta, *point))) for theta in thetas])
+def _value(theta: Array, point: tuple[Array, Array, Array]) -> Array:
+    return np.asarray(sum(terms(theta, *point)), dtype=np.float64)

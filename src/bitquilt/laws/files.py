@@ -20,9 +20,10 @@ from bitquilt.laws.bpw import NAMES as BPW_NAMES
 from bitquilt.laws.bpw import BpwLaw
 from bitquilt.laws.cross_domain import NAMES as CROSS_NAMES
 from bitquilt.laws.cross_domain import CrossDomainLaw
-from bitquilt.laws.dcpt import DCPTLaw, FitReport
+from bitquilt.laws.dcpt import DCPTLaw
 from bitquilt.laws.fit import Goodness
 from bitquilt.laws.formula import NAMES as DCPT_NAMES
+from bitquilt.laws.report import FitReport
 
 FORMAT, VERSION = "bitquilt-law", 1
 Law = DCPTLaw | CrossDomainLaw | BpwLaw

@@ -11,8 +11,8 @@ from bitquilt.errors import UserError
 from bitquilt.laws.bpw import BpwLaw
 from bitquilt.laws.cross_domain import CrossDomainLaw
 from bitquilt.laws.data import BILLION, ONLY_DOMAIN, Runs, as_floats, read_points, read_table
-from bitquilt.laws.dcpt import Prediction
 from bitquilt.laws.files import LawFile
+from bitquilt.laws.report import Prediction
 
 Row = dict[str, Any]
 

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from bitquilt.errors import UserError
+from bitquilt.protocols import Recipe
 from bitquilt.recipes.aptq import APTQ
 from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
@@ -16,7 +17,6 @@ from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
 from bitquilt.recipes.slim_llm import SlimLLM
 from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
-from bitquilt.types import Recipe
 
 RECIPES: dict[str, type[Any]] = {
     recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bitquilt.documents import content_hash
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
 from bitquilt.models.structure import architecture, quiet_transformers
 from bitquilt.runtime.memory import cache_bytes
-from bitquilt.text import content_hash, token_stream, windows
+from bitquilt.text import token_stream, windows
 
 SELF = "self"
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and

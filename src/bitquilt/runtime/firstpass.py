@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from bitquilt.errors import UserError
 from bitquilt.models.linear import linear_weight
+from bitquilt.protocols import PlansModel
 from bitquilt.runtime.gradients import Gradients, collect_gradients
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.workdir import write_json
-from bitquilt.types import Layer, LayerPlan, PlansModel
+from bitquilt.types import Layer, LayerPlan
 
 _FILE = "sensitivities.json"
 Look = Callable[[nn.Module, Mapping[str, nn.Module], Iterator[Tensor] | None], None]

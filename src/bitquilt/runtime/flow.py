@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from bitquilt.errors import UserError
 from bitquilt.models.structure import vocabulary_size
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, open_outer, record_calls
 from bitquilt.runtime.embedding import open_embedding
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import trains, tunes
 from bitquilt.runtime.workdir import Activations, read_tensors, write_tensors
-from bitquilt.types import TrainsBlocks, TunesModel
 
 _PROBE = (2, 32)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from bitquilt.errors import UserError
 from bitquilt.models.linear import is_linear, linear_weight
 from bitquilt.models.structure import Skeleton, linear_layers
-from bitquilt.types import LayerPlan, Recipe
+from bitquilt.protocols import Recipe
+from bitquilt.types import LayerPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.packing import bits_per_weight, layout_to_json, pack
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.progress import LayerDone, Observer
-from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, TrainsBlocks, TunesModel, check_finite
+from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite
 
 ERROR_TOKENS = 256  # to report each layer's relative output error
 

@@ -21,11 +21,12 @@ from bitquilt.errors import UserError
 from bitquilt.models.config import total_bpw, total_nominal_bits
 from bitquilt.models.structure import Skeleton
 from bitquilt.packing import storage_bits
+from bitquilt.protocols import Plannable
 from bitquilt.runtime.memory import memory_bytes
 from bitquilt.runtime.size import FolderSize, Sizes, json_bytes
 from bitquilt.runtime.tables import Sensitivities
 from bitquilt.sensitivity.together import together
-from bitquilt.types import LayerPlan, Layout, Plannable
+from bitquilt.types import LayerPlan, Layout
 
 # One-bit groups lose far more together than the tables say: at 2.25 bpw on babyllama-1m-chars (slim-llm, groups of 128)
 # KL was 2.55 with 17 one-bit groups where the tables liked them, 1.80 with 8 at four times the loss, 0.58 with none. So

@@ -18,10 +18,10 @@ from bitquilt._version import __version__
 from bitquilt.models.checkpoint import Checkpoint
 from bitquilt.models.config import FORMAT_VERSION
 from bitquilt.models.structure import Skeleton
+from bitquilt.protocols import Recipe
 from bitquilt.runtime.calibration import describe_source
 from bitquilt.runtime.layers import mean_output_error
 from bitquilt.runtime.progress import StageClock, Untouched, peak_memory_bytes
-from bitquilt.types import Recipe
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bitquilt.errors import UserError
 from bitquilt.models.linear import linear_weight
+from bitquilt.protocols import Plannable
 from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
 from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import check_weights
@@ -28,7 +29,7 @@ from bitquilt.runtime.stats import collect
 from bitquilt.runtime.tables import Method, Sensitivities
 from bitquilt.runtime.workdir import Activations
 from bitquilt.sensitivity.kfac import activation_rows, width_losses
-from bitquilt.types import Layer, LayerStats, Plannable
+from bitquilt.types import Layer, LayerStats
 
 # Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk.
 MAX_TOKENS, MAX_SEQUENCE = 16_384, 512

@@ -15,12 +15,13 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.errors import UserError
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import Done, put_in_place, tunes
 from bitquilt.runtime.progress import Epoch, Observer
 from bitquilt.runtime.workdir import Activations, write_tensors
-from bitquilt.types import BlockProblem, TrainedLayers, TrainsBlocks, TunesModel
+from bitquilt.types import BlockProblem, TrainedLayers
 
 OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 

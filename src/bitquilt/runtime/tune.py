@@ -20,6 +20,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import Skeleton, vocabulary_size
 from bitquilt.packing import layout_from_json, unpack
+from bitquilt.protocols import TunesModel
 from bitquilt.runtime.block import statistics
 from bitquilt.runtime.calls import embed, finish
 from bitquilt.runtime.flow import Flow
@@ -28,7 +29,7 @@ from bitquilt.runtime.layers import Done, put_in_place, tunes
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.train import Telling, kept_file, of_weights, read_samples
 from bitquilt.runtime.workdir import read_tensors, write_json, write_tensors
-from bitquilt.types import Layer, LayerPlan, ModelProblem, Solution, TrainedLayers, TunesModel
+from bitquilt.types import Layer, LayerPlan, ModelProblem, Solution, TrainedLayers
 
 _RECORDS = "tuned.json"
 # Logits of a sample that are alive at once: ours and the full model's, their log-softmax, the gradients.
