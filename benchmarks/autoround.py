@@ -53,14 +53,14 @@ def measure(model: str, preset: str, bits: int, group_size: int, symmetric: bool
         seqlen=SEQ_LEN, batch_size=8, dataset=list(calibration_ids(model, seed).split(8)), device_map="cpu", seed=seed,
         enable_torch_compile=False, amp=False, scale_dtype="fp16",
     )  # fmt: skip
-    rounded, settings = run.quantize()
+    rounded, _ = run.quantize()
     seconds = time.perf_counter() - started
-    done = sorted(name for name, value in settings.items() if value["bits"] == bits)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         out = Path(folder) / "out"
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        weights = {f"{n}.weight": rounded.get_submodule(n).weight.data.float() for n in done}
-        plain.load_state_dict(weights, strict=False)
+        found = {name: rounded.get_submodule(name).weight.data.float() for name in layer_shapes(model)}
+        done = [name for name, weight in found.items() if not torch.equal(weight, plain.get_submodule(name).weight)]
+        plain.load_state_dict({f"{name}.weight": found[name] for name in done}, strict=False)
         plain.save_pretrained(out)
         tokenizer.save_pretrained(out)
         score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=EVALUATED)

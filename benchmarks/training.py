@@ -43,6 +43,7 @@ ROWS: dict[str, Row] = {
 NO_SWEEP = {"alpha": 0.0, "stream_alpha": 0.0, "damp": 1e6, "passes": 0}  # so damped, no column repairs another
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
 OPTIONS: dict[str, Row] = {
+    "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
     "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
     "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
     "fast, self-samples": ("quilt", {}, SELF),
@@ -143,6 +144,8 @@ def measure(model: str, row: Row, bits: int, group_size: int, seed: int) -> dict
         "top1_agreement": score.top1_agreement,
         "seconds": round(seconds, 1),
         "training": {path: [t["start_loss"], t["loss"], t["seconds"]] for path, t in report["training"].items()},
+        "tuning": report["tuning"],
+        "clipping": [t["clipping"] for t in report["training"].values() if "clipping" in t],
     }
 
 

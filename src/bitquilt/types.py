@@ -287,13 +287,14 @@ class ModelProblem:
 @dataclass(frozen=True, eq=False)
 class TrainedLayers:
     """Trained layers, and the loss on samples not trained on: at the start, the best, by epoch. Of a block its error
-    relative to its output, of a model its KL."""
+    relative to its output, of a model its KL. `notes`: plain values for the report."""
 
     solutions: Mapping[str, Solution]
     events: tuple[Event, ...]
     start_loss: float
     loss: float
     losses: tuple[float, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def group_slices(in_features: int, group_size: int) -> list[slice]:

@@ -16,6 +16,7 @@ Deviations from the publication (the first two undone by `bit_map="from_slim_llm
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within
@@ -40,6 +41,8 @@ from bitquilt.types import (
     group_slices,
     uniform_plan,
 )
+
+_BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,11 @@ class SlimLLMPlus:
         solutions = {}
         for name, part in parts.items():
             stored = assemble(part.export(trained.values[name]), problem.plans[name], part.scale_dtype)
-            clipping = part.factors(trained.values[name]).flatten().tolist()
-            solutions[name] = Solution(stored, None, (), {"clipping": clipping})
+            solutions[name] = Solution(stored)
+        factors = torch.cat([part.factors(trained.values[name]) for name, part in parts.items()])
+        notes = {"clipping": torch.histc(factors, _BINS, 0.0, 1.0).int().tolist()}
         events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
-        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses, notes)
 
     def _part(self, weight: Tensor, plan: LayerPlan) -> Clipping:
         return Clipping.of(

@@ -101,6 +101,7 @@ class Telling:
             "loss": solved.loss,
             "losses": list(solved.losses),
             "seconds": round(time.perf_counter() - self.begin, 3),
+            **solved.notes,
         }
 
 

@@ -20,7 +20,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import Skeleton, vocabulary_size
 from bitquilt.packing import layout_from_json, unpack
-from bitquilt.protocols import TunesModel
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.block import statistics
 from bitquilt.runtime.calls import embed, finish
 from bitquilt.runtime.flow import Flow
@@ -34,6 +34,9 @@ from bitquilt.types import Layer, LayerPlan, ModelProblem, Solution, TrainedLaye
 _RECORDS = "tuned.json"
 # Logits of a sample that are alive at once: ours and the full model's, their log-softmax, the gradients.
 _LOGITS_ALIVE = 6
+# fp32 numbers per weight of a block in training: where it is, its offset, the best, the gradient, steps, weight and the
+# weight's gradient; and per token and layer width: what backward keeps.
+_PER_WEIGHT, _PER_WIDTH = 7, 2
 
 
 def tuned(job: Job, flow: Flow, records: list[dict[str, Any]], observe: Observer) -> list[dict[str, Any]]:
@@ -77,13 +80,31 @@ def tuning_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[
     that block and at the output; 0 for a recipe that does not tune."""
     if not isinstance(recipe, TunesModel) or not recipe.tune_batch:
         return 0
-    sizes = {name: rows * width for name, (rows, width) in shapes.items()}
-    blocks = [sum(size for n, size in sizes.items() if n.startswith(f"{path}.")) for path in skeleton.blocks]
-    widths = sum(sum(shape) for n, shape in shapes.items() if n.startswith(f"{skeleton.blocks[0]}."))
+    weights, widths = _largest_block(skeleton, shapes)
     logits = vocabulary_size(skeleton.model) * seq_len
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
-    alive = 3 * max(blocks) + 2 * widths * seq_len + _LOGITS_ALIVE * logits
-    return recipe.tune_bytes * sum(sizes.values()) + 4 * alive + 2 * outer
+    alive = 3 * weights + _PER_WIDTH * widths * seq_len + _LOGITS_ALIVE * logits
+    every = sum(rows * width for rows, width in shapes.values())
+    return recipe.tune_bytes * every + 4 * alive + 2 * outer
+
+
+def training_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
+    """What training takes beside everything else: of the largest block with a whole batch, or of the model; 0 for a
+    recipe that does not train."""
+    block = 0
+    if isinstance(recipe, TrainsBlocks) and recipe.train_batch:
+        weights, widths = _largest_block(skeleton, shapes)
+        block = 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * seq_len * recipe.train_batch)
+    return max(block, tuning_bytes(recipe, skeleton, shapes, seq_len))
+
+
+def _largest_block(skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Weights of the block that has most, and the sum of the widths of what its layers read and write."""
+    found = []
+    for path in skeleton.blocks:
+        inside = [shape for name, shape in shapes.items() if name.startswith(f"{path}.")]
+        found.append((sum(rows * width for rows, width in inside), sum(map(sum, inside))))
+    return max(found)
 
 
 def _train(job: Job, flow: Flow, records: Sequence[Mapping[str, Any]], told: Telling) -> TrainedLayers:

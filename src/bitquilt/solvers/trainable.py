@@ -186,8 +186,9 @@ class Clipping:
             return Sweep(torch.cat(codes, dim=1).to(torch.uint8), weight, grids, float("nan"))
 
     def factors(self, values: Values) -> Tensor:
-        """sigmoid of both, `[2, out, K]`: what was learned."""
-        return torch.sigmoid(torch.stack(values))
+        """What was learned: the factors of both ends of every group of two and more bits, flat."""
+        wide = [k for k in range(len(self.groups)) if k not in self.levels]
+        return torch.sigmoid(torch.stack(values)[:, :, wide]).flatten()
 
     def _top(self) -> Tensor:
         return torch.tensor([[float(2**bits - 1)] for bits in self.bits], dtype=self.original.dtype)
