@@ -117,6 +117,7 @@ class Decoder:
 
     def _product(self, layer: Any) -> Any:
         _want(isinstance(layer, QuantizedLinear), "a layer is not quantized")
+        _want(not layer.has_row_gains, "a layer has gains per row")
         handle = layer.settle()
         _want(handle is not None, "the kernels do not know a layer's format")
         self._kept += [t for t in layer._buffers.values() if t is not None]

@@ -1,7 +1,8 @@
 """The native body of the operators on a CPU: which instruction set, how activations are rounded, tensors as addresses.
 
-`BITQUILT_ISA` forces a level: avx512, avx2, portable, or reference for none of them. Where the extension was not
-built (no compiler when the package was installed) everything is the reference's. `BITQUILT_ACTIVATIONS` chooses
+`BITQUILT_ISA` forces a level: avx512, avx2, portable, or reference for none of them; under TRITON_INTERPRET=1 also
+triton, the GPU's kernels interpreted, to test them. Where the extension was not built (no compiler when the package was
+installed) everything is the reference's. `BITQUILT_ACTIVATIONS` chooses
 between `exact` (16 or 24 bits per activation) and `int8`, which only avx512 makes use of.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.errors import UserError
-from bitquilt.ops import reference
+from bitquilt.ops import gpu, reference
 from bitquilt.ops.handles import Handle, StoredWeight, handle_of
 from bitquilt.ops.pages import reserve
 
@@ -24,7 +25,7 @@ try:
 except ImportError:
     _kernels = None  # type: ignore[assignment]
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 MODES = ("exact", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Rows unpacked at a time when there are many tokens: torch's bf16 product of 512 tokens with 4096 x 11008 takes 26 ms
@@ -51,6 +52,7 @@ def _choice(variable: str, here: list[str], reason: str) -> str:
 def level() -> str:
     """The instruction set in use, or "reference". Raises UserError if `BITQUILT_ISA` asks for what is not here."""
     here = [*(_kernels.levels() if built() else []), REFERENCE]
+    here += [TRITON] if built() and os.environ.get("TRITON_INTERPRET") == "1" and gpu.has_triton() else []
     return _choice("BITQUILT_ISA", here, "this processor has" if built() else "the kernels are not built; there is")
 
 
@@ -77,7 +79,7 @@ def use_activations(mode: str | None) -> None:
 
 def handle(weight: StoredWeight, out_features: int) -> Handle | None:
     """The weight for `product`; None where the kernels leave it to the reference."""
-    if level() == REFERENCE:
+    if level() in (REFERENCE, TRITON):
         return None
     return handle_of(weight, out_features, level(), _kernels.Handle)
 
@@ -121,6 +123,8 @@ def product(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
 
 def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
     """`reference.quantized_matmul` by `product`."""
+    if level() == TRITON:
+        return gpu.quantized_matmul(x, *arguments)
     *stored, bias, out_features = arguments
     found = handle(StoredWeight(*stored), out_features) if x.dtype in TYPES else None
     if found is None:
@@ -130,6 +134,8 @@ def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
 
 def dequantize(*arguments: Any) -> Tensor:
     """`reference.dequantize`, bit for bit."""
+    if level() == TRITON:
+        return gpu.dequantize(*arguments)
     *stored, out_features = arguments
     found = handle(StoredWeight(*stored), out_features)
     if found is None:
