@@ -22,7 +22,7 @@ from bitquilt.fit import (
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
-from bitquilt.protocols import ChecksLayers, PlansModel, Recipe
+from bitquilt.protocols import ChecksLayers, PlansModel, Recipe, TunesModel
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets, shapes
@@ -34,6 +34,7 @@ from bitquilt.runtime.size import folder_bytes
 from bitquilt.runtime.stream import committed, stream
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Sensitivities, read_sensitivities
+from bitquilt.runtime.tune import check_memory
 from bitquilt.runtime.workdir import (
     discard,
     full_disk_is_an_error,
@@ -67,6 +68,7 @@ def quantize(
     out: str | Path | None = None,
     *,
     samples: int = 128,
+    self_samples: int = 0,
     seq_len: int = 2048,
     seed: int = 0,
     batch_size: int | None = None,
@@ -86,10 +88,11 @@ def quantize(
 
     `recipe`: a name, whose fields are taken from `options` (`bits=2, group_size=32, ...`), or a recipe; without, the
     plan's, else slim-llm. `calibration`: text, jsonl, parquet, a folder of them, a hub data set, token ids in a
-    safetensors file, or "self": the model writes its own. `skip`: patterns of layers to leave alone. `include_head`:
-    quantize the layer that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token
-    embedding to so many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it; a budget
-    counts it. `plan`: a plan.json to follow, made for this recipe and embedding or for ones that take the same bytes.
+    safetensors file, or "self": the model writes its own. `self_samples`: so many sequences of the model's own beside
+    those of the text, for recipes that train. `skip`: patterns of layers to leave alone. `include_head`: quantize the
+    layer that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to
+    so many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it; a budget counts it.
+    `plan`: a plan.json to follow, made for this recipe and embedding or for ones that take the same bytes.
     `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
     bits per weight), "pairs" (inside it N-1, N, N+1 in pairs, as SliM-LLM), "uniform". What a width costs is measured
@@ -111,6 +114,7 @@ def quantize(
         out = f"{checkpoint.folder.resolve().name if local else Path(model).name}-{recipe.name}"
     out = Path(out)
     seq_len, notice = clip_to_context(seq_len, checkpoint)
+    _check_self_samples(self_samples, calibration)
     _check_counts(samples=samples, seq_len=seq_len, batch_size=1 if batch_size is None else batch_size)
     if notice and recipe.needs:
         observer(Stage(notice))
@@ -122,7 +126,7 @@ def quantize(
     measures = worth and known is None
     fingerprint = fingerprint_of(
         checkpoint, recipe, calibration, samples, seq_len, seed, skip, include_head, embedding_bits, plan,
-        measures=measures or rounds == 2,
+        measures=measures or rounds == 2, self_samples=self_samples,
     )  # fmt: skip
     fingerprint |= wanted.values
     if rounds == 2:
@@ -137,6 +141,7 @@ def quantize(
     skeleton = open_skeleton(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
     embedding = embedding_to_be(skeleton, embedding_bits)
+    check_memory(recipe, skeleton, shapes(layers), seq_len)
     untouched = survey(skeleton, {*layers, *([] if embedding is None else [embedding.path])})
     if file is not None and plans is not None:
         columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
@@ -156,8 +161,8 @@ def quantize(
         observer(Started(str(model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = None
         if recipe.needs or measures or rounds == 2:
-            _check_disk(work, checkpoint, samples * seq_len, _copies(recipe))
-            ids = _calibration(skeleton, work, calibration, samples, seq_len, seed, observer)
+            _check_disk(work, checkpoint, (samples + self_samples) * seq_len, _copies(recipe))
+            ids = _calibration(skeleton, work, calibration, samples, self_samples, seq_len, seed, observer)
         planned = None
         if wanted.budget is not None:
             if measures:
@@ -217,11 +222,21 @@ def _check_counts(**counts: int) -> None:
             raise UserError(f"{name} is {value}; wanted at least 1")
 
 
+def _check_self_samples(count: int, calibration: str | Path) -> None:
+    if count < 0:
+        raise UserError(f"self_samples is {count}; wanted 0 or more")
+    if count and str(calibration) == SELF:
+        raise UserError(
+            "the model writes all of its calibration text already; give more samples instead of self_samples"
+        )
+
+
 def _copies(recipe: Recipe) -> int:
     """Of the calibration's hidden states that lie on the disk at once: a block's inputs and outputs, those of the
-    full-precision model beside them, or, in a pass before the first block, what the first block reads."""
+    full-precision model beside them, or, in a pass before the first block or for one after the last, what the first
+    block reads."""
     if recipe.needs & {"drift", "full"}:
-        return 4
+        return 5 if isinstance(recipe, TunesModel) and recipe.tune_batch else 4
     return 3 if isinstance(recipe, PlansModel) else 2
 
 
@@ -298,6 +313,7 @@ def _calibration(
     work: Path,
     source: str | Path,
     samples: int,
+    self_samples: int,
     seq_len: int,
     seed: int,
     observer: Observer,
@@ -309,6 +325,7 @@ def _calibration(
         skeleton.checkpoint,
         source,
         samples=samples,
+        self_samples=self_samples,
         seq_len=seq_len,
         seed=seed,
         vocabulary=vocabulary_size(skeleton.model),

@@ -272,6 +272,8 @@ def test_missing_statistics_are_named():
         ({"damp": 0}, "damp is 0"),
         ({"codebook_dtype": "float8"}, "float8 goes with codebook=channel"),
         ({"codebook": "row"}, "option 'codebook': got 'row'"),
+        ({"codebook": "channel", "row_gains": "on"}, "row_gains goes with codebook=shared"),
+        ({"bits": 8.5}, "bits is 8.5; the palette reaches means from 1 to 8"),
     ],
 )
 def test_bad_options_are_named_with_the_fix(options, message):

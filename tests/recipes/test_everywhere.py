@@ -20,13 +20,14 @@ from tests.models.test_families import linear_names, load, logits, with_quantize
 OPTIONS: dict[str, dict[str, Any]] = {
     "micromix": {},  # its elements have 4, 6 and 8 bits
     "slim-llm+": {"bits": 3, "epochs": 1},
+    "mg-ptq": {"bits": 3, "steps": 2},  # of its network, beside the exact map
 }
 FEW: dict[str, Any] = {"samples": 4, "seq_len": 8}  # windows of the families are shorter
 
 
 def options_of(recipe: str) -> dict[str, Any]:
     own = dict(OPTIONS.get(recipe, {"bits": 3}))
-    return own | ({"group_size": 8} if takes_option(recipe, "group_size") else {})
+    return own | ({"group_size": 16} if takes_option(recipe, "group_size") else {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

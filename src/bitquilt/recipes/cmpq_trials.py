@@ -14,7 +14,7 @@ _ROWS = 512  # of a layer that are looked at
 
 def some_rows(weight: Tensor) -> Tensor:
     """An even choice of the rows of `[out, in]`, enough to rank by."""
-    return weight[:: -(-len(weight) // _ROWS)]
+    return weight[:: -(-len(weight) // _ROWS)].contiguous()
 
 
 @dataclass(frozen=True, eq=False)
