@@ -61,6 +61,7 @@ class Layout:
     `segments`: (format, width) in stored order, widths summing to `in_features`. `ordering`: how the order of the
     input channels is stored: not at all, as the segment of each block of `block` neighbouring channels (blocks keep
     their order inside a segment), or as a full order of blocks. `outliers`: entries of the sparse remainder.
+    `row_gain_dtype`: of a factor per row, None = there are none.
     """
 
     out_features: int
@@ -69,6 +70,7 @@ class Layout:
     ordering: Ordering = "identity"
     block: int = 0
     outliers: int = 0
+    row_gain_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         total = sum(width for _, width in self.segments)
@@ -119,11 +121,14 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with."""
+    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with.
+
+    `row_gains` `[out]`: a factor for each row of segments and outliers together, or None."""
 
     segments: tuple[Segment, ...]
     permutation: Permutation | None = None
     outliers: Outliers | None = None
+    row_gains: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -137,6 +142,7 @@ class QuantizedWeight:
             self._ordering(),
             self.permutation.block if self.permutation else 0,
             len(self.outliers.values) if self.outliers else 0,
+            None if self.row_gains is None else self.row_gains.dtype,
         )
 
     def _ordering(self) -> Ordering:

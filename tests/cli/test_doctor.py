@@ -27,7 +27,7 @@ def test_facts(command: Command) -> None:
     assert "self-test     ok" in lines
     body = f"native kernels, {kernels.level()}" if kernels.built() else "installed without its kernels"
     assert body in facts["quantized_matmul"]["CPU"]
-    assert "reference (dequantize, then matmul): right, not fast" in facts["quantized_matmul"]["CUDA"]
+    assert facts["quantized_matmul"]["CUDA"] == f"Triton kernels, triton {facts['optional']['triton']}"
     if not facts["gpus"]:
         assert body in lines
 
@@ -53,3 +53,19 @@ def test_the_self_test_can_fail(command: Command, monkeypatch: pytest.MonkeyPatc
 def test_what_is_missing_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verb.__globals__, "_version", lambda name: None)
     assert "not installed (for bitquilt eval --tasks)" in command("doctor").out
+
+
+def test_the_body_on_a_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named with its version; without Triton, or by request, the reference, and the reason why."""
+    assert verb.__globals__["_body"]("CUDA").startswith("Triton kernels, triton 3.")
+    monkeypatch.setenv("BITQUILT_ISA", "reference")
+    assert "right, not fast; BITQUILT_ISA asks for it" in verb.__globals__["_body"]("CUDA")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    assert "right, not fast; for the kernels: pip install 'bitquilt[gpu]'" in verb.__globals__["_body"]("CUDA")
+    gpu = {"name": "NVIDIA H200", "memory": 150 * 10**9, "compute_capability": "9.0"}
+    facts = json.loads(command("doctor", "--json").out) | {"gpus": [gpu]}
+    printed: list[str] = []
+    monkeypatch.setattr(verb.__globals__["stdout"], "print", printed.append)
+    verb.__globals__["_print"](facts)
+    assert any("NVIDIA H200" in line and "compute 9.0" in line for line in printed)
+    assert any(line.startswith("on the gpu") for line in printed)

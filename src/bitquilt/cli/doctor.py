@@ -1,6 +1,7 @@
 """`bitquilt doctor`: what can this machine use, and does the package compute what it should?"""
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -32,6 +33,7 @@ _OPTIONAL = {
     "lm-eval": "bitquilt eval --tasks",
     "jinja2": "reports",
     "matplotlib": "plots",
+    "triton": "fast products on a GPU",
 }
 _MX = "emulated: right, not faster (weights and inputs are rounded to MX numbers, the product is fp32)"
 _REFERENCE = "reference (dequantize, then matmul): right, not fast"
@@ -78,10 +80,11 @@ def self_test() -> str | None:
     stored = torch.cat(parts, dim=1)
     dense = torch.empty_like(stored)
     dense[:, _channels(plan, quantized.layout.in_features)] = stored
-    module = QuantizedLinear.from_weight(quantized)
-    error = float((module(x) - x @ dense.t()).abs().max())
-    if not error < 1e-4:  # sums of 120 float32 products of about one; measured: 4e-6
-        return f"quantized_matmul differs from the dense product by {error:.2g}"
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        module = QuantizedLinear.from_weight(quantized).to(device)
+        error = float((module(x.to(device)).cpu() - x @ dense.t()).abs().max())
+        if not error < 1e-4:  # sums of 120 float32 products of about one; measured: 4e-6
+            return f"quantized_matmul on {device} differs from the dense product by {error:.2g}"
     return None
 
 
@@ -141,12 +144,15 @@ def _version(package: str) -> str | None:
 
 def _body(device: str) -> str:
     own = torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", device)
+    if device == "CUDA" and own:
+        asked = os.environ.get("BITQUILT_ISA") == kernels.REFERENCE
+        return f"{_REFERENCE}; BITQUILT_ISA asks for it" if asked else f"Triton kernels, triton {_version('triton')}"
+    if not own and device == "CUDA":
+        return f"{_REFERENCE}; for the kernels: pip install 'bitquilt[gpu]'"
     if not own:
-        return _REFERENCE if device != "CPU" else f"{_REFERENCE}; the package was installed without its kernels"
-    if device == "CPU":
-        level = kernels.level()
-        return f"{_REFERENCE}; BITQUILT_ISA asks for it" if level == kernels.REFERENCE else f"native kernels, {level}"
-    return "a kernel of its own"
+        return f"{_REFERENCE}; the package was installed without its kernels"
+    level = kernels.level()
+    return f"{_REFERENCE}; BITQUILT_ISA asks for it" if level == kernels.REFERENCE else f"native kernels, {level}"
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -171,7 +177,8 @@ def _print(facts: dict[str, Any]) -> None:
         (name, version or f"[yellow]not installed[/] (for {_OPTIONAL[name]})")
         for name, version in facts["optional"].items()
     ]
-    lines.append(("matmul", facts["quantized_matmul"]["CUDA" if facts["gpus"] else "CPU"]))
+    lines.append(("matmul", facts["quantized_matmul"]["CPU"]))
+    lines += [("on the gpu", facts["quantized_matmul"]["CUDA"])] if facts["gpus"] else []
     lines.append(("mx matmul", facts["mx_matmul"]))
     style = "green" if facts["self_test"] == "ok" else "bold red"
     lines.append(("self-test", f"[{style}]{facts['self_test']}[/]"))

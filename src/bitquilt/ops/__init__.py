@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.ops import kernels, reference
+from bitquilt.ops import gpu, kernels, reference
 
 _WEIGHT_SCHEMA = (
     "Tensor[] codes, Tensor[] scales, Tensor[] zeros, int[] layout, Tensor? permutation, int block, "
@@ -25,6 +25,9 @@ torch.library.impl("bitquilt::quantized_matmul", "CompositeExplicitAutograd", re
 if kernels.built():
     torch.library.impl("bitquilt::dequantize", "cpu", kernels.dequantize)
     torch.library.impl("bitquilt::quantized_matmul", "cpu", kernels.quantized_matmul)
+if gpu.has_triton():
+    torch.library.impl("bitquilt::dequantize", "cuda", gpu.dequantize)
+    torch.library.impl("bitquilt::quantized_matmul", "cuda", gpu.quantized_matmul)
 
 quantized_matmul = torch.ops.bitquilt.quantized_matmul
 dequantize = torch.ops.bitquilt.dequantize

@@ -1,7 +1,8 @@
 """The native body of the operators on a CPU: which instruction set, how activations are rounded, tensors as addresses.
 
-`BITQUILT_ISA` forces a level: avx512, avx2, portable, or reference for none of them. Where the extension was not
-built (no compiler when the package was installed) everything is the reference's. `BITQUILT_ACTIVATIONS` chooses
+`BITQUILT_ISA` forces a level: avx512, avx2, portable, or reference for none of them; under TRITON_INTERPRET=1 also
+triton, the GPU's kernels interpreted, to test them. Where the extension was not built (no compiler when the package was
+installed) everything is the reference's. `BITQUILT_ACTIVATIONS` chooses
 between `exact` (16 or 24 bits per activation) and `int8`, which only avx512 makes use of.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.errors import UserError
-from bitquilt.ops import reference
+from bitquilt.ops import gpu, reference
 from bitquilt.ops.handles import Handle, StoredWeight, handle_of
 from bitquilt.ops.pages import reserve
 
@@ -24,7 +25,7 @@ try:
 except ImportError:
     _kernels = None  # type: ignore[assignment]
 
-REFERENCE = "reference"
+REFERENCE, TRITON = "reference", "triton"
 MODES = ("exact", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Rows unpacked at a time when there are many tokens: torch's bf16 product of 512 tokens with 4096 x 11008 takes 26 ms
@@ -51,6 +52,7 @@ def _choice(variable: str, here: list[str], reason: str) -> str:
 def level() -> str:
     """The instruction set in use, or "reference". Raises UserError if `BITQUILT_ISA` asks for what is not here."""
     here = [*(_kernels.levels() if built() else []), REFERENCE]
+    here += [TRITON] if built() and os.environ.get("TRITON_INTERPRET") == "1" and gpu.has_triton() else []
     return _choice("BITQUILT_ISA", here, "this processor has" if built() else "the kernels are not built; there is")
 
 
@@ -77,7 +79,7 @@ def use_activations(mode: str | None) -> None:
 
 def handle(weight: StoredWeight, out_features: int) -> Handle | None:
     """The weight for `product`; None where the kernels leave it to the reference."""
-    if level() == REFERENCE:
+    if level() in (REFERENCE, TRITON):
         return None
     return handle_of(weight, out_features, level(), _kernels.Handle)
 
@@ -121,6 +123,8 @@ def product(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
 
 def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
     """`reference.quantized_matmul` by `product`."""
+    if level() == TRITON:
+        return gpu.quantized_matmul(x, *arguments)
     *stored, bias, out_features = arguments
     found = handle(StoredWeight(*stored), out_features) if x.dtype in TYPES else None
     if found is None:
@@ -130,6 +134,8 @@ def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
 
 def dequantize(*arguments: Any) -> Tensor:
     """`reference.dequantize`, bit for bit."""
+    if level() == TRITON:
+        return gpu.dequantize(*arguments)
     *stored, out_features = arguments
     found = handle(StoredWeight(*stored), out_features)
     if found is None:
@@ -158,10 +164,22 @@ def read_bandwidth(size: int, threads: int, rounds: int = 3) -> float:
     return float(_kernels.read_bandwidth(size, threads, rounds))
 
 
-def dense(handle: Handle, out: Tensor, first: int = 0) -> Tensor:
-    """The rows of the weight from `first` on into `out` `[rows, in]`, contiguous, fp32, fp16 or bf16."""
+def dense(handle: Handle, out: Tensor, first: int = 0, as_stored: bool = False) -> Tensor:
+    """The rows of the weight from `first` on into `out` `[rows, in]`, contiguous, fp32, fp16 or bf16; `as_stored`: the
+    columns in stored order."""
     last = first + out.shape[0]
-    handle.native.dequantize(first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    handle.native.dequantize(first, last, as_stored, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    return out
+
+
+def in_stored_order(x: Tensor, handle: Handle) -> Tensor:
+    """x `[..., in]`, its channels in the order of the weight's columns; itself where that is the same."""
+    if not handle.native.reordered:
+        return x
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    tokens = x.numel() // handle.in_features
+    handle.native.reorder(x.data_ptr(), x.itemsize, tokens, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -169,10 +187,12 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
     """The product with the weight unpacked some rows at a time into memory that is kept: a layer of 4096 x 11008
     unpacked whole costs 22 000 page faults, as long again as its product with 512 tokens."""
     rows = handle.out_features
+    x = in_stored_order(x, handle)  # some tokens are fewer than the rows of a weight
     parts = []
     for first in range(0, max(rows, 1), _TILE_ROWS):  # one part, empty, of a layer without outputs
         count = min(_TILE_ROWS, rows - first)
-        tile = dense(handle, _tile(count * handle.in_features, x.dtype).view(count, handle.in_features), first)
+        out = _tile(count * handle.in_features, x.dtype).view(count, handle.in_features)
+        tile = dense(handle, out, first, as_stored=True)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + count]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -1,0 +1,74 @@
+"""The whole weight written out: `dense_kernel` over (tiles of rows, chunks of columns), every segment in one launch.
+
+For `dequantize`, and for so many tokens that unpacking each tile again for every tile of tokens costs more than writing
+the weight once. The arithmetic is `ops.reference`'s, operation by operation, so that fp32 is the same to the bit.
+"""
+
+import triton
+import triton.language as tl
+
+from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, uniform_step
+
+
+@triton.jit
+def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features, FORMS: tl.constexpr,
+                 GATHER: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """out `[rows, in]` in its own dtype, original order of the channels. `codes`: bytes; FORMS as in
+    `product_kernel`; `sizes`: per segment (first column, width, bytes of a row, 0, groups, bytes of a group's zeros,
+    first chunk). GATHER: `channels` names the channel at each stored column."""
+    CHUNK: tl.constexpr = 128
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    chunk = tl.program_id(1)
+    for s in tl.static_range(len(FORMS)):
+        width = sizes[s][1]
+        here = chunk - sizes[s][6]
+        if (here >= 0) & (here < (width + CHUNK - 1) // CHUNK):
+            columns = here * CHUNK + tl.arange(0, CHUNK)
+            keep = (rows < n_rows)[:, None] & (columns < width)[None, :]
+            weight = _columns(codes[s], scales[s], zeros[s], rows, columns, keep, width, sizes[s][2], sizes[s][4],
+                              sizes[s][5], FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3])  # fmt: skip
+            place = sizes[s][0] + columns
+            if GATHER:
+                place = tl.load(channels + place, mask=columns < width, other=0)
+            at = rows.to(tl.int64)[:, None] * in_features + place[None, :]
+            tl.store(out + at, weight.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, zero_size, GRID: tl.constexpr,
+             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr):  # fmt: skip
+    """Weights fp32 `[rows, columns]`."""
+    bit = columns[None, :] * BITS
+    byte = rows.to(tl.int64)[:, None] * row_bytes + (bit >> 3)
+    found = tl.load(codes + byte, mask=keep, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        found |= tl.load(codes + byte + 1, mask=keep & ((bit & 7) + BITS > 8), other=0).to(tl.int32) << 8
+    number = (found >> (bit & 7)) & ((1 << BITS) - 1)
+    group = columns[None, :] * 0
+    if GROUP > 0:
+        group = (columns // GROUP)[None, :]
+    if GRID == CODEBOOK:
+        levels = tl.load(scale + group * (1 << BITS) + number, mask=keep, other=0.0).to(tl.float32)
+        if FLAG:
+            levels *= tl.load(zero + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        return levels
+    elif GRID == MX:
+        return mx_element(number, BITS, FLAG) * mx_step(scale, rows[:, None], group, keep, groups)
+    else:
+        step, base = uniform_step(scale, zero, rows[:, None], group, keep, groups, zero_size, BITS, FLAG)
+        value = number.to(tl.float32)
+        return base + step * value if BITS == 1 and not FLAG else step * (value - base)
+
+
+@triton.jit
+def outlier_kernel(out, values, columns, pointers, in_features):
+    """Add the outliers of one row to out `[rows, in]`; no two of them in one place."""
+    row = tl.program_id(0)
+    start = tl.load(pointers + row).to(tl.int32)
+    end = tl.load(pointers + row + 1).to(tl.int32)
+    for first in range(start, end, 128):
+        at = first + tl.arange(0, 128)
+        keep = at < end
+        place = out + row.to(tl.int64) * in_features + tl.load(columns + at, mask=keep, other=0).to(tl.int32)
+        value = tl.load(place, mask=keep, other=0.0).to(tl.float32) + tl.load(values + at, mask=keep, other=0.0)
+        tl.store(place, value.to(out.dtype.element_ty), mask=keep)

@@ -1,0 +1,243 @@
+"""A stored weight as the GPU's kernels know it: checked once, and what they need beside the stored tensors made once.
+
+`prepared(weight, out_features) -> Prepared | None`, remembered as long as the codes live, made again when one of the
+tensors is another one or was written to. The stored layout is the kernels' layout: codes, scales and zeros are read
+where they lie, so nothing is held twice; what is made is a table of the channels' runs (4 bytes for eight channels),
+a counter per tile of rows, and copies of tensors that are not contiguous or end within a word of their codes.
+Making it reads a few numbers back from the GPU; a product reads none.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitquilt.ops import reference
+from bitquilt.ops.bits import packed_bytes
+from bitquilt.ops.handles import StoredWeight, version
+
+CHUNK = 128
+DIRECT = 2
+_UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # whole units of `ops.gpu.unpack`
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment's numbers. `form`: (grid, bits, group size or 0 for one group, flag), compiled in; the flag is
+    symmetric (uniform), E2M3 (mx), gains (codebook). `read`: `product_kernel`'s READ."""
+
+    form: tuple[int, int, int, bool]
+    start: int
+    width: int
+    row_bytes: int
+    groups: int
+    zero_bytes: int
+    first_chunk: int
+    read: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """As `product_kernel` reads them."""
+        size = _UNITS[self.form[1]].itemsize if self.read == DIRECT else (1, 4)[self.read]
+        return (self.start, self.width, self.row_bytes // size, self.groups, self.zero_bytes, self.first_chunk)
+
+
+class Prepared:
+    """See the module. `channels` int32 `[in]`: the channel at each stored column, or None; `runs` int32 `[in / 8]`: the
+    same for runs of eight, where channels keep together so; `own`: tensors that replace stored ones, by name."""
+
+    def __init__(self, weight: StoredWeight, out_features: int) -> None:
+        self.rows, self.columns = out_features, weight.in_features
+        self.device = weight.codes[0].device
+        self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
+        self._layout = (list(weight.layout), weight.block)
+        self.own: dict[str, Tensor] = {}
+        _check_devices(weight, self.device)
+        self.parts = self._describe(weight)
+        self.chunks = sum(-(-part.width // CHUNK) for part in self.parts)
+        self.channels, self.runs = self._order(weight)
+        self.outliers = weight.outlier_values is not None and weight.outlier_values.numel() > 0
+        if self.outliers:
+            _check_outliers(weight, out_features)
+        self.counters: dict[int, Tensor] = {}
+
+    def fits(self, weight: StoredWeight, out_features: int) -> bool:
+        """Whether it still describes `weight`: the same tensors, not written to since."""
+        if (self.rows, self._layout) != (out_features, (weight.layout, weight.block)):
+            return False
+        tensors = weight.tensors()
+        return len(tensors) == len(self._seen) and all(
+            seen() is tensor and before == version(tensor)
+            for tensor, (seen, before) in zip(tensors, self._seen, strict=True)
+        )
+
+    def counter(self, count: int, stream: int) -> Tensor:
+        """`count` zeros int32, a set for each stream: launches of one stream follow each other."""
+        found = self.counters.get(stream)
+        if found is None or found.numel() < count:
+            found = self.counters[stream] = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return found
+
+    def codes(self, weight: StoredWeight) -> tuple[Tensor, ...]:
+        """Of each segment, as units or words."""
+        found = []
+        for i, part in enumerate(self.parts):
+            stored = self.own.get(f"codes_{i}", weight.codes[i])
+            found.append(stored.view(-1).view(_UNITS[part.form[1]] if part.read == DIRECT else torch.int32))
+        return tuple(found)
+
+    def stored(self, weight: StoredWeight, name: str) -> tuple[Tensor, ...]:
+        """`codes` (bytes), `scales` or `zeros` of each segment."""
+        return tuple(self.own.get(f"{name}_{i}", tensor) for i, tensor in enumerate(getattr(weight, name)))
+
+    def _describe(self, weight: StoredWeight) -> tuple[Part, ...]:
+        fields, parts = reference.LAYOUT_FIELDS, []
+        start = chunk = 0
+        for i, (codes, scale, zero) in enumerate(zip(weight.codes, weight.scales, weight.zeros, strict=True)):
+            grid, bits, group_size, width = weight.layout[fields * i : fields * (i + 1)]
+            row_bytes, groups = packed_bytes(width, bits), -(-width // group_size)
+            zero_bytes = packed_bytes(self.rows, bits)
+            _check(f"codes_{i}", codes, (self.rows, row_bytes), (torch.uint8,))
+            kind = min(grid, reference.GRID_MX)
+            if kind == reference.GRID_CODEBOOK:
+                _check(f"scale_{i}", scale, (groups, 2**bits), None)
+                flag = zero.numel() > 0
+                if flag:
+                    _check(f"gain_{i}", zero, (width,), None)
+            else:
+                mx = kind == reference.GRID_MX
+                _check(f"scale_{i}", scale, (self.rows, groups), (torch.uint8,) if mx else None)
+                flag = (grid - reference.GRID_MX) // len(reference.ACTIVATIONS) > 0 if mx else zero.numel() == 0
+                if not mx and not flag and bits == 1:
+                    _check(f"zero_{i}", zero, (self.rows, groups), None)
+                elif not mx and not flag:
+                    _check(f"zero_{i}", zero, (groups, zero_bytes), (torch.uint8,))
+            self._keep(i, codes, scale, zero, float_zero=kind == reference.GRID_CODEBOOK or bits == 1)
+            base = self.own.get(f"codes_{i}", codes)
+            even = width % CHUNK == 0  # then a row begins on 16 bytes too
+            direct = even and bits in _UNITS and base.data_ptr() % 16 == 0
+            if not direct and (base.numel() % 4 or base.data_ptr() % 4):
+                self.own[f"codes_{i}"] = _in_words(base)
+            group = 0 if group_size >= width else group_size
+            parts.append(
+                Part((kind, bits, group, flag), start, width, row_bytes, groups, zero_bytes, chunk, even + direct)
+            )
+            start += width
+            chunk += -(-width // CHUNK)
+        return tuple(parts)
+
+    def _keep(self, i: int, codes: Tensor, scale: Tensor, zero: Tensor, float_zero: bool) -> None:
+        for name, tensor in (("codes", codes), ("scales", scale), ("zeros", zero)):
+            if not tensor.is_contiguous():
+                self.own[f"{name}_{i}"] = tensor = tensor.contiguous()
+            wide = tensor.is_floating_point() and tensor.dtype not in _FLOATS  # float8: tables and gains
+            if wide and (name == "scales" or (name == "zeros" and float_zero)):
+                self.own[f"{name}_{i}"] = tensor.float()
+
+    def _order(self, weight: StoredWeight) -> tuple[Tensor | None, Tensor | None]:
+        if weight.permutation is None:
+            return None, None
+        if weight.block < 1:
+            raise ValueError(f"blocks of {weight.block} channels")
+        channels = reference.expand_permutation(weight.permutation, weight.block, len(weight.codes), self.columns)
+        every = torch.arange(self.columns, device=self.device)
+        if channels.numel() != self.columns or not torch.equal(channels.sort().values, every):
+            raise ValueError(f"permutation is no order of {self.columns} channels: an entry is out of range or twice")
+        runs = None
+        if weight.block % 8 == 0 and self.columns % 8 == 0 and all(part.start % 8 == 0 for part in self.parts):
+            runs = (channels[::8] // 8).to(torch.int32)
+        return channels.to(torch.int32), runs
+
+
+_known = WeakTensorKeyDictionary()  # by the first segment's codes; False where the kernels do not know the layout
+
+
+def prepared(weight: StoredWeight, out_features: int) -> Prepared | None:
+    """The weight for the kernels; None where they leave it to the reference. ValueError: tensors that do not go
+    together, naming the first."""
+    _check_layout(weight, out_features)
+    key = weight.codes[0]
+    found: Any = _known.get(key)
+    if found is None or not found.fits(weight, out_features):
+        if not _has_kernel(weight):
+            return None
+        if key.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("this weight meets a GPU for the first time in a graph; call the layer once before")
+        found = _known[key] = Prepared(weight, out_features)
+    return found
+
+
+def _has_kernel(weight: StoredWeight) -> bool:
+    """A layer of nothing, or outliers twice in one place, is the reference's."""
+    if weight.in_features == 0 or weight.codes[0].shape[0] == 0:
+        return False
+    return weight.outlier_values is None or _unique(weight)
+
+
+def _unique(weight: StoredWeight) -> bool:
+    assert weight.outlier_columns is not None
+    assert weight.outlier_rows is not None
+    counts = weight.outlier_rows.to(torch.int64).diff()
+    if weight.outlier_columns.numel() != int(weight.outlier_rows[-1]) or int(counts.min()) < 0:
+        return True  # does not go together: named later
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    places = (rows * weight.in_features + weight.outlier_columns.to(torch.int64)).sort().values
+    return not bool((places.diff() == 0).any())
+
+
+def _check_layout(weight: StoredWeight, out_features: int) -> None:
+    fields = reference.LAYOUT_FIELDS
+    count = len(weight.codes)
+    if not count == len(weight.scales) == len(weight.zeros) == len(weight.layout) / fields or count == 0:
+        raise ValueError(
+            f"{count} codes, {len(weight.scales)} scales, {len(weight.zeros)} zeros and a layout of "
+            f"{len(weight.layout)} numbers; wanted one each per segment and {fields} numbers"
+        )
+    if out_features < 0:
+        raise ValueError(f"out_features is {out_features}")
+    for i in range(count):
+        grid, bits, group_size, width = weight.layout[fields * i : fields * (i + 1)]
+        known = grid in (reference.GRID_UNIFORM, reference.GRID_CODEBOOK) or reference.is_mx(grid, bits)
+        if not known or not 1 <= bits <= 8 or group_size < 1 or width < 0:
+            raise ValueError(
+                f"segment {i} has grid {grid}, {bits} bits, group size {group_size} and width {width}; known are grids "
+                "0, 1 and mx, 1 to 8 bits, groups of at least one column"
+            )
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] | None) -> None:
+    if tuple(tensor.shape) != shape or (tensor.dtype not in dtypes if dtypes else not tensor.is_floating_point()):
+        wanted = " or ".join(map(str, dtypes)) if dtypes else "floating"
+        raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}; wanted {list(shape)} {wanted}")
+
+
+def _check_devices(weight: StoredWeight, device: torch.device) -> None:
+    for tensor in weight.tensors():
+        if tensor.device != device:
+            raise ValueError(
+                f"the weight lies on {device} and on {tensor.device}; move the whole layer with .to(device)"
+            )
+
+
+def _check_outliers(weight: StoredWeight, out_features: int) -> None:
+    values, columns, rows = weight.outlier_values, weight.outlier_columns, weight.outlier_rows
+    assert values is not None
+    if columns is None or rows is None or columns.numel() != values.numel() or rows.numel() != out_features + 1:
+        raise ValueError("outlier_values, outlier_columns and outlier_rows do not go together")
+    pointers = rows.to(torch.int64)
+    if int(pointers[0]) != 0 or int(pointers[-1]) != values.numel() or bool((pointers.diff() < 0).any()):
+        raise ValueError(f"outlier_rows are no pointers from 0 to {values.numel()}, ascending")
+    low, high = int(columns.min()), int(columns.max())
+    if low < 0 or high >= weight.in_features:
+        raise ValueError(f"outlier_columns go from {low} to {high}; the layer has {weight.in_features} columns")
+
+
+def _in_words(codes: Tensor) -> Tensor:
+    """A copy that is a whole number of aligned words: kernels read nothing past a tensor's end."""
+    copy = torch.zeros(-(-codes.numel() // 4) * 4, dtype=torch.uint8, device=codes.device)
+    copy[: codes.numel()] = codes.reshape(-1)
+    return copy
