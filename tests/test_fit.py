@@ -225,6 +225,48 @@ def test_without_saved_sensitivities_a_run_measures_once_and_continues(
         quantize_tiny(model, out, recipe="gptq", bits=3.4, group_size=8)
 
 
+def test_a_second_round_measures_in_the_quantized_model_and_keeps_the_budget(
+    measured: Callable[..., tuple[Path, Path]], quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    model, _ = measured("gptq")
+    stages: list[str] = []
+
+    def stop(event: object) -> None:
+        stages.append(event.text if isinstance(event, Stage) else type(event).__name__)
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"recipe": make_recipe("gptq", group_size=8), "budget": Budget.of(bpw=5)}
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):  # after the second measurement, in the first block
+        quantize_tiny(model, out, rounds=2, observer=stop, **options)
+    assert sum("backward" in text for text in stages) == 4
+    assert stages.index("first round: block 2 of 2 is done") < stages.index("BlockDone")
+    assert not (tmp_path / "out.work" / "first").exists()
+    stages.clear()
+    result = quantize_tiny(model, out, rounds=2, observer=lambda e: stages.append(str(e)), **options)
+    assert not any("backward" in text or "first round" in text for text in stages)
+    assert 0.99 * 5.0 <= result.report["bpw"] <= 5.0
+    once = quantize_tiny(model, tmp_path / "once", **options)
+    assert once.report["prediction"]["kl"] != result.report["prediction"]["kl"]
+    whole = quantize_tiny(model, tmp_path / "whole", rounds=2, **options)
+    assert (whole.folder / "plan.json").read_bytes() == (result.folder / "plan.json").read_bytes()
+    with pytest.raises(UserError, match="belongs to another run: rounds"):
+        quantize_tiny(model, out, **options)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "budget", "scope"),
+    [(2, None, None), (2, Budget("bits", 3.0), "uniform"), (3, Budget("bits", 3.0), None), (0, None, None)],
+)
+def test_rounds_that_make_no_sense(
+    rounds: int, budget: Budget, scope: str, make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    recipe = make_recipe("gptq", group_size=8)
+    with pytest.raises(UserError, match=f"rounds is {rounds}; wanted 1, or 2 with a budget"):
+        quantize_tiny(make_model(), tmp_path / "out", recipe, rounds=rounds, budget=budget, scope=scope)
+
+
 def test_an_unreachable_budget_is_refused_before_anything_is_read(
     make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
@@ -447,3 +489,19 @@ def test_who_gives_out_the_bits(
 def test_wishes_that_contradict(options: dict[str, Any], budget: Any, scope: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         wish("gptq", options, budget, scope)
+
+
+def test_the_predicted_peak_counts_what_training_takes(make_model: MakeModel) -> None:
+    """With rising effort, and with the batch; the state of all layers counts for the whole model only."""
+    model = make_model(hidden_size=256, intermediate_size=512)
+    settings = {"bits": 2, "group_size": 32, "seq_len": 512, "samples": 8}
+
+    def peak(**options: Any) -> int:
+        return bitquilt.plan(model, "quilt", **settings, **options).summary["estimate"]["peak_memory_bytes"]
+
+    fast, normal, large, best = peak(), peak(effort="normal"), peak(effort="normal", batch=64), peak(effort="best")
+    layers = shapes(all_targets(open_skeleton(open_checkpoint(model)), (), False)).values()
+    weights = sum(rows * width for rows, width in layers)
+    assert fast < normal < large
+    assert best - fast > 24 * weights
+    assert bitquilt.plan(model, "quilt", **settings, effort="best", epochs=0, tune_rate=0.0).summary["estimate"]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.sensitivities import measure
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Method, Sensitivities, read_sensitivities
+from bitquilt.runtime.tune import training_bytes
 from bitquilt.sensitivity.together import perplexity_range
 from bitquilt.types import LayerPlan, Layout
 from bitquilt.wish import Wish, wish
@@ -100,6 +101,8 @@ def plan(
     measures = not own and wanted.scope != "uniform" and known is None
     search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
+    trains = training_bytes(wanted.recipe, skeleton, shapes, clip_to_context(seq_len, checkpoint)[0])
+    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains)
     memory = planner.memory(planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
     least, most = planner.reach(Budget("size", 1.0))
     budget_value = wanted.values.get("budget")
@@ -261,10 +264,12 @@ def measure_sensitivities(
     method: Method = "kfac",
     seed: int = 0,
     observer: Observer,
+    at: Path | None = None,
 ) -> Sensitivities:
-    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out."""
+    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out.
+    `at`: measured in this quantized checkpoint of the model, a second round."""
     job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head)
-    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe))
+    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe), at=at)
 
 
 def file_hash(path: str | Path) -> str:

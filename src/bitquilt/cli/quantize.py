@@ -59,6 +59,9 @@ def quantize(
         ),
     ] = "self",
     samples: Samples = 128,
+    self_samples: Annotated[
+        int, Option(help="Beside the text, N sequences that the model writes itself.", metavar="N", show_default=False)
+    ] = 0,
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     batch_size: Annotated[
@@ -79,8 +82,15 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
+    rounds: Annotated[
+        int, Option(help="2: measure again in the model quantized once, plan again; better, in twice the time.")
+    ] = 1,
     effort: Annotated[
-        str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
+        str | None,
+        Option(
+            help="quilt: fast; normal, which trains each block; best, then the whole model (default: fast).",
+            metavar="LEVEL",
+        ),
     ] = None,
     published: Published = False,
     settings: Settings = None,
@@ -94,10 +104,11 @@ def quantize(
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(
-                model, wanted.recipe, calibration, out, samples=samples, seq_len=seq_len, seed=seed,
-                batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
+                model, wanted.recipe, calibration, out, samples=samples, self_samples=self_samples, seq_len=seq_len,
+                seed=seed, batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
-                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, observer=observer,
+                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, rounds=rounds,
+                observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept, the same command continues after them")
