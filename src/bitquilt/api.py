@@ -24,6 +24,7 @@ from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
 from bitquilt.protocols import ChecksLayers, PlansModel, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.embedding import check_embedding
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.planning import predicted_losses
@@ -76,6 +77,7 @@ def quantize(
     budget: Budget | None = None,
     scope: str | None = None,
     sensitivities: str | Path | None = None,
+    device: str = "cpu",
     observer: Observer = silent,
     **options: Any,
 ) -> Result:
@@ -89,8 +91,12 @@ def quantize(
     follow. `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
     bits per weight), "uniform". What a width costs is measured first, unless `sensitivities` names a file of it.
+    `device`: "cuda", "cuda:N", or "auto" (a GPU where there is one) computes the blocks there, one at a time, the next
+    one's weights being read meanwhile; embedding and head stay on the processor. Sums are rounded differently, so a few
+    codes in ten thousand may differ.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
+    where = choose_device(device)
     wanted = wish(recipe, options, budget, scope)
     if plan is not None:
         if wanted.budget is not None:
@@ -157,12 +163,13 @@ def quantize(
             plans = planned.plans
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
         used = ids if recipe.needs else None
-        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans)
+        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans, where)
         records = stream(job, observer)
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
         report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
+        report["machine"]["device"] = str(where)
         plan_value = plan_to_json(recipe_json(recipe), records)
         losses: dict[str, float] = {}
         predicted = None
@@ -179,15 +186,21 @@ def quantize(
     return Result(out, report)
 
 
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """The quantized model in `folder`, ready to run; keyword arguments go to `from_pretrained`.
 
-    Raises UserError if the folder is not a bitquilt checkpoint or is damaged.
+    `device`: "cuda", "cuda:N" or "auto" puts the packed weights on a GPU, where Triton's kernels read them as they are;
+    more than one GPU: leave it out and give `device_map`.
+    Raises UserError if the folder is not a bitquilt checkpoint or is damaged, or the device is not here.
     """
     checkpoint = open_checkpoint(folder)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:
         raise UserError(f"{folder} is no bitquilt checkpoint (quant_method is {method!r}); quantize the model first")
+    if device is not None and "device_map" in kwargs:
+        raise UserError(f"device={device!r} and device_map both say where the model goes; give one")
+    if device is not None and (where := choose_device(device)).type != "cpu":
+        kwargs["device_map"] = {"": where}
     kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
     return model

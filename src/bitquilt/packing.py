@@ -105,7 +105,8 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         tensors["outlier_columns"] = weight.outliers.columns
         tensors["outlier_rows"] = weight.outliers.rows
     specs = tensor_specs(layout)
-    return {name: tensor.to(specs[name].dtype).contiguous() for name, tensor in tensors.items()}
+    device = tensors["codes_0"].device  # an order of channels may have been made on the host
+    return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") -> QuantizedWeight:

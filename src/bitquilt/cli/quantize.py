@@ -73,6 +73,9 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
+    device: Annotated[
+        str, Option(help="Where blocks are computed: cpu, cuda, cuda:N, or auto: a GPU where there is one.")
+    ] = "cpu",
     effort: Annotated[
         str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
     ] = None,
@@ -91,7 +94,8 @@ def quantize(
                 model, wanted.recipe, calibration, out, samples=samples, seq_len=seq_len, seed=seed,
                 batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
-                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, observer=observer,
+                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, device=device,
+                observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept, the same command continues after them")

@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
@@ -28,6 +29,7 @@ class Job:
     include_head: bool = False
     embedding_bits: int | None = None
     plans: Mapping[str, LayerPlan] | None = None
+    device: torch.device = torch.device("cpu")  # where blocks are computed; what is outside them stays on the host
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
 
     def batches(self) -> list[slice]:

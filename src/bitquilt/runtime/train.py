@@ -87,9 +87,9 @@ def _problem(
         done.solutions,
         forward,
         len(job.ids),
-        lambda chosen: _read(here, chosen),
+        lambda chosen: _read(here, chosen).to(job.device),
         outputs,
-        lambda chosen: _read(there, chosen),
+        lambda chosen: _read(there, chosen).to(job.device),
     )
 
 

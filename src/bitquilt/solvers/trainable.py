@@ -55,8 +55,9 @@ class Rounding:
         """
         if any(grid.bits == 1 and grid.zero is not None for grid in swept.grids):
             raise ValueError("one-bit groups with an offset cannot be trained; wanted symmetric ones")
-        widths = torch.tensor([group.stop - group.start for group in groups])
-        top = torch.tensor([float(2**grid.bits - 1) for grid in swept.grids])
+        device = swept.codes.device
+        widths = torch.tensor([group.stop - group.start for group in groups], device=device)
+        top = torch.tensor([float(2**grid.bits - 1) for grid in swept.grids], device=device)
         zeros = [g.zero.float() if g.zero is not None else torch.full_like(g.scale.float(), (2**g.bits - 1) / 2)
                  for g in swept.grids]  # fmt: skip
         return cls(
@@ -64,8 +65,8 @@ class Rounding:
             torch.cat([grid.scale.float() for grid in swept.grids], dim=1),
             torch.cat(zeros, dim=1),
             top,
-            torch.tensor([grid.zero is None for grid in swept.grids]),
-            torch.repeat_interleave(torch.arange(len(groups)), widths),
+            torch.tensor([grid.zero is None for grid in swept.grids], device=device),
+            torch.repeat_interleave(torch.arange(len(groups), device=device), widths),
             scale_dtype,
             rates,
         )
@@ -158,7 +159,7 @@ class Clipping:
     @property
     def start(self) -> Values:
         """Factors sigmoid(initial), 1 for one-bit groups."""
-        logits = torch.full((self.original.shape[0], len(self.groups)), self.initial)
+        logits = self.original.new_full((self.original.shape[0], len(self.groups)), self.initial)
         logits[:, sorted(self.levels)] = 0.0
         return logits, logits.clone()
 
