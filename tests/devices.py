@@ -2,8 +2,8 @@
 operation that mixes them with the host's raises as a GPU would.
 
 A tensor there is a wrapper that names `device` as its own and holds the values. Everything torch does with it comes
-through `SecondDevice`, as does every tensor made with `device=`. As on a GPU the host's tensors may take part where they
-have no dimension, and as indices; numpy, native code and generators of the host are refused.
+through `SecondDevice`, as does every tensor made with `device=`. As on a GPU the host's tensors may take part where
+they have no dimension, and as indices; numpy, native code and generators of the host are refused.
 """
 
 from typing import Any

@@ -151,11 +151,16 @@ def test_an_interruption_waits_for_the_reader_and_forgets_it(make_model, monkeyp
 
     monkeypatch.setattr(Checkpoint, "read", read)
     monkeypatch.setattr(Blocks, "__init__", with_ahead(Blocks.__init__))
-    with ThreadPoolExecutor(1) as other, pytest.raises(KeyboardInterrupt), open_blocks(skeleton, CPU) as blocks:
-        blocks.load(0)
-        assert reading.wait(timeout=30)
-        other.submit(go.set)
-        raise KeyboardInterrupt
+
+    def interrupted(other):
+        with open_blocks(skeleton, CPU) as blocks:
+            blocks.load(0)
+            assert reading.wait(timeout=30)
+            other.submit(go.set)
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as other, pytest.raises(KeyboardInterrupt):
+        interrupted(other)
     assert not any(t.name.startswith("next-block") and t.is_alive() for t in threading.enumerate())
 
 

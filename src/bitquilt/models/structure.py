@@ -53,7 +53,8 @@ class Skeleton:
     def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
 
-        `tensors`: what was read of it already. Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
+        `tensors`: what was read of it already.
+        Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
         """
         load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         module = self.model.get_submodule(path)

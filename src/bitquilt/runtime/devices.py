@@ -13,7 +13,7 @@ _ACTIVATIONS_SHARE = 1 / 4
 
 
 def choose_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, `cuda:1`, or `auto`: the first GPU where there is one. Raises UserError for one that is not here."""
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: the first GPU where there is one. UserError: unknown, or not here."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = name.partition(":")

@@ -16,6 +16,9 @@ from bitquilt.protocols import Recipe
 from bitquilt.types import LayerPlan
 
 
+_HOST = torch.device("cpu")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A run's inputs: model, method, calibration ids `[samples, tokens]` (None if the recipe needs none)."""
@@ -29,7 +32,7 @@ class Job:
     include_head: bool = False
     embedding_bits: int | None = None
     plans: Mapping[str, LayerPlan] | None = None
-    device: torch.device = torch.device("cpu")  # where blocks are computed; what is outside them stays on the host
+    device: torch.device = _HOST  # where blocks are computed; what is outside them stays on the host
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
 
     def batches(self) -> list[slice]:
