@@ -2,29 +2,27 @@
 
     python -m benchmarks.curve                                   # three models, to 4.5 bpw in steps of 0.25
     python -m benchmarks.curve --models stories260k --quick      # two points, few tokens: does it run?
-    python -m benchmarks.curve --models                          # table and plot of what was measured before
+    python -m benchmarks.curve --kept                            # table and plot of what was measured before
 
 Parts: `curve` = cmpq and cmpq+ on a grid of bpw from the smallest that all layers reach; `baselines` = RTN, GPTQ and
 SliM-LLM at 2, 3, 4 bits, group size 32; `equal` = cmpq and its options at exactly the bpw of these; `ablation` = cmpq
 without one of its parts at one bpw. Calibrates (32 x 256 tokens) and measures (8,000 tokens) on different files.
+Finished rows are kept (`benchmarks.rows`): an interrupted run continues, and --again measures anew.
 """
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import bitquilt
 from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
 from benchmarks.quality import TEXTS
-from bitquilt.errors import UserError
+from benchmarks.rows import Run, measured
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import linear_weight
-from bitquilt.models.structure import open_skeleton, quiet_transformers
+from bitquilt.models.structure import open_skeleton
 from bitquilt.packing import storage_bits
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.job import targets
@@ -35,6 +33,7 @@ CURVES = ("cmpq", "cmpq+")
 EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq": ("cmpq", {}),
     "cmpq+": ("cmpq+", {}),
+    "cmpq+, bits by norms": ("cmpq+", {"allocation": "norm"}),
     "cmpq, published": ("cmpq", {"published": True}),
 }
 ASKED = {"outlier_choice": "asked"}
@@ -52,8 +51,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "mean abs": {"statistic": "mean_abs"},
     "max abs": {"statistic": "max_abs"},
     "error table": {"allocation": "error_table"},
-    "compensation (cmpq+)": {"compensation": True},
-    "compensation and error table": {"compensation": True, "allocation": "error_table"},
+    "no gains per row": {"row_gains": "off"},
+    "compensation": {"compensation": True},
+    "compensation and error table (cmpq+)": {"compensation": True, "allocation": "error_table"},
 }
 GROUP_SIZE, HIGHEST, STEP = 32, 4.5, 0.25
 COLUMNS = ["model", "row", "bpw", "nominal_bits", "kl_mean", "perplexity", "top1_agreement", "seconds"]
@@ -79,33 +79,7 @@ def grid_points(model: str, recipe: str) -> list[float]:
         except ValueError:
             continue
         points.append(i * STEP)
-    return sorted(points, key=lambda point: point * 2 % 1)  # every other one first: half a run is a coarse curve
-
-
-def measure(model: str, row: str, recipe: str, options: dict[str, Any], size: dict[str, int]) -> dict[str, Any]:
-    """One run: true size, KL and perplexity."""
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
-    source = SHARED / "models" / model
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        started = time.perf_counter()
-        out = Path(folder) / "out"
-        result = bitquilt.quantize(
-            source, make_recipe(recipe, **options), calibration, out, samples=size["samples"], seq_len=256
-        )
-        seconds = time.perf_counter() - started
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=size["tokens"])
-    value = {
-        "model": model,
-        "row": row,
-        "bpw": result.report["bpw"],
-        "nominal_bits": result.report["nominal_bits"],
-        "kl_mean": score.kl_mean,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
-        "seconds": round(seconds, 1),
-    }
-    print(json.dumps(value), flush=True)
-    return value
+    return points
 
 
 def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
@@ -120,10 +94,13 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
             bpw = rtn_bpw(shapes, bits)
             yield from (("equal", row, name, {"bpw": bpw, **options}) for row, (name, options) in EQUAL.items())
     if "curve" in arguments.parts:
-        for row in CURVES:
-            points = grid_points(model, row)
-            points = [min(points), max(points)] if arguments.quick else points
-            yield from (("curve", row, row, {"bpw": point}) for point in points)
+        reach = {row: grid_points(model, row) for row in CURVES}
+        for coarse in (True, False):  # every other point first: half a run is a coarse curve
+            for row, points in reach.items():
+                chosen = [p for p in points if (p / STEP % 2 == 0) == coarse]
+                if arguments.quick:
+                    chosen = [min(points), max(points)] if coarse else []
+                yield from (("curve", row, row, {"bpw": point}) for point in chosen)
     if "ablation" in arguments.parts:
         for row, options in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
             yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}
@@ -136,19 +113,16 @@ def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int) -> float:
     return total / sum(rows * columns for rows, columns in shapes.values())
 
 
-def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -> None:
-    """Every run, each kept as soon as it is done; rows of an earlier call that this one does not repeat stay."""
-    path = OUTPUT / f"curve-{model}.json"
-    kept = json.loads(path.read_text())["results"] if path.is_file() and not arguments.quick else []
-    results = [r for r in kept if r["part"] not in arguments.parts]
+def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -> list[dict[str, Any]]:
+    """Every row that is asked for."""
+    results = []
     for part, row, recipe, options in runs(model, arguments):
-        try:
-            found = measure(model, row, recipe, options, size)
-        except UserError as error:  # a table per channel is dear on a narrow layer: out of reach is a result too
-            print(f"{model}, {row}: {error}", flush=True)
+        known = measured(Run(model, recipe, options, size["samples"], size["tokens"]), arguments.again, arguments.kept)
+        if known is None:  # a table per channel is dear on a narrow layer: out of reach is a result too
             continue
-        results.append({"part": part, **found})
-        path.write_text(json.dumps({"stamp": stamp(), "results": results}, indent=1))
+        results.append({"part": part, "row": row, **{key: known[key] for key in COLUMNS if key in known}})
+        print(json.dumps(results[-1]), flush=True)
+    return results
 
 
 def not_monotone(results: list[dict[str, Any]]) -> list[str]:
@@ -189,21 +163,22 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), help="none: plot only")
+    parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS))
     parts = ["baselines", "equal", "curve", "ablation"]
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--ablation-bpw", type=float, default=3.0)
     parser.add_argument("--quick", action="store_true", help="few points, few tokens: to see that it runs")
+    parser.add_argument("--again", action="store_true", help="measure kept rows anew")
+    parser.add_argument("--kept", action="store_true", help="table and plot of the rows that are kept, no others")
     arguments = parser.parse_args()
     size = {"samples": 8, "tokens": 1_500} if arguments.quick else {"samples": 32, "tokens": 8_000}
     OUTPUT.mkdir(exist_ok=True)
-    for model in arguments.models:
-        run_model(model, arguments, size)
-    files = [OUTPUT / f"curve-{model}.json" for model in TEXTS]
-    results = [r for file in files if file.is_file() for r in json.loads(file.read_text())["results"]]
+    results = [row for model in arguments.models for row in run_model(model, arguments, size)]
+    (OUTPUT / "curve.json").write_text(json.dumps({"stamp": stamp(), "results": results}, indent=1))
     table = markdown_table(["part", *COLUMNS], results)
     (OUTPUT / "curve.md").write_text(table)
-    draw(results, ROOT / "docs" / "img" / "curve.png")
+    if not arguments.quick:
+        draw(results, ROOT / "docs" / "img" / "curve.png")
     print(table)
     print("not monotone:", "; ".join(not_monotone(results)) or "nowhere")
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 BENCHMARKS = (
-    "layer", "clustering", "channels", "kernels", "activations", "memory", "crash", "quality", "curve",
+    "layer", "clustering", "channels", "kernels", "activations", "memory", "crash", "quality", "curve", "recipes",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Does a proxy know which layer hurts? Predicted loss of each layer at each width against the measured truth.
 
     python -m benchmarks.sensitivity                       # three models, slim-llm, group size 32
-    python -m benchmarks.sensitivity --models stories260k --widths 2 3
+    python -m benchmarks.sensitivity --models demo --widths 2 3 --layers 14 --windows 16     # drawn at random
 
 Truth: one layer quantized by the recipe at one width, everything else in full precision, KL on held-out text. Reported
 are Spearman's rank correlation over the layers at each width, and the ratio of the sums (1 = the unit is right).
@@ -9,6 +9,7 @@ are Spearman's rank correlation over the layers at each width, and the ratio of 
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -36,9 +37,11 @@ METHODS = ("kfac", "activation")
 WINDOWS = 48
 
 
-def truth(model: Any, ids: Tensor, held_out: Tensor, recipe: Any, widths: list[int]) -> dict[str, list[float]]:
-    """KL [widths] of every linear layer in a block, quantized alone."""
-    linears = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and ".layers." in f".{n}."}
+def truth(
+    model: Any, ids: Tensor, held_out: Tensor, recipe: Any, widths: list[int], names: list[str]
+) -> dict[str, list[float]]:
+    """KL [widths] of each of these linear layers, quantized alone."""
+    linears = {name: model.get_submodule(name) for name in names}
     with torch.no_grad():
         stats = collect(linears, (model(part) for part in ids.split(16)), hessian=True, sample=0, tokens=ids.numel())
         expected = torch.cat([model(part).logits.log_softmax(-1) for part in held_out.split(16)])
@@ -65,8 +68,10 @@ def divergence(model: Any, ids: Tensor, expected: Tensor) -> float:
     return total / ids.numel()
 
 
-def compare(name: str, recipe_name: str, widths: list[int], group_size: int) -> list[dict[str, Any]]:
-    """A row per proxy and width."""
+def compare(
+    name: str, recipe_name: str, widths: list[int], group_size: int, count: int | None, number: int
+) -> list[dict[str, Any]]:
+    """A row per proxy and width, over `count` layers drawn at random, and `number` windows of text."""
     source = SHARED / "models" / name
     skeleton = open_skeleton(open_checkpoint(source))
     calibration, evaluation = (SHARED / "text" / text for text in TEXTS[name])
@@ -80,11 +85,14 @@ def compare(name: str, recipe_name: str, widths: list[int], group_size: int) -> 
         vocabulary=vocabulary,
         progress=lambda _: None,
     )
-    held_out = windows(token_stream(evaluation, load_tokenizer(source), vocab_size=vocabulary), 256, WINDOWS, 1)
+    held_out = windows(token_stream(evaluation, load_tokenizer(source), vocab_size=vocabulary), 256, number, 1)
     recipe = make_recipe(recipe_name, group_size=group_size)
+    layers = list(all_targets(skeleton, (), include_head=False))
+    if count is not None:
+        layers = sorted(random.Random(0).sample(layers, count), key=layers.index)
     started = time.perf_counter()
     measured = truth(
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), ids, held_out, recipe, widths
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), ids, held_out, recipe, widths, layers
     )
     seconds = {"truth": time.perf_counter() - started}
     rows = []
@@ -93,16 +101,16 @@ def compare(name: str, recipe_name: str, widths: list[int], group_size: int) -> 
             started = time.perf_counter()
             found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None, method=method)
             seconds[method] = time.perf_counter() - started
-        layers = list(all_targets(skeleton, (), include_head=False))
         for i, bits in enumerate(widths):
             guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]
             right = [measured[n][i] for n in layers]
             rows.append({
-                "model": name, "proxy": method, "bits": bits, "rank correlation": float(spearmanr(guess, right)[0]),
+                "model": name, "proxy": method, "bits": bits, "layers": len(layers),
+                "rank correlation": float(spearmanr(guess, right)[0]),
                 "sum predicted": sum(guess), "sum measured": sum(right),
                 "measured / predicted": sum(right) / sum(guess),
                 "seconds": round(seconds[method], 1), "seconds of the truth": round(seconds["truth"], 1),
-                "layers": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
+                "by layer": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
             })  # fmt: skip
     return rows
 
@@ -113,16 +121,20 @@ def main() -> None:
     parser.add_argument("--recipe", default="slim-llm")
     parser.add_argument("--widths", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="so many, drawn at random (default: all)")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of 256 tokens")
     arguments = parser.parse_args()
     rows = []
     with quiet_transformers():
         for model in arguments.models:
-            rows += compare(model, arguments.recipe, arguments.widths, arguments.group_size)
+            rows += compare(
+                model, arguments.recipe, arguments.widths, arguments.group_size, arguments.layers, arguments.windows
+            )
             for row in rows[-2 * len(arguments.widths) :]:
-                print(json.dumps({key: value for key, value in row.items() if key != "layers"}), flush=True)
+                print(json.dumps({key: value for key, value in row.items() if key != "by layer"}), flush=True)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "sensitivity.json").write_text(json.dumps({"stamp": stamp(), "results": rows}, indent=1))
-    columns = [key for key in rows[0] if key != "layers"]
+    columns = [key for key in rows[0] if key != "by layer"]
     (OUTPUT / "sensitivity.md").write_text(table := markdown_table(columns, rows))
     print(table)
 

@@ -71,7 +71,7 @@ _QWEN3_MOE = {
 }
 
 # name -> (model class, config class, fields); the windows are shorter than the calibration sequences
-_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _COMMON),
     "llama-tied-bias": (
         "LlamaForCausalLM",
@@ -111,7 +111,7 @@ def _no_progress_bars() -> None:
 
 
 def _build(family: str, seed: int, dtype: torch.dtype, fields: dict[str, Any]) -> transformers.PreTrainedModel:
-    model_class, config_class, own = _FAMILIES[family]
+    model_class, config_class, own = FAMILIES[family]
     config = getattr(transformers, config_class)(**{**own, **fields})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

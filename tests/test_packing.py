@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,21 @@ def test_the_size_model_is_the_size(kind):
 def test_layout_survives_json(kind):
     layout = make_weight(kind).layout
     assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
+
+
+def test_gains_of_rows_are_stored_counted_and_read_again():
+    plain = make_weight("shared_table")
+    rows = plain.layout.out_features
+    gains = (torch.rand(rows, generator=torch.Generator().manual_seed(3)) + 0.5).to(torch.float8_e4m3fn)
+    weight = replace(plain, row_gains=gains)
+    tensors = pack(weight)
+    assert storage_bits(weight.layout) == storage_bits(plain.layout) + 8 * rows
+    assert layout_from_json(json.loads(json.dumps(layout_to_json(weight.layout)))) == weight.layout
+    again = unpack(tensors, weight.layout)
+    assert again.layout == weight.layout
+    assert torch.equal(naive_dense(again), gains.float().unsqueeze(1) * naive_dense(plain))
+    with pytest.raises(ValueError, match=r"row_gains is missing"):
+        check_tensors({k: t for k, t in tensors.items() if k != "row_gains"}, weight.layout, "weight")
 
 
 def test_orders_that_a_segment_map_says_are_stored_as_one():

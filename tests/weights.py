@@ -146,4 +146,7 @@ def naive_dense(weight: QuantizedWeight) -> Tensor:
         for row in range(len(pointers) - 1):
             for entry in range(pointers[row], pointers[row + 1]):
                 dense[row, int(weight.outliers.columns[entry])] += float(weight.outliers.values[entry])
+    if weight.row_gains is not None:
+        for row, gain in enumerate(weight.row_gains.float().tolist()):
+            dense[row] *= gain
     return dense

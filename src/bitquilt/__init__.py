@@ -8,6 +8,12 @@
 Importing the package registers the checkpoint format with transformers.
 """
 
+# torch and transformers make a million objects that stay: looking for garbage among them took 0.6 of 4.1 s
+import gc
+
+_collecting = gc.isenabled()
+gc.disable()
+
 import bitquilt.integrations.transformers  # noqa: F401  registers the format
 from bitquilt._version import __version__
 from bitquilt.allocation.budget import Budget
@@ -15,6 +21,10 @@ from bitquilt.api import Result, load, quantize
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.evaluation import Evaluation, evaluate
 from bitquilt.fit import Outlook, measure_model, plan
+
+if _collecting:
+    gc.enable()
+del gc, _collecting
 
 __all__ = [
     "Budget",

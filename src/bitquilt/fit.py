@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
-from bitquilt.runtime.memory import memory_bytes
 from bitquilt.runtime.outlook import estimate, permits
-from bitquilt.runtime.planning import Planned, Planner, plan_json
+from bitquilt.runtime.planning import Planned, Planner
+from bitquilt.runtime.plans import plan_json
 from bitquilt.runtime.progress import Observer, Stage, Untouched, silent
 from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.sensitivities import measure
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Method, Sensitivities, read_sensitivities
+from bitquilt.runtime.tune import training_bytes
 from bitquilt.sensitivity.together import perplexity_range
-from bitquilt.types import LayerPlan
+from bitquilt.types import LayerPlan, Layout
 from bitquilt.wish import Wish, wish
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
@@ -51,10 +53,11 @@ class Outlook:
     planned: Planned
     summary: dict[str, Any]
     untouched: tuple[Untouched, ...]
+    embedding_bits: int | None = None
 
     def plan_json(self) -> dict[str, Any]:
         """The content of a plan.json for `quantize --plan`."""
-        return plan_json(recipe_json(self.wish.recipe), self.planned.plans)
+        return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.embedding_bits)
 
 
 def plan(
@@ -68,6 +71,7 @@ def plan(
     tie: bool = False,
     skip: Sequence[str] = (),
     include_head: bool = False,
+    embedding_bits: int | None = None,
     samples: int = 128,
     seq_len: int = 2048,
     **options: Any,
@@ -76,6 +80,7 @@ def plan(
 
     Without `budget` the recipe's own bits. `sensitivities`: a file that `measure_model` wrote, to give bits out by what
     they are worth; without, every layer gets the same. `tie`: layers that serving engines fuse share their bits.
+    `embedding_bits`: the token embedding in so many bits, which the budget counts.
     `samples`, `seq_len`: of the quantization whose time is estimated. Raises UserError for what the caller can mend,
     an unreachable budget among it (`Unreachable`).
     """
@@ -87,15 +92,18 @@ def plan(
     shapes = shapes_of(layers)
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
-    planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties)
+    planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, embedding_bits=embedding_bits)
+    embedding = planner.embedding
     own = wanted.budget is None
     planned = planner.plan(wanted.budget or _own_budget(wanted.recipe), "uniform" if own else wanted.scope)
-    untouched = survey(skeleton, layers)
+    untouched = survey(skeleton, {*layers, *([] if embedding is None else [embedding.path])})
     tokens = samples * clip_to_context(seq_len, checkpoint)[0]
     measures = not own and wanted.scope != "uniform" and known is None
     search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
-    memory = memory_bytes(skeleton, planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
+    trains = training_bytes(wanted.recipe, skeleton, shapes, clip_to_context(seq_len, checkpoint)[0])
+    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains)
+    memory = planner.memory(planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
     least, most = planner.reach(Budget("size", 1.0))
     budget_value = wanted.values.get("budget")
     summary = {
@@ -113,8 +121,8 @@ def plan(
         "estimate": asdict(outlook),
         "layers": {
             name: {
-                "shape": list(shapes[name]),
-                "bits": _counts(planned.plans[name].bits),
+                "shape": [layout.out_features, layout.in_features],
+                "bits": _counts(planned.plans[name].bits if name in planned.plans else _one_width(layout)),
                 "bpw": bits_per_weight(layout),
                 "nominal_bits": layout.nominal_bits,
                 "bytes": storage_bits(layout) // 8,
@@ -124,11 +132,11 @@ def plan(
         },
         "tied": [list(names) for names in ties],
         "untouched": [asdict(item) for item in untouched],
-        "permits": permits(planned.layouts),
-        "prediction": _prediction(planned, known),
+        "permits": permits({name: planned.layouts[name] for name in shapes}),
+        "prediction": _prediction(planned, known, embedding is not None),
         "sensitivities": None if sensitivities is None else str(sensitivities),
     }
-    return Outlook(wanted, planned, summary, untouched)
+    return Outlook(wanted, planned, summary, untouched, embedding_bits)
 
 
 def measure_model(
@@ -182,23 +190,34 @@ def _own_budget(recipe: Recipe) -> Budget:
     return Budget("bpw", bpw) if bpw is not None else Budget("bits", float(getattr(recipe, "bits")))  # noqa: B009
 
 
+def _one_width(layout: Layout) -> list[int]:
+    """Of the embedding, which no plan gives out."""
+    form, width = layout.segments[0]
+    return [form.bits] * -(-width // form.group_size)
+
+
 def _counts(bits: Sequence[int]) -> dict[str, int]:
     counts = np.bincount(np.asarray(bits))
     return {str(width): int(counts[width]) for width in np.flatnonzero(counts)}
 
 
-def prediction(losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities) -> dict[str, Any]:
-    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows."""
+def prediction(
+    losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities, embedding: bool = False
+) -> dict[str, Any]:
+    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows. What an
+    `embedding` in few bits costs is in neither, which `without` says."""
     found: dict[str, Any] = {"kl": sum(losses.values()), "perplexity_full_precision": known.perplexity}
     if known.perplexity is not None and not any(1 in plan.bits for plan in plans.values()):
         found["ppl_range"] = list(perplexity_range(found["kl"], known.perplexity))
+    if embedding:
+        found["without"] = "the embedding's rounding"
     return found
 
 
-def _prediction(planned: Planned, known: Sensitivities | None) -> dict[str, Any] | None:
+def _prediction(planned: Planned, known: Sensitivities | None, embedding: bool) -> dict[str, Any] | None:
     if known is None or planned.loss is None:
         return None
-    return prediction(planned.losses, planned.plans, known)
+    return prediction(planned.losses, planned.plans, known, embedding)
 
 
 def open_planner(
@@ -208,11 +227,14 @@ def open_planner(
     sensitivities: Sensitivities | None = None,
     *,
     ties: Sequence[Sequence[str]] = (),
+    embedding_bits: int | None = None,
 ) -> Planner:
-    """A planner for these layers. Raises UserError for a recipe that cannot be planned."""
+    """A planner for these layers, and the embedding if it is to take few bits. Raises UserError for a recipe that
+    cannot be planned, or an embedding that has to stay as it is."""
     if not isinstance(recipe, Plannable):
         raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
-    return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties)
+    embedding = embedding_to_be(skeleton, embedding_bits)
+    return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, embedding=embedding)
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
@@ -242,10 +264,12 @@ def measure_sensitivities(
     method: Method = "kfac",
     seed: int = 0,
     observer: Observer,
+    at: Path | None = None,
 ) -> Sensitivities:
-    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out."""
+    """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out.
+    `at`: measured in this quantized checkpoint of the model, a second round."""
     job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head)
-    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe))
+    return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe), at=at)
 
 
 def file_hash(path: str | Path) -> str:

@@ -64,6 +64,8 @@ def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
         specs["outlier_values"] = TensorSpec((layout.outliers,), torch.float16)
         specs["outlier_columns"] = TensorSpec((layout.outliers,), _index_dtype(columns - 1))
         specs["outlier_rows"] = TensorSpec((rows + 1,), _index_dtype(layout.outliers))
+    if layout.row_gain_dtype is not None:
+        specs["row_gains"] = TensorSpec((rows,), layout.row_gain_dtype)
     return specs
 
 
@@ -104,6 +106,8 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         tensors["outlier_values"] = weight.outliers.values
         tensors["outlier_columns"] = weight.outliers.columns
         tensors["outlier_rows"] = weight.outliers.rows
+    if weight.row_gains is not None:
+        tensors["row_gains"] = weight.row_gains
     specs = tensor_specs(layout)
     device = tensors["codes_0"].device  # an order of channels may have been made on the host
     return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
@@ -126,7 +130,7 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
         permutation = Permutation(starts // layout.block, layout.block)
     if layout.outliers:
         outliers = Outliers(tensors["outlier_values"], tensors["outlier_columns"], tensors["outlier_rows"])
-    return QuantizedWeight(tuple(segments), permutation, outliers)
+    return QuantizedWeight(tuple(segments), permutation, outliers, tensors.get("row_gains"))
 
 
 def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
@@ -175,6 +179,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
         "ordering": layout.ordering,
         "block": layout.block,
         "outliers": layout.outliers,
+        **({} if layout.row_gain_dtype is None else {"row_gain_dtype": _DTYPE_NAMES[layout.row_gain_dtype]}),
     }
 
 
@@ -204,6 +209,7 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
             value["ordering"],
             int(value["block"]),
             int(value["outliers"]),
+            _SCALE_DTYPES[value["row_gain_dtype"]] if "row_gain_dtype" in value else None,
         )
     except KeyError as error:
         raise ValueError(f"layout of {name}: field or value {error} is missing or unknown") from None

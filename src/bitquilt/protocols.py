@@ -5,7 +5,17 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from bitquilt.types import BlockProblem, BlockSolution, Cost, Layer, LayerPlan, LayerStats, Layout, Solution
+from bitquilt.types import (
+    BlockProblem,
+    Cost,
+    Layer,
+    LayerPlan,
+    LayerStats,
+    Layout,
+    ModelProblem,
+    Solution,
+    TrainedLayers,
+)
 
 
 class Recipe(Protocol):
@@ -49,8 +59,31 @@ class TrainsBlocks(Protocol):
         """Samples that go through the block at once, a power of two; 0 = no training this time."""
         ...
 
-    def train_block(self, problem: BlockProblem) -> BlockSolution:
+    def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Raise ValueError if the block cannot be trained."""
+        ...
+
+
+@runtime_checkable
+class TunesModel(Protocol):
+    """A recipe that trains all blocks together once they are done."""
+
+    @property
+    def tune_batch(self) -> int:
+        """Samples that go through the model at once, a power of two; 0 = no tuning this time."""
+        ...
+
+    @property
+    def tune_bytes(self) -> int:
+        """Memory that tuning takes per weight of the quantized layers, beside a block's own training."""
+        ...
+
+    def keep(self, solution: Solution) -> dict[str, Tensor]:
+        """What tuning needs of a solved layer beside what is stored."""
+        ...
+
+    def tune(self, problem: ModelProblem) -> TrainedLayers:
+        """Raise ValueError if the model cannot be trained."""
         ...
 
 

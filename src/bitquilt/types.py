@@ -61,6 +61,7 @@ class Layout:
     `segments`: (format, width) in stored order, widths summing to `in_features`. `ordering`: how the order of the
     input channels is stored: not at all, as the segment of each block of `block` neighbouring channels (blocks keep
     their order inside a segment), or as a full order of blocks. `outliers`: entries of the sparse remainder.
+    `row_gain_dtype`: of a factor per row, None = there are none.
     """
 
     out_features: int
@@ -69,6 +70,7 @@ class Layout:
     ordering: Ordering = "identity"
     block: int = 0
     outliers: int = 0
+    row_gain_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         total = sum(width for _, width in self.segments)
@@ -119,11 +121,14 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with."""
+    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with.
+
+    `row_gains` `[out]`: a factor for each row of segments and outliers together, or None."""
 
     segments: tuple[Segment, ...]
     permutation: Permutation | None = None
     outliers: Outliers | None = None
+    row_gains: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -137,6 +142,7 @@ class QuantizedWeight:
             self._ordering(),
             self.permutation.block if self.permutation else 0,
             len(self.outliers.values) if self.outliers else 0,
+            None if self.row_gains is None else self.row_gains.dtype,
         )
 
     def _ordering(self) -> Ordering:
@@ -249,7 +255,8 @@ class BlockProblem:
 
     `forward` (weights `[out, in]` by layer, `[batch, tokens, width]`) -> the block's output with these weights; for
     lists of sample numbers below `count`: `inputs`, what the block reads in the quantized model, `outputs`, what the
-    full-precision block makes of it, and `full_outputs`, its output in the full-precision model.
+    full-precision block makes of it, and `full_outputs`, its output in the full-precision model. `told`: after every
+    epoch, how many are done, of how many, and the loss.
     """
 
     name: str
@@ -260,17 +267,40 @@ class BlockProblem:
     inputs: Callable[[Sequence[int]], Tensor]
     outputs: Callable[[Sequence[int]], Tensor]
     full_outputs: Callable[[Sequence[int]], Tensor]
+    told: Callable[[int, int, float], None] = lambda done, of, loss: None
 
 
 @dataclass(frozen=True, eq=False)
-class BlockSolution:
-    """The trained layers; the block's relative error on samples not trained on: at the start, the best, by epoch."""
+class ModelProblem:
+    """A model whose blocks are solved, to be trained as a whole. `plans` and `solutions` by layer, `Solution.details`
+    being what the recipe's `keep` kept of it.
+
+    `blocks`: each block's function, as in `BlockProblem`, and its layers, in order. `targets`: what the last block
+    returns in the full-precision model; `loss` (the same of the trained one, target) -> mean KL of the model's output,
+    nats per token. `told` as in `BlockProblem`.
+    """
+
+    plans: Mapping[str, LayerPlan]
+    solutions: Mapping[str, Solution]
+    blocks: tuple[tuple[Callable[[Mapping[str, Tensor], Tensor], Tensor], tuple[str, ...]], ...]
+    count: int
+    inputs: Callable[[Sequence[int]], Tensor]
+    targets: Callable[[Sequence[int]], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    told: Callable[[int, int, float], None] = lambda done, of, loss: None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayers:
+    """Trained layers, and the loss on samples not trained on: at the start, the best, by epoch. Of a block its error
+    relative to its output, of a model its KL. `notes`: plain values for the report."""
 
     solutions: Mapping[str, Solution]
     events: tuple[Event, ...]
     start_loss: float
     loss: float
     losses: tuple[float, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def group_slices(in_features: int, group_size: int) -> list[slice]:

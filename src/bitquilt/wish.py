@@ -2,14 +2,18 @@
 model where there is one. The recipe's own allocation stands where it decides layer by layer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bitquilt.allocation.budget import Budget
 from bitquilt.allocation.scopes import SCOPES, Scope
 from bitquilt.errors import UserError
+from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
+from bitquilt.types import LayerPlan
+
+_NOT_BOTH = "options {} go with a recipe's name; set them on the recipe itself"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def wish(
             budget = budget or _budget_in(options)
         recipe = make_recipe(recipe, **options)
     elif options:
-        raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
+        raise UserError(_NOT_BOTH.format(sorted(options)))
     if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
         bpw = getattr(recipe, "bpw", None)
         budget = Budget("bpw", bpw) if bpw is not None else Budget("bits", float(recipe.bits))  # type: ignore[attr-defined]
@@ -60,6 +64,84 @@ def wish(
     if budget is not None and not isinstance(recipe, Plannable):
         raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
     return Wish(recipe, budget, scope or "global")
+
+
+def wish_for_plan(
+    made_for: Mapping[str, Any],
+    recipe: str | Recipe | None,
+    options: Mapping[str, Any],
+    budget: Budget | None = None,
+    scope: str | None = None,
+) -> Wish:
+    """A plan says where the bits go: a recipe without a budget. `made_for`: the plan's recipe as plan.json has it; its
+    settings stand where `recipe` and `options` do not say otherwise.
+
+    Raises UserError for a budget beside the plan, and for whatever `make_recipe` refuses.
+    """
+    options = dict(options)
+    name: Any = made_for.get("name") if recipe is None else recipe
+    budgets = [str(budget)] if budget is not None else [f"{options['bpw']} bpw"] if options.get("bpw") else []
+    bits = options.get("bits")
+    if isinstance(bits, float) and not bits.is_integer():
+        budgets.append(f"{bits} bits")
+    if budgets or scope is not None:
+        what = f"budget {budgets[0]}" if budgets else f"allocation {scope}"
+        raise UserError(f"a plan and the {what} both say where the bits go; give one")
+    if isinstance(recipe, str) or recipe is None:
+        if name == made_for.get("name"):
+            kept = {key: value for key, value in made_for.items() if key != "name"}
+            if kept.get("bpw") is not None:
+                kept.pop("bits", None)
+            options = {**kept, **options}
+        recipe = make_recipe(name or "slim-llm", **options)
+    elif options:
+        raise UserError(_NOT_BOTH.format(sorted(options)))
+    return Wish(recipe)
+
+
+def same_embedding(made_for: int | None, bits: int | None) -> int | None:
+    """The bits of the embedding: the plan's, if it was made for some. Raises UserError if the run's are others."""
+    if bits is not None and bits != made_for:
+        planned = "none" if made_for is None else str(made_for)
+        raise UserError(
+            f"embedding bits is {bits}, the plan was made for {planned}: it would take other bytes; leave out "
+            "embedding bits, plan again with them, or set embedding_bits in the plan"
+        )
+    return made_for
+
+
+def check_bytes(
+    made_for: Mapping[str, Any],
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, int]],
+    plans: Mapping[str, LayerPlan],
+) -> None:
+    """Raise UserError if `recipe` would store a plan in other bytes than the recipe that the plan was made for does.
+
+    A plan that names no recipe, or one that cannot be planned, promises no bytes.
+    """
+    if "name" not in made_for or not isinstance(recipe, Plannable):
+        return
+    planned = wish_for_plan(made_for, None, {}).recipe
+    if not isinstance(planned, Plannable):
+        return
+    for name, plan in plans.items():
+        one, other = planned.layout(*shapes[name], plan), recipe.layout(*shapes[name], plan)
+        if one != other:
+            raise UserError(
+                f"the plan was made for {_told(planned, recipe)}: {name} would take {storage_bits(other) // 8} bytes "
+                f"instead of {storage_bits(one) // 8}; leave the recipe to the plan, plan again, or empty "
+                "the plan's recipe: a map alone is for any"
+            )
+
+
+def _told(planned: Recipe, recipe: Recipe) -> str:
+    """What tells two recipes apart, in words."""
+    if planned.name != recipe.name:
+        return f"recipe {planned.name}, not {recipe.name}"
+    names = [f.name for f in fields(planned)]  # type: ignore[arg-type]
+    differ = [n for n in names if n not in ("bits", "bpw") and getattr(planned, n) != getattr(recipe, n)]
+    return f"{planned.name} with " + ", ".join(f"{n}={getattr(planned, n)}, not {getattr(recipe, n)}" for n in differ)
 
 
 def _budget_in(options: dict[str, Any]) -> Budget | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bitquilt
 from bitquilt.cli import bench as verb  # noqa: F401  the module is shadowed by its function of the same name
 from bitquilt.ops import kernels
 
@@ -51,3 +52,14 @@ def test_what_a_user_may_get_wrong(command: Command, tiny: Path) -> None:
     assert command("bench", "/nowhere").code == 2
     assert command("bench", tiny, "--threads", 0).code == 2
     assert command("bench", tiny, "--threads", 5000).code == 2
+
+
+def test_an_embedding_and_a_head_in_few_bits(command: Command, tiny: Path, tmp_path: Path) -> None:
+    """The head is a product like any other; looking up an embedding is none."""
+    out = tmp_path / "small"
+    bitquilt.quantize(tiny, "rtn", out=out, bits=4, group_size=16, embedding_bits=8, include_head=True)
+    ran = command("bench", out, *SMALL, "--no-compare", "--json")
+    assert ran.code == 0, ran.err
+    figures = json.loads(ran.out)
+    assert figures["decoder"] == "native"
+    assert 0 < figures["bytes_per_token"] < figures["file_bytes"]

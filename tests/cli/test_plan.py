@@ -60,12 +60,20 @@ def test_measure_once_plan_often_quantize_the_plan(
     ran = command("plan", tiny, "--bpw", "6", *GROUPS, "--json", "--out", "plan.json")
     second = json.loads(ran.out)
     assert second["prediction"]["kl"] < first["prediction"]["kl"]
-    ran = command("quantize", tiny, "out", "--plan", "plan.json", *data, *GROUPS, "--json")
+    ran = command("quantize", tiny, "out", "--plan", "plan.json", *data, "--json")  # the group size is the plan's
     assert ran.code == 0
     assert json.loads(ran.out)["folder_bytes"] == second["bytes"]
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == second["bytes"]
     shown = command("plan", tiny, "--bpw", "6", *GROUPS)
     assert "KL about" in shown.out
+    shown = command("plan", tiny, "--bpw", "4.8", "--embedding-bits", "4", *GROUPS)
+    assert "without the embedding's rounding" in shown.out
+    ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--set", "symmetric=true")
+    assert ran.code == 2
+    assert "symmetric=False, not True" in ran.err
+    ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--bits", "2.5")
+    assert ran.code == 2
+    assert "a plan and the budget 2.5 bits both say" in ran.err
 
 
 def test_the_flags_of_quantize(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:

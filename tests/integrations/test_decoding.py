@@ -18,9 +18,11 @@ from transformers import (
 )  # fmt: skip
 
 from bitquilt.integrations.decoding import Decoder
+from bitquilt.models.embedding import QuantizedEmbedding, put_embedding
 from bitquilt.models.linear import QuantizedLinear, replace_module
 from bitquilt.ops import kernels
 from bitquilt.recipes.rtn import RTN
+from bitquilt.solvers.symmetric import round_symmetric
 from bitquilt.types import Layer, uniform_plan
 
 pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
@@ -79,6 +81,24 @@ def test_half_precision(dtype):
     assert logits is not None
     expected = model(ids[None]).logits[0, -1].float()
     assert float((logits - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_quantized_head(tied):
+    """Of its own codes, or those of the embedding."""
+    model = quantized(LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    stored = round_symmetric(model.lm_head.weight.detach(), 6, 16)
+    if tied:
+        put_embedding(model, "model.embed_tokens", QuantizedEmbedding.from_weight(stored))
+    else:
+        model.lm_head = QuantizedLinear.from_weight(stored)
+    ids = torch.arange(12)
+    decoder = Decoder.of(model, 13)
+    assert decoder is not None
+    assert decoder.begin(ids) is not None
+    expected = model(torch.cat([ids, torch.tensor([7])])[None]).logits[0, -1]
+    torch.testing.assert_close(decoder.step(7), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -148,5 +168,9 @@ def test_layers_that_do_not_fit_are_named():
         decoder.add_layer([good] * 7, [0] * 13, 0)
     with pytest.raises(ValueError, match="no ends yet"):
         decoder.step(0, 0, 0, 2, 1)
-    with pytest.raises(ValueError, match="a norm, a head"):
-        decoder.set_ends(0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="a norm, cosines and sines"):
+        decoder.set_ends(0, 0, 0)
+    with pytest.raises(ValueError, match="a decoder has a head"):
+        decoder.set_head(0, 0)
+    with pytest.raises(ValueError, match=r"the head is \[64, 64\], not \[10, 64\]"):
+        decoder.set_product_head(good)

@@ -16,29 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from bitquilt import Result
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.runtime.progress import Started
+from tests.conftest import FAMILIES
 
-CASES = [
-    ("llama", "slim-llm"),
-    ("llama", "rtn"),
-    ("llama-tied-bias", "slim-llm"),
-    ("qwen2", "gptq"),
-    ("qwen3", "slim-llm"),
-    ("mistral", "slim-llm"),
-    ("gemma2", "slim-llm"),
-    ("gemma3", "slim-llm"),
-    ("phi3", "slim-llm"),
-    ("phi3", "rtn"),
-    ("opt", "slim-llm"),
-    ("opt-projected", "gptq"),
-    ("gpt2", "slim-llm"),
-    ("gpt2", "rtn"),
-    ("gpt-neox", "slim-llm"),
-    ("olmo2", "slim-llm"),
-    ("mixtral", "slim-llm"),
-    ("qwen3-moe", "gptq"),
-    ("bert", "rtn"),
-    ("bert", "slim-llm"),
-]
+CASES = [(family, "rtn") for family in FAMILIES]  # all recipes on all of them: tests/recipes/test_everywhere.py
 BLOCKS = (".layers.", ".layer.", ".h.")
 SHORTEST = ["llama", "phi3", "gpt2", "bert"]
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bitquilt.models.linear import QuantizedLinear, is_linear, linear_weight, replace_linears
 from bitquilt.recipes.rtn import RTN
 from bitquilt.types import Layer, Layout, QuantizedWeight, uniform_plan
-from tests.weights import make_weight
+from tests.weights import make_weight, naive_dense
 
 OUT, IN = 24, 40
 
@@ -48,6 +49,30 @@ def test_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     # A faster body may round elsewhere than the reference: see tests/ops.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(module(x), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["shared_table", "outliers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_gains_of_rows_come_after_the_product_and_before_the_bias(kind: str, dtype: torch.dtype, tokens: int) -> None:
+    plain = make_weight(kind)
+    out, width = plain.layout.out_features, plain.layout.in_features
+    gains = (4 * torch.rand(out, generator=torch.Generator().manual_seed(1)) + 0.1).to(torch.float8_e4m3fn)
+    shift = torch.arange(out, dtype=torch.float32)
+    module = QuantizedLinear.from_weight(replace(plain, row_gains=gains), shift)
+    dense = gains.float().unsqueeze(1) * naive_dense(plain)
+    torch.testing.assert_close(module.dequantize(), dense)
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = nn.functional.linear(x.double(), dense.double(), shift.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-5}[dtype]
+    for moved in (module, module.to(dtype)):
+        assert moved.get_buffer("row_gains").dtype == torch.float8_e4m3fn
+        output = moved(x)
+        assert output.dtype == dtype
+        assert float((output - expected).abs().max()) < tolerance * float(expected.abs().max())
+    x = x.float().requires_grad_()
+    module.float()(x).sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(dim=0).expand(tokens, width), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

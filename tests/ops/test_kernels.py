@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -187,6 +188,46 @@ def test_unpacking_for_many_tokens_equals_the_reference(level, dtype):
     assert torch.equal(module(x), reference.quantized_matmul(x, *module._stored(), None, ROWS))
 
 
+def sorted_outliers(columns, rows=ROWS):
+    """Three entries in every row, at rising columns: as recipes store them."""
+    g = torch.Generator().manual_seed(6)
+    where = torch.stack([torch.randperm(columns, generator=g)[:3].sort().values for _ in range(rows)]).view(-1)
+    values = torch.randn(3 * rows, generator=g).half() * 4
+    return Outliers(values, where.to(torch.int32), (3 * torch.arange(rows + 1)).to(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize(("width", "rows"), [(640, 70), (333, 137), (7, 3)])
+def test_codebooks_unpacked_to_halves_equal_the_reference(level, bits, width, rows, dtype):
+    """Strips of columns and blocks of rows that end anywhere, a segment behind, outliers before the rounding."""
+    parts = (codebook_segment(bits, width, rows=rows), uniform_segment(3, 13, 8, rows=rows))
+    for extra in (None, sorted_outliers(width + 13, rows)):
+        module = QuantizedLinear.from_weight(QuantizedWeight(parts, None, extra))
+        expected = reference.dequantize(*module._stored(), rows).to(dtype)
+        for first in (0, rows // 2):
+            out = torch.empty(rows - first, width + 13, dtype=dtype)
+            assert torch.equal(kernels.dense(kernels.handle(module._stored(), rows), out, first), expected[first:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("extra", [None, outliers(300), sorted_outliers(300)])
+def test_many_tokens_of_a_weight_in_another_order(level, dtype, extra):
+    """The input is put in order, not the weight; columns as stored and as they were are the same weight."""
+    parts = (uniform_segment(2, 100, 24, 1, rows=ROWS), codebook_segment(3, 200, 2, rows=ROWS))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    weight = QuantizedWeight(parts, Permutation(order, 1), extra)
+    module = QuantizedLinear.from_weight(weight)
+    check(weight, inputs(40, 300, dtype))
+    handle = kernels.handle(module._stored(), ROWS)
+    expected = reference.dequantize(*module._stored(), ROWS).to(dtype)
+    assert torch.equal(kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype)), expected)
+    assert torch.equal(kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype), as_stored=True), expected[:, order])
+    x = inputs(3, 300, dtype)
+    assert torch.equal(kernels.in_stored_order(x, handle), x[:, order])
+    assert torch.equal(kernels.in_stored_order(x[:, ::2].repeat(1, 2), handle), x[:, ::2].repeat(1, 2)[:, order])
+
+
 def test_unpacking_some_rows_at_a_time(level, monkeypatch):
     monkeypatch.setattr(kernels, "_TILE_ROWS", 64)
     weight = QuantizedWeight((uniform_segment(3, 300, 64, rows=150),))
@@ -271,15 +312,23 @@ def test_threads_do_not_change_the_result(level):
         for _ in range(5):
             outputs[index] = module(x)
 
+    before = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
     torch.set_num_threads(2)
     try:
         assert torch.equal(module(x), expected)
+        if before:  # one worker beside each caller's own thread, whoever calls
+            assert len(os.listdir("/proc/self/task")) <= before + 1
         assert torch.equal(module.dequantize(), reference.dequantize(*module._stored(), 1000))
+        many = len(os.listdir("/proc/self/task")) if before else 0
         threads = [threading.Thread(target=work, args=(i,)) for i in range(len(outputs))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        deadline = time.monotonic() + 10  # a thread that was joined is listed a moment longer
+        while before and len(os.listdir("/proc/self/task")) > many:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(output, expected) for output in outputs)

@@ -7,7 +7,7 @@ import torch
 
 import bitquilt
 from bitquilt.errors import UserError
-from bitquilt.packing import pack
+from bitquilt.packing import pack, storage_bits
 from bitquilt.recipes import make_recipe
 from bitquilt.types import Layer
 from tests.recipes.test_contract import make_layer
@@ -45,6 +45,35 @@ def test_plans(allocation):
     assert len(plans["l3"].bits) == 5
 
 
+@pytest.mark.parametrize("options", [{}, {"allocation": "hawq2", "palette": (2, 3, 4, 5)}])
+def test_true_bits_are_met_from_below(options):
+    """The largest layer is the step; scales and zeros of ragged groups are counted."""
+    shapes = {"a": (20, 44), "b": (33, 40), "c": (64, 17), "d": (12, 96)}
+    sensed, layouts = {}, {}
+    for bpw in (4.9, 5.6, 6.3):
+        recipe = make_recipe("aptq", bpw=bpw, group_size=8, **options)
+        recipe.check_layers(shapes)
+        for i, (name, (out, width)) in enumerate(shapes.items()):
+            layer = make_layer(out=out, width=width, seed=i)
+            sensed[name] = recipe.sense(Layer(name, layer.weight, None, None), trace=10.0**i)
+        plans = recipe.plan_model(sensed)
+        for i, (name, (out, width)) in enumerate(shapes.items()):
+            layer = make_layer(out=out, width=width, seed=i)
+            layouts[name] = recipe.quantize(layer, plans[name], recipe.prepare(layer.stats)).weight.layout
+        weights = sum(out * width for out, width in shapes.values())
+        stored = sum(map(storage_bits, layouts.values()))
+        assert bpw * weights - 2 * 33 * 40 - 2 * 64 * 17 < stored <= bpw * weights
+
+
+def test_a_target_that_the_layers_cannot_have_is_refused_with_what_they_can(make_model, quantize_tiny, tmp_path):
+    for bpw in (2.0, 9.0):
+        with pytest.raises(UserError, match=rf"bpw is {bpw:g}; with palette \(2, 4\).* reach 4\.\d+ to 6\.\d+"):
+            quantize_tiny(make_model(), tmp_path / "out", make_recipe("aptq", bpw=bpw, group_size=8))
+    assert not (tmp_path / "out.work").exists()
+    report = quantize_tiny(make_model(), tmp_path / "out", make_recipe("aptq", bpw=5.5, group_size=8)).report
+    assert 5.0 < report["bpw"] <= 5.5
+
+
 def test_a_larger_palette_needs_hawq2():
     recipe = make_recipe("aptq", bits=3, group_size=8, allocation="hawq2", palette=(2, 3, 4, 8))
     layer = make_layer()
@@ -58,6 +87,8 @@ def test_a_larger_palette_needs_hawq2():
     [
         ({"bits": 1.9}, r"bits is 1\.9; the palette \(2, 4\) reaches 2 to 4"),
         ({"bits": 4.1}, r"bits is 4\.1"),
+        ({"bpw": 0.0}, r"bpw is 0\.0; wanted true bits"),
+        ({"bpw": 3.0, "bits": 3.0}, "two budgets for the same run"),
         ({"palette": (2, 3, 4)}, "allocation=trace takes two widths"),
         ({"palette": (1, 4)}, "layers take 2 to 8 bits"),
         ({"palette": (4, 2)}, "wanted ascending bits"),

@@ -28,7 +28,9 @@ VARIANTS = [
     {"allocation": "error_table"},
     {"allocation": "first", "codebook_dtype": "bfloat16"},
     {"weighting": "none", "outlier_choice": "asked"},
+    {"row_gains": "off"},
     {"compensation": True},
+    {"compensation": True, "row_gains": "off"},
     {"compensation": True, "act_order": False, "allocation": "error_table", "error_outliers": 0.03},
     {"published": True},
     {"published": True, "error_outliers": 0.0, "act_outliers": 0.0},
@@ -53,7 +55,8 @@ def test_contract(options, bits):
     assert layout.in_features == len(plan.bits) == 44
     assert sum(plan.bits) == round(bits * 44)
     assert layout.nominal_bits == pytest.approx(round(bits * 44) / 44)
-    tables = Tables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype)
+    row_gain_dtype = None if recipe.codebook == "channel" or recipe.row_gains == "off" else torch.float8_e4m3fn
+    tables = Tables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype, row_gain_dtype=row_gain_dtype)
     assert layout == channel_layout(layer.weight.shape[0], plan.bits, tables, layout.outliers)
     tensors = pack(solution.weight)
     assert bits_per_weight(layout) == 8 * sum(t.nbytes for t in tensors.values()) / layer.weight.numel()  # law C8
@@ -170,9 +173,9 @@ def test_compensation_lowers_the_layers_output_error():
     assert swept.loss > 0
 
 
-def test_cmpq_plus_is_cmpq_with_compensation():
-    layer = make_layer()
-    one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", compensation=True)))
+def test_cmpq_plus_is_cmpq_with_compensation_and_bits_by_what_they_save():
+    layer, options = make_layer(), {"compensation": True, "allocation": "error_table"}
+    one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", **options)))
     assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
     assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"
 
@@ -269,6 +272,8 @@ def test_missing_statistics_are_named():
         ({"damp": 0}, "damp is 0"),
         ({"codebook_dtype": "float8"}, "float8 goes with codebook=channel"),
         ({"codebook": "row"}, "option 'codebook': got 'row'"),
+        ({"codebook": "channel", "row_gains": "on"}, "row_gains goes with codebook=shared"),
+        ({"bits": 8.5}, "bits is 8.5; the palette reaches means from 1 to 8"),
     ],
 )
 def test_bad_options_are_named_with_the_fix(options, message):
@@ -324,9 +329,11 @@ def test_a_model_too_narrow_for_the_target_is_refused_before_the_work(make_model
 def test_published_is_a_table_per_channel_and_the_shares_as_asked():
     recipe = make_recipe("cmpq", published=True, bpw=4.0)
     assert (recipe.codebook, recipe.outlier_choice, recipe.compensation) == ("channel", "asked", False)
+    assert recipe.row_gains == "off"
     layer = make_layer(out=200, width=64)
     layout = run(recipe, layer)[1].weight.layout
     assert {form.group_size for form, _ in layout.segments} == {1}
+    assert layout.row_gain_dtype is None
     assert layout.outliers >= round(0.005 * 200 * 64)
 
 
@@ -351,6 +358,55 @@ def test_bits_instead_of_outliers_where_these_cost_more_than_they_save():
     )
     assert chosen.layout.nominal_bits > asked.layout.nominal_bits
     assert objective(layer, chosen) < objective(layer, asked)
+
+
+def with_unequal_rows(layer):
+    """Half of the rows eight times as large as the others: queries in front of rotary positions look like that."""
+    weight = layer.weight.clone()
+    weight[: len(weight) // 2] *= 8
+    return Layer(layer.name, weight, layer.bias, layer.stats)
+
+
+@pytest.mark.parametrize("options", [{}, {"compensation": True}, {"allocation": "error_table"}])
+@pytest.mark.parametrize("bpw", [2.6, 3.6, 4.6])
+def test_gains_of_rows_are_used_where_they_pay(options, bpw):
+    alike = make_layer(out=64, width=96, tokens=600)
+    unequal = with_unequal_rows(alike)
+    for layer, pays in ((alike, False), (unequal, True)):
+        auto, on, off = (
+            run(make_recipe("cmpq", bpw=bpw, row_gains=choice, **options), layer)[1] for choice in ("auto", "on", "off")
+        )
+        assert auto.weight.layout == (on if pays else off).weight.layout
+        assert (auto.weight.row_gains is not None) == pays
+        assert bits_per_weight(auto.weight.layout) <= bpw
+        if pays:
+            assert objective(layer, on.weight) < 0.97 * objective(layer, off.weight)
+    if options.get("compensation"):
+        assert on.loss < off.loss
+
+
+def test_the_loss_of_a_sweep_over_gains_of_rows_is_that_of_the_weight():
+    layer = with_unequal_rows(make_layer(out=40, width=48, tokens=500))
+    recipe = make_recipe("cmpq", bits=3, compensation=True, error_outliers=0.0, act_outliers=0.0)
+    solution = run(recipe, layer)[1]
+    error = (naive_dense(solution.weight) - layer.weight).double()
+    hessian = layer.stats.hessian.double() / layer.stats.tokens
+    hessian += recipe.damp * hessian.diagonal().mean() * torch.eye(48)
+    assert solution.loss == pytest.approx(float((error @ hessian * error).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("out", "width"), [(32, 64), (64, 172), (172, 64), (200, 200)])
+def test_bits_by_the_error_table_never_lose_to_bits_by_norms(out, width):
+    """The second table, the padding and the larger map of more widths are paid for before they are used."""
+    layer = with_unequal_rows(make_layer(out=out, width=width, tokens=400))
+    for bpw in (3.1, 3.9, 4.6):
+        options = {"bpw": bpw, "error_outliers": 0.0, "act_outliers": 0.0}
+        by_norm, by_table = (
+            run(make_recipe("cmpq", allocation=choice, **options), layer)[1].weight
+            for choice in ("norm", "error_table")
+        )
+        assert storage_bits(by_table.layout) <= bpw * out * width
+        assert objective(layer, by_table) <= 1.001 * objective(layer, by_norm)
 
 
 def test_a_palette_of_one_width_spends_what_is_left_on_outliers():

@@ -142,6 +142,26 @@ def test_a_lower_target_takes_fewer_bits():
     assert means[1] == pytest.approx(5, abs=0.2)
 
 
+@pytest.mark.parametrize(("out", "width", "alignment"), [(300, 1024, 128), (300, 1024, 32), (64, 160, 32)])
+def test_true_bits_are_met_from_below(out, width, alignment):
+    """To the parts that move at one multiplier; the rows pay for the order of the channels."""
+    layer = wide_layer(width, out)
+    order = 16 / out
+    for target in (4.27, 4.6, 5.4, 6.6, 8.0):
+        recipe = make_recipe("micromix", bpw=target + order, alignment=alignment)
+        recipe.check_layers({layer.name: (out, width)})
+        bpw = bits_per_weight(run(recipe, layer)[1].weight.layout)
+        assert target + order - 2 * 2 * alignment / width < bpw <= target + order
+
+
+def test_a_target_below_four_bits_is_refused_before_the_work(make_model, quantize_tiny, tmp_path):
+    with pytest.raises(UserError, match=r"bpw is 4\.2; model\.layers\.0\.self_attn\.q_proj \(\d+ x \d+\) takes"):
+        quantize_tiny(make_model(), tmp_path / "out", make_recipe("micromix", bpw=4.2))
+    assert not (tmp_path / "out.work").exists()
+    report = quantize_tiny(make_model(), tmp_path / "out", make_recipe("micromix", bpw=6.5, alignment=32)).report
+    assert report["bpw"] <= 6.5
+
+
 def test_without_a_sample_everything_has_eight_bits_and_the_report_says_so():
     layer = make_layer()
     layer = Layer(layer.name, layer.weight, None, LayerStats(torch.eye(44), 1, None))
@@ -189,6 +209,9 @@ def test_gradients_pass_through_the_rounding():
     [
         ({"bits": 3}, "bits is 3; MX elements have 4, 6 or 8, so their mean is 4 to 8"),
         ({"bits": 5, "multiplier": 2}, "give one"),
+        ({"bpw": 5, "multiplier": 2}, "give one"),
+        ({"bpw": 5, "bits": 5}, "two budgets for the same run"),
+        ({"bpw": -1}, "bpw is -1"),
         ({"multiplier": -1}, "multiplier is -1"),
         ({"alignment": 48}, "alignment is 48; wanted a positive multiple of 32"),
         ({"runs": 0}, "runs is 0"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import bitquilt
 from bitquilt import UserError
 from bitquilt.recipes import make_recipe
 from bitquilt.recipes.quilt import Quilt
-from bitquilt.runtime.progress import BlockDone, Stage
-from bitquilt.types import BlockProblem, BlockSolution
+from bitquilt.runtime.progress import BlockDone, Epoch, Stage
+from bitquilt.types import BlockProblem, TrainedLayers
 
 PLUS: dict[str, Any] = {"recipe": "slim-llm+", "epochs": 6, "rate": 5e-2, "batch": 2}
 NORMAL: dict[str, Any] = {"recipe": "quilt", "bits": 2, "effort": "normal", "epochs": 8, "batch": 2}
+BEST: dict[str, Any] = {**NORMAL, "effort": "best", "epochs": 2, "batch": 4, "tune_epochs": 4, "tune_rate": 5e-3}
 
 
 def training_of(work: Path) -> list[dict[str, Any]]:
@@ -38,7 +40,7 @@ def kept_work(run: Callable[..., Any], out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("options", [PLUS, NORMAL], ids=["slim-llm+", "quilt"])
+@pytest.mark.parametrize("options", [PLUS, NORMAL, {**NORMAL, "bits": 3}], ids=["slim-llm+", "quilt", "quilt-3-bits"])
 def test_blocks_get_better_and_the_checkpoint_is_what_was_trained(
     family: str,
     options: dict[str, Any],
@@ -60,20 +62,100 @@ def test_blocks_get_better_and_the_checkpoint_is_what_was_trained(
         assert bool(torch.isfinite(model(torch.arange(3, 13).unsqueeze(0)).logits).all())
 
 
-def test_training_continues_with_the_same_bytes_after_an_interruption(
+@pytest.mark.parametrize(("family", "bits"), [("llama", 2), ("gpt2", 3), ("llama-tied-bias", 2)])
+def test_the_whole_model_does_not_get_worse_and_the_checkpoint_is_what_was_trained(
+    family: str,
+    bits: int,
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    tmp_path: Path,
+) -> None:
+    told: list[Epoch] = []
+    result = quantize_tiny(
+        make_model(family), tmp_path / "out", **{**BEST, "bits": bits},
+        observer=lambda event: told.append(event) if isinstance(event, Epoch) else None,
+    )  # fmt: skip
+    tuning = result.report["tuning"]
+    assert tuning["loss"] == min(tuning["start_loss"], *tuning["losses"])
+    assert result.report["logit_difference"] < 1e-4
+    of_model = [event for event in told if event.where == "the whole model"]
+    assert [event.done for event in of_model] == [0, 1, 2, 3, 4]
+    assert of_model[-1].loss == tuning["loss"]
+    assert all(event.left > 0 for event in of_model[1:-1])
+    layers = result.report["layers"].values()
+    assert all(layer["output_error"] > 0 and layer["seconds"] >= 0 for layer in layers)
+
+
+def test_scales_learn_and_codes_stay_where_the_rate_of_these_is_zero(
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    read_tensors: Callable[[Path], dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    settings = {"bits": 2, "group_size": 8}
+    fast = read_tensors(quantize_tiny(make_model(), tmp_path / "fast", Quilt(**settings), self_samples=58).folder)
+    recipe = Quilt(**settings, effort="best", epochs=0, batch=4, tune_epochs=4, tune_rate=0.0)
+    result = quantize_tiny(make_model(), tmp_path / "scales", recipe, self_samples=58)
+    found = read_tensors(result.folder)
+    assert result.report["training"] == {}
+    assert result.report["tuning"]["loss"] < result.report["tuning"]["start_loss"]
+    assert all(torch.equal(found[name], fast[name]) for name in fast if ".codes_" in name)
+    assert any(not torch.equal(found[name], fast[name]) for name in fast if ".scale_" in name)
+
+
+def test_a_head_of_its_own_is_quantized_after_the_model_is_trained(
     make_model: Callable[..., Path], quantize_tiny: Callable[..., bitquilt.Result], tmp_path: Path
 ) -> None:
+    result = quantize_tiny(make_model(), tmp_path / "out", **BEST, include_head=True)
+    assert "lm_head" in result.report["layers"]
+    assert result.report["tuning"]["loss"] <= result.report["tuning"]["start_loss"]
+    assert result.report["logit_difference"] < 1e-4
+
+
+def test_no_memory_for_the_whole_model_is_said_before_anything_is_computed(
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5, total=10**6))
+    with pytest.raises(
+        UserError, match=r"all blocks together takes .* GB and 0\.0 GB of memory are free; effort=normal"
+    ):
+        quantize_tiny(make_model(), tmp_path / "out", **BEST)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [NORMAL, BEST], ids=["normal", "best"])
+def test_training_continues_with_the_same_bytes_after_every_interruption(
+    options: dict[str, Any],
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    tmp_path: Path,
+) -> None:
+    """Killed after the first block, after an epoch of the whole model, between the blocks that it changed, before the
+    logits."""
+
     class Interrupted(Exception):
         pass
 
-    def interrupt(event: object) -> None:
-        if isinstance(event, BlockDone):
-            raise Interrupted
+    def interrupt(stop: Callable[[Any], bool]) -> None:
+        def observe(event: object) -> None:
+            if stop(event):
+                raise Interrupted
 
-    whole = quantize_tiny(make_model(), tmp_path / "whole", **NORMAL).folder
-    with pytest.raises(Interrupted):
-        quantize_tiny(make_model(), tmp_path / "out", **NORMAL, observer=interrupt)
-    out = quantize_tiny(make_model(), tmp_path / "out", **NORMAL).folder
+        with pytest.raises(Interrupted):
+            quantize_tiny(make_model(), tmp_path / "out", **options, self_samples=4, observer=observe)
+
+    whole = quantize_tiny(make_model(), tmp_path / "whole", **options, self_samples=4).folder
+    interrupt(lambda event: isinstance(event, BlockDone))
+    if options is BEST:
+        interrupt(lambda event: isinstance(event, Epoch) and event.where == "the whole model" and event.done == 2)
+        interrupt(lambda event: isinstance(event, Stage) and event.text == "writing the trained layers of block 2 of 2")
+    interrupt(
+        lambda event: isinstance(event, Stage) and event.text.startswith("computing the quantized model's logits")
+    )
+    out = quantize_tiny(make_model(), tmp_path / "out", **options, self_samples=4).folder
     for path in whole.iterdir():
         if path.name != "report.json":
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
@@ -117,7 +199,7 @@ def test_one_bit_groups_are_trained_too(
 class Falling(Quilt):
     """Training reports an event, as it does when a loss is not finite."""
 
-    def train_block(self, problem: BlockProblem) -> BlockSolution:
+    def train_block(self, problem: BlockProblem) -> TrainedLayers:
         forward = problem.forward
         calls = []
 
@@ -161,6 +243,8 @@ def test_one_sample_is_too_few(
         ("quilt", {"effort": "hard"}, "option 'effort': got 'hard'"),
         ("quilt", {"alpha": 2.0}, r"alpha is 2\.0"),
         ("quilt", {"passes": -1}, "passes is -1"),
+        ("quilt", {"tune_rate": -1.0}, r"tune_rate is -1\.0"),
+        ("quilt", {"tune_epochs": -1}, "epochs is -1"),
         ("gptq", {"act_order": True, "group_order": True}, "two orders of the columns"),
     ],
 )

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from bitquilt import Result, UserError
 from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.runtime import calibration
 from bitquilt.runtime.calibration import context_limit, describe_source, make_calibration
+from bitquilt.runtime.workdir import write_tensors
 
 VOCAB = 64
 
@@ -145,3 +147,37 @@ def test_a_source_is_described_by_its_content(token_file: Path, tmp_path: Path) 
 )
 def test_the_context_is_read_from_the_config(config: dict[str, object], limit: int | None) -> None:
     assert context_limit(config) == limit
+
+
+def test_own_sequences_stand_behind_those_of_the_text(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder, text = make_model(), tmp_path / "text.safetensors"
+    write_tensors(text, {"input_ids": torch.arange(200).remainder(VOCAB)})
+    settings = {"seq_len": 12, "seed": 0, "vocabulary": VOCAB, "progress": lambda _text: None}
+    checkpoint = open_checkpoint(folder)
+    alone = make_calibration(checkpoint, text, samples=5, **settings)
+    mixed = make_calibration(checkpoint, text, samples=5, self_samples=7, **settings)
+    own = make_calibration(checkpoint, "self", samples=7, **settings)
+    assert torch.equal(mixed, torch.cat([alone, own]))
+
+
+def test_own_sequences_beside_a_text_that_is_the_models_own_are_refused(
+    make_model: Callable[..., Path], quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="give more samples instead of self_samples"):
+        quantize_tiny(make_model(), tmp_path / "out", calibration="self", self_samples=4)
+    with pytest.raises(UserError, match="self_samples is -1; wanted 0 or more"):
+        quantize_tiny(make_model(), tmp_path / "out", self_samples=-1)
+
+
+def test_a_cache_that_grows_large_is_sampled_in_smaller_parts(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences at once where the cache of two fills the memory set aside for it."""
+    folder = make_model()
+    checkpoint = open_checkpoint(folder)
+    each = calibration.cache_bytes(checkpoint.config, 2, 12)
+    monkeypatch.setattr(calibration, "_CACHE_BYTES", 2 * each)
+    said: list[str] = []
+    ids = make_calibration(checkpoint, "self", samples=5, seq_len=12, seed=0, vocabulary=VOCAB, progress=said.append)
+    assert ids.shape == (5, 12)
+    assert [text.split(": ")[1].split()[0] for text in said] == ["0", "2", "4"]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bitquilt import Result
@@ -14,7 +16,8 @@ from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import read_layouts
 from bitquilt.models.structure import open_skeleton
 from bitquilt.runtime.memory import cache_bytes, memory_bytes
-from bitquilt.runtime.size import Sizes, file_bytes
+from bitquilt.runtime.size import Sizes, file_bytes, json_bytes
+from bitquilt.runtime.workdir import write_json
 from bitquilt.runtime.writer import write_reports
 
 
@@ -37,6 +40,26 @@ def test_headers_with_every_type_and_odd_names(tmp_path: Path) -> None:
     }  # fmt: skip
     stored = [(name, spelled[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
     assert file_bytes(stored) == (tmp_path / "x.safetensors").stat().st_size
+
+
+_PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.recursive(
+        _PLAIN,
+        lambda inside: (
+            st.lists(inside, max_size=3)
+            | st.dictionaries(st.text(max_size=3), inside, max_size=3)
+            | st.tuples(inside, inside)
+        ),
+        max_leaves=12,
+    )
+)
+def test_json_is_counted_as_it_is_written(tmp_path: Path, value: Any) -> None:
+    write_json(tmp_path / "value.json", value)
+    assert json_bytes(value) == (tmp_path / "value.json").stat().st_size
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "opt", "gpt2", "qwen3-moe"])

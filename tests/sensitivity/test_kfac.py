@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import bitquilt
 from bitquilt.recipes import make_recipe
-from bitquilt.sensitivity.kfac import MEASURED_WIDTHS, activation_rows, width_losses
+from bitquilt.sensitivity.kfac import MEASURED_WIDTHS, activation_rows, corrected, width_losses
 from bitquilt.types import Layer
 
 
@@ -70,3 +71,19 @@ def test_predicted_nats_are_measured_nats(make_model: Callable[..., Path], tmp_p
     assert 0.5 < sum(guesses) / sum(truths) < 2.0
     assert spearmanr(guesses, truths)[0] > 0.7
     assert np.isfinite(guesses).all()
+
+
+def test_a_table_is_corrected_where_it_was_tried_and_less_beyond():
+    table = np.array([[8.0, 2.0, 0.5, 0.125], [4.0, 1.0, 0.25, 0.06]], dtype=np.float32)
+    widths, bits = (1, 2, 3, 4), (2, 3)
+    told = 2.0 + 0.25
+    found = corrected(table, widths, bits, 16 * told)
+    assert found[0, 1] + found[1, 2] == pytest.approx(16 * told)
+    assert found[0].tolist() == pytest.approx([128.0, 32.0, 2.0, 0.25])  # 16, 16, its root, its root's root
+    assert found[1].tolist() == pytest.approx([64.0, 16.0, 4.0, 0.24])
+    assert corrected(table, widths, bits, told).tolist() == table.tolist()
+    assert corrected(table, widths, bits, 1e9 * told).tolist() == corrected(table, widths, bits, 32 * told).tolist()
+    small = corrected(table, widths, bits, told / 16)
+    assert (np.diff(small, axis=1) <= 0).all()
+    assert small[0, 1] + small[1, 2] == pytest.approx(told / 16)
+    assert not corrected(np.zeros_like(table), widths, bits, 1.0).any()

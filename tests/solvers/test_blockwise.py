@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitquilt.solvers.blockwise import Rule, Samples, Trained, Training, train
+from bitquilt.solvers.blockwise import Link, Rule, Samples, Trained, Training, train
 
 RULE = Rule(1e-2)
 
@@ -45,7 +45,7 @@ def samples(count=16, inputs=INPUTS, targets=TARGETS):
 
 
 def run(training, function=forward, part=None, data=None) -> Trained:
-    return train(function, {"layer": part or Scaled(WEIGHT)}, data or samples(), training)
+    return train((Link(function, {"layer": part or Scaled(WEIGHT)}),), data or samples(), training)
 
 
 @pytest.mark.parametrize("rule", [Rule(3e-2), Rule(2e-2, "sign")])
@@ -175,6 +175,71 @@ def test_too_few_samples_and_impossible_settings_are_named():
 
 def test_two_targets_are_added():
     both = Samples(16, lambda c: INPUTS[list(c)], (lambda c: TARGETS[list(c)], lambda c: -TARGETS[list(c)]))
-    start = train(forward, {"layer": Scaled(WEIGHT)}, both, Training(0)).start_loss
+    start = run(Training(0), data=both).start_loss
     parts = [run(Training(0), data=samples(targets=t)).start_loss for t in (TARGETS, -TARGETS)]
     assert start == pytest.approx(sum(parts), rel=1e-4)
+
+
+def test_a_chain_is_trained_as_the_function_it_computes():
+    """Two links, one recomputed: the same values as one link that does both; a batch in parts, too."""
+    g = torch.Generator().manual_seed(2)
+    first, second = torch.randn(6, 6, generator=g), torch.randn(4, 6, generator=g)
+    data = samples(targets=torch.tanh(INPUTS @ (0.8 * first).t()) @ (1.2 * second).t())
+
+    def one(weights, hidden):
+        return torch.tanh(hidden @ weights["one"].t())
+
+    def two(weights, hidden):
+        return hidden @ weights["two"].t()
+
+    parts = {"one": Scaled(first), "two": Scaled(second)}
+    links = (Link(one, {"one": parts["one"]}), Link(two, {"two": parts["two"]}))
+    whole = Link(lambda weights, hidden: two(weights, one(weights, hidden)), parts)
+    training = Training(6, 8)
+    chained, together = train(links, data, training), train((whole,), data, training)
+    assert together.best_loss < 0.9 * together.start_loss
+    assert chained.losses == pytest.approx(together.losses, rel=1e-4)
+    for name in parts:
+        torch.testing.assert_close(chained.values[name], together.values[name], rtol=1e-4, atol=1e-5)
+
+    def small(weights, hidden):
+        if hidden.shape[0] > 2:
+            raise RuntimeError("not enough memory: you tried to allocate 8 bytes")
+        return two(weights, hidden)
+
+    halved = train((links[0], Link(small, links[1].parts)), data, training)
+    assert halved.losses == pytest.approx(together.losses, rel=1e-4)
+    assert [kind for kind, _ in halved.events] == ["training batch halved"] * 2
+
+
+def test_samples_can_bring_their_own_loss_and_every_epoch_is_told():
+    told = []
+    data = Samples(
+        16, lambda c: INPUTS[list(c)], (lambda c: TARGETS[list(c)],), lambda out, to: (out - to).abs().mean()
+    )
+    trained = train((Link(forward, {"layer": Scaled(WEIGHT)}),), data, Training(3, 4), lambda *what: told.append(what))
+    held = torch.randperm(16, generator=torch.Generator().manual_seed(0))[:2]
+    expected = (INPUTS[held] @ WEIGHT.t() - TARGETS[held]).abs().mean()
+    assert trained.start_loss == pytest.approx(float(expected), rel=1e-5)
+    losses = (trained.start_loss, *trained.losses)
+    assert told == [(done, 3, loss) for done, loss in enumerate(losses)]
+
+
+def test_a_value_without_a_rate_stays_and_is_not_asked_for_gradients():
+    @dataclass(frozen=True, eq=False)
+    class Two(Scaled):
+        @property
+        def start(self):
+            return torch.ones(4, 1), torch.zeros(4, 6)
+
+        @property
+        def rules(self):
+            return Rule(1e-2), Rule(0.0)
+
+        def weight(self, values):
+            assert not values[1].requires_grad
+            return self.base * values[0] + values[1]
+
+    trained = run(Training(4, 4), part=Two(WEIGHT))
+    assert trained.best_loss < trained.start_loss
+    assert not trained.values["layer"][1].any()

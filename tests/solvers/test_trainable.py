@@ -7,14 +7,14 @@ import torch
 
 from bitquilt.grids.uniform import RangeSearch, fit
 from bitquilt.hessian import factorize
-from bitquilt.solvers.blockwise import Samples, Training, train
+from bitquilt.solvers.blockwise import Link, Rule, Samples, Training, train
 from bitquilt.solvers.gptq import sweep
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.trainable import Clipping, Rounding
 from bitquilt.types import group_slices
 
 FP32 = {"scale_dtype": torch.float32}
-RATES = (0.01, 3e-3, 1e-2)
+RULES = (Rule(0.01, "sign", -0.5, 0.5), Rule(3e-3, low=0.5, high=2.0))
 
 
 def row(*values):
@@ -84,9 +84,9 @@ def test_gradients_of_the_clipping_are_finite_differences_with_the_rounding_held
 
     def held(u, low):
         if bits == 1:
-            return part._decode(0, (u, low))  # linear in the spread: nothing is rounded but the sign
-        base, zero = part._range(0, tuple(start))
-        scale, _ = part._range(0, (u, low))
+            return part.weight((u, low))  # linear in the spread: nothing is rounded but the sign
+        base, zero = (value.squeeze(1) for value in part._range(tuple(start)))
+        scale = part._range((u, low))[0].squeeze(1)
         code = torch.round(weight / base) + zero
         inside = (code >= 0) & (code <= 2**bits - 1)
         error = torch.round(weight / base) - weight / base
@@ -117,8 +117,8 @@ def swept(request):
 
 def test_training_starts_exactly_at_the_sweep(swept):
     found, groups = swept
-    part = Rounding.of(found, groups, torch.float16, RATES)
-    back = part.export(part.start, groups)
+    part = Rounding.of(found, groups, torch.float16, *RULES)
+    back = part.export(part.start)
     assert torch.equal(back.codes, found.codes)
     torch.testing.assert_close(back.weight, found.weight)
     for one, other in zip(back.grids, found.grids, strict=True):
@@ -129,10 +129,10 @@ def test_training_starts_exactly_at_the_sweep(swept):
 
 def test_the_weight_that_is_trained_is_the_weight_that_is_stored(swept):
     found, groups = swept
-    part = Rounding.of(found, groups, torch.float16, RATES)
+    part = Rounding.of(found, groups, torch.float16, *RULES)
     g = torch.Generator().manual_seed(3)
     values = tuple(v + 0.3 * (torch.rand(v.shape, generator=g) - 0.5) for v in part.start)
-    stored = part.export(values, groups)
+    stored = part.export(values)
     for k, group in enumerate(groups):
         decoded = stored.grids[k].decode(stored.codes[:, group].float())
         torch.testing.assert_close(decoded, part.weight(values)[:, group])
@@ -142,39 +142,50 @@ def test_the_weight_that_is_trained_is_the_weight_that_is_stored(swept):
 
 def test_an_offset_moves_a_code_by_at_most_one_step(swept):
     found, groups = swept
-    part = Rounding.of(found, groups, torch.float16, RATES)
+    part = Rounding.of(found, groups, torch.float16, *RULES)
     for offset in (-0.5, 0.5):
-        _, scale, zero = part.start
-        moved = part.export((torch.full_like(part.aim, offset), scale, zero), groups).codes.int() - found.codes.int()
+        offsets, scale = part.start
+        moved = part.export((torch.full_like(offsets, offset), scale)).codes.int() - found.codes.int()
         assert int((moved * (1 if offset > 0 else -1)).min()) >= 0
         assert int(moved.abs().max()) == 1
 
 
-def test_gradients_of_the_rounding_are_finite_differences_with_the_codes_held(swept):
-    """Straight through: a code's derivative by its offset is 1 inside the range, 0 outside; scales with codes held."""
+def test_a_scale_moves_no_code(swept):
     found, groups = swept
-    part = Rounding.of(found, groups, torch.float32, RATES)
+    part = Rounding.of(found, groups, torch.float16, *RULES)
+    offsets, scale = part.start
+    moved = part.export((offsets, scale * 1.3))
+    assert torch.equal(moved.codes, found.codes)
+    torch.testing.assert_close(moved.weight, 1.3 * found.weight, rtol=2e-3, atol=1e-6)
+
+
+def test_gradients_of_the_rounding_are_finite_differences_with_the_codes_held(swept):
+    """Straight through: a code's derivative by its offset is 1 inside the range, 0 outside. By the scales, of which the
+    value is a linear function, they are finite differences as they stand."""
+    found, groups = swept
+    part = Rounding.of(found, groups, torch.float32, *RULES)
     values = tuple(v.clone().requires_grad_(True) for v in part.start)
-    upstream = torch.randn(part.aim.shape, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(found.codes.shape, generator=torch.Generator().manual_seed(1))
     (part.weight(values) * upstream).sum().backward()
-    scale, zero = part.scale[:, part.group_of], part.zero[:, part.group_of]
-    code = found.codes.float()
-    top = part.top[part.group_of]
-    place = part.aim / scale
-    free = torch.where(part.symmetric[part.group_of], torch.floor(place) + 0.5, torch.round(place)) + zero
-    inside = (free >= 0) & (free <= top)
-    torch.testing.assert_close(values[0].grad, torch.where(inside, upstream * scale, torch.zeros(())))
-    # by a scale's factor m: value = s m (code - zero), and inside the range the code falls with w / (s m)
-    by_weight = upstream * scale * (code - zero - torch.where(inside, place, torch.zeros(())))
-    expected = torch.stack([by_weight[:, group].sum(1) for group in groups], dim=1)
-    torch.testing.assert_close(values[1].grad, expected, rtol=1e-3, atol=1e-4)
+    free = torch.where(part.symmetric, torch.floor(part.place) + 0.5, torch.round(part.place)) + part.zero
+    inside, passing = (free >= 0) & (free <= part.top), part.groups.split(upstream)
+    torch.testing.assert_close(values[0].grad, torch.where(inside, passing * part.scale, torch.zeros(())))
+    step = 0.25
+    for i in range(part.scale.shape[1]):
+        moved = []
+        for sign in (1, -1):
+            factors = part.start[1].clone()
+            factors[:, i] += sign * step
+            moved.append((part.weight((part.start[0], factors)) * upstream).sum(1))
+        expected = (moved[0] - moved[1]) / (2 * step)
+        torch.testing.assert_close(values[1].grad[:, i, 0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_free_one_bit_levels_are_refused():
     weight, groups = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), group_slices(8, 8)
     found = sweep(weight, torch.eye(8), groups, lambda _k, columns: fit(columns, 1, one_bit="two_level"))
     with pytest.raises(ValueError, match="one-bit groups with an offset"):
-        Rounding.of(found, groups, torch.float16, RATES)
+        Rounding.of(found, groups, torch.float16, *RULES)
 
 
 def test_trained_rounding_finds_better_codes_than_the_nearest():
@@ -183,12 +194,14 @@ def test_trained_rounding_finds_better_codes_than_the_nearest():
     inputs = torch.randn(64, 8, 24, generator=g) @ torch.randn(24, 24, generator=g)
     weight, groups = torch.randn(10, 24, generator=g), group_slices(24, 8)
     nearest = round_to_nearest(weight, groups, lambda _k, c: fit(c, 2, search=RangeSearch(), symmetric=True))
-    part = Rounding.of(replace(nearest, compensated=weight), groups, torch.float16, (1 / 210, 3e-3, 1e-2))
+    part = Rounding.of(
+        replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, "sign", -0.5, 0.5), RULES[1]
+    )
     targets = inputs @ weight.t()
     samples = Samples(64, lambda chosen: inputs[list(chosen)], (lambda chosen: targets[list(chosen)],))
-    trained = train(lambda w, x: x @ w["layer"].t(), {"layer": part}, samples, Training(30, 8))
+    trained = train((Link(lambda w, x: x @ w["layer"].t(), {"layer": part}),), samples, Training(30, 8))
     assert trained.best_loss < 0.95 * trained.start_loss
-    stored = part.export(trained.values["layer"], groups)
+    stored = part.export(trained.values["layer"])
     assert not torch.equal(stored.codes, nearest.codes)
     error = (inputs @ (stored.weight - weight).t()).square().mean() / targets.square().mean()
     assert float(error) < trained.start_loss

@@ -1,47 +1,66 @@
-"""Which layers get the higher of two widths? by_trace(sensitivities, sizes, ...) -> bits by layer. Pure Python.
+"""Which layers get the higher of two widths? by_trace(sensitivities, costs, budget) -> bits by layer.
 
 APTQ's rule (arXiv 2402.14866, as far as published): layers in falling sensitivity take the higher width while it lasts.
+What a layer costs at a width, codes alone or all that is stored, is the caller's; no tensors.
 """
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.lagrange import best_bits
+from bitquilt.allocation.path import fill, steepest
+
+Costs = Mapping[str, Mapping[int, int]]
+"""By layer and width, widths ascending and the same for all."""
 
 
-def by_trace(
-    sensitivities: Mapping[str, float], sizes: Mapping[str, int], target: float, low: int, high: int
-) -> dict[str, int]:
-    """`high` bits down the ranking while the weights so far stay within (target - low) / (high - low) of all; from the
-    first layer that does not fit on, `low`. Equal sensitivities in order of their names. The mean never exceeds
-    `target`. Raises ValueError if `target` is not within low .. high or a sensitivity is not a finite number."""
-    _check(sensitivities, target, low, high)
-    limit = (target - low) / (high - low) * sum(sizes.values()) if high > low else 0.0
-    bits, spent, open_ = dict.fromkeys(sensitivities, low), 0, True
+def by_trace(sensitivities: Mapping[str, float], costs: Costs, budget: float) -> dict[str, int]:
+    """The higher width down the ranking while the summed costs stay within `budget`; from the first layer that does not
+    fit on, the lower one. Equal sensitivities in order of their names. Raises ValueError if the lower width does not
+    fit everywhere or a sensitivity is not a finite number."""
+    _check(sensitivities, costs, budget)
+    low, high = _widths(costs)
+    bits, open_ = dict.fromkeys(sensitivities, low), True
+    left = budget - sum(cost[low] for cost in costs.values())
     for name in sorted(sensitivities, key=lambda n: (-sensitivities[n], n)):
-        open_ = open_ and spent + sizes[name] <= limit + 1e-9
+        price = costs[name][high] - costs[name][low]
+        open_ = open_ and price <= left + 1e-9 * budget
         if open_:
             bits[name] = high
-            spent += sizes[name]
+            left -= price
     return bits
 
 
-def by_weighted_error(
-    errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], target: float, palette: tuple[int, ...]
-) -> dict[str, int]:
-    """Least sum of errors[layer][bits] within `target` bits per weight, exact where affordable (HAWQ-V2's form).
+def by_weighted_error(errors: Mapping[str, Mapping[int, float]], costs: Costs, budget: float) -> dict[str, int]:
+    """Least sum of errors[layer][bits] with the summed costs within `budget`, exact where affordable (HAWQ-V2's form).
 
     Raises ValueError as `by_trace`.
     """
-    _check({name: sum(row.values()) for name, row in errors.items()}, target, palette[0], palette[-1])
-    names = sorted(errors)
-    table = [[errors[name][b] for b in palette] for name in names]
-    budget = int(target * sum(sizes.values()) + 1e-6)
-    return dict(zip(names, best_bits(table, palette, [sizes[n] for n in names], budget), strict=True))
+    _check({name: sum(row.values()) for name, row in errors.items()}, costs, budget)
+    names, widths = sorted(errors), _widths(costs)
+    table = [[errors[name][b] for b in widths] for name in names]
+    sizes = [costs[name][widths[0]] // widths[0] for name in names]
+    if all(costs[name][b] == size * b for name, size in zip(names, sizes, strict=True) for b in widths):
+        return dict(zip(names, best_bits(table, widths, sizes, int(budget + 1e-6)), strict=True))
+    losses = np.minimum.accumulate(np.asarray(table, dtype=np.float32), axis=1)
+    prices = np.asarray([[costs[name][b] for b in widths] for name in names], dtype=np.float64)
+    if losses.size <= MAX_VARIABLES:
+        chosen = exact_choices(losses, prices, budget)
+    else:
+        chosen = fill(steepest(losses, prices), budget - float(prices[:, 0].sum()))
+    return {name: widths[i] for name, i in zip(names, chosen.tolist(), strict=True)}
 
 
-def _check(values: Mapping[str, float], target: float, low: int, high: int) -> None:
-    if not low <= target <= high:
-        raise ValueError(f"bits is {target:g}; widths of {low} to {high} reach {low} to {high}")
+def _widths(costs: Costs) -> tuple[int, ...]:
+    return tuple(sorted(next(iter(costs.values()))))
+
+
+def _check(values: Mapping[str, float], costs: Costs, budget: float) -> None:
+    least = sum(min(cost.values()) for cost in costs.values())
+    if least > budget * (1 + 1e-9):
+        raise ValueError(f"a budget of {budget:g} bits is below {least:g}, the lowest width everywhere")
     for name, value in values.items():
         if not abs(value) < float("inf"):
             raise ValueError(f"the sensitivity of {name} is {value}")

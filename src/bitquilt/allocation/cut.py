@@ -1,4 +1,4 @@
-"""Where does a budget cut a path when the true size is not the sum of the steps? cut(path, exact, ...) -> choices;
+"""Where does a budget cut a path when the true size is not the sum of the steps? cut(path, exact, ...) -> steps;
 spend_rest(choices, ...) for what is left.
 
 Maps, headers and the config are nobody's own, so a size is asked for, not added up. numpy only, no tensors.
@@ -16,8 +16,8 @@ _FAR_UNITS, _CLOSE = 100_000, 1e-5  # of so many units one is far below this sha
 _HEADER_BITS = 8 * 2048  # what a width that vanishes from a layer gives back at most
 
 
-def cut(path: Path, exact: Callable[[int], float], target: float, base: float, unit: float, units: int) -> Ints:
-    """Choices after the most steps whose exact size is within `target`.
+def cut(path: Path, exact: Callable[[int], float], target: float, base: float, unit: float, units: int) -> int:
+    """The most steps whose exact size is within `target`.
 
     The exact size is the separable one plus what nearly does not change (maps, headers): interpolate, then bisect;
     at last look a little further, because a width that no group of a layer has any more takes its header with it.
@@ -25,7 +25,7 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
     low, high = 0, len(path)
     at_low = exact(0)
     if high and exact(high) <= target:
-        return path.at(high)
+        return high
 
     def separable(steps: int) -> float:
         return base + (float(path.cost[steps - 1]) if steps else 0.0)
@@ -45,8 +45,8 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
         further = path.within(separable(low) - base + (target - at_low) / unit + _HEADER_BITS)
         for steps in range(min(further, low + _EVALUATIONS), low, -1):
             if exact(steps) <= target:
-                return path.at(steps)
-    return path.at(low)
+                return steps
+    return low
 
 
 def spend_rest(

@@ -4,6 +4,7 @@ global:  any group of any layer, steepest gain per bit first.
 layers:  layers differ, the groups of one do not: a layer's step is taken group by group, so that a budget may end
          inside one layer and is met to one group.
 layer:   every layer the same bits per weight, inside it the steepest first.
+pairs:   every layer the same, inside it N-1, N and N+1 bits in pairs: what SliM-LLM publishes (`allocation.paired`).
 uniform: every layer the same, its wider groups spread evenly over the columns; needs no losses.
 
 numpy only. `members[l]`: the units of layer l, in column order; `weights[l]`: its weights.
@@ -16,13 +17,14 @@ import numpy as np
 
 from bitquilt.allocation.path import Floats, Ints, Path, steepest
 
-Scope = Literal["global", "layers", "layer", "uniform"]
-SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "uniform")
+Scope = Literal["global", "layers", "layer", "pairs", "uniform"]
+SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "pairs", "uniform")
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 def order_steps(scope: Scope, losses: Floats, costs: Floats, members: Sequence[Ints], weights: Sequence[float]) -> Path:
-    """`losses`, `costs` `[units, choices]`, costs ascending. Raises ValueError if a loss is not finite."""
+    """`losses`, `costs` `[units, choices]`, costs ascending. The steps of "pairs" are those of "uniform", whose groups
+    it pairs. Raises ValueError if a loss is not finite."""
     if scope == "global":
         return steepest(losses, costs)
     if scope == "layers":

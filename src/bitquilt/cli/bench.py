@@ -18,6 +18,7 @@ from bitquilt.errors import UserError
 from bitquilt.evaluation.loading import as_model, context_length, vocabulary
 from bitquilt.integrations.decoding import Decoder
 from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.embedding import SharedHead
 from bitquilt.models.linear import QuantizedLinear, replace_module
 from bitquilt.ops import kernels, reference
 
@@ -56,7 +57,7 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, 
     checkpoint = open_checkpoint(folder)
     start = _reset_peak()
     model = as_model(checkpoint.folder, "cpu", "auto")
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    layers = [(name, m) for name, m in model.named_modules() if type(m) is QuantizedLinear]
     if not layers:
         raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` has written")
     room = context_length(model)
@@ -130,9 +131,14 @@ def _typical(times: list[float]) -> float:
 def _sum_of_products(model: PreTrainedModel) -> float:
     """Seconds of all linear layers for one token, each called once in their order, the best of five rounds."""
     dtype = model.dtype
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) or type(m) is nn.Linear]
+    layers = _products(model)
     inputs = {m.in_features: torch.randn(1, m.in_features).to(dtype) for m in layers}
     return _best(lambda: [layer(inputs[layer.in_features]) for layer in layers])
+
+
+def _products(model: PreTrainedModel) -> list[Any]:
+    """Every layer that one token is multiplied by: an embedding in few bits is one where the head shares it."""
+    return [m for m in model.modules() if type(m) in (QuantizedLinear, SharedHead, nn.Linear)]
 
 
 def _best(work: Callable[[], Any], rounds: int = 5) -> float:
@@ -147,10 +153,10 @@ def _best(work: Callable[[], Any], rounds: int = 5) -> float:
 def _bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of weights that one token reads: all linear layers; of the embedding one row."""
     tensors = {}
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear) or type(module) is nn.Linear:
-            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                tensors[t.data_ptr()] = t.numel() * t.itemsize
+    for module in _products(model):
+        stored = module.table if isinstance(module, SharedHead) else module
+        for t in (*stored.parameters(recurse=False), *stored.buffers(recurse=False)):
+            tensors[t.data_ptr()] = t.numel() * t.itemsize
     return sum(tensors.values())
 
 

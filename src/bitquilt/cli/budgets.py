@@ -27,7 +27,8 @@ Allocation = Annotated[
     str | None,
     Option(
         help="Who shares the bits: global (column groups of the whole model), layers (one width a layer), layer (every "
-        "layer the same), uniform; or the recipe's own: sba, dp for slim-llm.",
+        "layer the same), pairs (every layer the same, N-1, N and N+1 in pairs), uniform; or the recipe's own: sba, dp "
+        "for slim-llm.",
         show_default=False,
     ),
 ]

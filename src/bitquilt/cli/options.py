@@ -12,6 +12,10 @@ Seed = Annotated[int, Option(help="Of everything that is drawn at random.")]
 Skip = Annotated[
     list[str] | None, Option(metavar="PATTERN", help="Leave these layers alone, such as '*.down_proj'; repeatable.")
 ]
+EmbeddingBits = Annotated[
+    int | None,
+    Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
+]
 Published = Annotated[bool, Option("--published", help="The settings of the public implementation.")]
 Settings = Annotated[
     list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")

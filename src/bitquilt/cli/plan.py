@@ -10,7 +10,7 @@ from rich.table import Table
 from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
-from bitquilt.cli.options import GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
+from bitquilt.cli.options import EmbeddingBits, GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
 from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
@@ -56,6 +56,7 @@ def plan(
     work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
     skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
+    embedding_bits: EmbeddingBits = None,
     tie: Annotated[
         bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
     ] = False,
@@ -79,8 +80,8 @@ def plan(
         try:
             found = run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
-                sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head, samples=samples,
-                seq_len=seq_len,
+                sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
+                embedding_bits=embedding_bits, samples=samples, seq_len=seq_len,
             )  # fmt: skip
         except UnreachableError as error:
             if json_output:
@@ -158,4 +159,6 @@ def _print_prediction(prediction: dict[str, Any]) -> None:
     if prediction.get("ppl_range"):
         low, high = prediction["ppl_range"]
         text += f"; perplexity {low:.4g} to {high:.4g}, in full precision {prediction['perplexity_full_precision']:.4g}"
+    if without := prediction.get("without"):
+        text += f"; without {without}"
     print_fact(stdout, "loss", text)

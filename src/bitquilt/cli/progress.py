@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 from bitquilt.cli.output import print_fact, size_text, stderr, time_text
-from bitquilt.runtime.progress import BlockDone, LayerDone, Observer, Stage, Started, silent
+from bitquilt.runtime.progress import BlockDone, Epoch, Event, LayerDone, Observer, Stage, Started, silent
 
 # Lines of a log while text is scored: one in so many seconds.
 _LOG_EVERY = 10.0
@@ -81,8 +81,9 @@ class _Lines:
     def __init__(self) -> None:
         self.clock = Clock()
         self.first = 0
+        self.said = time.monotonic()
 
-    def observe(self, event: Started | Stage | LayerDone | BlockDone) -> None:
+    def observe(self, event: Event) -> None:
         """Print the event, if it is worth a line."""
         match event:
             case Started():
@@ -91,6 +92,9 @@ class _Lines:
             case Stage():
                 self.clock.restart()
                 _say(event.text)
+            case Epoch() if event.done == event.of or time.monotonic() - self.said > _LOG_EVERY:
+                self.said = time.monotonic()
+                _say(_epoch_text(event))
             case BlockDone():
                 left = event.blocks - event.block - 1
                 self.clock.tick(event.block + 1 - self.first, left)
@@ -126,7 +130,7 @@ class _Bar(Progress):
         if self.tasks:
             yield self.make_tasks_table(self.tasks)
 
-    def observe(self, event: Started | Stage | LayerDone | BlockDone) -> None:
+    def observe(self, event: Event) -> None:
         """Move the bar."""
         match event:
             case Started():
@@ -138,6 +142,8 @@ class _Bar(Progress):
             case Stage():
                 self.clock.restart()
                 self.note = event.text
+            case Epoch():
+                self.note = _epoch_text(event)
             case LayerDone():
                 self._layer(event)
             case BlockDone():
@@ -182,6 +188,14 @@ def _print_start(event: Started) -> None:
     print_untouched(event)
     if event.done:
         _say(f"continuing after block {event.done} of {event.blocks}")
+
+
+def _epoch_text(event: Epoch) -> str:
+    change = f"{event.unit} {event.start:.4g} -> {event.loss:.4g}"
+    if event.done == event.of:
+        return f"{event.where} trained: {change}"
+    left = f", about {time_text(event.left)} left" if event.done else ""
+    return f"training {event.where}: {event.done} of {event.of} epochs, {change}{left}"
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ from bitquilt.api import Result
 from bitquilt.api import quantize as run
 from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
-from bitquilt.cli.options import GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
+from bitquilt.cli.options import EmbeddingBits, GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
 from bitquilt.cli.output import (
     Json,
     Quiet,
@@ -32,13 +32,19 @@ from bitquilt.cli.progress import watching
 from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
-from bitquilt.wish import Wish, wish
+from bitquilt.runtime.plans import read_plan
+from bitquilt.wish import Wish, wish, wish_for_plan
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],
-    recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
+    recipe: Annotated[
+        str | None,
+        Option(
+            "--recipe", "-r", help=f"How: {', '.join(RECIPES)} (default: slim-llm, or the plan's).", show_default=False
+        ),
+    ] = None,
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -53,6 +59,9 @@ def quantize(
         ),
     ] = "self",
     samples: Samples = 128,
+    self_samples: Annotated[
+        int, Option(help="Beside the text, N sequences that the model writes itself.", metavar="N", show_default=False)
+    ] = 0,
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     batch_size: Annotated[
@@ -65,19 +74,26 @@ def quantize(
     include_head: Annotated[
         bool, Option("--include-head", help="Quantize the layer that makes logits too (not where it is tied).")
     ] = False,
-    embedding_bits: Annotated[
-        int | None,
-        Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
+    embedding_bits: EmbeddingBits = None,
+    plan: Annotated[
+        Path | None,
+        Option(help="A plan.json that says where the bits go, by which recipe and settings.", show_default=False),
     ] = None,
-    plan: Annotated[Path | None, Option(help="A plan.json that says where the bits go.", show_default=False)] = None,
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
     device: Annotated[
         str, Option(help="Where blocks are computed: cpu, cuda, cuda:N, or auto: a GPU where there is one.")
     ] = "cpu",
+    rounds: Annotated[
+        int, Option(help="2: measure again in the model quantized once, plan again; better, in twice the time.")
+    ] = 1,
     effort: Annotated[
-        str | None, Option(help="quilt: fast, or normal, which trains each block (default: fast).", metavar="LEVEL")
+        str | None,
+        Option(
+            help="quilt: fast; normal, which trains each block; best, then the whole model (default: fast).",
+            metavar="LEVEL",
+        ),
     ] = None,
     published: Published = False,
     settings: Settings = None,
@@ -87,14 +103,15 @@ def quantize(
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
     budget = size_budget(bits, bpw, size, vram, ctx)
     asked = [*(settings or []), *([f"effort={effort}"] if effort is not None else [])]
-    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget)
+    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget, plan)
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(
-                model, wanted.recipe, calibration, out, samples=samples, seq_len=seq_len, seed=seed,
-                batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
+                model, wanted.recipe, calibration, out, samples=samples, self_samples=self_samples, seq_len=seq_len,
+                seed=seed, batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
-                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, device=device,
+                scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, rounds=rounds,
+                device=device,
                 observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -120,7 +137,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def chosen(
-    name: str,
+    recipe: str | None,
     bits: float | None,
     bpw: float | None,
     group_size: int | None,
@@ -128,8 +145,12 @@ def chosen(
     settings: list[str],
     allocation: str | None,
     budget: Budget | None,
+    plan: Path | None = None,
 ) -> Wish:
-    """Recipe, budget and scope from the flags. Raises UserError for flags that do not go together."""
+    """Recipe, budget and scope from the flags, or from a plan where they leave it to that. Raises UserError for flags
+    that do not go together."""
+    made_for = None if plan is None else read_plan(plan).recipe
+    name = recipe or (made_for or {}).get("name") or "slim-llm"
     fractions = takes_fractions(name)
     if bpw is not None and fractions and not takes_option(name, "bpw"):
         raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; give it --bits")
@@ -148,6 +169,8 @@ def chosen(
         options[key] = value
     if "name" in options:  # a recipe's name is no field of it
         raise UserError(f"recipe {name} has no option 'name'; choose the recipe with --recipe")
+    if made_for is not None:
+        return wish_for_plan(made_for, recipe, options, budget, split.get("scope"))
     return wish(name, options, budget, split.get("scope"))
 
 

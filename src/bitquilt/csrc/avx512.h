@@ -27,7 +27,7 @@ void uniform_block(const Weight&, const Inputs&, int64_t begin, int64_t end, flo
 int64_t uniform_scratch(const Weight&, const Inputs&);
 // The same of one codebook segment of up to 4 bits.
 void codebook_block(const Segment&, const Inputs&, int64_t begin, int64_t end, float* totals);
-void dequantize(const Weight&, int64_t begin, int64_t end, float* scratch, void* out, Type type);
+void dequantize(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
 
 namespace {
 

@@ -5,15 +5,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "clones.h"
 #include "pool.h"
 #include "scalar.h"
-
-// Plain loops, compiled for several instruction sets; the loader picks one.
-#if defined(BITQUILT_X86) && !defined(BITQUILT_SANITIZED)
-#define BITQUILT_EVERY_ISA __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define BITQUILT_EVERY_ISA
-#endif
 
 namespace bitquilt {
 namespace {
@@ -154,18 +148,32 @@ void Decoder::add_layer(const std::vector<const Handle*>& products, const std::v
     layers_.push_back(layer);
 }
 
-void Decoder::set_ends(uintptr_t norm, uintptr_t head, int64_t head_type, uintptr_t cosines, uintptr_t sines) {
-    if (!norm || !head || !cosines || !sines) fail("a decoder has a norm, a head, cosines and sines");
+void Decoder::set_ends(uintptr_t norm, uintptr_t cosines, uintptr_t sines) {
+    if (!norm || !cosines || !sines) fail("a decoder has a norm, cosines and sines");
     norm_ = floats(norm);
-    head_ = reinterpret_cast<const void*>(head);
-    head_type_ = checked_type("head", head_type);
     cosines_ = floats(cosines);
     sines_ = floats(sines);
 }
 
+void Decoder::set_head(uintptr_t head, int64_t type) {
+    if (!head) fail("a decoder has a head");
+    head_type_ = checked_type("head", type);
+    head_ = reinterpret_cast<const void*>(head);
+    product_head_ = nullptr;
+}
+
+void Decoder::set_product_head(const Handle& head) {
+    if (head.rows() != vocabulary_ || head.columns() != hidden_) {
+        fail("the head is [" + std::to_string(head.rows()) + ", " + std::to_string(head.columns()) + "], not [" +
+             std::to_string(vocabulary_) + ", " + std::to_string(hidden_) + "]");
+    }
+    product_head_ = &head;
+    head_ = nullptr;
+}
+
 void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int digits, int threads) const {
     check_threads(threads);
-    if (!head_) fail("the decoder has no ends yet");
+    if (!norm_ || !(head_ || product_head_)) fail("the decoder has no ends yet");
     if (position < 0 || position >= length_) {
         fail("position is " + std::to_string(position) + "; the cache has " + std::to_string(length_) + " places");
     }
@@ -205,8 +213,12 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
         for (size_t i = 0; i < x.size(); ++i) x[i] += out[i];
     }
     norm(x.data(), norm_, hidden_, epsilon_, in.data());
-    constexpr int64_t rows = 64;
     float* y = reinterpret_cast<float*>(logits);
+    if (product_head_) {
+        product_head_->matmul(in.data(), Type::f32, 1, hidden_, nullptr, y, digits, threads);
+        return;
+    }
+    constexpr int64_t rows = 64;
     parallel_for(static_cast<int>((vocabulary_ + rows - 1) / rows), threads, [&](int piece) {
         const int64_t begin = piece * rows, end = std::min(begin + rows, vocabulary_);
         for (int64_t row = begin; row < end; ++row) y[row] = dot(in.data(), head_, head_type_, row * hidden_, hidden_);

@@ -22,9 +22,12 @@ class Decoder {
     void add_layer(const std::vector<const Handle*>& products, const std::vector<uintptr_t>& arrays,
                    int64_t cache_type);
 
-    // The last norm, the head [vocabulary, hidden] of a type (0 fp32, 1 fp16, 2 bf16), and cosines and sines
-    // [length, rotary] of all positions.
-    void set_ends(uintptr_t norm, uintptr_t head, int64_t head_type, uintptr_t cosines, uintptr_t sines);
+    // The last norm, and cosines and sines [length, rotary] of all positions.
+    void set_ends(uintptr_t norm, uintptr_t cosines, uintptr_t sines);
+
+    // The head [vocabulary, hidden]: of a type (0 fp32, 1 fp16, 2 bf16), or a stored weight.
+    void set_head(uintptr_t head, int64_t type);
+    void set_product_head(const Handle& head);
 
     // x fp32 [hidden], the token's embedding -> logits fp32 [vocabulary]; fills place `position` of the cache.
     void step(uintptr_t x, int64_t position, uintptr_t logits, int digits, int threads) const;
@@ -44,7 +47,8 @@ class Decoder {
     float epsilon_, scale_;
     std::vector<Layer> layers_;
     const float *norm_ = nullptr, *cosines_ = nullptr, *sines_ = nullptr;
-    const void* head_ = nullptr;
+    const void* head_ = nullptr;           // one of the two
+    const Handle* product_head_ = nullptr;
     Type head_type_ = Type::f32;
 };
 

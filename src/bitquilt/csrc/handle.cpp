@@ -1,10 +1,12 @@
 #include "handle.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 
+#include "clones.h"
 #include "pool.h"
 #include "scalar.h"
 
@@ -26,6 +28,8 @@ std::vector<const Isa*> levels() {
         found.push_back(&avx512_isa);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_isa);
+#elif defined(__aarch64__)
+    found.push_back(&neon_isa);
 #endif
     found.push_back(&portable_isa);
     return found;
@@ -111,17 +115,39 @@ void store(const float* from, int64_t count, Type type, void* to, int64_t first)
     }
 }
 
+BITQUILT_EVERY_ISA void pick(const float* from, const int32_t* order, int64_t count, float* to) {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[order[j]];
+}
+
 // In stored order; the given memory itself where the order is the original one.
-const float* reorder(const Weight& w, const float* x, int tokens) {
-    if (w.run_count == 1) return x;
+const float* stored_order(const Weight& w, const float* x, int tokens) {
+    if (!w.order) return x;
     float* to = scratch_of(reordered, tokens * w.columns);
-    for (int t = 0; t < tokens; ++t) {
-        for (int64_t i = 0; i < w.run_count; ++i) {
-            const Run& run = w.runs[i];
-            std::copy_n(x + t * w.columns + run.original, run.length, to + t * w.columns + run.stored);
-        }
-    }
+    for (int t = 0; t < tokens; ++t) pick(x + t * w.columns, w.order, w.columns, to + t * w.columns);
     return to;
+}
+
+// Sums of one row's outliers times their activations. 16 at a time: one by one a layer with 0.5 % of them took as long
+// for these as for everything else.
+BITQUILT_EVERY_ISA float outlier_sum(const uint16_t* values, const int16_t* columns, int64_t count, const float* x) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t e = 0; e < count; ++e) sum += from_half(values[e]) * x[columns[e]];
+    return sum;
+}
+
+BITQUILT_EVERY_ISA float outlier_sum(const uint16_t* values, const int32_t* columns, int64_t count, const float* x) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t e = 0; e < count; ++e) sum += from_half(values[e]) * x[columns[e]];
+    return sum;
+}
+
+float outlier_sum(const Outliers& outliers, int64_t row, const float* x) {
+    const int64_t first = outliers.rows[row], count = outliers.rows[row + 1] - first;
+    const uint16_t* values = outliers.values + first;
+    if (outliers.wide) return outlier_sum(values, static_cast<const int32_t*>(outliers.columns) + first, count, x);
+    return outlier_sum(values, static_cast<const int16_t*>(outliers.columns) + first, count, x);
 }
 
 void add_outliers_and_bias(const Weight& w, const Inputs& in, int64_t begin, int64_t end, const float* bias,
@@ -130,15 +156,7 @@ void add_outliers_and_bias(const Weight& w, const Inputs& in, int64_t begin, int
         const float* x = in.x + t * w.columns;
         float* y = out + t * w.rows;
         for (int64_t row = begin; row < end; ++row) {
-            float sum = bias ? bias[row] : 0.0f;
-            if (w.outliers.values) {
-                for (int64_t e = w.outliers.rows[row]; e < w.outliers.rows[row + 1]; ++e) {
-                    const int64_t column = w.outliers.wide ? static_cast<const int32_t*>(w.outliers.columns)[e]
-                                                           : static_cast<const int16_t*>(w.outliers.columns)[e];
-                    sum += from_half(w.outliers.values[e]) * x[column];
-                }
-            }
-            y[row] += sum;
+            y[row] += (bias ? bias[row] : 0.0f) + (w.outliers.values ? outlier_sum(w.outliers, row, x) : 0.0f);
         }
     }
 }
@@ -185,7 +203,7 @@ void Handle::matmul(const void* x, Type type, int64_t tokens, int64_t columns, c
     in.tokens = static_cast<int>(tokens);
     in.digits = digits;
     in.x = widen(x, type, tokens * columns, widened);
-    in.stored = reorder(w, in.x, in.tokens);
+    in.stored = stored_order(w, in.x, in.tokens);
     in.groups = owned_.groups;
     float* memory = scratch_of(prepared, plane_bytes * tokens / 4 + 2 * sums);
     in.plane_bytes = plane_bytes;
@@ -208,22 +226,43 @@ void Handle::matmul(const void* x, Type type, int64_t tokens, int64_t columns, c
     });
 }
 
-void Handle::dequantize(int64_t first, int64_t last, void* out, Type type, int threads) const {
+void Handle::reorder(const void* x, int64_t item, int64_t tokens, void* out, int threads) const {
+    check_threads(threads);
+    if (item != 2 && item != 4) throw std::invalid_argument("activations take 2 or 4 bytes, not " + std::to_string(item));
+    const Weight& w = owned_.view;
+    parallel_for_torch(static_cast<int>(tokens), threads, [&](int token) {
+        const int64_t at = token * w.columns * item;
+        const char* from = static_cast<const char*>(x) + at;
+        char* to = static_cast<char*>(out) + at;
+        if (!w.order) {
+            std::memcpy(to, from, static_cast<size_t>(w.columns * item));
+        } else if (item == 4) {
+            pick(reinterpret_cast<const float*>(from), w.order, w.columns, reinterpret_cast<float*>(to));
+        } else {
+            isa_.pick_halves(reinterpret_cast<const uint16_t*>(from), w.order, w.columns, token + 1 < tokens,
+                             reinterpret_cast<uint16_t*>(to));
+        }
+    });
+}
+
+void Handle::dequantize(int64_t first, int64_t last, bool as_stored, void* out, Type type, int threads) const {
     check_threads(threads);
     const Weight& w = owned_.view;
     if (first < 0 || first > last || last > w.rows) {
         throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(last) +
                                     " are not among the layer's " + std::to_string(w.rows));
     }
-    constexpr int64_t rows = 16;
+    // Columns of codebooks have tables that are made anew for each piece.
+    const int64_t rows = std::any_of(w.segments, w.segments + w.count,
+                                     [](const Segment& s) { return s.grid == Grid::codebook; }) ? 128 : 16;
     const int pieces = static_cast<int>((last - first + rows - 1) / rows);
     if (owned_.code_bytes < threaded_bytes) threads = 1;
     const int64_t before = first * w.columns * (type == Type::f32 ? 4 : 2);
     void* const start = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(out) - static_cast<uintptr_t>(before));
     parallel_for_torch(pieces, threads, [&](int piece) {
         const int64_t begin = first + piece * rows, end = std::min(begin + rows, last);
-        float* scratch = scratch_of(of_rows, 2 * w.columns + 64);
-        isa_.dequantize(w, begin, end, scratch, start, type);  // it counts rows from the first of the weight
+        float* scratch = scratch_of(of_rows, dense_scratch(w.columns, w.count));
+        isa_.dequantize(w, begin, end, as_stored, scratch, start, type);  // it counts rows from the first of the weight
     });
 }
 

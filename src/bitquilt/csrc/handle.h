@@ -30,8 +30,14 @@ class Handle {
     void matmul(const void* x, Type type, int64_t tokens, int64_t columns, const float* bias, void* out, int digits,
                 int threads) const;
 
-    // Rows first..last of the weight into out [last - first, columns].
-    void dequantize(int64_t first, int64_t last, void* out, Type type, int threads) const;
+    // Whether the columns are stored in another order than their channels'.
+    bool reordered() const { return owned_.view.order != nullptr; }
+
+    // x [tokens, columns] of `item` bytes each -> out, in stored order.
+    void reorder(const void* x, int64_t item, int64_t tokens, void* out, int threads) const;
+
+    // Rows first..last of the weight into out [last - first, columns], the columns as stored or as they were.
+    void dequantize(int64_t first, int64_t last, bool as_stored, void* out, Type type, int threads) const;
 
   private:
     static constexpr int most_digits = 3;

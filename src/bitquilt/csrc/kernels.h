@@ -16,6 +16,10 @@ constexpr int row_block = 64;    // rows of one piece of work: zeros of 64 rows 
 constexpr int strip_columns = 256;  // of a codebook segment: its tables (2 digits, 8 levels: 4 KiB) stay in the L1 cache
 constexpr int group_padding = 16;  // group arrays start at multiples of this, so that 16 floats can always be read
 
+// Floats that hold two rows in fp32; or the levels of 4-bit codebooks in 16 bits, each segment's up to the next 64,
+// beside a row of codes.
+constexpr int64_t dense_scratch(int64_t columns, int segments) { return 8 * columns + 32 * segments + 64; }
+
 enum class Type : int64_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Grid : int64_t { uniform = 0, codebook = 1 };
 
@@ -44,19 +48,15 @@ struct Outliers {
     const void* columns;     // int16 or, if wide, int32
     bool wide;
     const int32_t* rows;     // [rows + 1]
-};
-
-// Neighbours in storage that are neighbours in the original order too.
-struct Run {
-    int64_t stored, original, length;
+    bool rising;             // the columns of every row: no two entries are of one weight
 };
 
 struct Weight {
     const Segment* segments;
     int count;
     int64_t rows, columns;
-    const Run* runs;  // the order of the input channels, covering every column once
-    int64_t run_count;
+    const int32_t* order;  // the original channel of each stored column; null: as they come
+    const int32_t* place;  // the stored column of each channel; null without an order
     Outliers outliers;
 };
 
@@ -85,12 +85,16 @@ struct Isa {
     // scratch: scratch_floats(weight, inputs) floats.
     void (*matmul)(const Weight&, const Inputs&, int64_t begin, int64_t end, float* scratch, float* out);
     int64_t (*scratch_floats)(const Weight&, const Inputs&);
-    // out [rows, columns] of `type` in original channel order for rows begin..end; scratch: 2 * columns + 64 floats.
-    void (*dequantize)(const Weight&, int64_t begin, int64_t end, float* scratch, void* out, Type type);
+    // out [rows, columns] of `type` for rows begin..end, columns as stored or as they were originally; scratch:
+    // dense_scratch(columns, count) floats.
+    void (*dequantize)(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
+    // to[j] = from[order[j]]; beyond: whether one more entry may be read behind the last.
+    void (*pick_halves)(const uint16_t* from, const int32_t* order, int64_t count, bool beyond, uint16_t* to);
 };
 
 extern const Isa portable_isa;
 extern const Isa avx2_isa;    // BITQUILT_X86 only, as the next
 extern const Isa avx512_isa;
+extern const Isa neon_isa;    // 64-bit Arm only
 
 }  // namespace bitquilt

@@ -22,8 +22,13 @@ void matmul(const Handle& handle, uintptr_t x, int64_t type, int64_t tokens, int
                   reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(out), digits, threads);
 }
 
-void dequantize(const Handle& handle, int64_t first, int64_t last, uintptr_t out, int64_t type, int threads) {
-    handle.dequantize(first, last, reinterpret_cast<void*>(out), checked_type("output", type), threads);
+void reorder(const Handle& handle, uintptr_t x, int64_t item, int64_t tokens, uintptr_t out, int threads) {
+    handle.reorder(reinterpret_cast<const void*>(x), item, tokens, reinterpret_cast<void*>(out), threads);
+}
+
+void dequantize(const Handle& handle, int64_t first, int64_t last, bool as_stored, uintptr_t out, int64_t type,
+                int threads) {
+    handle.dequantize(first, last, as_stored, reinterpret_cast<void*>(out), checked_type("output", type), threads);
 }
 
 void kmeans_at(uintptr_t x, uintptr_t w, int64_t columns, int64_t n, int64_t k, uintptr_t centroids,
@@ -44,11 +49,15 @@ NB_MODULE(_kernels, m) {
     nb::class_<Handle>(m, "Handle")
         .def(nb::init<const std::string&, const std::vector<int64_t>&>())
         .def("matmul", &matmul, Released())
+        .def_prop_ro("reordered", &Handle::reordered)
+        .def("reorder", &reorder, Released())
         .def("dequantize", &dequantize, Released());
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<const std::vector<int64_t>&, double, double>())
         .def("add_layer", &Decoder::add_layer, nb::keep_alive<1, 2>())
         .def("set_ends", &Decoder::set_ends)
+        .def("set_head", &Decoder::set_head)
+        .def("set_product_head", &Decoder::set_product_head, nb::keep_alive<1, 2>())
         .def("step", &Decoder::step, Released());
     m.attr("MAX_TOKENS") = max_tokens;
 }

@@ -94,6 +94,10 @@ void float_matmul(const Weight& weight, const Inputs& inputs, int64_t begin, int
     }
 }
 
+[[maybe_unused]] void pick_halves(const uint16_t* from, const int32_t* order, int64_t count, bool, uint16_t* to) {
+    for (int64_t j = 0; j < count; ++j) to[j] = from[order[j]];
+}
+
 // One segment of one row as fp32 in stored order, rounded exactly as the reference rounds.
 template <Unpack unpack>
 void decode_segment(const Segment& segment, int64_t row, uint8_t* codes, float* out) {
@@ -123,7 +127,10 @@ int64_t outlier_column(const Outliers& outliers, int64_t entry) {
 }
 
 template <Unpack unpack>
-void dequantize_rows(const Weight& weight, int64_t begin, int64_t end, float* scratch, void* out, Type type) {
+void dequantize_rows(const Weight& weight, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out,
+                     Type type) {
+    const bool moves = weight.order && !as_stored;
+    const int32_t* place = as_stored ? weight.place : nullptr;
     float* stored = scratch;
     float* original = scratch + weight.columns;
     // The codes of a segment fit behind its floats' end: `original` is free until the row is decoded.
@@ -133,18 +140,14 @@ void dequantize_rows(const Weight& weight, int64_t begin, int64_t end, float* sc
             decode_segment<unpack>(weight.segments[s], row, codes, stored + weight.segments[s].first_column);
         }
         float* values = stored;
-        if (weight.run_count > 1) {
+        if (moves) {
             values = original;
-            for (int64_t i = 0; i < weight.run_count; ++i) {
-                const Run& run = weight.runs[i];
-                const float* from = stored + run.stored;
-                float* to = original + run.original;
-                for (int64_t j = 0; j < run.length; ++j) to[j] = from[j];
-            }
+            for (int64_t j = 0; j < weight.columns; ++j) original[weight.order[j]] = stored[j];
         }
         if (weight.outliers.values) {
             for (int64_t e = weight.outliers.rows[row]; e < weight.outliers.rows[row + 1]; ++e) {
-                values[outlier_column(weight.outliers, e)] += from_half(weight.outliers.values[e]);
+                const int64_t column = outlier_column(weight.outliers, e);
+                values[place ? place[column] : column] += from_half(weight.outliers.values[e]);
             }
         }
         if (type == Type::f32) {

@@ -55,7 +55,7 @@ OwnedWeight::OwnedWeight(const std::vector<int64_t>& description) : view{} {
     }
     view.segments = segments_.data();
     view.count = static_cast<int>(count);
-    set_runs(array_at(head + 3), head[2]);
+    set_order(array_at(head + 3), head[2]);
     set_outliers(array_at(head + 6), array_at(head + 9), array_at(head + 12));
 }
 
@@ -117,54 +117,48 @@ void OwnedWeight::add_segment(const int64_t* numbers, int index) {
     segments_.push_back(s);
 }
 
-void OwnedWeight::set_runs(const Array& permutation, int64_t block) {
+void OwnedWeight::set_order(const Array& permutation, int64_t block) {
+    if (permutation.dtype == Dtype::none) return;
     const int64_t columns = view.columns;
-    if (permutation.dtype == Dtype::none) {
-        runs_.push_back({0, 0, columns});
-    } else {
-        if (block < 1) fail("permutation: blocks of " + std::to_string(block) + " channels; wanted at least 1");
-        const int64_t blocks = (columns + block - 1) / block;
-        std::vector<int64_t> order;
-        order.reserve(static_cast<size_t>(blocks));
-        if (permutation.dtype == Dtype::uint8) {  // the segment of each block
-            int bits = 1;
-            while (int64_t{1} << bits < view.count) ++bits;
-            want_count("permutation", permutation, packed_bytes(blocks, bits), std::to_string(blocks) + " blocks");
-            const auto* stream = static_cast<const uint8_t*>(permutation.data);
-            for (int segment = 0; segment < 1 << bits; ++segment) {
-                for (int64_t i = 0; i < blocks; ++i) {
-                    const uint64_t word = load_word(stream, i * bits / 8, permutation.count);
-                    if (static_cast<int>(word >> (i * bits % 8) & ((1u << bits) - 1u)) == segment) order.push_back(i);
-                }
-            }
-        } else {
-            want_count("permutation", permutation, blocks, std::to_string(blocks) + " blocks");
-            const bool narrow = permutation.dtype == Dtype::int16;
-            want_dtype("permutation", narrow || permutation.dtype == Dtype::int32, "uint8, int16 or int32");
+    if (block < 1) fail("permutation: blocks of " + std::to_string(block) + " channels; wanted at least 1");
+    const int64_t blocks = (columns + block - 1) / block;
+    std::vector<int64_t> order;
+    order.reserve(static_cast<size_t>(blocks));
+    if (permutation.dtype == Dtype::uint8) {  // the segment of each block
+        int bits = 1;
+        while (int64_t{1} << bits < view.count) ++bits;
+        want_count("permutation", permutation, packed_bytes(blocks, bits), std::to_string(blocks) + " blocks");
+        const auto* stream = static_cast<const uint8_t*>(permutation.data);
+        for (int segment = 0; segment < 1 << bits; ++segment) {
             for (int64_t i = 0; i < blocks; ++i) {
-                order.push_back(narrow ? static_cast<const int16_t*>(permutation.data)[i]
-                                       : static_cast<const int32_t*>(permutation.data)[i]);
+                const uint64_t word = load_word(stream, i * bits / 8, permutation.count);
+                if (static_cast<int>(word >> (i * bits % 8) & ((1u << bits) - 1u)) == segment) order.push_back(i);
             }
         }
-        std::vector<bool> seen(static_cast<size_t>(blocks), false);
-        int64_t stored = 0;
-        for (const int64_t from : order) {
-            if (from < 0 || from >= blocks || seen[static_cast<size_t>(from)]) {
-                fail("permutation: block " + std::to_string(from) + " of " + std::to_string(blocks) +
-                     " is out of range or stored twice");
-            }
-            seen[static_cast<size_t>(from)] = true;
-            const int64_t original = from * block, length = std::min(block, columns - original);
-            if (!runs_.empty() && runs_.back().original + runs_.back().length == original) {
-                runs_.back().length += length;
-            } else {
-                runs_.push_back({stored, original, length});
-            }
-            stored += length;
+    } else {
+        want_count("permutation", permutation, blocks, std::to_string(blocks) + " blocks");
+        const bool narrow = permutation.dtype == Dtype::int16;
+        want_dtype("permutation", narrow || permutation.dtype == Dtype::int32, "uint8, int16 or int32");
+        for (int64_t i = 0; i < blocks; ++i) {
+            order.push_back(narrow ? static_cast<const int16_t*>(permutation.data)[i]
+                                   : static_cast<const int32_t*>(permutation.data)[i]);
         }
     }
-    view.runs = runs_.data();
-    view.run_count = static_cast<int64_t>(runs_.size());
+    order_.reserve(static_cast<size_t>(columns));
+    place_.assign(static_cast<size_t>(columns), -1);
+    for (const int64_t from : order) {
+        if (from < 0 || from >= blocks || place_[static_cast<size_t>(from * block)] >= 0) {
+            fail("permutation: block " + std::to_string(from) + " of " + std::to_string(blocks) +
+                 " is out of range or stored twice");
+        }
+        for (int64_t channel = from * block; channel < std::min(columns, (from + 1) * block); ++channel) {
+            place_[static_cast<size_t>(channel)] = static_cast<int32_t>(order_.size());
+            order_.push_back(static_cast<int32_t>(channel));
+        }
+    }
+    if (std::is_sorted(order_.begin(), order_.end())) return;  // an order that moves nothing
+    view.order = order_.data();
+    view.place = place_.data();
 }
 
 void OwnedWeight::set_outliers(const Array& values, const Array& columns, const Array& rows) {
@@ -176,7 +170,7 @@ void OwnedWeight::set_outliers(const Array& values, const Array& columns, const 
     want_count("outlier_columns", columns, values.count, entries);
     want_count("outlier_rows", rows, view.rows + 1, std::to_string(view.rows) + " rows");
     view.outliers = {static_cast<const uint16_t*>(values.data), columns.data, columns.dtype == Dtype::int32,
-                     static_cast<const int32_t*>(rows.data)};
+                     static_cast<const int32_t*>(rows.data), true};
     // Read again by the kernel in any case, and few: checking them costs less than the product.
     const int32_t* pointers = view.outliers.rows;
     for (int64_t r = 0; r < view.rows; ++r) {
@@ -185,9 +179,17 @@ void OwnedWeight::set_outliers(const Array& values, const Array& columns, const 
     if (pointers[view.rows] > values.count) {
         fail("outlier_rows end at " + std::to_string(pointers[view.rows]) + "; there are " + entries);
     }
+    const auto column_of = [&](int64_t e) -> int64_t {
+        return view.outliers.wide ? static_cast<const int32_t*>(columns.data)[e]
+                                  : static_cast<const int16_t*>(columns.data)[e];
+    };
+    for (int64_t r = 0; r < view.rows; ++r) {
+        for (int64_t e = pointers[r] + 1; e < pointers[r + 1]; ++e) {
+            view.outliers.rising = view.outliers.rising && column_of(e - 1) < column_of(e);
+        }
+    }
     for (int64_t e = 0; e < values.count; ++e) {
-        const int64_t column = view.outliers.wide ? static_cast<const int32_t*>(columns.data)[e]
-                                                  : static_cast<const int16_t*>(columns.data)[e];
+        const int64_t column = column_of(e);
         if (column < 0 || column >= view.columns) {
             fail("outlier_columns: entry " + std::to_string(e) + " is " + std::to_string(column) + "; the layer has " +
                  std::to_string(view.columns) + " columns");

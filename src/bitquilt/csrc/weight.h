@@ -33,12 +33,12 @@ class OwnedWeight {
 
   private:
     void add_segment(const int64_t* numbers, int index);
-    void set_runs(const Array& permutation, int64_t block);
+    void set_order(const Array& permutation, int64_t block);
     void set_outliers(const Array& values, const Array& columns, const Array& rows);
 
     std::vector<Segment> segments_;
     std::vector<std::vector<float>> levels_;
-    std::vector<Run> runs_;
+    std::vector<int32_t> order_, place_;
 };
 
 }  // namespace bitquilt

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from bitquilt.models.embedding import SharedHead
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
 
@@ -34,11 +35,11 @@ class Decoder:
         self._kept: list[Tensor] = []
         config, base = model.config, _body(model)
         first = base.layers[0].self_attn
-        self.embedding: Tensor = model.get_input_embeddings().weight
+        self._embed = model.get_input_embeddings()
         head = model.get_output_embeddings()
-        _want(type(head) is nn.Linear and head.bias is None, "the head is no plain linear layer")
-        dtype = self.embedding.dtype
-        _want(dtype in kernels.TYPES and head.weight.dtype in kernels.TYPES, f"it computes in {dtype}")
+        _want(head.bias is None, "the head has a bias")
+        self.dtype = dtype = self._embed(torch.zeros(1, dtype=torch.int64)).dtype
+        _want(dtype in kernels.TYPES, f"it computes in {dtype}")
         kv = first.k_proj.out_features // first.head_dim
         heads = first.q_proj.out_features // first.head_dim
         positions = torch.arange(length).unsqueeze(0)
@@ -46,19 +47,15 @@ class Decoder:
         cache_type = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.cache = torch.zeros(len(base.layers), 2, kv, length, first.head_dim, dtype=cache_type)
         sizes = [config.hidden_size, heads, kv, first.head_dim, cosines.shape[-1], config.intermediate_size,
-                 head.weight.shape[0], length]  # fmt: skip
+                 head.out_features, length]  # fmt: skip
         self._native = kernels.decoder(sizes, _epsilon(base.norm), float(first.scaling))
         for layer, cache in zip(base.layers, self.cache, strict=True):
             self._add(layer, cache)
-        head_weight = head.weight.detach().contiguous()
-        self._kept += [head_weight, cosines, sines]
         norm = self._floats(base.norm.weight)
-        self._native.set_ends(
-            norm.data_ptr(), head_weight.data_ptr(), kernels.TYPES[head_weight.dtype], cosines.data_ptr(),
-            sines.data_ptr(),
-        )  # fmt: skip
+        self._native.set_ends(norm.data_ptr(), cosines.data_ptr(), sines.data_ptr())
+        self._set_head(head)
         self._digits = 3 if dtype == torch.float32 else 2
-        self._logits = torch.empty(head.weight.shape[0])
+        self._logits = torch.empty(head.out_features)
 
     @classmethod
     def of(cls, model: Any, length: int) -> "Decoder | None":
@@ -80,11 +77,12 @@ class Decoder:
         self.position = len(ids) - 1
         logits = self.step(int(ids[-1]))
         distance = float((logits - expected).norm() / expected.norm().clamp(min=1e-20))
-        return logits if distance <= _ROUNDING[self.embedding.dtype] else None
+        return logits if distance <= _ROUNDING[self.dtype] else None
 
     def step(self, token: int) -> Tensor:
         """Logits after `token`, the next of the text; overwritten by the next step."""
-        x = self.embedding[token].detach().float().contiguous()
+        with torch.no_grad():
+            x = self._embed(torch.tensor([token]))[0].float().contiguous()
         digits = 1 if kernels.activations() == "int8" else self._digits
         self._native.step(x.data_ptr(), self.position, self._logits.data_ptr(), digits, torch.get_num_threads())
         self.position += 1
@@ -102,18 +100,32 @@ class Decoder:
         ]  # fmt: skip
         handles, addresses = [], []
         for product in products:
-            _want(isinstance(product, QuantizedLinear), "a layer is not quantized")
-            handle = product.settle()
-            _want(handle is not None, "the kernels do not know a layer's format")
-            handles.append(handle.native)
+            handles.append(self._product(product))
             addresses.append(0 if product.bias is None else self._floats(product.bias).data_ptr())
-            self._kept += [t for t in product._buffers.values() if t is not None]
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         addresses += [self._floats(norm.weight).data_ptr() for norm in norms]
         for name in ("q_norm", "k_norm"):
             norm = getattr(attention, name, None)
             addresses.append(0 if norm is None else self._floats(norm.weight).data_ptr())
         self._native.add_layer(handles, [*addresses, *(part.data_ptr() for part in cache)], kernels.TYPES[cache.dtype])
+
+    def _product(self, layer: Any) -> Any:
+        _want(isinstance(layer, QuantizedLinear), "a layer is not quantized")
+        _want(not layer.has_row_gains, "a layer has gains per row")
+        handle = layer.settle()
+        _want(handle is not None, "the kernels do not know a layer's format")
+        self._kept += [t for t in layer._buffers.values() if t is not None]
+        return handle.native
+
+    def _set_head(self, head: Any) -> None:
+        """A linear layer, quantized or not, or the quantized embedding that it shares."""
+        if type(head) is nn.Linear:
+            _want(head.weight.dtype in kernels.TYPES, f"its head is {head.weight.dtype}")
+            weight = head.weight.detach().contiguous()
+            self._kept.append(weight)
+            self._native.set_head(weight.data_ptr(), kernels.TYPES[weight.dtype])
+        else:
+            self._native.set_product_head(self._product(head.table if isinstance(head, SharedHead) else head))
 
     def _floats(self, tensor: Tensor) -> Tensor:
         kept = tensor.detach().float().contiguous()

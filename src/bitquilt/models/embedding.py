@@ -67,13 +67,18 @@ class SharedHead(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
+    def table(self) -> QuantizedEmbedding:
+        """The embedding whose codes it multiplies by."""
+        return self._shared[0]
+
+    @property
     def weight(self) -> Tensor:
         """See `QuantizedEmbedding.weight`."""
-        return self._shared[0].weight
+        return self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., width]` -> logits `[..., vocabulary]`."""
-        logits = self._shared[0].project(x)
+        logits = self.table.project(x)
         return logits if self.bias is None else logits + self.bias
 
 

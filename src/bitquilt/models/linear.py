@@ -90,14 +90,27 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
+        bias = None if self.has_row_gains else self.bias
         if not torch.compiler.is_compiling() and kernels.direct(x, self.bias):
             handle = self._ready.of(self._buffers)
             if handle is None or handle.level != kernels.level():
                 handle = self.settle()
             if handle is not None:
-                return kernels.product(x, handle, self.bias)
-        output: Tensor = ops.quantized_matmul(x, *self._stored(), self.bias, self.out_features)
-        return output
+                return self._by_row(kernels.product(x, handle, bias))
+        output: Tensor = ops.quantized_matmul(x, *self._stored(), bias, self.out_features)
+        return self._by_row(output)
+
+    @property
+    def has_row_gains(self) -> bool:
+        """Whether the product with the codes is only the output up to a factor per row."""
+        return self.layout.row_gain_dtype is not None
+
+    def _by_row(self, product: Tensor) -> Tensor:
+        """What is left to do after the operator, which knows no gains of rows: times the gain, plus the bias."""
+        if not self.has_row_gains:
+            return product
+        output = product * self.get_buffer("row_gains").to(product.dtype)
+        return output if self.bias is None else output + self.bias.to(product.dtype)
 
     def settle(self) -> Handle | None:
         """Put the weight where the CPU reads it fastest (`ops.pages`) and make its handle; the first product does.
@@ -119,7 +132,7 @@ class QuantizedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight fp32 `[out, in]` this module computes with."""
         weight: Tensor = ops.dequantize(*self._stored(), self.out_features)
-        return weight
+        return weight * self.get_buffer("row_gains").float().unsqueeze(1) if self.has_row_gains else weight
 
     @property
     def weight(self) -> Tensor:

@@ -164,10 +164,22 @@ def read_bandwidth(size: int, threads: int, rounds: int = 3) -> float:
     return float(_kernels.read_bandwidth(size, threads, rounds))
 
 
-def dense(handle: Handle, out: Tensor, first: int = 0) -> Tensor:
-    """The rows of the weight from `first` on into `out` `[rows, in]`, contiguous, fp32, fp16 or bf16."""
+def dense(handle: Handle, out: Tensor, first: int = 0, as_stored: bool = False) -> Tensor:
+    """The rows of the weight from `first` on into `out` `[rows, in]`, contiguous, fp32, fp16 or bf16; `as_stored`: the
+    columns in stored order."""
     last = first + out.shape[0]
-    handle.native.dequantize(first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    handle.native.dequantize(first, last, as_stored, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads())
+    return out
+
+
+def in_stored_order(x: Tensor, handle: Handle) -> Tensor:
+    """x `[..., in]`, its channels in the order of the weight's columns; itself where that is the same."""
+    if not handle.native.reordered:
+        return x
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    tokens = x.numel() // handle.in_features
+    handle.native.reorder(x.data_ptr(), x.itemsize, tokens, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -175,10 +187,12 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
     """The product with the weight unpacked some rows at a time into memory that is kept: a layer of 4096 x 11008
     unpacked whole costs 22 000 page faults, as long again as its product with 512 tokens."""
     rows = handle.out_features
+    x = in_stored_order(x, handle)  # some tokens are fewer than the rows of a weight
     parts = []
     for first in range(0, max(rows, 1), _TILE_ROWS):  # one part, empty, of a layer without outputs
         count = min(_TILE_ROWS, rows - first)
-        tile = dense(handle, _tile(count * handle.in_features, x.dtype).view(count, handle.in_features), first)
+        out = _tile(count * handle.in_features, x.dtype).view(count, handle.in_features)
+        tile = dense(handle, out, first, as_stored=True)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + count]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from bitquilt.allocation.by_trace import by_trace, by_weighted_error
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
+from bitquilt.packing import storage_bits
+from bitquilt.solvers.layouts import grouped_layout
 from bitquilt.solvers.solve import solve
 from bitquilt.types import (
     MAX_BITS,
@@ -38,8 +40,9 @@ from bitquilt.types import (
 
 @dataclass(frozen=True)
 class APTQ:
-    """`bits`: mean over the layers' weights, anything the palette reaches; never exceeded. `sensitivity`: trace per
-    weight ("mean") or as it is ("raw"). `hessian`: of the sub-block's output, or "input": X^T X as in GPTQ.
+    """`bits`: mean over the layers' weights, anything the palette reaches; never exceeded. `bpw`: instead, true bits
+    per weight of all layers in the blocks together, scales and zeros included; not exceeded either. `sensitivity`:
+    trace per weight ("mean") or as it is ("raw"). `hessian`: of the sub-block's output, or "input": X^T X as in GPTQ.
     `probes`: backward passes per sequence. A layer outside the blocks (`--include-head`) takes the highest width.
     """
 
@@ -48,6 +51,7 @@ class APTQ:
     fractional: ClassVar[bool] = True
 
     bits: float = 3.8
+    bpw: float | None = None
     group_size: int = 128
     damp: float = 0.01
     palette: tuple[int, ...] = (2, 4)
@@ -68,10 +72,26 @@ class APTQ:
         if self.allocation == "trace" and len(self.palette) != 2:
             raise ValueError(f"palette is {self.palette}; allocation=trace takes two widths, hawq2 any number")
         low, high = self.palette[0], self.palette[-1]
-        if not low <= self.bits <= high:
+        if self.bpw is None and not low <= self.bits <= high:
             raise ValueError(f"bits is {self.bits:g}; the palette {self.palette} reaches {low} to {high}")
+        if self.bpw is not None and not self.bpw > 0:
+            raise ValueError(f"bpw is {self.bpw}; wanted true bits per weight above 0, such as 2.5")
         if not 1 <= self.probes <= 64:
             raise ValueError(f"probes is {self.probes}; wanted 1 to 64")
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError if the layers, `[out, in]` by path, cannot have `bpw` together."""
+        self.check()
+        if self.bpw is None or not shapes:
+            return
+        costs = [self._stored(*shape) for shape in shapes.values()]
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        least, most = (sum(cost[b] for cost in costs) / weights for b in (self.palette[0], self.palette[-1]))
+        if not least <= self.bpw <= most:
+            raise ValueError(
+                f"bpw is {self.bpw:g}; with palette {self.palette} and groups of {self.group_size} these layers reach "
+                f"{least:.3f} to {most:.3f}"
+            )
 
     def sense(self, layer: Layer, trace: float) -> dict[str, float]:
         """Size, trace and, per width, the squared error of rounding. Raises ValueError if a weight is not finite."""
@@ -89,18 +109,18 @@ class APTQ:
         return found
 
     def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
-        """Bits by layer. Raises ValueError if a trace is not a finite number."""
-        sizes = {name: int(value["weights"]) for name, value in sensed.items()}
+        """Bits by layer. Raises ValueError if a trace is not a finite number or no map is within the budget."""
+        costs, budget = self._costs(sensed)
         per_weight = {name: value["trace"] / value["weights"] for name, value in sensed.items()}
         if self.allocation == "hawq2":
             errors = {
                 name: {bits: per_weight[name] * value[f"error_{bits}"] for bits in self.palette}
                 for name, value in sensed.items()
             }
-            bits = by_weighted_error(errors, sizes, self.bits, self.palette)
+            bits = by_weighted_error(errors, costs, budget)
         else:
             ranking = per_weight if self.sensitivity == "mean" else {n: v["trace"] for n, v in sensed.items()}
-            bits = by_trace(ranking, sizes, self.bits, self.palette[0], self.palette[-1])
+            bits = by_trace(ranking, costs, budget)
         return {name: uniform_plan(int(sensed[name]["in_features"]), bits[name], self.group_size) for name in sensed}
 
     def prepare(self, stats: LayerStats | None) -> Factor:
@@ -123,6 +143,22 @@ class APTQ:
             return self._fit(weight, bits, prepared.importance[columns], scale_dtype)
 
         return solve(layer, plan, prepared, fit_group, damp=self.damp)
+
+    def _costs(self, sensed: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, dict[int, int]], float]:
+        """By layer and width what is counted, and the budget: bits of the codes, or with `bpw` all that is stored."""
+        weights = sum(int(value["weights"]) for value in sensed.values())
+        if self.bpw is None:
+            return {n: {b: b * int(v["weights"]) for b in self.palette} for n, v in sensed.items()}, self.bits * weights
+        shapes = {n: (int(v["weights"] / v["in_features"]), int(v["in_features"])) for n, v in sensed.items()}
+        return {n: self._stored(*shape) for n, shape in shapes.items()}, self.bpw * weights
+
+    def _stored(self, out_features: int, in_features: int) -> dict[int, int]:
+        """Stored bits of a layer at each width."""
+        groups = len(group_slices(in_features, self.group_size))
+        return {
+            b: storage_bits(grouped_layout(out_features, in_features, (b,) * groups, self.group_size))
+            for b in self.palette
+        }
 
     def _fit(self, weight: Tensor, bits: int, importance: Tensor | None, dtype: torch.dtype) -> UniformGrid:
         search = RangeSearch() if self.scale_search else MIN_MAX

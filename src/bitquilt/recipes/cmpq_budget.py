@@ -12,6 +12,7 @@ from bitquilt.solvers.codebooks import Tables
 from bitquilt.solvers.layouts import channel_layout
 from bitquilt.types import MAX_BITS
 
+_SPENT = 0.9  # of a budget: widths whose largest leaves more than a tenth are not worth trying
 _ROUNDING = 1e-6  # bits: a target is a float, what is stored a whole number
 
 
@@ -111,22 +112,46 @@ class Budget:
     ) -> tuple[int, ...]:
         """Bits per channel of least summed error within the budget, `table[j][i]` that of channel j at `widths[i]`.
 
-        By rank of the norms where no map of these widths fits.
+        With `bpw` a width has a price of its own (its table, its rows' padding, a larger map): every run of
+        neighbouring widths is tried, and the rank of the norms. By rank where nothing else fits.
         """
         if self.bpw is None:
             return tuple(widths[i] for i in least_error_relaxed(table, widths, total))
-        prices = [self._channel_price(out_features, b) for b in widths]
-        target = self.bpw * out_features * len(table)
+        target = self.bpw * out_features * len(table) + _ROUNDING
+        column = {b: i for i, b in enumerate(widths)}
+        ranked = self.spread(norms, out_features, total)
+        maps = [ranked] if set(ranked) <= set(widths) else []
+        ends = [self._channel_price(out_features, b) * len(table) for b in widths]
+        for first in range(len(widths)):
+            for last in range(first, len(widths)):
+                wasteful = ends[last] < _SPENT * target and last + 1 < len(widths)
+                if ends[first] <= target and not wasteful:
+                    maps += self._cheapest(table, widths, range(first, last + 1), out_features, target)
+        fits = [bits for bits in maps if self.size(out_features, bits) <= target]
+        losses = [sum(row[column[b]] for row, b in zip(table, bits, strict=True)) for bits in fits]
+        return fits[losses.index(min(losses))] if fits else ranked
+
+    def _cheapest(
+        self,
+        table: Sequence[Sequence[float]],
+        widths: Sequence[int],
+        among: range,
+        out_features: int,
+        target: float,
+    ) -> list[tuple[int, ...]]:
+        """Maps of least summed error with the widths numbered `among`, at about `target` stored bits."""
+        part = [[row[i] for i in among] for row in table]
+        prices = [self._channel_price(out_features, widths[i]) for i in among]
         # what is not a channel's own (padding, map, outliers, shared tables) is known only from the finished map
-        allowed, best = target, None
-        for _ in range(6):
+        allowed, found = target, []
+        for _ in range(4):
             allowed = max(allowed, prices[0] * len(table))
-            bits = tuple(widths[i] for i in least_error_relaxed(table, prices, allowed))
-            spare = target - self.size(out_features, bits)
-            if spare >= -_ROUNDING and (best is None or spare < best[0]):
-                best = (spare, bits)
+            found.append(tuple(widths[among[i]] for i in least_error_relaxed(part, prices, allowed)))
+            spare = target - self.size(out_features, found[-1])
+            if len(found) > 1 and found[-1] == found[-2]:
+                break
             allowed += spare
-        return best[1] if best else self.spread(norms, out_features, total)
+        return found
 
     def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError naming the first layer, `[out, in]` by path, that cannot have `bpw`, and what all can."""

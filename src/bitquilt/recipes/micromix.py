@@ -14,21 +14,25 @@ than its own criterion needs, T(6) 1.6 % too loose); `bits`, a mean reached by s
 because one block is in memory at a time. Not offered: smoothing, a quantized KV cache.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from bitquilt.grids.mx import element_for, fit_mx, worst_ratio
 from bitquilt.ops.mx import BLOCK, ScaleRule
+from bitquilt.packing import bits_per_weight
 from bitquilt.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
 from bitquilt.types import (
     Cost,
     Event,
     Format,
+    Grid,
     Layer,
     LayerPlan,
     LayerStats,
+    Layout,
     Permutation,
     QuantizedWeight,
     Segment,
@@ -42,9 +46,10 @@ _WIDTHS = (4, 6, 8)
 @dataclass(frozen=True)
 class MicroMix:
     """`multiplier`: of both thresholds (0: nearly all FP8, large: all FP4); or `bits`: the mean of the bands to reach,
-    before parts are rounded up to `alignment` channels. `six`: the 6-bit element. `runs`: channels are ranked by the
-    loudest of that many runs of the sampled tokens (1: by the mean of all). `quantize_activations`: False keeps the
-    input as it is.
+    before parts are rounded up to `alignment` channels; or `bpw`: true bits per weight of every layer, scales and the
+    order of its channels included, met from below to one part of `alignment` channels. `six`: the 6-bit element.
+    `runs`: channels are ranked by the loudest of that many runs of the sampled tokens (1: by the mean of all).
+    `quantize_activations`: False keeps the input as it is.
     """
 
     name: ClassVar[str] = "micromix"
@@ -53,6 +58,7 @@ class MicroMix:
     plans_columns: ClassVar[bool] = True
 
     bits: float | None = None
+    bpw: float | None = None
     multiplier: float = 1.0
     scale_rule: ScaleRule = "ceil"
     thresholds: Literal["published", "exact"] = "published"
@@ -67,12 +73,26 @@ class MicroMix:
             raise ValueError(f"bits is {self.bits:g}; MX elements have 4, 6 or 8, so their mean is 4 to 8")
         if not 0 <= self.multiplier < float("inf"):
             raise ValueError(f"multiplier is {self.multiplier}; wanted 0 or more")
-        if self.bits is not None and self.multiplier != 1.0:
-            raise ValueError("bits and multiplier both scale the thresholds; give one")
+        if (self.bits is not None or self.bpw is not None) and self.multiplier != 1.0:
+            raise ValueError("bits, bpw and multiplier all scale the thresholds; give one")
+        if self.bpw is not None and not self.bpw > 0:
+            raise ValueError(f"bpw is {self.bpw}; wanted true bits per weight above 0, such as 4.5")
         if self.runs < 1:
             raise ValueError(f"runs is {self.runs}; wanted at least 1")
         if self.alignment < BLOCK or self.alignment % BLOCK:
             raise ValueError(f"alignment is {self.alignment}; wanted a positive multiple of {BLOCK}")
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError naming the first layer, `[out, in]` by path, that exceeds `bpw` with 4 bits everywhere."""
+        self.check()
+        for name, (rows, columns) in shapes.items() if self.bpw is not None else ():
+            assert self.bpw is not None
+            if (least := self._bpw(rows, (columns, 0, 0), ordered=True)) > self.bpw:
+                low = max(self._bpw(out, (width, 0, 0), ordered=True) for out, width in shapes.values())
+                raise ValueError(
+                    f"bpw is {self.bpw:g}; {name} ({rows} x {columns}) takes {least:.3f} with 4 bits everywhere, its "
+                    f"scales and its order; all layers together reach {low:.3f} and more"
+                )
 
     def prepare(self, stats: LayerStats | None) -> Partition | None:
         """Split the channels of this input. None where no token was sampled. Raises ValueError without statistics."""
@@ -80,13 +100,16 @@ class MicroMix:
             raise ValueError("the activation statistics are missing: this recipe needs calibration data")
         if stats.sample is None or len(stats.sample) == 0:
             return None
-        return partition(stats.sample, self._thresholds(), target=self.bits, multiplier=self.multiplier,
-                         runs=self.runs, alignment=self.alignment)  # fmt: skip
+        from_top = self.bpw is not None
+        return partition(stats.sample, self._thresholds(), target=self.bits,
+                         multiplier=0.0 if from_top else self.multiplier, runs=self.runs, alignment=self.alignment,
+                         smaller=from_top)  # fmt: skip
 
     def measure(self, layer: Layer, prepared: Partition | None) -> Cost:
         """One way to spend the bits; all FP8 where nothing is known about the input."""
         if prepared is None:
             return Cost((LayerPlan((_WIDTHS[-1],) * layer.weight.shape[1], 1),), (0.0,))
+        prepared = self._within(prepared, layer.weight.shape[0])
         shares = dict(zip(("4", "6", "8"), prepared.shares, strict=True))
         details = {"shares": shares, "multiplier": prepared.multiplier}
         return Cost((LayerPlan(prepared.bits, 1),), (0.0,), details)
@@ -111,21 +134,35 @@ class MicroMix:
             channels = order[bits[order] == width]
             element = element_for(width, self.six)
             codes, scale = fit_mx(layer.weight[:, channels], element, self.scale_rule)
-            form = Format(
-                width,
-                BLOCK,
-                "mx_e2m3" if element.name == "e2m3" else "mx",
-                torch.uint8,
-                symmetric=True,
-                activation=self.scale_rule if self.quantize_activations else "none",
-            )
-            segments.append(Segment(form, codes, scale))
+            segments.append(Segment(self._format(width), codes, scale))
         in_place = bool((order.diff() > 0).all())
         stored = QuantizedWeight(tuple(segments), None if in_place else Permutation(order, 1))
         events: tuple[Event, ...] = ()
         if prepared is None:
             events = (Event(layer.name, "no token sample", "nothing is known about the input: 8 bits unless planned"),)
         return Solution(stored, None, events)
+
+    def _within(self, found: Partition, out_features: int) -> Partition:
+        """The largest partition of at most `bpw`. Layers of one input have one order; one of few rows, which pays more
+        for it, may cut it a part earlier."""
+        if self.bpw is None:
+            return found
+        for sizes, multiplier in ((found.sizes, found.multiplier), *found.smaller):
+            found = replace(found, sizes=sizes, multiplier=multiplier)
+            if self._bpw(out_features, sizes, ordered=True) <= self.bpw:
+                break
+        return found
+
+    def _bpw(self, out_features: int, sizes: tuple[int, int, int], *, ordered: bool) -> float:
+        segments = tuple((self._format(width), size) for width, size in zip(_WIDTHS, sizes, strict=True) if size)
+        return bits_per_weight(
+            Layout(out_features, sum(sizes), segments, "order" if ordered else "identity", int(ordered))
+        )
+
+    def _format(self, width: int) -> Format:
+        grid: Grid = "mx_e2m3" if element_for(width, self.six).name == "e2m3" else "mx"
+        activation = self.scale_rule if self.quantize_activations else "none"
+        return Format(width, BLOCK, grid, torch.uint8, symmetric=True, activation=activation)
 
     def _thresholds(self) -> tuple[float, float]:
         """T(4) and T(6) as shares of the token's largest magnitude."""

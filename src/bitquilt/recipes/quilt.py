@@ -8,12 +8,15 @@ Without gradients (`effort="fast"`), per layer, in the order in which a block co
    above with the zeros beside the nearest;
 4. coordinate descent over the codes after the sweep (`solvers.descent`).
 With gradients (`effort="normal"`), per block, all its layers together:
-5. an offset per weight decides which way it is rounded, moved by the sign of its gradient, scales and zeros beside
-   (after arXiv 2309.05516), from the result of 1 to 4: the block on the quantized model's inputs against the
-   full-precision block's output in the full-precision model.
+5. an offset per weight decides which way it is rounded, moved by the sign of its gradient, scales beside (after arXiv
+   2309.05516), from the result of 1 to 4: the block on the quantized model's inputs against the full-precision block's
+   output in the full-precision model.
+With gradients through the whole model (`effort="best"`), from the result of 1 to 5:
+6. the same offsets and scales of all blocks together, by AdamW, on the KL of the model's output.
 docs/benchmarks.md has what each of them is worth.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -22,22 +25,23 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
-from bitquilt.solvers.blockwise import Samples, Training, train
+from bitquilt.solvers.blockwise import Link, Rule, Samples, Trained, Training, train
 from bitquilt.solvers.gptq import Sweep
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.solvers.solve import assemble, live_weight, solve
+from bitquilt.solvers.solve import assemble, disassemble, live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.solvers.trainable import Rounding
 from bitquilt.types import (
     BlockProblem,
-    BlockSolution,
     Cost,
     Event,
     Layer,
     LayerPlan,
     LayerStats,
     Layout,
+    ModelProblem,
     Solution,
+    TrainedLayers,
     group_slices,
     uniform_plan,
 )
@@ -50,8 +54,10 @@ _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 class Quilt:
     """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
     `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent.
-    `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time; each
-    weight can move by half a step in all, scales and zeros learn at `scale_rate` and `zero_rate`."""
+    `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time, in which
+    each weight can move by half a step in all; "best" = then `tune_epochs` passes through the whole model. `rounding`:
+    how a block's offsets move, by the "sign" of their gradient or by "adam" (at `tune_rate`). `scale_rate`: of the
+    scales, in both; 0 = they stay. `tune_rate`: of the offsets in the model; 0 = codes stay, scales learn."""
 
     name: ClassVar[str] = "quilt"
 
@@ -63,29 +69,46 @@ class Quilt:
     group_order: bool = True
     levels: Literal["auto", "symmetric", "zero"] = "auto"
     passes: int = 3
-    effort: Literal["fast", "normal"] = "fast"
+    effort: Literal["fast", "normal", "best"] = "fast"
     epochs: int = 20
     batch: int = 8
+    rounding: Literal["sign", "adam"] = "sign"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     scale_rate: float = 3e-3
-    zero_rate: float = 1e-2
+    tune_epochs: int = 8
+    tune_rate: float = 2e-2
     patience: int = 0
     train_seed: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
         """The Hessian, with a full-precision target the drift of the inputs, and what training compares with."""
-        training = frozenset({"full"}) if self.train_batch else frozenset[str]()
+        training = frozenset[str]() if self.effort == "fast" else frozenset({"full"})
         return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha) | training
 
     @property
     def train_batch(self) -> int:
         """Samples per step; 0 without training."""
-        return 0 if self.effort == "fast" else self.batch
+        return 0 if self.effort == "fast" or not self.epochs else self.batch
+
+    @property
+    def tune_batch(self) -> int:
+        """Samples per step through the whole model, half of a block's: twice the steps; 0 without."""
+        return max(1, self.batch // 2) if self.effort == "best" else 0
+
+    @property
+    def tune_bytes(self) -> int:
+        """Per weight: where it lies, its offset, the best one so far, a gradient and AdamW's two sums, in fp32."""
+        return 4 * 6
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
         check_feedback(self.alpha, self.stream_alpha, self.passes)
         self._training()
+        self._tuning()
+        for name, rate in (("scale_rate", self.scale_rate), ("tune_rate", self.tune_rate)):
+            if not rate >= 0:
+                raise ValueError(f"{name} is {rate}; wanted 0 or more")
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -137,29 +160,63 @@ class Quilt:
         """The widths that store no zero."""
         return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
 
-    def train_block(self, problem: BlockProblem) -> BlockSolution:
+    def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         training = self._training()
-        # by the sign of its gradient, at a rate that falls to zero: half a step in all
+        # at a rate that falls to zero: half a step in all
         steps = max(1, training.epochs * -(-training.trained(problem.count) // training.batch))
-        parts, groups = {}, {}
-        for name, solution in problem.solutions.items():
-            swept: Sweep[UniformGrid] = solution.details["swept"]
-            groups[name] = group_slices(swept.codes.shape[1], problem.plans[name].group_size)
-            scale_dtype = solution.weight.segments[0].format.scale_dtype
-            rates = (1 / steps, self.scale_rate, self.zero_rate)
-            parts[name] = Rounding.of(swept, groups[name], scale_dtype, rates)
+        rounding = Rule(1 / steps, "sign", -0.5, 0.5) if self.rounding == "sign" else Rule(self.tune_rate)
+        sweeps = {name: solution.details["swept"] for name, solution in problem.solutions.items()}
+        parts = self._parts(problem, sweeps, rounding)
         samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
-        trained = train(problem.forward, parts, samples, training)
+        trained = train((Link(problem.forward, parts),), samples, training, problem.told)
+        return self._trained(problem, problem.name, parts, trained)
+
+    def keep(self, solution: Solution) -> dict[str, Tensor]:
+        """What the codes were rounded from."""
+        return {"aim": solution.details["swept"].compensated}
+
+    def tune(self, problem: ModelProblem) -> TrainedLayers:
+        """Train all blocks together. Raises ValueError if they cannot be trained."""
+        training = self._tuning()
+        sweeps = {
+            name: disassemble(solution.weight, problem.plans[name], solution.details["aim"])
+            for name, solution in problem.solutions.items()
+        }
+        parts = self._parts(problem, sweeps, Rule(self.tune_rate))
+        links = [Link(forward, {name: parts[name] for name in names}) for forward, names in problem.blocks]
+        samples = Samples(problem.count, problem.inputs, (problem.targets,), problem.loss)
+        return self._trained(problem, "model", parts, train(links, samples, training, problem.told))
+
+    def _parts(
+        self, problem: BlockProblem | ModelProblem, sweeps: Mapping[str, Sweep[UniformGrid]], rounding: Rule
+    ) -> dict[str, Rounding]:
+        parts, scaling = {}, Rule(self.scale_rate, low=0.5, high=2.0)
+        for name, swept in sweeps.items():
+            groups = group_slices(swept.codes.shape[1], problem.plans[name].group_size)
+            scale_dtype = problem.solutions[name].weight.segments[0].format.scale_dtype
+            parts[name] = Rounding.of(swept, groups, scale_dtype, rounding, scaling)
+        return parts
+
+    def _trained(
+        self, problem: BlockProblem | ModelProblem, where: str, parts: Mapping[str, Rounding], trained: Trained
+    ) -> TrainedLayers:
         solutions = {}
         for name, part in parts.items():
-            swept = part.export(trained.values[name], groups[name])
-            solutions[name] = Solution(assemble(swept, problem.plans[name], part.scale_dtype))
-        events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
-        return BlockSolution(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+            swept = part.export(trained.values[name])
+            stored = assemble(swept, problem.plans[name], part.scale_dtype)
+            solutions[name] = Solution(stored, None, (), {"swept": swept})
+        events = tuple(Event(where, kind, detail) for kind, detail in trained.events)
+        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+
+    def _tuning(self) -> Training:
+        batch = max(1, self.tune_batch)
+        return Training(
+            self.tune_epochs, batch, "cosine", patience=self.patience, seed=self.train_seed, betas=(0.9, 0.98)
+        )
 
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, "linear", patience=self.patience, seed=self.train_seed)
+        return Training(self.epochs, self.batch, self.schedule, patience=self.patience, seed=self.train_seed)
 
     def _factor(self, stats: LayerStats, group_size: int) -> Factor:
         return layer_factor(stats, self.damp, group_size if self.group_order else None)

@@ -16,6 +16,7 @@ Deviations from the publication (the first two undone by `bit_map="from_slim_llm
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within
@@ -24,22 +25,24 @@ from bitquilt.hessian import Factor
 from bitquilt.recipes.pairing import paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import SalienceRule, group_salience, salience
-from bitquilt.solvers.blockwise import Samples, Training, train
+from bitquilt.solvers.blockwise import Link, Samples, Training, train
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.solvers.target import layer_factor
 from bitquilt.solvers.trainable import Clipping
 from bitquilt.types import (
     BlockProblem,
-    BlockSolution,
     Cost,
     Event,
     Layer,
     LayerPlan,
     LayerStats,
     Solution,
+    TrainedLayers,
     group_slices,
     uniform_plan,
 )
+
+_BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,20 @@ class SlimLLMPlus:
         stored = assemble(part.export(part.start), plan, part.scale_dtype)
         return Solution(stored, None, layer_events(layer, part.scale_dtype, prepared, self.damp), {"weight": weight})
 
-    def train_block(self, problem: BlockProblem) -> BlockSolution:
+    def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         parts = {n: self._part(s.details["weight"], problem.plans[n]) for n, s in problem.solutions.items()}
         targets = (problem.full_outputs, problem.outputs) if self.augmented else (problem.full_outputs,)
-        trained = train(problem.forward, parts, Samples(problem.count, problem.inputs, targets), self._training())
+        samples = Samples(problem.count, problem.inputs, targets)
+        trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
         solutions = {}
         for name, part in parts.items():
             stored = assemble(part.export(trained.values[name]), problem.plans[name], part.scale_dtype)
-            clipping = part.factors(trained.values[name]).flatten().tolist()
-            solutions[name] = Solution(stored, None, (), {"clipping": clipping})
+            solutions[name] = Solution(stored)
+        factors = torch.cat([part.factors(trained.values[name]) for name, part in parts.items()])
+        notes = {"clipping": torch.histc(factors, _BINS, 0.0, 1.0).int().tolist()}
         events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
-        return BlockSolution(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses, notes)
 
     def _part(self, weight: Tensor, plan: LayerPlan) -> Clipping:
         return Clipping.of(

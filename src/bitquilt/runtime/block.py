@@ -17,11 +17,11 @@ from bitquilt.runtime.firstpass import Look, gradients_of
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.gradients import attention_aware
 from bitquilt.runtime.job import Job, targets
-from bitquilt.runtime.layers import ERROR_TOKENS, Done, check_weights, quantize_layers, trains
+from bitquilt.runtime.layers import ERROR_TOKENS, Done, check_weights, quantize_layers, trains, tunes
 from bitquilt.runtime.pairs import Seen, Stage, beside, collect_pairs, find_stages, observe_pass
 from bitquilt.runtime.progress import Observer
 from bitquilt.runtime.stats import collect
-from bitquilt.runtime.train import train_block
+from bitquilt.runtime.train import keep, train_block
 from bitquilt.runtime.workdir import Activations, write_tensors
 from bitquilt.types import Event, LayerStats
 
@@ -44,12 +44,13 @@ def quantize_block(job: Job, flow: Flow, i: int, blocks: Blocks, observe: Observ
         done.record["events"] += map(asdict, events)
         quantize_layers(job, i, linears, stats, observe, done)
     if full is not None:
-        flow.pass_on(i, full, full=True, always=trains(job))
+        flow.pass_on(i, full, full=True, always=trains(job) or tunes(job))
         if trains(job):
             train_block(job, flow, i, full, linears, done, observe)
+        keep(job, i, done)
     flow.pass_on(i, block)
     flow.pass_probe_on(i, block)
-    if i + 1 == len(skeleton.blocks) and not job.include_head:
+    if i + 1 == len(skeleton.blocks) and not job.include_head and not tunes(job):
         flow.drop_activations(i + 1)
     replaced = {f"{name}.weight" for name in linears}
     kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
@@ -83,12 +84,12 @@ def runs_beside(job: Job) -> bool:
 
 
 def statistics(
-    job: Job, linears: Mapping[str, nn.Module], passes: Iterable[object] | None, where: str
+    job: Job, linears: Mapping[str, nn.Module], passes: Iterable[object] | None, where: str, sample_only: bool = False
 ) -> dict[str, LayerStats]:
     """Statistics of the inputs of `linears` while `passes` is iterated; none without calibration."""
     if passes is None or job.ids is None:
         return {}
-    hessian = "hessian" in job.recipe.needs
+    hessian = "hessian" in job.recipe.needs and not sample_only
     try:
         return collect(linears, passes, hessian=hessian, sample=_kept_tokens(job), tokens=job.ids.numel())
     except ValueError as error:

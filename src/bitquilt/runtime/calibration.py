@@ -17,11 +17,13 @@ from bitquilt.documents import content_hash
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
 from bitquilt.models.structure import architecture, quiet_transformers
+from bitquilt.runtime.memory import cache_bytes
 from bitquilt.text import token_stream, windows
 
 SELF = "self"
-# Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens).
-_SAMPLED_AT_ONCE = 32
+# Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
+# a token of a small model takes as long for 256 sequences as for 32.
+_CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -55,8 +57,10 @@ def make_calibration(
     seed: int,
     vocabulary: int,
     progress: Callable[[str], None],
+    self_samples: int = 0,
 ) -> Tensor:
-    """Token ids `[samples, seq_len]` for any source that `bitquilt.text` reads, or `self`.
+    """Token ids `[samples + self_samples, seq_len]` for any source that `bitquilt.text` reads, or `self`; the last
+    `self_samples` are the model's own.
 
     Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
     cannot sample for itself (too large for the memory, or no causal language model).
@@ -67,7 +71,13 @@ def make_calibration(
         )
     progress(f"reading calibration text from {source}")
     stream = token_stream(source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
-    return windows(stream, seq_len, samples, seed)
+    ids = windows(stream, seq_len, samples, seed)
+    if not self_samples:
+        return ids
+    own = sample_from_model(
+        checkpoint, samples=self_samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+    )
+    return torch.cat([ids, own])
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -96,7 +106,7 @@ def sample_from_model(
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(
             f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
-            "own calibration text; give --calibration FILE"
+            "own calibration text; give --calibration FILE, and no --self-samples"
         )
     _check_memory(checkpoint)
     with quiet_transformers():
@@ -107,9 +117,12 @@ def sample_from_model(
     generator = torch.Generator().manual_seed(seed)
     bos = checkpoint.config.get("bos_token_id")
     parts = []
-    for start in range(0, samples, _SAMPLED_AT_ONCE):
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    each = cache_bytes(text, model.config.get_text_config().num_hidden_layers, seq_len)
+    at_once = min(_SAMPLED_AT_ONCE, max(1, _CACHE_BYTES // max(1, each)))
+    for start in range(0, samples, at_once):
         progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")
-        count = min(_SAMPLED_AT_ONCE, samples - start)
+        count = min(at_once, samples - start)
         first = (
             torch.full((count, 1), bos)
             if isinstance(bos, int)
@@ -140,5 +153,6 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     if wanted > available:
         raise UserError(
             f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: it cannot write "
-            "its own calibration text; give --calibration FILE: with a text, one block at a time is enough"
+            "its own calibration text; give --calibration FILE (and no --self-samples): with a text, "
+            "one block at a time is enough"
         )

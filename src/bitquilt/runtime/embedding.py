@@ -5,6 +5,7 @@ open_embedding(job) -> record | None      # its files are in place, the model re
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,46 @@ from bitquilt.packing import layout_from_json, layout_to_json, pack
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.workdir import read_tensors, write_json, write_tensors
 from bitquilt.solvers.symmetric import round_symmetric
-from bitquilt.types import check_finite
+from bitquilt.types import Format, Layout, check_finite
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZE = 32  # as everybody's 4- and 8-bit tables: 4.5 and 8.5 true bits per weight
 _FILE, _RECORD = "embedding.safetensors", "embedding.json"
 
 
-def check_embedding(skeleton: Skeleton, bits: int) -> str:
-    """The path of the embedding. Raises UserError where it cannot be quantized, to so many bits or at all."""
+@dataclass(frozen=True)
+class Embedding:
+    """A table as it will be stored, from headers alone; `tied`: the head shares it."""
+
+    path: str
+    bits: int
+    layout: Layout
+    tied: bool
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.layout.out_features * self.layout.in_features
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What it changes in config.json, beside the layouts."""
+        return {"tie_word_embeddings": self.tied}
+
+
+def embedding_to_be(skeleton: Skeleton, bits: int | None) -> Embedding | None:
+    """The embedding in so many bits, None without. Raises UserError where it cannot be quantized, or not to these."""
+    if bits is None:
+        return None
+    path = _check(skeleton, bits)
+    rows, width = skeleton.model.get_parameter(f"{path}.weight").shape
+    form = Format(bits, GROUP_SIZE, symmetric=True)
+    tied = f"{path}.weight" in skeleton.model.all_tied_weights_keys.values()
+    return Embedding(path, bits, Layout(rows, width, ((form, width),)), tied)
+
+
+def _check(skeleton: Skeleton, bits: int) -> str:
+    """The path of the embedding."""
     if not MIN_BITS <= bits <= MAX_BITS:
         raise UserError(f"embedding bits is {bits}; wanted {MIN_BITS} to {MAX_BITS}")
     path = embedding_path(skeleton.model)
@@ -50,7 +82,7 @@ def open_embedding(job: Job) -> None:
     """
     if job.embedding_bits is None:
         return
-    path = check_embedding(job.skeleton, job.embedding_bits)
+    path = _check(job.skeleton, job.embedding_bits)
     if committed_embedding(job.folder) is None:
         _quantize(job, path, job.embedding_bits)
     record = committed_embedding(job.folder)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from bitquilt.errors import UserError
 from bitquilt.models.structure import vocabulary_size
-from bitquilt.protocols import TrainsBlocks
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, open_outer, record_calls
 from bitquilt.runtime.devices import stays_on_device
 from bitquilt.runtime.embedding import open_embedding
 from bitquilt.runtime.job import Job
-from bitquilt.runtime.layers import trains
+from bitquilt.runtime.layers import trains, tunes
 from bitquilt.runtime.workdir import Activations, read_tensors, write_tensors
 
 _PROBE = (2, 32)
@@ -71,7 +71,9 @@ class Flow:
         write_tensors(self.job.folder / f"probe-{i + 1:05d}.safetensors", {"hidden": hidden})
 
     def drop(self, i: int) -> None:
-        """Inputs of a committed block are of no more use."""
+        """Inputs of a committed block are of no more use; but for the first's, where all blocks are trained later."""
+        if i == 0 and tunes(self.job):
+            return
         self.drop_activations(i)
         (self.job.folder / f"probe-{i:05d}.safetensors").unlink(missing_ok=True)
 
@@ -147,10 +149,14 @@ def open_flow(job: Job, resumed: bool) -> Flow:
 
 def _training_batches(job: Job) -> list[int]:
     """How many samples go through a block at once while it is trained: powers of two."""
-    if not trains(job):
-        return []
-    assert isinstance(job.recipe, TrainsBlocks)
-    return [1 << k for k in range(job.recipe.train_batch.bit_length())]
+    batch = 0
+    if trains(job):
+        assert isinstance(job.recipe, TrainsBlocks)
+        batch = job.recipe.train_batch
+    if tunes(job):
+        assert isinstance(job.recipe, TunesModel)
+        batch = max(batch, job.recipe.tune_batch)
+    return [1 << k for k in range(batch.bit_length())]
 
 
 def _activations(i: int, full: bool) -> str:

@@ -15,7 +15,6 @@ from bitquilt.models.structure import Skeleton, linear_layers
 from bitquilt.protocols import Recipe
 from bitquilt.types import LayerPlan
 
-
 _HOST = torch.device("cpu")
 
 

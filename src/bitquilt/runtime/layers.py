@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.packing import bits_per_weight, layout_to_json, pack
-from bitquilt.protocols import TrainsBlocks
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.progress import LayerDone, Observer
 from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite
@@ -59,7 +59,7 @@ def quantize_layers(
         entry |= notes
         entry["seconds"] = round(time.perf_counter() - started, 3)
         done.record["events"] += [asdict(event) for event in (*events, *solution.events)]
-        if trains(job):
+        if trains(job) or tunes(job):
             kept = replace(
                 layer, stats=None if layer.stats is None else replace(layer.stats, hessian=torch.zeros(0, 0))
             )
@@ -84,6 +84,11 @@ def put_in_place(
 def trains(job: Job) -> bool:
     """Whether blocks are trained once their layers are solved."""
     return job.ids is not None and isinstance(job.recipe, TrainsBlocks) and job.recipe.train_batch > 0
+
+
+def tunes(job: Job) -> bool:
+    """Whether all blocks are trained together once they are done."""
+    return job.ids is not None and isinstance(job.recipe, TunesModel) and job.recipe.tune_batch > 0
 
 
 def check_weights(linears: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ is what the reference body needs at once: the largest layer unpacked, one block'
 prompt's last token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ class Memory:
         return self.weights + self.cache + self.workspace
 
 
-def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int) -> Memory:
-    """For a context of `ctx` tokens."""
+def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int, looked_up: Container[str] = ()) -> Memory:
+    """For a context of `ctx` tokens. `looked_up`: tables of which only rows are read, never the whole at once."""
     replaced = {f"{name}.weight" for name in layouts}
     kept = sum(
         info.nbytes
@@ -43,8 +43,9 @@ def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int) ->
     packed = sum(spec.nbytes for layout in layouts.values() for spec in tensor_specs(layout).values())
     config = skeleton.checkpoint.config
     text: dict[str, Any] = config.get("text_config", config)
-    largest = max((layout.out_features * layout.in_features for layout in layouts.values()), default=0)
-    widest = max((max(layout.out_features, layout.in_features) for layout in layouts.values()), default=0)
+    multiplied = [layout for name, layout in layouts.items() if name not in looked_up]
+    largest = max((layout.out_features * layout.in_features for layout in multiplied), default=0)
+    widest = max((max(layout.out_features, layout.in_features) for layout in multiplied), default=0)
     vocabulary = int(text.get("vocab_size") or 0)
     workspace = _HALF * largest + _HALF * _ALIVE * widest * min(ctx, _PROMPT) + 4 * vocabulary
     return Memory(kept + packed, cache_bytes(text, len(skeleton.blocks), ctx), workspace)

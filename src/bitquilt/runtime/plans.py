@@ -1,10 +1,12 @@
 """plan.json: where the bits went, readable, diffable, editable by hand and replayable.
 
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
-     "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...}}
+     "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...},
+     "embedding_bits": 8}
 
 One digit per column group, in the original order of the columns. Groups of one column are channels with a codebook
-each; all others have a multiple of 8.
+each; all others have a multiple of 8. The recipe, and the bits of the embedding where it takes part, say what the plan
+was made for: with others the same map takes other bytes.
 """
 
 import json
@@ -24,6 +26,12 @@ def _channels_or_groups(group_size: int) -> int:
     return group_size
 
 
+def _named(recipe: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(recipe.get("name", ""), str):
+        raise ValueError("wanted the name of a recipe")
+    return recipe
+
+
 class PlannedLayer(BaseModel):
     """One layer's entry."""
 
@@ -36,11 +44,29 @@ class PlanFile(BaseModel):
     """The whole file."""
 
     model_config = ConfigDict(extra="forbid")
-    recipe: dict[str, Any]
+    recipe: Annotated[dict[str, Any], AfterValidator(_named)]
     layers: dict[str, PlannedLayer]
+    embedding_bits: int | None = None
+
+    @property
+    def plans(self) -> dict[str, LayerPlan]:
+        """By module path."""
+        return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in self.layers.items()}
 
 
-def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def plan_json(
+    recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], embedding_bits: int | None = None
+) -> dict[str, Any]:
+    """The file's content before a run, as `plan_to_json` gives it after one."""
+    layers = {
+        name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
+    }
+    return _content(recipe, layers, embedding_bits)
+
+
+def plan_to_json(
+    recipe: Mapping[str, Any], records: list[dict[str, Any]], embedding_bits: int | None = None
+) -> dict[str, Any]:
     """The plan of a finished run."""
     layers = {
         name: {"group_size": entry["group_size"], "bits": entry["bits"]}
@@ -48,7 +74,14 @@ def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]]) -> di
         if record.get("planned", True)
         for name, entry in record["layers"].items()
     }
-    return {"recipe": dict(recipe), "layers": layers}
+    return _content(recipe, layers, embedding_bits)
+
+
+def _content(recipe: Mapping[str, Any], layers: dict[str, Any], embedding_bits: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"recipe": dict(recipe), "layers": layers}
+    if embedding_bits is not None:
+        found["embedding_bits"] = embedding_bits
+    return dict(json.loads(json.dumps(found)))
 
 
 def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, int]], channels: bool = False) -> None:
@@ -69,13 +102,16 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
                 f"inputs; wanted {len(plan.widths(width))}"
             )
     if unknown := sorted(plans.keys() - shapes.keys()):
-        raise UserError(f"the plan has an entry for {unknown[0]}, which is not quantized in this run; remove it")
+        raise UserError(
+            f"the plan has an entry for {unknown[0]}, which is not quantized in this run; remove it, or give the flags "
+            "that the plan was made with"
+        )
 
 
-def read_plan(path: str | Path) -> dict[str, LayerPlan]:
-    """Layer plans by module path. Raises UserError naming the entry that is wrong."""
+def read_plan(path: str | Path) -> PlanFile:
+    """Raises UserError naming the entry that is wrong."""
     try:
-        file = PlanFile.model_validate(json.loads(Path(path).read_text()))
+        return PlanFile.model_validate(json.loads(Path(path).read_text()))
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -84,4 +120,3 @@ def read_plan(path: str | Path) -> dict[str, LayerPlan]:
         first = error.errors()[0]
         where = " > ".join(map(str, first["loc"]))
         raise UserError(f"the plan {path}, entry {where}: {first['msg']}; got {str(first['input'])[:60]!r}") from None
-    return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in file.layers.items()}

@@ -57,7 +57,22 @@ class BlockDone:
     seconds: float
 
 
-Observer = Callable[[Started | Stage | LayerDone | BlockDone], None]
+@dataclass(frozen=True)
+class Epoch:
+    """`where`, a block or the model, was trained once more over its samples: `done` of `of` times, from a loss of
+    `start` to `loss`; `left`: seconds until it is done. `unit` of the losses. At `done == of` no more follow."""
+
+    where: str
+    done: int
+    of: int
+    start: float
+    loss: float
+    left: float
+    unit: str = "error"
+
+
+Event = Started | Stage | LayerDone | BlockDone | Epoch
+Observer = Callable[[Event], None]
 
 
 def silent(_: object) -> None:
@@ -85,7 +100,7 @@ class StageClock:
         self._name, self._since = self._BEFORE, time.perf_counter()
         self.continued_after = 0
 
-    def observe(self, event: Started | Stage | LayerDone | BlockDone) -> None:
+    def observe(self, event: Event) -> None:
         """Note the time, then hand the event on."""
         match event:
             case Started():

@@ -41,11 +41,14 @@ def fingerprint_of(
     embedding_bits: int | None,
     plan: str | Path | None,
     measures: bool = False,
+    self_samples: int = 0,
 ) -> dict[str, Any]:
     """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
     described = None
     if recipe.needs or measures:
         described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
+        if self_samples:
+            described["self_samples"] = self_samples
     value = {
         "version": __version__,
         "model": {"sha256": checkpoint.fingerprint()},
@@ -88,6 +91,7 @@ def build_report(
         "untouched": [asdict(item) for item in untouched],
         "events": [event for record in records for event in record["events"]],
         "training": {record["block"]: record["training"] for record in records if "training" in record},
+        "tuning": next((record["tuning"] for record in records if "tuning" in record), None),
         "layers": {
             name: {key: value for key, value in layer.items() if key != "layout"}
             for record in records

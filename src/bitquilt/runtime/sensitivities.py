@@ -9,7 +9,6 @@ backward:  block by block from the last, recomputed from its stored input; squar
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,15 @@ from bitquilt.protocols import Plannable
 from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
 from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import check_weights
+from bitquilt.runtime.plans import read_plan
 from bitquilt.runtime.progress import Observer, Stage
+from bitquilt.runtime.squares import squared_gradients
+from bitquilt.runtime.standin import StandIn
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.tables import Method, Sensitivities
 from bitquilt.runtime.workdir import Activations
-from bitquilt.sensitivity.kfac import activation_rows, width_losses
-from bitquilt.types import Layer, LayerStats
+from bitquilt.sensitivity.kfac import activation_rows, corrected, width_losses
+from bitquilt.types import Layer, LayerPlan, LayerStats
 
 # Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk.
 MAX_TOKENS, MAX_SEQUENCE = 16_384, 512
@@ -37,9 +39,16 @@ _FLOOR, _LEAST = 1e-4, 1e-12  # of the mean squared gradient of the layer's rows
 
 
 def measure(
-    job: Job, observe: Observer, *, method: Method = "kfac", seed: int = 0, about: dict[str, Any] | None = None
+    job: Job,
+    observe: Observer,
+    *,
+    method: Method = "kfac",
+    seed: int = 0,
+    about: dict[str, Any] | None = None,
+    at: Path | None = None,
 ) -> Sensitivities:
-    """Tables for every layer of `job`, whose `recipe` rounds and whose `ids` calibrate.
+    """Tables for every layer of `job`, whose `recipe` rounds and whose `ids` calibrate. `at`: a quantized checkpoint of
+    the model, whose inputs and gradients are measured instead of the full-precision model's.
 
     Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not finite.
     """
@@ -47,11 +56,12 @@ def measure(
     if not isinstance(job.recipe, Plannable):
         raise UserError(f"recipe {job.recipe.name} decides its own bits; give it a number of bits instead of a budget")
     ids = _subset(job.ids)
-    tables = _Tables(job, job.recipe, method, len(ids) * ids.shape[1])
+    first = None if at is None else read_plan(at / "plan.json").plans
+    tables = _Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
-        perplexity = _Pass(job, ids, folder, observe, seed).run(tables)
+        perplexity = _Pass(job, ids, folder, observe, seed, at).run(tables)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
@@ -67,18 +77,25 @@ def _subset(ids: Tensor) -> Tensor:
 class _Tables:
     """Turns the statistics of loaded layers into tables, layer by layer."""
 
-    def __init__(self, job: Job, recipe: Plannable, method: Method, tokens: int) -> None:
+    def __init__(
+        self, job: Job, recipe: Plannable, method: Method, tokens: int, first: Mapping[str, LayerPlan] | None
+    ) -> None:
         self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
+        self.first = first
         self.losses: dict[str, NDArray[np.float32]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
 
     def add(
-        self, linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], squares: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        stats: Mapping[str, LayerStats],
+        squares: Mapping[str, Tensor],
+        made: Mapping[str, float],
     ) -> None:
-        """`squares`: sum over tokens of the squared gradient at each output `[out]`."""
+        """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
+        `made`, the square of the loss's first order in the error that a stand-in made."""
         prepared: tuple[LayerStats | None, Any] | None = None
-        for name, module in linears.items():
-            weight = linear_weight(module).float()
+        for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
                 seen = LayerStats(torch.eye(weight.shape[1]), 1)
@@ -102,6 +119,8 @@ class _Tables:
                 raise UserError(f"{name}: {error}") from None
             if not np.isfinite(table).all():
                 raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
+            if name in made and self.first is not None:
+                table = corrected(table, widths, self.first[name].bits, 0.5 * made[name] / self.tokens)
             self.losses[name], self.widths[name] = table, widths
 
     def _rounding(self, layer: Layer, prepared: Any) -> Callable[[int], Tensor]:
@@ -111,7 +130,8 @@ class _Tables:
 class _Pass:
     """The two directions. Inputs of all blocks stay on disk until the way back."""
 
-    def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int) -> None:
+    def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None) -> None:
+        self.standin = None if at is None else StandIn(at)
         self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
         self.generator = torch.Generator().manual_seed(seed)
         count = max(1, 2048 // ids.shape[1])  # sequences at once: a block's graph keeps a dozen activations per token
@@ -132,9 +152,10 @@ class _Pass:
             block = skeleton.load(path)
             linears = targets(skeleton, path, block, job.skip)
             check_weights(linears)
-            with _squared_gradients(linears) as squares:
+            weights, errors = self._weights(linears)
+            with squared_gradients(linears, errors) as (squares, made):
                 stats = self._collect(linears, self._backward(i, block, gradients), path)
-            tables.add(linears, stats, squares)
+            tables.add(weights, stats, squares, made)
             skeleton.reset(path, template)
         return perplexity
 
@@ -168,6 +189,8 @@ class _Pass:
         skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
         template = skeleton.template(path)
         block = skeleton.load(path)
+        if self.standin is not None:
+            self.standin.put(targets(skeleton, path, block, self.job.skip))
         inputs = self._inputs(i)
         outputs = Activations.create(self._path(i + 1), self.shape)
         for rows in self.batches:
@@ -205,9 +228,9 @@ class _Pass:
             path = head_path(skeleton)
             linears = {path: skeleton.model.get_submodule(path)}
             check_weights(linears)
-            with _squared_gradients(linears) as squares:
+            with squared_gradients(linears, {}) as (squares, made):
                 stats = self._collect(linears, passes(), path)
-            tables.add(linears, stats, squares)
+            tables.add({path: linear_weight(linears[path]).float()}, stats, squares, made)
         else:
             for _ in passes():
                 pass
@@ -226,6 +249,13 @@ class _Pass:
             gradients.write(rows, hidden.grad)
             yield
 
+    def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the tables are about, and the errors of the weights that the modules compute with from then on."""
+        if self.standin is not None:
+            weights = self.standin.put(linears)
+            return weights, {name: linear_weight(linears[name]).float() - weights[name] for name in weights}
+        return {name: linear_weight(module).float() for name, module in linears.items()}, {}
+
     def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
         try:
             return collect(linears, passes, hessian=True, sample=0, tokens=self.ids.numel())
@@ -240,27 +270,3 @@ class _Pass:
 
     def _path(self, i: int) -> Path:
         return self.folder / f"inputs-{i:05d}.f32"
-
-
-@contextmanager
-def _squared_gradients(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, every backward pass adds the squared gradients at each layer's output, summed over tokens."""
-    sums: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            total = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0)
-            sums[name] = sums[name] + total if name in sums else total
-
-        def after(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(add)
-
-        return after
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -29,6 +29,7 @@ from bitquilt.runtime.layers import check_weights, mean_output_error, quantize_l
 from bitquilt.runtime.pairs import Stage as Measured
 from bitquilt.runtime.pairs import observe_pass
 from bitquilt.runtime.progress import BlockDone, Observer, Stage
+from bitquilt.runtime.tune import committed_tuning, tuned
 from bitquilt.runtime.workdir import Activations, read_tensors, write_json, write_tensors
 from bitquilt.types import LayerStats
 
@@ -44,7 +45,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
     records = committed(job.folder, len(blocks))
     head = committed_head(job.folder)
     if (job.folder / "logits.safetensors").exists():
-        return _all_records(job, records, head)
+        return _all_records(job, committed_tuning(job.folder) or records, head)
     observe(Stage("reading the embedding and making the first block's inputs"))
     flow = open_flow(job, resumed=bool(records))
     with open_blocks(skeleton, job.device) as loaded:
@@ -57,6 +58,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
             flow.drop(i)
             records.append(record)
             observe(BlockDone(i, len(blocks), mean_output_error(record), record["seconds"]))
+    records = tuned(job, flow, records, observe)
     if job.include_head and not head:
         head = [_head(job, flow, observe)]
     observe(Stage("computing the quantized model's logits on the probe"))

@@ -5,7 +5,7 @@ its layers; samples are read from the work directory when they are asked for.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.errors import UserError
-from bitquilt.protocols import TrainsBlocks
+from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.job import Job
-from bitquilt.runtime.layers import Done, put_in_place
-from bitquilt.runtime.progress import Observer, Stage
-from bitquilt.runtime.workdir import Activations
-from bitquilt.types import BlockProblem
+from bitquilt.runtime.layers import Done, put_in_place, tunes
+from bitquilt.runtime.progress import Epoch, Observer
+from bitquilt.runtime.workdir import Activations, write_tensors
+from bitquilt.types import BlockProblem, TrainedLayers
+
+OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def train_block(
@@ -33,38 +35,80 @@ def train_block(
     """
     assert isinstance(job.recipe, TrainsBlocks)
     path = job.skeleton.blocks[i]
-    observe(Stage(f"training {path}"))
-    started = time.perf_counter()
+    here, there = flow.inputs(i), flow.inputs(i + 1, full=True)
+    assert job.ids is not None
+    assert here is not None
+    assert there is not None
+    told = Telling(path, observe)
+    problem = BlockProblem(
+        path,
+        done.plans,
+        done.solutions,
+        of_weights(job, flow, i, full, linears),
+        len(job.ids),
+        lambda chosen: read_samples(here, chosen).to(job.device),
+        _outputs(flow, i, full, here),
+        lambda chosen: read_samples(there, chosen).to(job.device),
+        told,
+    )
     try:
-        solved = job.recipe.train_block(_problem(job, flow, i, full, linears, done))
+        solved = job.recipe.train_block(problem)
     except (ValueError, MemoryError) as error:
         raise UserError(f"{path}: {error}") from None
     for name, solution in solved.solutions.items():
         before = done.record["layers"][name]
         entry = put_in_place(job, done.layers[name], done.plans[name], solution, linears[name], done)
         entry["seconds"] = before["seconds"]
+        done.solutions[name] = solution
     done.record["events"] += [asdict(event) for event in solved.events]
-    seconds = round(time.perf_counter() - started, 3)
-    done.record["training"] = {
-        "start_loss": solved.start_loss,
-        "loss": solved.loss,
-        "losses": list(solved.losses),
-        "seconds": seconds,
-    }
-    change = 1 - solved.loss / solved.start_loss if solved.start_loss else 0.0
-    told = f"error {solved.start_loss:.4g} -> {solved.loss:.4g} ({change:.0%} less, {seconds:.0f} s)"
-    observe(Stage(f"trained {path}: {told}"))
+    done.record["training"] = told.finish(solved)
 
 
-def _problem(
-    job: Job, flow: Flow, i: int, full: nn.Module, linears: Mapping[str, nn.Module], done: Done
-) -> BlockProblem:
+def keep(job: Job, i: int, done: Done) -> None:
+    """Put aside what tuning needs of block i; nothing where the recipe does not tune."""
+    if tunes(job):
+        assert isinstance(job.recipe, TunesModel)
+        tensors = {f"{n}.{key}": t for n, s in done.solutions.items() for key, t in job.recipe.keep(s).items()}
+        write_tensors(job.folder / kept_file(i), tensors)
+
+
+def kept_file(i: int) -> str:
+    """Where that of block i is."""
+    return f"kept-{i:05d}.safetensors"
+
+
+class Telling:
+    """Hands the epochs of a training on to the observer, with the time left, and notes what the report says of it."""
+
+    def __init__(self, where: str, observe: Observer, unit: str = "error") -> None:
+        self.where, self.observe, self.unit = where, observe, unit
+        self.begin, self.start = time.perf_counter(), float("nan")
+
+    def __call__(self, done: int, of: int, loss: float) -> None:
+        """After `done` epochs, 0 for the start."""
+        if done == 0:
+            self.start = loss
+        if done < of:
+            left = (time.perf_counter() - self.begin) / done * (of - done) if done else float("nan")
+            self.observe(Epoch(self.where, done, of, self.start, loss, left, self.unit))
+
+    def finish(self, solved: TrainedLayers) -> dict[str, Any]:
+        """The last word, and the report's entry."""
+        epochs = len(solved.losses)
+        self.observe(Epoch(self.where, epochs, epochs, solved.start_loss, solved.loss, 0.0, self.unit))
+        return {
+            "start_loss": solved.start_loss,
+            "loss": solved.loss,
+            "losses": list(solved.losses),
+            "seconds": round(time.perf_counter() - self.begin, 3),
+            **solved.notes,
+        }
+
+
+def of_weights(job: Job, flow: Flow, i: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> OfWeights:
+    """Block i as a function of the weights of `linears`, by full path, and its input."""
     prefix = f"{job.skeleton.blocks[i]}."
     transposed = {name for name, module in linears.items() if isinstance(module, Conv1D)}
-    here, there = flow.inputs(i), flow.inputs(i + 1, full=True)
-    assert job.ids is not None
-    assert here is not None
-    assert there is not None
 
     def forward(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         placed = {
@@ -72,26 +116,22 @@ def _problem(
             for name, weight in weights.items()
         }
 
-        def block(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(full, placed, args, kwargs)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block, placed, args, kwargs)
 
-        return flow.run(i, block, hidden)
+        return flow.run(i, called, hidden)
 
+    return forward
+
+
+def read_samples(activations: Activations, chosen: Sequence[int]) -> Tensor:
+    """`[chosen, tokens, width]`."""
+    return torch.cat([activations.read(slice(j, j + 1)) for j in chosen])
+
+
+def _outputs(flow: Flow, i: int, full: nn.Module, inputs: Activations) -> Callable[[Sequence[int]], Tensor]:
     def outputs(chosen: Sequence[int]) -> Tensor:
         with torch.no_grad():
-            return flow.run(i, full, _read(here, chosen))
+            return flow.run(i, full, read_samples(inputs, chosen))
 
-    return BlockProblem(
-        job.skeleton.blocks[i],
-        done.plans,
-        done.solutions,
-        forward,
-        len(job.ids),
-        lambda chosen: _read(here, chosen).to(job.device),
-        outputs,
-        lambda chosen: _read(there, chosen).to(job.device),
-    )
-
-
-def _read(activations: Activations, chosen: Sequence[int]) -> Tensor:
-    return torch.cat([activations.read(slice(j, j + 1)) for j in chosen])
+    return outputs

@@ -19,12 +19,14 @@ _WIDTHS = (4, 6, 8)
 @dataclass(frozen=True, eq=False)
 class Partition:
     """`order` int64 `[in]`: channels by ascending magnitude; `sizes`: of the 4-, 6- and 8-bit parts, in that order.
-    `shares` of the elements, before rounding to whole blocks; `multiplier` of the thresholds."""
+    `shares` of the elements, before rounding to whole blocks; `multiplier` of the thresholds. `smaller`: sizes and
+    multipliers of all partitions that larger multipliers give, in falling order of their bits."""
 
     order: Tensor
     sizes: tuple[int, int, int]
     shares: tuple[float, float, float]
     multiplier: float
+    smaller: tuple[tuple[tuple[int, int, int], float], ...] = ()
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -64,12 +66,14 @@ def partition(
     multiplier: float = 1.0,
     runs: int = 1,
     alignment: int = 128,
+    smaller: bool = False,
 ) -> Partition:
     """Split the channels of `sample` `[T, in]`, tokens in order.
 
     `thresholds` (T(4), T(6)) / M_t, times `multiplier`, or times what makes the mean of 4 p4 + 6 p6 + 8 p8 at most
     `target`. `runs`: channels are ranked by the largest of that many runs' mean magnitudes (1: by the mean of all).
-    Tokens that are all zero do not count. Raises ValueError if a value is not finite.
+    `smaller`: what larger multipliers would give is worked out too. Tokens that are all zero do not count. Raises
+    ValueError if a value is not finite.
     """
     if not bool(torch.isfinite(sample).all()):
         raise ValueError("the layer's input holds NaN or Inf")
@@ -79,7 +83,9 @@ def partition(
     shares = _shares(ratios, thresholds, multiplier)
     means = [part.abs().mean(dim=0) for part in torch.tensor_split(sample, max(1, min(runs, len(sample))))]
     order = torch.argsort(torch.stack(means).amax(dim=0), stable=True)
-    return Partition(order, part_sizes(sample.shape[1], shares, alignment), shares, multiplier)
+    sizes = part_sizes(sample.shape[1], shares, alignment)
+    menu = _smaller(ratios, thresholds, sizes, multiplier, alignment) if smaller else ()
+    return Partition(order, sizes, shares, multiplier, menu)
 
 
 def part_sizes(in_features: int, shares: Sequence[float], alignment: int = 128) -> tuple[int, int, int]:
@@ -93,6 +99,34 @@ def part_sizes(in_features: int, shares: Sequence[float], alignment: int = 128) 
         sizes.append(min(max(wanted, 0), left))
         left -= sizes[-1]
     return left, sizes[1], sizes[0]
+
+
+def _smaller(
+    ratios: Tensor, thresholds: tuple[float, float], sizes: tuple[int, int, int], multiplier: float, alignment: int
+) -> tuple[tuple[tuple[int, int, int], float], ...]:
+    """By bisection between neighbours: sizes change at a few multipliers only, and never grow."""
+    in_features = sum(sizes)
+
+    def at(power: float) -> tuple[int, int, int]:
+        return part_sizes(in_features, _shares(ratios, thresholds, 2.0**power), alignment)
+
+    top = math.log2(1.01 / min(thresholds))  # all elements take 4 bits
+    start = min(math.log2(multiplier) if multiplier else -40.0, top)
+    found: list[tuple[tuple[int, int, int], float]] = []
+
+    def between(low: float, first: tuple[int, int, int], high: float, last: tuple[int, int, int]) -> None:
+        if first == last:
+            return
+        if high - low < 1e-3:
+            found.append((last, 2.0**high))
+            return
+        middle = (low + high) / 2
+        here = at(middle)
+        between(low, first, middle, here)
+        between(middle, here, high, last)
+
+    between(start, sizes, top, at(top))
+    return tuple(found)
 
 
 def _ratios(sample: Tensor) -> Tensor:

@@ -13,11 +13,15 @@ and layers; at few bits errors meet each other and it is only a ranking.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitquilt.types import group_slices
 
+Floats = NDArray[np.float32]
+_MOST = 32.0  # a factor beyond is noise: few tokens, or a loss near zero
 # Beyond this width the error falls as the square of the step: within 10 % for normal weights, which a test measures.
 MEASURED_WIDTHS = 5
 
@@ -54,6 +58,21 @@ def width_losses(
 
     table = torch.stack([at(bits) for bits in widths], dim=1)
     return torch.cummin(table, dim=1).values.float()
+
+
+def corrected(table: Floats, widths: Sequence[int], bits: Sequence[int], made: float) -> Floats:
+    """A layer's table `[groups, widths]` scaled to `made`, the second-order loss of the errors that a plan with `bits`
+    `[groups]` really made: compensation may fail, and rows may err alike, which one factor a row cannot see.
+
+    On babyllama-1m-chars the first up_proj at 2 bits costs 14 times its table, at 3 bits 1.3 times: the factor holds
+    up to the plan's width, with each bit more its square root.
+    """
+    column = np.searchsorted(widths, bits)
+    told = float(table[np.arange(len(column)), column].sum(dtype=np.float64))
+    factor = min(max(made / max(told, 1e-30), 1 / _MOST), _MOST)
+    above = np.maximum(np.asarray(widths)[None, :] - np.asarray(bits)[:, None], 0)
+    scaled = np.minimum.accumulate(table * factor ** (0.5**above), axis=1)
+    return scaled.astype(np.float32)
 
 
 def activation_rows(weight: Tensor, columns: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def channel_layout(out_features: int, bits: Widths, tables: Tables, outliers: in
     counts = np.bincount(widths)
     segments = tuple((tables.format(int(b), int(counts[b])), int(counts[b])) for b in np.flatnonzero(counts))
     mixed = not bool((np.diff(widths) >= 0).all())
-    return Layout(out_features, len(widths), segments, "map" if mixed else "identity", int(mixed), outliers)
+    ordering: Any = "map" if mixed else "identity"
+    return Layout(out_features, len(widths), segments, ordering, int(mixed), outliers, tables.row_gain_dtype)
 
 
 def round_groups(

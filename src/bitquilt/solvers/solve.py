@@ -105,6 +105,26 @@ def layer_events(
     return tuple(events)
 
 
+def disassemble(weight: QuantizedWeight, plan: LayerPlan, compensated: Tensor) -> Sweep[UniformGrid]:
+    """What `assemble` was handed: codes, grids and weight of groups in their own order; the loss is NaN."""
+    in_features = sum(segment.codes.shape[1] for segment in weight.segments)
+    slices = group_slices(in_features, plan.group_size)
+    first = weight.segments[0].codes
+    codes = torch.empty(len(first), in_features, dtype=torch.uint8, device=first.device)
+    grids: dict[int, UniformGrid] = {}
+    for segment in weight.segments:
+        bits, start = segment.format.bits, 0
+        for i, k in enumerate(k for k, width in enumerate(plan.bits) if width == bits):
+            stop = start + slices[k].stop - slices[k].start
+            codes[:, slices[k]] = segment.codes[:, start:stop]
+            zero = None if segment.zero is None else segment.zero[:, i : i + 1]
+            grids[k] = UniformGrid(bits, segment.scale[:, i : i + 1], zero)
+            start = stop
+    ordered = tuple(grids[k] for k in range(len(slices)))
+    values = [grid.decode(codes[:, group].float()) for grid, group in zip(ordered, slices, strict=True)]
+    return Sweep(codes, torch.cat(values, dim=1), ordered, float("nan"), None, compensated)
+
+
 def assemble(swept: Sweep[UniformGrid], plan: LayerPlan, scale_dtype: torch.dtype = torch.float16) -> QuantizedWeight:
     """Sort the column groups by bits (stable, a narrower last group stays last in its segment) and cut segments."""
     slices = group_slices(swept.codes.shape[1], plan.group_size)

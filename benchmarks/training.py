@@ -1,0 +1,179 @@
+"""What is training worth, and what does it cost? SliM-LLM+ and quilt by effort; each option of the trainer.
+
+    python -m benchmarks.training                                        # three models, 2 and 3 bits, two group sizes
+    python -m benchmarks.training --models stories260k --bits 2 --group-size 32 --rows "quilt best" "slim-llm+"
+    python -m benchmarks.training --parts options --models stories260k   # one option changed at a time
+    python -m benchmarks.training --rows                                 # the tables of what is there
+
+Rows are kept one by one in benchmarks/output/training.json and not computed twice (--again does). Protocol: 64 x 256
+calibration tokens, 60,000 measured, as in benchmarks.quality; `seconds` are of quantizing alone, on one thread.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+import bitquilt
+from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
+from benchmarks.quality import TEXTS
+from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
+from bitquilt.recipes import make_recipe
+from bitquilt.runtime.calibration import make_calibration
+
+SAMPLES, SEQ_LEN, EVALUATED = 64, 256, 60_000
+SELF = {"self_samples": 192}
+Row = tuple[str, dict[str, Any], dict[str, Any]]
+ROWS: dict[str, Row] = {
+    "gptq, scale search": ("gptq", {"scale_search": True}, {}),
+    "slim-llm": ("slim-llm", {}, {}),
+    "slim-llm+": ("slim-llm+", {}, {}),
+    "quilt fast": ("quilt", {}, {}),
+    "quilt normal": ("quilt", {"effort": "normal"}, {}),
+    "quilt best": ("quilt", {"effort": "best"}, {}),
+    "quilt best, self-samples": ("quilt", {"effort": "best"}, SELF),
+}
+NO_SWEEP = {"alpha": 0.0, "stream_alpha": 0.0, "damp": 1e6, "passes": 0}  # so damped, no column repairs another
+NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
+OPTIONS: dict[str, Row] = {
+    "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
+    "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
+    "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
+    "fast, self-samples": ("quilt", {}, SELF),
+    "normal, from round-to-nearest": ("quilt", {**NORMAL, **NO_SWEEP}, {}),
+    "normal, offsets by adam": ("quilt", {**NORMAL, "rounding": "adam"}, {}),
+    "normal, scales stay": ("quilt", {**NORMAL, "scale_rate": 0.0}, {}),
+    "normal, constant rates": ("quilt", {**NORMAL, "schedule": "constant"}, {}),
+    "normal, cosine": ("quilt", {**NORMAL, "schedule": "cosine"}, {}),
+    "normal, 10 epochs": ("quilt", {**NORMAL, "epochs": 10}, {}),
+    "normal, self-samples": ("quilt", NORMAL, SELF),
+    "best, blocks not trained before": ("quilt", {**BEST, "epochs": 0}, {}),
+    "best, blocks not trained before, self-samples": ("quilt", {**BEST, "epochs": 0}, SELF),
+    "best, codes stay": ("quilt", {**BEST, "tune_rate": 0.0}, {}),
+    "best, codes stay, self-samples": ("quilt", {**BEST, "tune_rate": 0.0}, SELF),
+    "best, scales stay, self-samples": ("quilt", {**BEST, "scale_rate": 0.0}, SELF),
+}  # fmt: skip
+# AutoRound leaves layers alone whose sides are no multiples of 32, such as all of stories260k's MLP: ours beside it.
+ATTENTION = {"skip": ("*.mlp.*",)}
+LIKE_AUTOROUND: dict[str, Row] = {
+    f"{name}, attention only": (recipe, options, {**settings, **ATTENTION})
+    for name, (recipe, options, settings) in ROWS.items()
+    if recipe == "quilt"
+}
+KNOWN = {"table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
+COLUMNS = ["model", "row", "bits", "group_size", "bpw", "kl_mean", "perplexity", "top1_agreement", "seconds"]
+Key = tuple[str, str, int, int, int]
+
+
+class Table:
+    """Rows by (model, row, bits, group size, seed), written to disk one at a time; several processes may add to it."""
+
+    def __init__(self, path: Path = OUTPUT / "training.json", again: bool = False) -> None:
+        self.path, self.again = path, again
+        OUTPUT.mkdir(exist_ok=True)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What is there, by key."""
+        return dict(json.loads(self.path.read_text())) if self.path.is_file() else {}
+
+    def row(self, key: Key, measure: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        """Measure a row that is not there yet, and keep it."""
+        name = " | ".join(map(str, key))
+        if name in self.rows() and not self.again:
+            return
+        model, row, bits, group_size, seed = key
+        value = {
+            "model": model,
+            "row": row,
+            "bits": bits,
+            "group_size": group_size,
+            "seed": seed,
+            **measure(*arguments),
+        }
+        print(json.dumps(value), flush=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            rows = {**self.rows(), name: {**value, "stamp": stamp()}}
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text(json.dumps(rows, indent=1))
+            draft.replace(self.path)
+
+    def write(self) -> None:
+        """Print everything as a table, and keep that too."""
+        rows = sorted(self.rows().values(), key=lambda r: (r["model"], r["bits"], r["group_size"], -r["kl_mean"]))
+        table = markdown_table(COLUMNS, rows)
+        self.path.with_suffix(".md").write_text(table)
+        print(table)
+
+
+def calibration_ids(model: str, seed: int) -> torch.Tensor:
+    """The token ids that a run of ours calibrates on `[samples, tokens]`."""
+    checkpoint = open_checkpoint(SHARED / "models" / model)
+    vocabulary = vocabulary_size(open_skeleton(checkpoint).model)
+    return make_calibration(
+        checkpoint, SHARED / "text" / TEXTS[model][0], samples=SAMPLES, seq_len=SEQ_LEN, seed=seed,
+        vocabulary=vocabulary, progress=lambda _text: None,
+    )  # fmt: skip
+
+
+def measure(model: str, row: Row, bits: int, group_size: int, seed: int) -> dict[str, Any]:
+    """One run: true size, KL, perplexity, seconds, and what training did to its own loss."""
+    name, options, settings = row
+    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
+    source = SHARED / "models" / model
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        started = time.perf_counter()
+        recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
+        out = Path(folder) / "out"
+        result = bitquilt.quantize(
+            source, recipe, calibration, out, samples=SAMPLES, seq_len=SEQ_LEN, seed=seed, **settings
+        )
+        seconds = time.perf_counter() - started
+        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=EVALUATED)
+    report = result.report
+    return {
+        "bpw": report["bpw"],
+        "kl_mean": score.kl_mean,
+        "perplexity": score.perplexity,
+        "top1_agreement": score.top1_agreement,
+        "seconds": round(seconds, 1),
+        "training": {path: [t["start_loss"], t["loss"], t["seconds"]] for path, t in report["training"].items()},
+        "tuning": report["tuning"],
+        "clipping": [t["clipping"] for t in report["training"].values() if "clipping" in t],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["stories260k", "babyllama-1m-chars", "demo"], choices=list(TEXTS)
+    )
+    parser.add_argument("--parts", nargs="+", default=["table"], choices=list(KNOWN))
+    parser.add_argument("--rows", nargs="*", help="some of them; none: no measurement", default=None)
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--group-size", nargs="+", type=int, default=[32, 64])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there")
+    arguments = parser.parse_args()
+    table = Table(again=arguments.again)
+    known = {row: value for part in KNOWN.values() for row, value in part.items()}
+    chosen = [row for part in arguments.parts for row in KNOWN[part]] if arguments.rows is None else arguments.rows
+    if unknown := [row for row in chosen if row not in known]:
+        parser.error(f"unknown rows {unknown}; there are {list(known)}")
+    for model in arguments.models:
+        for bits in arguments.bits:
+            for group_size in arguments.group_size:
+                for row in chosen:
+                    key = (model, row, bits, group_size, arguments.seed)
+                    table.row(key, measure, model, known[row], bits, group_size, arguments.seed)
+    table.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What passes back through linear layers? squared_gradients(linears, errors) -> sums over all tokens of a pass."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def squared_gradients(
+    linears: Mapping[str, nn.Module], errors: Mapping[str, Tensor]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, float]]]:
+    """Within the block, every backward pass adds the squared gradients at each layer's output, summed over tokens; and
+    for layers whose weight has an error E the sum over tokens of (g^T E x)^2."""
+    sums: dict[str, Tensor] = {}
+    made: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def after(_module: nn.Module, inputs: Any, output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                flat = gradient.reshape(-1, gradient.shape[-1])
+                total = flat.double().square().sum(dim=0)
+                sums[name] = sums[name] + total if name in sums else total
+                if name in errors:
+                    moved = inputs[0].detach().reshape(len(flat), -1) @ errors[name].t()
+                    first_order = torch.einsum("to,to->t", flat, moved)
+                    made[name] = made.get(name, 0.0) + float(first_order.double().square().sum())
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
+    try:
+        yield sums, made
+    finally:
+        for handle in handles:
+            handle.remove()
