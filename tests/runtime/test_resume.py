@@ -356,7 +356,7 @@ def test_every_copy_of_the_activations_counts(
     """A pass before the first block, or a full-precision model beside, keeps more than a block's inputs and outputs."""
     usage = shutil.disk_usage(tmp_path)
     one_short = copies * 4 * 6 * 16 * 32 - 1
-    monkeypatch.setattr("bitquilt.api.shutil.disk_usage", lambda _: usage._replace(free=one_short))
+    monkeypatch.setattr("bitquilt.runtime.disk.shutil.disk_usage", lambda _: usage._replace(free=one_short))
     with pytest.raises(UserError, match=r"activations need .* are free"):
         run(quantize_tiny, source, tmp_path / "out", recipe=recipe)
 
@@ -374,7 +374,7 @@ def test_activations_of_an_interrupted_run_count_as_space(
     """What the run needs is partly on the disk already when it comes back."""
     need = 2 * 4 * 6 * 16 * 32
     usage = shutil.disk_usage(begun.parent)
-    monkeypatch.setattr("bitquilt.api.shutil.disk_usage", lambda _: usage._replace(free=need // 2))
+    monkeypatch.setattr("bitquilt.runtime.disk.shutil.disk_usage", lambda _: usage._replace(free=need // 2))
     assert run(quantize_tiny, source, begun).folder == begun
 
 
