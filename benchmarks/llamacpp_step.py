@@ -1,8 +1,8 @@
 """llama.cpp in a process of its own: `python -m benchmarks.llamacpp_step FILE THREADS PROMPT TOKENS`.
 
 Answers every line on stdin with the seconds of one token, the median of TOKENS. Torch must not live in the same
-process: both configure a thread's AMX tiles, llama.cpp only once, and after torch has released them it meets an
-illegal instruction.
+process: there llama.cpp met illegal instructions. Both configure a thread's AMX tiles, llama.cpp only once; we believe
+that torch releases them in between.
 """
 
 import importlib
