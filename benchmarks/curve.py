@@ -66,7 +66,7 @@ def layer_shapes(model: str) -> dict[str, tuple[int, int]]:
     for path in skeleton.blocks:
         for name, module in targets(skeleton, path, skeleton.model.get_submodule(path), ()).items():
             rows, columns = linear_weight(module).shape
-            shapes[f"{path}.{name}"] = (rows, columns)
+            shapes[name] = (rows, columns)
     return shapes
 
 

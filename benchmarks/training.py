@@ -21,12 +21,16 @@ import torch
 from filelock import FileLock
 
 import bitquilt
-from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
+from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
 from benchmarks.quality import TEXTS
+from bitquilt.grids.uniform import RangeSearch, fit
 from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
 from bitquilt.recipes import make_recipe
 from bitquilt.runtime.calibration import make_calibration
+from bitquilt.runtime.job import targets
+from bitquilt.types import group_slices
 
 SAMPLES, SEQ_LEN, EVALUATED = 64, 256, 60_000
 SELF = {"self_samples": 192}
@@ -149,6 +153,47 @@ def measure(model: str, row: Row, bits: int, group_size: int, seed: int) -> dict
     }
 
 
+def searched_factors(model: str, bits: int, group_size: int) -> torch.Tensor:
+    """The share of its range that each group of the model keeps where the share is searched for the least error."""
+    skeleton, found = open_skeleton(open_checkpoint(SHARED / "models" / model)), []
+    for path in skeleton.blocks:
+        for module in targets(skeleton, path, skeleton.load(path), ()).values():
+            weight = linear_weight(module).float()
+            for group in group_slices(weight.shape[1], group_size):
+                part = weight[:, group]
+                low, high = part.amin(dim=1, keepdim=True).clamp(max=0), part.amax(dim=1, keepdim=True).clamp(min=0)
+                full = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+                found.append((fit(part, bits, search=RangeSearch()).scale.float() / full).flatten())
+    return torch.cat(found)
+
+
+def draw_clipping(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Learned clipping factors (slim-llm+) over the searched ones, a panel per model and bits."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [r for r in rows.values() if r.get("clipping")]
+    best = {(r["model"], r["bits"]): r for r in sorted(chosen, key=lambda r: (-r["group_size"], -len(r["row"])))}
+    if not best:
+        return
+    figure, panels = plt.subplots(1, len(best), figsize=(4 * len(best), 3), squeeze=False, layout="constrained")
+    for panel, ((model, bits), row) in zip(panels[0], sorted(best.items()), strict=True):
+        learned = torch.tensor(row["clipping"]).sum(0).float()
+        edges = torch.linspace(0, 1, len(learned) + 1)
+        searched = torch.histc(searched_factors(model, bits, row["group_size"]).clamp(0, 1.1), 55, 0.0, 1.1)
+        bins = torch.linspace(0, 1.1, 56)
+        panel.stairs(searched / searched.sum(), bins, label="searched, one per group", fill=True, alpha=0.4)
+        panel.stairs(learned / learned.sum(), edges, label="learned, both ends")
+        panel.set(title=f"{model}, {bits} bits, groups of {row['group_size']}", xlabel="share of the range")
+        panel.set_xlim(0.3, 1.1)
+    panels[0][0].set_ylabel("share of the groups")
+    panels[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -173,6 +218,7 @@ def main() -> None:
                     key = (model, row, bits, group_size, arguments.seed)
                     table.row(key, measure, model, known[row], bits, group_size, arguments.seed)
     table.write()
+    draw_clipping(table.rows(), ROOT / "docs" / "img" / "clipping.png")
 
 
 if __name__ == "__main__":

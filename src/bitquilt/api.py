@@ -177,13 +177,14 @@ def quantize(
             if measures:
                 assert ids is not None
                 known = _sensitivities(skeleton, recipe, ids, work, skip, include_head, seed, observer)
+            tables = known  # what is predicted stays with the first round's, which the law was measured for
             if rounds == 2:
                 options = {"seed": seed, "skip": skip, "include_head": include_head}
-                known = _second_round(
+                tables = _second_round(
                     model, skeleton, wanted, work, observer, sensitivities or work / _TABLES,
                     batch_size=batch_size, embedding_bits=embedding_bits, **options,
                 )  # fmt: skip
-            planner = open_planner(skeleton, recipe, shapes(layers), known, embedding_bits=embedding_bits)
+            planner = open_planner(skeleton, recipe, shapes(layers), tables, embedding_bits=embedding_bits)
             planned = planner.plan(wanted.budget, wanted.scope)
             plans = planned.plans
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)

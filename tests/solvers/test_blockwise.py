@@ -243,3 +243,16 @@ def test_a_value_without_a_rate_stays_and_is_not_asked_for_gradients():
     trained = run(Training(4, 4), part=Two(WEIGHT))
     assert trained.best_loss < trained.start_loss
     assert not trained.values["layer"][1].any()
+
+
+def test_training_in_bfloat16_is_judged_in_float32():
+    seen = []
+
+    def watching(weights, hidden):
+        output = forward(weights, hidden)
+        seen.append((output.dtype, torch.is_grad_enabled()))
+        return output
+
+    trained = run(Training(40, 4, autocast=True), watching, part=Scaled(WEIGHT, Rule(3e-2)))
+    assert trained.best_loss < 0.01 * trained.start_loss
+    assert set(seen) == {(torch.bfloat16, True), (torch.float32, False)}

@@ -18,7 +18,7 @@ docs/benchmarks.md has what each of them is worth.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class Quilt:
     `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time, in which
     each weight can move by half a step in all; "best" = then `tune_epochs` passes through the whole model. `rounding`:
     how a block's offsets move, by the "sign" of their gradient or by "adam" (at `tune_rate`). `scale_rate`: of the
-    scales, in both; 0 = they stay. `tune_rate`: of the offsets in the model; 0 = codes stay, scales learn."""
+    scales, in both; 0 = they stay. `tune_rate`: of the offsets in the model; 0 = codes stay, scales learn. `autocast`:
+    products in bfloat16 while training, for processors that are faster at it."""
 
     name: ClassVar[str] = "quilt"
 
@@ -78,6 +79,7 @@ class Quilt:
     tune_epochs: int = 8
     tune_rate: float = 2e-2
     patience: int = 0
+    autocast: bool = False
     train_seed: int = 0
 
     @property
@@ -209,14 +211,14 @@ class Quilt:
         events = tuple(Event(where, kind, detail) for kind, detail in trained.events)
         return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
 
-    def _tuning(self) -> Training:
-        batch = max(1, self.tune_batch)
-        return Training(
-            self.tune_epochs, batch, "cosine", patience=self.patience, seed=self.train_seed, betas=(0.9, 0.98)
-        )
-
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, self.schedule, patience=self.patience, seed=self.train_seed)
+        return Training(self.epochs, self.batch, self.schedule, **self._same())
+
+    def _tuning(self) -> Training:
+        return Training(self.tune_epochs, max(1, self.tune_batch), "cosine", betas=(0.9, 0.98), **self._same())
+
+    def _same(self) -> dict[str, Any]:
+        return {"patience": self.patience, "seed": self.train_seed, "autocast": self.autocast}
 
     def _factor(self, stats: LayerStats, group_size: int) -> Factor:
         return layer_factor(stats, self.damp, group_size if self.group_order else None)

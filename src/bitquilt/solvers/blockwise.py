@@ -65,7 +65,8 @@ class Link:
 class Training:
     """`batch`: samples per step, a power of two; the block is called with that many samples, or a power of two fewer.
     `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples never trained on, at least
-    one; they are asked after every epoch. `patience`: epochs without a gain before it stops, 0 = never."""
+    one; they are asked after every epoch. `patience`: epochs without a gain before it stops, 0 = never. `autocast`: the
+    links' products in bfloat16, for training alone: the held-out samples are asked in fp32."""
 
     epochs: int
     batch: int = 8
@@ -74,6 +75,7 @@ class Training:
     patience: int = 0
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch & (self.batch - 1):
@@ -131,7 +133,7 @@ def train(
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(samples.count, generator=generator).tolist()
     kept = training.kept(samples.count)
-    run = _Run(links, samples, training.batch, told)
+    run = _Run(links, samples, training.batch, told, training.autocast)
     return run.fit(order[:kept], order[kept:], training, generator)
 
 
@@ -141,6 +143,7 @@ class _Run:
     samples: Samples
     at_once: int
     told: Callable[[int, int, float], None] | None
+    autocast: bool = False
     unit: float = 1.0
     events: list[tuple[str, str]] = field(default_factory=list)
 
@@ -214,7 +217,8 @@ class _Run:
                     leaves = {n: weight.detach().requires_grad_(weight.requires_grad) for n, weight in weights.items()}
                     for j, share in enumerate(shares):
                         x = hidden[k][j].requires_grad_(k > 0)
-                        output = self.links[k].forward(leaves, x)
+                        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+                            output = self.links[k].forward(leaves, x).to(x.dtype)
                         if k + 1 == len(self.links):
                             loss = self._loss(output, share, len(chosen))
                             if loss.requires_grad:  # not where every rate is 0
