@@ -138,8 +138,10 @@ def test_sharing_a_row_out_is_repeatable_and_leaves_the_counters_at_zero():
     first = module(x)
     assert torch.equal(module(x), first)
     prepared = weight.prepared(module._stored(), ROWS)
-    assert len(prepared.counters) == 1
-    assert not any(counter.any() for counter in prepared.counters.values())
+    assert prepared.counters.numel() == 2
+    assert not prepared.counters.any()
+    assert prepared.counter(2) is prepared.counters
+    assert prepared.counter(9).numel() == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

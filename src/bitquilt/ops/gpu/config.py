@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # machine code), and four stages of 256 x 32 bytes keep 32 KB under way; bandwidth times latency of an H200 is 25 KB for
 # each of its 132 multiprocessors. So one large program for each comes before two small ones.
 _TALL, _FULL = 256, 0.9
-# By tokens: 16 with 256 rows take 2.7 instructions per weight, with 128 3.3, with 64 5.3; more tokens fill the registers.
+# By tokens: 16 with 256 rows take 2.7 instructions per weight, with 128 3.3, with 64 5.3; more tokens need registers.
 _ROWS = {16: 256, 32: 128, 64: 64}
 MAX_FUSED = 512  # tokens; above, the weight is written out once and multiplied by the library
 
