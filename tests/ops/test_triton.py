@@ -388,6 +388,15 @@ def test_the_kernels_compile_for_hopper():
         assert use["I2F"] <= 3, (name, use)  # of sizes; none of codes
 
 
+def test_launches_bind_and_compile():
+    """The arguments as the body hands them over, which the interpreter takes in more forms than the launcher."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-m", "tests.ops.launched"], capture_output=True, text=True, timeout=300,
+                         env=environment, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel"]
+
+
 def test_the_operator_on_a_gpu_is_this_body():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", "CUDA") == gpu.has_triton()
     assert ops.quantized_matmul is torch.ops.bitquilt.quantized_matmul
