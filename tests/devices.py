@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("second")  # for the whole process: who uses this module runs in one of its own
+
+class _Module(_DummyBackendModule):  # type: ignore[misc]
+    """What `torch.autocast` asks a device's module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """As a GPU's."""
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(
+    "second", _Module()
+)  # for the whole process: who uses this module runs in one of its own
 DEVICE = torch.device("second", 0)
 
 

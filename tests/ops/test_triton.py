@@ -138,8 +138,10 @@ def test_sharing_a_row_out_is_repeatable_and_leaves_the_counters_at_zero():
     first = module(x)
     assert torch.equal(module(x), first)
     prepared = weight.prepared(module._stored(), ROWS)
-    assert len(prepared.counters) == 1
-    assert not any(counter.any() for counter in prepared.counters.values())
+    assert prepared.counters.numel() == 2
+    assert not prepared.counters.any()
+    assert prepared.counter(2) is prepared.counters
+    assert prepared.counter(9).numel() == 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -384,6 +386,15 @@ def test_the_kernels_compile_for_hopper():
         assert use["stack"] == use["local"] == 0, (name, use)
         assert use["LDGSTS"] >= 2, (name, use)
         assert use["I2F"] <= 3, (name, use)  # of sizes; none of codes
+
+
+def test_launches_bind_and_compile():
+    """The arguments as the body hands them over, which the interpreter takes in more forms than the launcher."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-m", "tests.ops.launched"], capture_output=True, text=True, timeout=300,
+                         env=environment, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel"]
 
 
 def test_the_operator_on_a_gpu_is_this_body():

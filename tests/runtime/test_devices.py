@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import bitquilt
 from bitquilt import UserError
@@ -49,6 +50,28 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_read(tmp_path, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no GPU"):
         bitquilt.quantize(tmp_path / "missing", "rtn", out=tmp_path / "out", device="cuda")
+
+
+def test_what_cannot_run_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="trains all blocks together, which the processor does"):
+        bitquilt.quantize(tmp_path / "missing", "quilt", out=tmp_path / "out", device="cuda", effort="best", bits=2)
+    with pytest.raises(UserError, match="no folder"):
+        bitquilt.quantize(tmp_path / "missing", "quilt", out=tmp_path / "out", device="cuda", bits=2)
+
+
+def test_where_a_model_is_loaded(make_quantized, monkeypatch):
+    """The device becomes transformers' device map; a processor's needs none."""
+    folder = make_quantized().folder
+    seen = []
+    kind = transformers.LlamaForCausalLM
+    monkeypatch.setattr(kind, "from_pretrained", lambda folder, **kwargs: seen.append(kwargs))
+    bitquilt.load(folder, device="cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bitquilt.load(folder, device="cuda:1")
+    assert seen == [{}, {"device_map": {"": torch.device("cuda", 1)}}]
+    with pytest.raises(UserError, match="device='cuda' and device_map both say where"):
+        bitquilt.load(folder, device="cuda", device_map="auto")
 
 
 def test_activations_stay_where_there_is_room(monkeypatch):

@@ -45,7 +45,7 @@ def quantize_block(job: Job, flow: Flow, i: int, blocks: Blocks, observe: Observ
         quantize_layers(job, i, linears, stats, observe, done)
     if full is not None:
         flow.pass_on(i, full, full=True, always=trains(job) or tunes(job))
-        if trains(job):
+        if trains(job) and done.solutions:  # none where every layer of the block is skipped
             train_block(job, flow, i, full, linears, done, observe)
         keep(job, i, done)
     flow.pass_on(i, block)

@@ -103,9 +103,8 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
     if found.channels is not None and found.runs is None:
         gathered = x.index_select(1, found.channels)
     with _on(found.device):
-        stream = torch.cuda.current_stream(found.device).cuda_stream if found.device.type == "cuda" else 0
         partial = torch.empty((config.parts, *out.shape), device=x.device) if shared else out
-        counters = found.counter(tiles[0] * tiles[1], stream) if shared else out
+        counters = found.counter(tiles[0] * tiles[1]) if shared else out
         product_kernel[(tiles[0] * config.parts, tiles[1])](
             gathered, x, x if found.runs is None else found.runs, found.codes(weight), found.stored(weight, "scales"),
             found.stored(weight, "zeros"), tuple(_sizes(part, codes) for part, codes in zip(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 # machine code), and four stages of 256 x 32 bytes keep 32 KB under way; bandwidth times latency of an H200 is 25 KB for
 # each of its 132 multiprocessors. So one large program for each comes before two small ones.
 _TALL, _FULL = 256, 0.9
+# By tokens: 16 with 256 rows take 2.7 instructions per weight, with 128 3.3, with 64 5.3; more tokens need registers.
+_ROWS = {16: 256, 32: 128, 64: 64}
 MAX_FUSED = 512  # tokens; above, the weight is written out once and multiplied by the library
 
 
@@ -32,7 +34,10 @@ def choose(rows: int, chunks: int, tokens: int, processors: int) -> Config:
         return _shared(rows, chunks, Config(tall, width, stack, 1, 4, 4), processors)
     if tokens <= 64:
         width = max(16, 1 << (tokens - 1).bit_length())
-        return _shared(rows, chunks, Config(64, width, 1, 1, 4, 4), processors)
+        tall = _ROWS[width]
+        while tall > 64 and tall >= 2 * rows:
+            tall //= 2
+        return _shared(rows, chunks, Config(tall, width, 1, 1, 4, 4), processors)
     return Config(128, 64, 1, 1, 8, 3)
 
 
@@ -40,5 +45,5 @@ def _shared(rows: int, chunks: int, config: Config, processors: int) -> Config:
     """Share rows out where there are too few tiles of them, each part at least four steps long."""
     tiles = -(-rows // config.rows)
     steps = -(-chunks // config.stack)
-    parts = max(1, min(int(2 * _FULL * processors) // tiles, steps // 4))
+    parts = max(1, min(int(_FULL * processors) // tiles, steps // 4))
     return Config(config.rows, config.tokens, config.stack, parts, config.warps, config.stages)

@@ -2,9 +2,9 @@
 
 `prepared(weight, out_features) -> Prepared | None`, remembered as long as the codes live, made again when one of the
 tensors is another one or was written to. The stored layout is the kernels' layout: codes, scales and zeros are read
-where they lie, so nothing is held twice; what is made is a table of the channels' runs (4 bytes for eight channels),
-a counter per tile of rows, and copies of tensors that are not contiguous or end within a word of their codes.
-Making it reads a few numbers back from the GPU; a product reads none.
+where they lie, so nothing is held twice. What is made: a table of the channels' runs (4 bytes for eight channels), a
+counter per tile of rows (so a weight is used by one stream at a time), and copies of tensors that are not contiguous or
+end within a word of their codes. Making it reads a few numbers back from the GPU; a product reads none.
 """
 
 import weakref
@@ -21,6 +21,7 @@ from bitquilt.ops.handles import StoredWeight, version
 
 CHUNK = 128
 DIRECT = 2
+_LEAST_ROWS = 16  # of a tile
 _UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # whole units of `ops.gpu.unpack`
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -63,7 +64,8 @@ class Prepared:
         self.outliers = weight.outlier_values is not None and weight.outlier_values.numel() > 0
         if self.outliers:
             _check_outliers(weight, out_features)
-        self.counters: dict[int, Tensor] = {}
+        # made here, not when first used: what is made while a graph is captured belongs to the graph
+        self.counters = torch.zeros(-(-out_features // _LEAST_ROWS), dtype=torch.int32, device=self.device)
 
     def fits(self, weight: StoredWeight, out_features: int) -> bool:
         """Whether it still describes `weight`: the same tensors, not written to since."""
@@ -75,12 +77,12 @@ class Prepared:
             for tensor, (seen, before) in zip(tensors, self._seen, strict=True)
         )
 
-    def counter(self, count: int, stream: int) -> Tensor:
-        """`count` zeros int32, a set for each stream: launches of one stream follow each other."""
-        found = self.counters.get(stream)
-        if found is None or found.numel() < count:
-            found = self.counters[stream] = torch.zeros(count, dtype=torch.int32, device=self.device)
-        return found
+    def counter(self, count: int) -> Tensor:
+        """`count` zeros int32, left at zero by every launch that uses them. ValueError in a graph that wants more."""
+        if self.counters.numel() < count:
+            refuse_in_a_graph()
+            self.counters = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return self.counters
 
     def codes(self, weight: StoredWeight) -> tuple[Tensor, ...]:
         """Of each segment, as units or words."""
@@ -165,10 +167,16 @@ def prepared(weight: StoredWeight, out_features: int) -> Prepared | None:
     if found is None or not found.fits(weight, out_features):
         if not _has_kernel(weight):
             return None
-        if key.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ValueError("this weight meets a GPU for the first time in a graph; call the layer once before")
+        if key.is_cuda:
+            refuse_in_a_graph()
         found = _known[key] = Prepared(weight, out_features)
     return found
+
+
+def refuse_in_a_graph() -> None:
+    """ValueError while the current stream is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError("this weight meets a GPU for the first time in a graph; call the layer once before")
 
 
 def _has_kernel(weight: StoredWeight) -> bool:
