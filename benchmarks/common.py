@@ -16,10 +16,9 @@ OUTPUT = ROOT / "benchmarks" / "output"
 
 def stamp() -> dict[str, Any]:
     """Machine and date of a measurement."""
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: SIM115
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    cpu = next(names, platform.processor())
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,

@@ -79,8 +79,7 @@ def random_layer(layout: Layout, seed: int) -> QuantizedLinear:
     return QuantizedLinear.from_tensors(tensors, layout)
 
 
-def layer_rows(name: str, threads: int, size: float, rounds: int, bandwidth: float,
-               modes: list[str]) -> Iterator[dict[str, Any]]:  # fmt: skip
+def layer_rows(name: str, threads: int, size: float, rounds: int, modes: list[str]) -> Iterator[dict[str, Any]]:
     layout = layout_of(name)
     layer_bytes = storage_bits(layout) // 8
     first = random_layer(layout, 0)
@@ -104,13 +103,12 @@ def layer_rows(name: str, threads: int, size: float, rounds: int, bandwidth: flo
             "bpw": 8 * layer_bytes / ROWS / COLUMNS,
             "ms": seconds * 1e3,
             "weight GB/s": layer_bytes / seconds / 1e9,
-            "share": layer_bytes / seconds / bandwidth,
             "ready s/GB": ready / layer_bytes * 1e9,
         }
     kernels.use_activations(None)
 
 
-def dense_row(threads: int, size: float, rounds: int, bandwidth: float) -> dict[str, Any]:
+def dense_row(threads: int, size: float, rounds: int) -> dict[str, Any]:
     layer_bytes = 2 * ROWS * COLUMNS
     weight = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16)
     weights = [weight.clone() for _ in range(max(1, round(size / layer_bytes)))]
@@ -123,7 +121,6 @@ def dense_row(threads: int, size: float, rounds: int, bandwidth: float) -> dict[
         "bpw": 16.0,
         "ms": seconds * 1e3,
         "weight GB/s": layer_bytes / seconds / 1e9,
-        "share": layer_bytes / seconds / bandwidth,
         "times bf16": 1.0,
     }
 
@@ -162,14 +159,16 @@ def main() -> None:
     with torch.no_grad():
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            bandwidth = kernels.read_bandwidth(int(size), threads, rounds)
-            print(f"{threads} threads: read bandwidth {bandwidth / 1e9:.1f} GB/s, {kernels.level()}", flush=True)
-            dense = dense_row(threads, size, rounds, bandwidth)
+            limit = kernels.read_bandwidth(int(size), threads, rounds)
+            dense = dense_row(threads, size, rounds)
             prefill = prefills(arguments.formats, rounds)
             measured = [dense]
             for name in arguments.formats:
-                measured += layer_rows(name, threads, size, rounds, bandwidth, arguments.activations)
+                measured += layer_rows(name, threads, size, rounds, arguments.activations)
+                limit = max(limit, kernels.read_bandwidth(int(size), threads, 2))  # now and then somebody else reads
+            print(f"{threads} threads: read bandwidth {limit / 1e9:.1f} GB/s, {kernels.level()}", flush=True)
             for row in measured:
+                row["share"] = row["weight GB/s"] * 1e9 / limit
                 row["times bf16"] = dense["ms"] / row["ms"]
                 row["prefill ms"] = prefill[row["weight"]] * 1e3
                 row["prefill / bf16"] = prefill["torch bf16"] / prefill[row["weight"]]

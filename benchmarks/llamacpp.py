@@ -4,23 +4,23 @@
     python -m benchmarks.llamacpp --keep folder --make   # 2.2 GB of bf16, then each format of both: 7 GB, 20 minutes
     python -m benchmarks.llamacpp --keep folder          # then a minute or two each time
 
-Built by gcc 12, llama.cpp stops with an illegal instruction where it uses AMX; clang 19 builds it right, AMX and
-repacked weights included. `--plain-buffers` does without both.
+llama.cpp runs in a process of its own (`benchmarks.llamacpp_step` says why), with repacked weights and AMX where its
+types have them; `--plain-buffers` does without both.
 
 Each llama.cpp type is measured beside the bitquilt format nearest to it in true bits per weight of the layers, in
 turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, in bf16 and in 6 bits.
 """
 
 import argparse
-import contextlib
 import ctypes
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,6 @@ def rivals() -> tuple[Any, Any]:
         return importlib.import_module("llama_cpp"), importlib.import_module("gguf")
     except ImportError as error:
         raise SystemExit(f"{error.name} is missing; pip install llama-cpp-python gguf") from None
-
-
-def use_plain_buffers(llama_cpp: Any) -> None:
-    """llama.cpp's weights as they are in the file; its Python class has no argument for that."""
-    default = llama_cpp.llama_model_default_params
-
-    def plain() -> Any:
-        parameters = default()
-        parameters.use_extra_bufts = False
-        return parameters
-
-    llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = plain
 
 
 def write_gguf(model: Path, path: Path, gguf: Any) -> None:
@@ -140,12 +128,28 @@ def typical(step: Callable[[], Any]) -> float:
     return sorted(times)[TOKENS // 2]
 
 
-@contextlib.contextmanager
-def llama(path: Path, threads: int, llama_cpp: Any) -> Iterator[Callable[[], Any]]:
-    model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    model.eval(list(range(3, 3 + PROMPT)))
-    yield lambda: model.eval([7])
-    model.close()
+class Theirs:
+    """llama.cpp after a prompt, in a process of its own."""
+
+    def __init__(self, path: Path, threads: int, plain: bool) -> None:
+        command = [sys.executable, "-m", "benchmarks.llamacpp_step", str(path), *map(str, (threads, PROMPT, TOKENS))]
+        command += ["--plain-buffers"] if plain else []
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self) -> float:
+        """Of one token, the median of some; its threads have stopped waiting for more when this returns."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"llama.cpp ended with {self._process.wait()}")
+        time.sleep(0.5)
+        return float(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 class Ours:
@@ -183,8 +187,6 @@ def main() -> None:
     parser.add_argument("--make", action="store_true", help="only make the models")
     arguments = parser.parse_args()
     llama_cpp, gguf = rivals()
-    if arguments.plain_buffers:
-        use_plain_buffers(llama_cpp)
     torch.set_num_threads(arguments.threads)
     folder = arguments.keep or Path(tempfile.mkdtemp(dir=OUTPUT.parent))
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,9 @@ def main() -> None:
             make(folder, kind, arguments.layers, llama_cpp, gguf)
         if arguments.make:
             return
-        rows = [row for kind in arguments.types for row in compare(folder, kind, arguments.threads, llama_cpp, gguf)]
+        rows: list[dict[str, Any]] = []
+        for kind in arguments.types:
+            rows += compare(folder, kind, arguments.threads, arguments.plain_buffers, gguf)
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder)
@@ -221,16 +225,17 @@ def ours_at(folder: Path, kind: str) -> Path:
     return folder / "bitquilt-{}-{}".format(*NEAREST[kind])
 
 
-def compare(folder: Path, kind: str, threads: int, llama_cpp: Any, gguf: Any) -> list[dict[str, Any]]:
+def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> list[dict[str, Any]]:
     ours = Ours(ours_at(folder, kind))
+    rival = Theirs(folder / f"{kind}.gguf", threads, plain)
     theirs, limit = float("inf"), 0.0
     best = [float("inf")] * len(ours.decoders)
     for _ in range(TURNS):
         limit = max(limit, kernels.read_bandwidth(2**30, threads, 1))
-        with llama(folder / f"{kind}.gguf", threads, llama_cpp) as step:
-            theirs = min(theirs, typical(step))
+        theirs = min(theirs, rival.seconds())
         for i, decoder in enumerate(ours.decoders):
             best[i] = min(best[i], typical(lambda decoder=decoder: decoder.step(7)))  # type: ignore[misc]
+    rival.close()
     bits, read = sizes_of_gguf(folder / f"{kind}.gguf", gguf)
     rows = [{"model": f"llama.cpp {kind}", "bpw": bits, "MB read per token": read / 1e6, "tokens/s": 1 / theirs,
              "share": read / theirs / limit}]  # fmt: skip

@@ -24,6 +24,7 @@ from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import Skeleton, architecture, open_skeleton, vocabulary_size
 from bitquilt.protocols import ChecksLayers, PlansModel, Recipe, TunesModel
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.planning import predicted_losses
@@ -81,6 +82,7 @@ def quantize(
     scope: str | None = None,
     sensitivities: str | Path | None = None,
     rounds: int = 1,
+    device: str = "cpu",
     observer: Observer = silent,
     **options: Any,
 ) -> Result:
@@ -98,8 +100,12 @@ def quantize(
     bits per weight), "pairs" (inside it N-1, N, N+1 in pairs, as SliM-LLM), "uniform". What a width costs is measured
     first, unless `sensitivities` names a file of it. `rounds`: 2 = quantize once, measure again what the errors really
     made there cost, plan and quantize again: twice the time, less loss where a first plan trusts its tables too far.
+    `device`: "cuda", "cuda:N", or "auto" (a GPU where there is one) computes the blocks there, one at a time, the next
+    one's weights being read meanwhile; embedding and head stay on the processor. Sums are rounded differently, so a few
+    codes in ten thousand may differ.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
+    where = choose_device(device)
     file = None if plan is None else read_plan(plan)
     if file is None:
         wanted = wish(recipe or "slim-llm", options, budget, scope)
@@ -107,6 +113,9 @@ def quantize(
         wanted = wish_for_plan(file.recipe, recipe, options, budget, scope)
         embedding_bits = same_embedding(file.embedding_bits, embedding_bits)
     recipe = wanted.recipe
+    if where.type != "cpu" and isinstance(recipe, TunesModel) and recipe.tune_batch > 0:
+        raise UserError(f"{recipe.name} with these settings trains all blocks together, which the processor does; "
+                        "leave out the device, or take effort=normal")  # fmt: skip
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     if out is None:  # the folder of a hub model is named after its commit
@@ -168,23 +177,25 @@ def quantize(
             if measures:
                 assert ids is not None
                 known = _sensitivities(skeleton, recipe, ids, work, skip, include_head, seed, observer)
+            tables = known  # what is predicted stays with the first round's, which the law was measured for
             if rounds == 2:
                 options = {"seed": seed, "skip": skip, "include_head": include_head}
-                known = _second_round(
+                tables = _second_round(
                     model, skeleton, wanted, work, observer, sensitivities or work / _TABLES,
                     batch_size=batch_size, embedding_bits=embedding_bits, **options,
                 )  # fmt: skip
-            planner = open_planner(skeleton, recipe, shapes(layers), known, embedding_bits=embedding_bits)
+            planner = open_planner(skeleton, recipe, shapes(layers), tables, embedding_bits=embedding_bits)
             planned = planner.plan(wanted.budget, wanted.scope)
             plans = planned.plans
         batch = batch_size or max(1, _BATCH_TOKENS // seq_len)
         used = ids if recipe.needs else None
-        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans)
+        job = Job(skeleton, recipe, used, work, batch, tuple(skip), include_head, embedding_bits, plans, where)
         records = stream(job, observer)
         observer(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
         report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
+        report["machine"]["device"] = str(where)
         plan_value = plan_to_json(recipe_json(recipe), records, embedding_bits)
         losses: dict[str, float] = {}
         predicted = None
@@ -201,15 +212,21 @@ def quantize(
     return Result(out, report)
 
 
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """The quantized model in `folder`, ready to run; keyword arguments go to `from_pretrained`.
 
-    Raises UserError if the folder is not a bitquilt checkpoint or is damaged.
+    `device`: "cuda", "cuda:N" or "auto" puts the packed weights on a GPU, where Triton's kernels read them as they are;
+    more than one GPU: leave it out and give `device_map`.
+    Raises UserError if the folder is not a bitquilt checkpoint or is damaged, or the device is not here.
     """
     checkpoint = open_checkpoint(folder)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:
         raise UserError(f"{folder} is no bitquilt checkpoint (quant_method is {method!r}); quantize the model first")
+    if device is not None and "device_map" in kwargs:
+        raise UserError(f"device={device!r} and device_map both say where the model goes; give one")
+    if device is not None and (where := choose_device(device)).type != "cpu":
+        kwargs["device_map"] = {"": where}
     kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
     return model

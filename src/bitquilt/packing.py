@@ -109,7 +109,8 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.row_gains is not None:
         tensors["row_gains"] = weight.row_gains
     specs = tensor_specs(layout)
-    return {name: tensor.to(specs[name].dtype).contiguous() for name, tensor in tensors.items()}
+    device = tensors["codes_0"].device  # an order of channels may have been made on the host
+    return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") -> QuantizedWeight:

@@ -82,7 +82,8 @@ def wish_for_plan(
     name: Any = made_for.get("name") if recipe is None else recipe
     budgets = [str(budget)] if budget is not None else [f"{options['bpw']} bpw"] if options.get("bpw") else []
     bits = options.get("bits")
-    if isinstance(bits, float) and not bits.is_integer():
+    fraction = isinstance(bits, float) and not bits.is_integer()
+    if fraction and not takes_fractions(name or "slim-llm"):
         budgets.append(f"{bits} bits")
     if budgets or scope is not None:
         what = f"budget {budgets[0]}" if budgets else f"allocation {scope}"

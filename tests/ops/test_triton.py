@@ -370,7 +370,8 @@ def test_the_kernels_compile_for_hopper():
     half precision, and the loads of the weight under way while the chunk before is multiplied."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     names = ["2 bits, 1 token", "2 bits, 16 tokens", "mixed, everything", "codebook", "dense", "outliers"]
-    ran = subprocess.run([sys.executable, "-m", "tests.ops.compiled", *names], capture_output=True, text=True, timeout=500,
+    command = [sys.executable, "-m", "tests.ops.compiled", *names]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500,
                          env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])

@@ -53,7 +53,7 @@ def test_what_is_stored_is_what_was_solved_and_planned(
         torch.testing.assert_close(logits(quantized), rounded, rtol=1e-4, atol=1e-5)
     assert result.report["logit_difference"] <= 1e-5
 
-    plans, tensors = read_plan(result.folder / "plan.json"), read_tensors(result.folder)
+    plans, tensors = read_plan(result.folder / "plan.json").plans, read_tensors(result.folder)
     layouts = read_layouts(quantized.config.to_dict())
     for path, module in found.items():
         layout, plan = module.layout, plans[path]

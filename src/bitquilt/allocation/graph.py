@@ -49,6 +49,7 @@ def graph_bits(
     if not bool(torch.isfinite(table).all()):
         unit, choice = torch.nonzero(~torch.isfinite(table))[0].tolist()
         raise ValueError(f"error of unit {unit} at {palette[choice]} bits is {float(table[unit, choice])}")
+    table, features, adjacency = table.cpu(), features.cpu(), adjacency.cpu()  # too small a network for a GPU
     errors = _normalised(table, palette)
     share = torch.tensor(widths, dtype=torch.float32) / sum(widths)
     prices = torch.tensor(palette, dtype=torch.float32)

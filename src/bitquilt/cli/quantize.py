@@ -82,6 +82,9 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
+    device: Annotated[
+        str, Option(help="Where blocks are computed: cpu, cuda, cuda:N, or auto: a GPU where there is one.")
+    ] = "cpu",
     rounds: Annotated[
         int, Option(help="2: measure again in the model quantized once, plan again; better, in twice the time.")
     ] = 1,
@@ -108,6 +111,7 @@ def quantize(
                 seed=seed, batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
                 scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, rounds=rounds,
+                device=device,
                 observer=observer,
             )  # fmt: skip
         except KeyboardInterrupt:

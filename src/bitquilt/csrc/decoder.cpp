@@ -221,7 +221,12 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
     constexpr int64_t rows = 64;
     parallel_for(static_cast<int>((vocabulary_ + rows - 1) / rows), threads, [&](int piece) {
         const int64_t begin = piece * rows, end = std::min(begin + rows, vocabulary_);
-        for (int64_t row = begin; row < end; ++row) y[row] = dot(in.data(), head_, head_type_, row * hidden_, hidden_);
+        const int64_t row_bytes = hidden_ * (head_type_ == Type::f32 ? 4 : 2);
+        for (int64_t row = begin; row < end; ++row) {
+            const char* next = static_cast<const char*>(head_) + std::min(row + 1, vocabulary_ - 1) * row_bytes;
+            for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(next + i);  // it would stop at 4 KiB
+            y[row] = dot(in.data(), head_, head_type_, row * hidden_, hidden_);
+        }
     });
 }
 

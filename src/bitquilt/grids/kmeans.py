@@ -35,7 +35,8 @@ def exact_kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tenso
         centroids, boundaries = kernels.kmeans(x, w, k)
     else:
         centroids, boundaries = kmeans_reference(x, w, k)
-    return centroids.t().contiguous(), boundaries.t().contiguous()
+    device = values.device
+    return centroids.t().contiguous().to(device), boundaries.t().contiguous().to(device)
 
 
 def kmeans_reference(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,8 @@ def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tupl
         if torch.equal(moved, boundaries):
             break
         boundaries = moved
-    return centroids.t().contiguous(), boundaries.t().contiguous()
+    device = values.device
+    return centroids.t().contiguous().to(device), boundaries.t().contiguous().to(device)
 
 
 def squared_error(values: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
 from bitquilt.models.embedding import SharedHead
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
+from bitquilt.ops.pages import place
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -23,6 +25,10 @@ _MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _ROPES = {"default", "linear", "llama3", "yarn"}  # whose angles do not depend on the length of the text
 # Relative distance of the logits that still is rounding: measured on a random 1.1B Llama 0.006 in bf16, 1e-6 in fp32.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+_PAGED_BYTES = 2**20  # a head smaller than this stays where it is; the others are read in large pages
+_paged = WeakTensorKeyDictionary()  # heads that were moved there, and where to
 
 
 class Decoder:
@@ -121,6 +127,10 @@ class Decoder:
         """A linear layer, quantized or not, or the quantized embedding that it shares."""
         if type(head) is nn.Linear:
             _want(head.weight.dtype in kernels.TYPES, f"its head is {head.weight.dtype}")
+            large = head.weight.numel() * head.weight.itemsize >= _PAGED_BYTES
+            if large and _paged.get(head.weight) != head.weight.data_ptr():
+                head.weight.data = place([head.weight.data.contiguous()])[0]
+                _paged[head.weight] = head.weight.data_ptr()
             weight = head.weight.detach().contiguous()
             self._kept.append(weight)
             self._native.set_head(weight.data_ptr(), kernels.TYPES[weight.dtype])

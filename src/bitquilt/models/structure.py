@@ -50,13 +50,13 @@ class Skeleton:
     sources: dict[str, list[str]]
     parameters: dict[str, str]
 
-    def load(self, path: str) -> nn.Module:
+    def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
 
+        `tensors`: what was read of it already.
         Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
         """
-        tensors = self.checkpoint.read(self.sources[path])
-        load_tensors(self.model, tensors)
+        load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         module = self.model.get_submodule(path)
         if not path:
             missing = set(self.model.state_dict()) - set(self.parameters.values())

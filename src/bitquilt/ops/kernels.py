@@ -28,9 +28,10 @@ except ImportError:
 REFERENCE, TRITON = "reference", "triton"
 MODES = ("exact", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Rows unpacked at a time when there are many tokens: torch's bf16 product of 512 tokens with 4096 x 11008 takes 26 ms
-# on two threads in parts of 2048 or 1024 rows, 54 in parts of 512, which it does not share out.
-_TILE_ROWS = 2048
+# Rows unpacked at a time when there are many tokens, per thread and at most. 512 tokens, 4096 x 11008, 3 bits: on one
+# thread 53 ms in parts of 1024 rows, 55 in parts of 512 or 2048, 57 of 256; on two 28 ms in parts of 2048 rows, 29 of
+# 1024, 51 of 512, which torch does not share out (bf16 itself: 47 and 24).
+_TILE_ROWS, _MOST_ROWS = 1024, 4096
 # Bytes of a fixed-point activation (avx512): 16 bits per group exceed what bf16 and fp16 hold of all but its smallest.
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 _local = threading.local()
@@ -189,8 +190,9 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
     rows = handle.out_features
     x = in_stored_order(x, handle)  # some tokens are fewer than the rows of a weight
     parts = []
-    for first in range(0, max(rows, 1), _TILE_ROWS):  # one part, empty, of a layer without outputs
-        count = min(_TILE_ROWS, rows - first)
+    part = min(_TILE_ROWS * torch.get_num_threads(), _MOST_ROWS)
+    for first in range(0, max(rows, 1), part):  # one part, empty, of a layer without outputs
+        count = min(part, rows - first)
         out = _tile(count * handle.in_features, x.dtype).view(count, handle.in_features)
         tile = dense(handle, out, first, as_stored=True)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + count]))

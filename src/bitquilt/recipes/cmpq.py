@@ -148,7 +148,7 @@ class CMPQ:
         norms, events = self._norms(stats)
         if not self.compensation:
             return Activations(norms, events=events)
-        order = torch.arange(len(norms))
+        order = torch.arange(len(norms), device=norms.device)
         if self.act_order:
             order = torch.argsort(stats.hessian.diagonal(), descending=True, stable=True)
         factor = factorize(stats.hessian[order][:, order] / stats.tokens, self.damp)

@@ -153,7 +153,7 @@ class MGPTQ:
     def _errors(self, weight: Tensor, groups: Sequence[slice], importance: Tensor) -> Tensor:
         """Cost of every column at every width, fp64 `[in, |palette|]`, quantized in `groups`."""
         scale_dtype = scale_dtype_for(weight)
-        found = torch.empty(weight.shape[1], len(self.palette), dtype=torch.float64)
+        found = torch.empty(weight.shape[1], len(self.palette), dtype=torch.float64, device=weight.device)
         for group in groups:
             part, cost = weight[:, group], importance[group]
             for i, bits in enumerate(self.palette):
@@ -175,6 +175,7 @@ class MGPTQ:
         first = _restored(self._errors(weight[:, order], groups, importance[order]), order)
         units = group_slices(weight.shape[1], _COLUMNS)
         order, cut = _by_bits(best_bits(first.tolist(), self.palette, [1] * len(units), budget), self.group_size)
+        order = order.to(weight.device)
         importance = self._permuted(layer, order).importance
         return _restored(self._errors(weight[:, order], [group for group, _ in cut], importance), order), units
 
@@ -190,6 +191,7 @@ class MGPTQ:
         cut = list(zip(group_slices(weight.shape[1], plan.group_size), plan.bits, strict=True))
         if plan.group_size == _COLUMNS:
             order, cut = _by_bits(plan.bits, self.group_size)
+            order = order.to(weight.device)
             factor = self._permuted(layer, order)
             weight = weight[:, order]
         importance = factor.importance

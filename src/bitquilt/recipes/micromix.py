@@ -126,8 +126,8 @@ class MicroMix:
         check_finite(layer.name, weight=layer.weight)
         if unknown := set(plan.bits) - set(_WIDTHS):
             raise ValueError(f"{layer.name}: the plan gives channels {min(unknown)} bits; MX elements have 4, 6 or 8")
-        bits = torch.tensor(plan.bits)
-        ranked = torch.arange(len(bits)) if prepared is None else prepared.order
+        bits = torch.tensor(plan.bits, device=layer.weight.device)
+        ranked = torch.arange(len(bits), device=bits.device) if prepared is None else prepared.order
         order = ranked[torch.argsort(bits[ranked], stable=True)]
         segments = []
         for width in sorted(set(plan.bits)):

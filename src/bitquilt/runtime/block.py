@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
+from bitquilt.runtime.ahead import Blocks
 from bitquilt.runtime.firstpass import Look, gradients_of
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.gradients import attention_aware
@@ -28,11 +29,11 @@ _SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token su
 
 
 @torch.no_grad()
-def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str, Any]:
+def quantize_block(job: Job, flow: Flow, i: int, blocks: Blocks, observe: Observer) -> dict[str, Any]:
     """Quantize block i and make the next block's inputs; all files of the block are in place when it returns."""
     skeleton, path = job.skeleton, job.skeleton.blocks[i]
     template = skeleton.template(path)
-    block = skeleton.load(path)
+    block = blocks.load(i)
     linears = targets(skeleton, path, block, job.skip)
     check_weights(linears)
     done, full = Done(), beside(block) if runs_beside(job) else None
@@ -60,11 +61,11 @@ def quantize_block(job: Job, flow: Flow, i: int, observe: Observer) -> dict[str,
 
 
 @torch.no_grad()
-def look_at_block(job: Job, flow: Flow, i: int, look: Look) -> None:
+def look_at_block(job: Job, flow: Flow, blocks: Blocks, i: int, look: Look) -> None:
     """Show `look` block i in full precision on the full-precision blocks' outputs, and make the next one's inputs."""
     skeleton, path = job.skeleton, job.skeleton.blocks[i]
     template = skeleton.template(path)
-    block = skeleton.load(path)
+    block = blocks.load(i)
     linears = targets(skeleton, path, block, job.skip)
     check_weights(linears)
     look(block, linears, _through(job, flow, i, block, flow.first_inputs(i)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.models.structure import Skeleton
+from bitquilt.runtime.devices import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,11 @@ class Call:
         """Run `block` on `hidden` `[batch, tokens, width]` -> the same shape."""
         output = block(hidden, *self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
+
+    def to(self, device: torch.device) -> "Call":
+        """The same with every tensor on `device`."""
+        args, kwargs = to_device((self.args, self.kwargs), device)
+        return Call(args, kwargs)
 
 
 class _Stop(Exception):

@@ -1,7 +1,8 @@
 """What flows through the blocks, and where does it lie? open_flow(job, resumed) -> Flow: calls and inputs on disk."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bitquilt.models.structure import vocabulary_size
 from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, open_outer, record_calls
+from bitquilt.runtime.devices import stays_on_device
 from bitquilt.runtime.embedding import open_embedding
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import trains, tunes
@@ -29,10 +31,11 @@ class Flow:
     extras: tuple[Any, ...] | None
     calls: dict[tuple[int, ...], list[Call]]
     probe_ids: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)  # activations on the device, by file
 
     def run(self, i: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Block i on `[batch, tokens, width]`, called as the model calls it."""
-        return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
+        return self.calls[tuple(hidden.shape[:2])][i](block, hidden.to(self.job.device))
 
     def inputs(self, i: int, full: bool = False) -> Activations | None:
         """What block i reads, None without calibration; `full`: in the full-precision model."""
@@ -59,6 +62,7 @@ class Flow:
         if inputs is not None and i + 1 < len(self.job.skeleton.blocks):
             self._send(i, block, inputs, _first(i + 1), True)
         if i > 0:
+            self.kept.pop(_first(i), None)
             (self.job.folder / _first(i)).unlink(missing_ok=True)
 
     def pass_probe_on(self, i: int, block: nn.Module) -> None:
@@ -76,6 +80,7 @@ class Flow:
     def drop_activations(self, i: int) -> None:
         """The same without the probe, which the last logits are computed from."""
         for full in (False, True):
+            self.kept.pop(_activations(i, full), None)
             (self.job.folder / _activations(i, full)).unlink(missing_ok=True)
 
     def _read(self, name: str) -> Activations | None:
@@ -83,13 +88,21 @@ class Flow:
         if ids is None:
             return None
         path = self.job.folder / name
-        return Activations(path, (*ids.shape, path.stat().st_size // (4 * ids.numel())))
+        shape = (*ids.shape, path.stat().st_size // (4 * ids.numel()))
+        return Activations(path, shape, self.kept.get(name))
 
     def _send(self, i: int, block: nn.Module, inputs: Activations, name: str, full: bool) -> None:
         outputs = Activations.create(self.job.folder / ".activations.tmp", inputs.shape)
+        stays = stays_on_device(4 * math.prod(inputs.shape), self.job.device)
+        batches = []
         for rows in self.job.batches():
-            outputs.write(rows, self._checked(i, block, inputs.read(rows), full))
+            output = self._checked(i, block, inputs.read(rows), full)
+            outputs.write(rows, output)
+            if stays:
+                batches.append(output.float())
         outputs.commit(self.job.folder / name)
+        if stays:
+            self.kept[name] = torch.cat(batches)
 
     def _checked(self, i: int, block: nn.Module, hidden: Tensor, full: bool) -> Tensor:
         output = self.run(i, block, hidden)
@@ -121,6 +134,7 @@ def open_flow(job: Job, resumed: bool) -> Flow:
         shape = (count, job.ids.shape[1])
         if shape not in calls:
             calls[shape] = record_calls(skeleton, job.ids[:1].expand(shape), extras)
+    calls = {shape: [call.to(job.device) for call in found] for shape, found in calls.items()}
     if not resumed:
         write_tensors(folder / "probe-00000.safetensors", {"hidden": embed(skeleton, probe_ids)})
         if job.ids is not None:

@@ -158,6 +158,7 @@ def _backward(
     for probe in range(probes):
         shape = (rows.shape[1], rows.shape[2])
         signs = torch.stack([probe_signs(shape, seed, first + i, probe) for i in range(batch)])
+        signs = signs.to(rows.device)  # drawn on the host: the same on every device
         grads = iter(torch.autograd.grad((rows * signs).sum(), targets, retain_graph=True, allow_unused=True))
         for layer in called:
             parts = [

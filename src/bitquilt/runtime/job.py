@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
@@ -13,6 +14,8 @@ from bitquilt.models.linear import is_linear, linear_weight
 from bitquilt.models.structure import Skeleton, linear_layers
 from bitquilt.protocols import Recipe
 from bitquilt.types import LayerPlan
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class Job:
     include_head: bool = False
     embedding_bits: int | None = None
     plans: Mapping[str, LayerPlan] | None = None
+    device: torch.device = _HOST  # where blocks are computed; what is outside them stays on the host
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
 
     def batches(self) -> list[slice]:

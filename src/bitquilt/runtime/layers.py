@@ -112,7 +112,7 @@ def _layer(full: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
     events = []
     if stats is not None and stats.tokens == 0:
         # an expert that no token was routed to: nothing is known about its input, so every channel counts the same
-        stats = LayerStats(torch.eye(weight.shape[1]), 1, None)
+        stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1, None)
         events.append(Event(full, "no calibration tokens", "no token reached this layer: all channels weigh the same"))
     return Layer(full, weight, None if bias is None else bias.data.float(), stats), events
 

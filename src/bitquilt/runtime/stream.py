@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitquilt.models.linear import QuantizedLinear, replace_module
 from bitquilt.packing import layout_from_json
+from bitquilt.runtime.ahead import open_blocks
 from bitquilt.runtime.block import compares, look_at_block, paired_statistics, quantize_block, statistics
 from bitquilt.runtime.calls import finish
 from bitquilt.runtime.embedding import committed_embedding
@@ -47,15 +48,16 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
         return _all_records(job, committed_tuning(job.folder) or records, head)
     observe(Stage("reading the embedding and making the first block's inputs"))
     flow = open_flow(job, resumed=bool(records))
-    job = planned(job, partial(look_at_block, job, flow), observe)
-    for i in range(len(records), len(blocks)):
-        started = time.perf_counter()
-        record = quantize_block(job, flow, i, observe)
-        record["seconds"] = round(time.perf_counter() - started, 3)
-        write_json(job.folder / f"block-{i:05d}.json", record)
-        flow.drop(i)
-        records.append(record)
-        observe(BlockDone(i, len(blocks), mean_output_error(record), record["seconds"]))
+    with open_blocks(skeleton, job.device) as loaded:
+        job = planned(job, partial(look_at_block, job, flow, loaded), observe)
+        for i in range(len(records), len(blocks)):
+            started = time.perf_counter()
+            record = quantize_block(job, flow, i, loaded, observe)
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            write_json(job.folder / f"block-{i:05d}.json", record)
+            flow.drop(i)
+            records.append(record)
+            observe(BlockDone(i, len(blocks), mean_output_error(record), record["seconds"]))
     records = tuned(job, flow, records, observe)
     if job.include_head and not head:
         head = [_head(job, flow, observe)]
@@ -119,7 +121,7 @@ def _head_statistics(job: Job, flow: Flow, path: str) -> dict[str, LayerStats]:
         return {}
 
     def run(inputs: Activations, rows: slice) -> Tensor:
-        return finish(job.skeleton, ids[rows], inputs.read(rows), flow.extras)
+        return finish(job.skeleton, ids[rows], inputs.read(rows).cpu(), flow.extras)
 
     if not compares(job):
         linears = {path: model.get_submodule(path)}

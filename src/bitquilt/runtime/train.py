@@ -46,9 +46,9 @@ def train_block(
         done.solutions,
         of_weights(job, flow, i, full, linears),
         len(job.ids),
-        lambda chosen: read_samples(here, chosen),
+        lambda chosen: read_samples(here, chosen).to(job.device),
         _outputs(flow, i, full, here),
-        lambda chosen: read_samples(there, chosen),
+        lambda chosen: read_samples(there, chosen).to(job.device),
         told,
     )
     try:

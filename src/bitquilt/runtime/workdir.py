@@ -93,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file and rename it into place."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     _replace(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
 
 
@@ -107,8 +107,9 @@ class Activations:
     memory holds one batch whatever the size of the file. Space is reserved first: writing into a mapped hole of a
     full disk would kill the process instead of raising an error."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.path, self.shape = path, shape
+    def __init__(self, path: Path, shape: tuple[int, int, int], kept: Tensor | None = None) -> None:
+        """`kept`: the same matrix where it is computed with."""
+        self.path, self.shape, self._kept = path, shape, kept
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int, int]) -> "Activations":
@@ -118,7 +119,9 @@ class Activations:
         return cls(path, shape)
 
     def read(self, rows: slice) -> Tensor:
-        """A batch, in memory."""
+        """A batch, in memory, or on the device where it was kept."""
+        if self._kept is not None:
+            return self._kept[rows].clone()
         return torch.from_numpy(np.array(self._map("r", rows)))
 
     def write(self, rows: slice, values: Tensor) -> None:

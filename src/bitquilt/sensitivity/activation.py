@@ -140,7 +140,7 @@ def _ratios(sample: Tensor) -> Tensor:
 def _shares(ratios: Tensor, thresholds: tuple[float, float], multiplier: float) -> tuple[float, float, float]:
     if len(ratios) == 0:  # nothing but zeros: any format holds them
         return 1.0, 0.0, 0.0
-    limits = torch.tensor([multiplier * t for t in thresholds], dtype=torch.float64)
+    limits = torch.tensor([multiplier * t for t in thresholds], dtype=torch.float64, device=ratios.device)
     four, six = (torch.searchsorted(ratios, limits, right=True).double() / len(ratios)).tolist()
     six = max(four, six)
     return four, six - four, 1 - six

@@ -40,7 +40,7 @@ def column_features(weight: Tensor, stats: LayerStats, factor: Factor, groups: S
             _log(diagonal),
             _log(factor.importance.double()),
             inputs / inputs.mean().clamp_min(1e-300),
-            torch.arange(weight.shape[1], dtype=torch.float64) / weight.shape[1],
+            torch.arange(weight.shape[1], dtype=torch.float64, device=weight.device) / weight.shape[1],
         ],
         dim=1,
     )
@@ -48,7 +48,7 @@ def column_features(weight: Tensor, stats: LayerStats, factor: Factor, groups: S
 
 
 def adjacency(upper: Tensor, groups: Sequence[slice] | None = None, top: int = 16) -> Tensor:
-    """Normalised adjacency D^-1/2 A D^-1/2, sparse fp32 `[n, n]`, of the factor `upper` `[in, in]`.
+    """Normalised adjacency D^-1/2 A D^-1/2, sparse fp32 `[n, n]` on the host, of the factor `upper` `[in, in]`.
 
     A_ij = abs(U_ij) / sqrt(U_ii U_jj) for i < j (between groups: the mean over their pairs of columns), the `top`
     strongest per node kept, symmetrised by maximum, self-loops of 1, so that an isolated node has degree 1.
@@ -65,7 +65,7 @@ def adjacency(upper: Tensor, groups: Sequence[slice] | None = None, top: int = 1
     kept = torch.maximum(kept, kept.t())
     kept.fill_diagonal_(1.0)
     root = kept.sum(dim=1).rsqrt()
-    return (kept * torch.outer(root, root)).to_sparse_coo().coalesce()
+    return (kept * torch.outer(root, root)).cpu().to_sparse_coo().coalesce()
 
 
 def _log(values: Tensor) -> Tensor:

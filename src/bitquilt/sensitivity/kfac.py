@@ -40,7 +40,8 @@ def width_losses(
     `[out]` E[g_i^2]; `columns` `[in]` c_j.
     """
     starts = [group.start for group in group_slices(weight.shape[1], group_size)]
-    index = torch.bucketize(torch.arange(weight.shape[1]), torch.tensor(starts), right=True) - 1
+    places = torch.arange(weight.shape[1], device=weight.device)
+    index = torch.bucketize(places, torch.tensor(starts, device=weight.device), right=True) - 1
     measured: dict[int, Tensor] = {}
 
     def at(bits: int) -> Tensor:
@@ -50,7 +51,9 @@ def width_losses(
         if bits not in measured:
             error = (weight - rounded(bits)).square_()
             per_column = 0.5 * (rows @ error).double() * columns.double()
-            measured[bits] = torch.zeros(len(starts), dtype=torch.float64).index_add_(0, index, per_column)
+            measured[bits] = torch.zeros(len(starts), dtype=torch.float64, device=weight.device).index_add_(
+                0, index, per_column
+            )
         return measured[bits]
 
     table = torch.stack([at(bits) for bits in widths], dim=1)
@@ -78,4 +81,4 @@ def activation_rows(weight: Tensor, columns: Tensor) -> Tensor:
     The unit is then a share of the output's squared norm, not nats: a ranking inside one model at best.
     """
     norm = float((weight.square() @ columns.abs()).sum())
-    return torch.full((len(weight),), 2.0 / max(norm, 1e-30))
+    return weight.new_full((len(weight),), 2.0 / max(norm, 1e-30))

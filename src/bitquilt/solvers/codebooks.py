@@ -73,7 +73,7 @@ def round_channels(
     `weight` fp32, `protected` bool `[out, in]`, which no table sees; `importance` `[in]` weighs the channels in a
     shared table. Also returns the dense part `[out, in]`.
     """
-    codes, dense = torch.empty(weight.shape, dtype=torch.uint8), torch.empty_like(weight)
+    codes, dense = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     weight, counted, row_gains = tables.over_row_gains(weight, (~protected).float())
     rest = weight.masked_fill(protected, 0.0)
     grids = {}

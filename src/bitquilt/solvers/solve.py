@@ -109,7 +109,8 @@ def disassemble(weight: QuantizedWeight, plan: LayerPlan, compensated: Tensor) -
     """What `assemble` was handed: codes, grids and weight of groups in their own order; the loss is NaN."""
     in_features = sum(segment.codes.shape[1] for segment in weight.segments)
     slices = group_slices(in_features, plan.group_size)
-    codes = torch.empty(weight.segments[0].codes.shape[0], in_features, dtype=torch.uint8)
+    first = weight.segments[0].codes
+    codes = torch.empty(len(first), in_features, dtype=torch.uint8, device=first.device)
     grids: dict[int, UniformGrid] = {}
     for segment in weight.segments:
         bits, start = segment.format.bits, 0

@@ -21,9 +21,9 @@ def round_symmetric(weight: Tensor, bits: int, group_size: int) -> QuantizedWeig
     The scale is the one with the least squared error among 16 shares of the group's range.
     """
     dtype = scale_dtype_for(weight)
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
     groups = group_slices(weight.shape[1], group_size)
-    scales = torch.empty(weight.shape[0], len(groups), dtype=dtype)
+    scales = torch.empty(weight.shape[0], len(groups), dtype=dtype, device=weight.device)
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         for k, columns in enumerate(groups):

@@ -62,6 +62,7 @@ class Rounding:
         """
         if any(grid.bits == 1 and grid.zero is not None for grid in swept.grids):
             raise ValueError("one-bit groups with an offset cannot be trained; wanted symmetric ones")
+        device = swept.codes.device
         zeros = [g.zero.float() if g.zero is not None else torch.full_like(g.scale.float(), (2**g.bits - 1) / 2)
                  for g in swept.grids]  # fmt: skip
         split = Groups.of(groups)
@@ -70,8 +71,8 @@ class Rounding:
             split.split(swept.compensated if swept.compensated is not None else swept.weight) / scale,
             scale,
             torch.cat(zeros, dim=1).unsqueeze(2),
-            torch.tensor([[float(2**grid.bits - 1)] for grid in swept.grids]),
-            torch.tensor([[grid.zero is None] for grid in swept.grids]),
+            torch.tensor([[float(2**grid.bits - 1)] for grid in swept.grids], device=device),
+            torch.tensor([[grid.zero is None] for grid in swept.grids], device=device),
             split,
             scale_dtype,
             (rounding, scaling),
@@ -152,7 +153,11 @@ class Clipping:
     def start(self) -> Values:
         """Factors sigmoid(initial), 1 for one-bit groups."""
         shape = (self.original.shape[0], len(self.groups))
-        both = self.initial if isinstance(self.initial, tuple) else (torch.full(shape, float(self.initial)),) * 2
+        both = (
+            self.initial
+            if isinstance(self.initial, tuple)
+            else (self.original.new_full(shape, float(self.initial)),) * 2
+        )
         logits = tuple(logit.clone() for logit in both)
         for logit in logits:
             logit[:, sorted(self.levels)] = 0.0
@@ -168,7 +173,9 @@ class Clipping:
         scale, zero = self._range(values)
         weight = round_by_scale(self.aim, scale, zero, self._top())
         for k, grid in self.levels.items():
-            weight = weight.index_copy(1, torch.tensor([k]), self._two_levels(k, grid, values).unsqueeze(1))
+            weight = weight.index_copy(
+                1, torch.tensor([k], device=weight.device), self._two_levels(k, grid, values).unsqueeze(1)
+            )
         return Groups.of(self.groups).join(weight)
 
     def export(self, values: Values) -> Sweep[UniformGrid]:
@@ -191,7 +198,7 @@ class Clipping:
         return torch.sigmoid(torch.stack(values)[:, :, wide]).flatten()
 
     def _top(self) -> Tensor:
-        return torch.tensor([[float(2**bits - 1)] for bits in self.bits], dtype=self.original.dtype)
+        return self.original.new_tensor([[float(2**bits - 1)] for bits in self.bits])
 
     def _range(self, values: Values) -> tuple[Tensor, Tensor]:
         """Scale and zero `[out, K, 1]`; those of one-bit groups are not used."""

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-# Programs per multiprocessor that keep enough loads under way: with two of four warps each, 16 rows of 8 chunks of
-# 32 bytes and four stages, 32 KB; bandwidth times latency of an H200 is 25 KB for each of its 132.
-_WAVES = 2
+# Four warps with 256 rows of the tile each take 2.2 instructions per 2-bit weight, with 128 rows 2.6 (counted in the
+# machine code), and four stages of 256 x 32 bytes keep 32 KB under way; bandwidth times latency of an H200 is 25 KB for
+# each of its 132 multiprocessors. So one large program for each comes before two small ones.
+_TALL, _FULL = 256, 0.9
 MAX_FUSED = 512  # tokens; above, the weight is written out once and multiplied by the library
 
 
@@ -25,8 +26,8 @@ def choose(rows: int, chunks: int, tokens: int, processors: int) -> Config:
     if tokens <= 8:
         width = 1 << (tokens - 1).bit_length()
         stack = 8 // width
-        tall = 128 // stack
-        while tall > max(16, 64 // stack) and -(-rows // tall) < _WAVES * processors:
+        tall = _TALL // stack
+        while tall > max(16, 64 // stack) and -(-rows // tall) < _FULL * processors:
             tall //= 2
         return _shared(rows, chunks, Config(tall, width, stack, 1, 4, 4), processors)
     if tokens <= 64:
@@ -39,5 +40,5 @@ def _shared(rows: int, chunks: int, config: Config, processors: int) -> Config:
     """Share rows out where there are too few tiles of them, each part at least four steps long."""
     tiles = -(-rows // config.rows)
     steps = -(-chunks // config.stack)
-    parts = max(1, min(_WAVES * processors // tiles, steps // 4))
+    parts = max(1, min(int(2 * _FULL * processors) // tiles, steps // 4))
     return Config(config.rows, config.tokens, config.stack, parts, config.warps, config.stages)

@@ -132,7 +132,7 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
 
 @triton.jit
 def _dot(numbers, inputs, acc, WIDE: tl.constexpr):
-    """`acc` + numbers `[rows, units]` times inputs `[tokens, units]`. WIDE: operands as fp32, which is the same, because
+    """`acc` + numbers `[rows, units]` times inputs `[tokens, units]`. WIDE: operands as fp32, which is the same, for
     Triton's interpreter takes bfloat16 for integers here."""
     if WIDE:
         return tl.dot(numbers.to(tl.float32), tl.trans(inputs.to(tl.float32)), acc, input_precision="ieee")

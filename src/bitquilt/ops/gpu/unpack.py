@@ -6,7 +6,7 @@ has to change its lane; the activations are split the same way, and they are few
 
     unit u, 2 bits, C = 8:   columns 8u .. 8u+7 of the chunk, column 8u+j in bits 2j, 2j+1
 
-Three readings of the same bytes: as whole units (int8, int16 or int32) for 1, 2, 4 and 8 bits and widths of whole chunks;
+Three readings of the same bytes: as whole units (int8, int16, int32) for 1, 2, 4 and 8 bits and widths of whole chunks;
 two words and a shift with a pattern that repeats for 3, 5, 6 and 7; two words and any shift for odd widths.
 """
 

@@ -1,0 +1,179 @@
+"""The parts of `benchmarks.gpu`: each `(Setting) -> what it found`, plain values."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_model import LlamaShape, decode_rate
+from benchmarks.gpu_setup import Packed, Setting, codebook, seconds_each, uniform
+from benchmarks.gpu_slim import run_slim
+from bitquilt.types import Layout
+
+BITS = (2, 3, 4)
+
+
+def copy(setting: Setting) -> dict[str, Any]:
+    """The two ceilings: bytes read and written by a large copy, and a large bf16 product on random data."""
+    n = setting.sizes.matrix
+    source = torch.randint(0, 256, (4 * setting.sizes.memory,), dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() / seconds_each([lambda: target.copy_(source)], setting)
+    one, other = (torch.randn(n, n, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
+    return {"bytes_per_second": moved, "flops": 2 * n**3 / seconds_each([lambda: one @ other], setting)}
+
+
+def layers(setting: Setting) -> dict[str, Any]:
+    """One token, uniform grids."""
+    return {"rows": [row for shape in setting.sizes.shapes for row in _against_bf16(
+        setting, shape, 1, {(bits, f"{bits} bits"): uniform(*shape, bits) for bits in BITS})]}  # fmt: skip
+
+
+def codebooks(setting: Setting) -> dict[str, Any]:
+    """One token, levels per column, and shared ones with gains."""
+    found = []
+    for shape in setting.sizes.shapes:
+        kinds = {}
+        for bits, shared in itertools.product(BITS, (False, True)):
+            name = f"{bits}-bit codebook{' shared by all columns' if shared else ' per column'}"
+            kinds[bits, name] = codebook(*shape, bits, shared)
+        found += _against_bf16(setting, shape, 1, kinds)
+    return {"rows": found}
+
+
+def sixteen(setting: Setting) -> dict[str, Any]:
+    """16 tokens against one."""
+    found = []
+    for shape, bits in itertools.product(setting.sizes.shapes, BITS):
+        layout = uniform(*shape, bits)
+        one, many = (_seconds(setting, layout, tokens) for tokens in (1, 16))
+        found.append({"shape": _name(shape), "kind": f"{bits} bits", "seconds": many, "ratio": many / one})
+    return {"rows": found}
+
+
+def prefill(setting: Setting) -> dict[str, Any]:
+    """Many tokens: fused, through the weight written out, and as the body chooses, against bf16 in the same run."""
+    from bitquilt.ops.gpu import body
+
+    found, limit = [], body.MAX_FUSED
+    for shape, tokens in itertools.product(setting.sizes.shapes, (setting.sizes.tokens // 4, setting.sizes.tokens)):
+        dense = _dense_seconds(setting, shape, tokens)
+        for bits, (path, fused) in itertools.product(BITS, (("fused", 2**30), ("written out", 0), ("chosen", limit))):
+            if setting.tiny and path == "fused":
+                continue  # minutes under the interpreter
+            body.MAX_FUSED = fused
+            try:
+                taken = _seconds(setting, uniform(*shape, bits), tokens)
+            finally:
+                body.MAX_FUSED = limit
+            found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "path": path,
+                          "seconds": taken, "over_bf16": dense / taken})  # fmt: skip
+    return {"rows": found}
+
+
+def decode(setting: Setting) -> dict[str, Any]:
+    """A model of LLaMA-7B's shape, all layers: weights in memory, greedy decoding with a static cache in one graph."""
+    sizes, device = setting.sizes, setting.device
+    found: dict[str, Any] = {}
+    for name, make in (("bf16_", _dense_maker(device)), ("", _packed_maker(device))):
+        model = LlamaShape(sizes, device, make)
+        found[f"{name}bytes"] = model.nbytes
+        found[f"{name}tokens_per_second"] = decode_rate(model, setting)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def slim(setting: Setting) -> dict[str, Any]:
+    """SliM-LLM of LLaMA-7B's shape, 128 x 2048 tokens; time per stage."""
+    return run_slim(setting)
+
+
+def tune(setting: Setting) -> dict[str, Any]:
+    """The fastest of many cuts of each product, and what it gains over `config.choose`'s."""
+    from bitquilt.ops.gpu import body
+    from bitquilt.ops.gpu.config import Config
+
+    found = []
+    for shape, bits, tokens in itertools.product(setting.sizes.shapes, BITS, (1, 4, 16, 64)):
+        layout = uniform(*shape, bits)
+        timed: dict[str, float] = {}
+        width = max(1, 1 << (tokens - 1).bit_length())
+        stacks = {s for s in (8 // width, 16 // width, 1) if s}
+        cuts = itertools.product((16, 32, 64, 128), stacks, (1, 2, 4), (2, 4, 8), (2, 4, 6))
+        for rows, stack, parts, warps, stages in cuts:
+            if not 16 * warps <= rows * stack <= 512 or (setting.tiny and (rows, warps, stages) != (16, 2, 2)):
+                continue
+            body.use_config(Config(rows, width, stack, parts, warps, stages))
+            try:
+                timed[f"{rows}x{width}x{stack}, {parts} parts, {warps} warps, {stages} stages"] = _seconds(
+                    setting, layout, tokens)  # fmt: skip
+            except Exception as error:  # more shared memory or registers than there are
+                print(f"{rows}x{width}x{stack} {parts} {warps} {stages}: {type(error).__name__}", flush=True)
+            finally:
+                body.use_config(None)
+        best = min(timed, key=lambda name: timed[name])
+        found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "best": best,
+                      "seconds": timed[best], "chosen": _seconds(setting, layout, tokens)})  # fmt: skip
+    return {"rows": found}
+
+
+def _against_bf16(
+    setting: Setting, shape: tuple[int, int], tokens: int, kinds: dict[tuple[int, str], Layout]
+) -> list[dict[str, Any]]:
+    dense = _dense_seconds(setting, shape, tokens)
+    found = []
+    for (bits, kind), layout in kinds.items():
+        taken, nbytes = _seconds(setting, layout, tokens), Packed.random(layout, setting.device).nbytes
+        found.append({
+            "shape": _name(shape), "kind": kind, "bits": bits, "tokens": tokens, "seconds": taken, "bytes": nbytes,
+            "share": nbytes / taken / setting.bandwidth, "over_bf16": dense / taken, "bf16_seconds": dense,
+        })  # fmt: skip
+    return found
+
+
+def _seconds(setting: Setting, layout: Layout, tokens: int) -> float:
+    """Of one product, over as many copies as `memory` holds."""
+    first = Packed.random(layout, setting.device)
+    count = max(2, min(setting.sizes.memory // first.nbytes, 4096 // tokens + 2))
+    copies = [first, *(Packed.random(layout, setting.device, seed) for seed in range(1, count))]
+    x = torch.randn(tokens, layout.in_features, device=setting.device, dtype=torch.bfloat16)
+    return seconds_each([_call(c, x) for c in copies], setting)
+
+
+def _dense_seconds(setting: Setting, shape: tuple[int, int], tokens: int) -> float:
+    count = max(2, min(setting.sizes.memory // (2 * shape[0] * shape[1]), 4096 // tokens + 2))
+    weights = [torch.randn(shape, device=setting.device, dtype=torch.bfloat16) for _ in range(count)]
+    x = torch.randn(tokens, shape[1], device=setting.device, dtype=torch.bfloat16)
+    return seconds_each([_call(_linear(w), x) for w in weights], setting)
+
+
+def _call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    return lambda: layer(x)
+
+
+def _linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def _dense_maker(device: torch.device) -> Callable[[int, int, int], tuple[Callable[[Tensor], Tensor], int]]:
+    def make(rows: int, columns: int, seed: int) -> tuple[Callable[[Tensor], Tensor], int]:
+        weight = torch.randn(rows, columns, device=device, dtype=torch.bfloat16).mul_(columns**-0.5)
+        return _linear(weight), 2 * weight.numel()
+
+    return make
+
+
+def _packed_maker(device: torch.device) -> Callable[[int, int, int], tuple[Callable[[Tensor], Tensor], int]]:
+    def make(rows: int, columns: int, seed: int) -> tuple[Callable[[Tensor], Tensor], int]:
+        packed = Packed.random(uniform(rows, columns, 2), device, seed)
+        return packed, packed.nbytes
+
+    return make
+
+
+def _name(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"

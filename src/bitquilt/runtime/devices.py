@@ -1,0 +1,42 @@
+"""Where is a run computed, and what of it stays there? choose_device(name) -> torch.device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from bitquilt.errors import UserError
+
+# Of the device's free memory: the rest is for a block, its gradients and the solvers' matrices.
+_ACTIVATIONS_SHARE = 1 / 4
+
+
+def choose_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: the first GPU where there is one. UserError: unknown, or not here."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
+        raise UserError(f"device is {name!r}; known are cpu, cuda, cuda:N and auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    index, count = int(number or 0), torch.cuda.device_count()
+    if index >= count:
+        here = f"{count} GPUs" if count else "no GPU that torch can use"
+        raise UserError(f"device is {name!r}, but this machine has {here}; leave out --device, or see bitquilt doctor")
+    return torch.device("cuda", index)
+
+
+def stays_on_device(nbytes: int, device: torch.device) -> bool:
+    """Whether activations of so many bytes may stay on the device between two blocks: not on a CPU, which reads them
+    from their file."""
+    if device.type != "cuda":
+        return False
+    free, _total = torch.cuda.mem_get_info(device)
+    return nbytes <= _ACTIVATIONS_SHARE * free
+
+
+def to_device(values: Any, device: torch.device) -> Any:
+    """Every tensor in nested `values`."""
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)

@@ -1,0 +1,55 @@
+"""`benchmarks.gpu` from end to end at sizes without meaning: the kernels interpreted where there is no GPU."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu, gpu_parts
+
+from bitquilt.ops import kernels
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
+
+
+def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
+    monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
+    monkeypatch.setattr(gpu_parts, "BITS", (2,))
+    device = "cuda" if GPU else "cpu"
+    gpu.main(["--device", device, "--tiny", "--only", "copy"])
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
+    found = gpu.main(["--device", device, "--tiny", "--only", "layers", "sixteen", "decode"])
+    assert found.keys() == {"copy", "layers", "sixteen", "decode"}
+    row = found["layers"]["rows"][0]
+    assert row["bytes"] == 32 * 256 * 2 // 8 + 32 * 2 * 2 + 32 * 2 * 2 // 8  # codes, scales, zeros
+    assert row["share"] == pytest.approx(row["bytes"] / row["seconds"] / found["copy"]["bytes_per_second"])
+    assert found["decode"]["bytes"] < found["decode"]["bf16_bytes"]
+    capsys.readouterr()
+    gpu.main(["--tiny", "--report"])
+    table = capsys.readouterr().out
+    assert "32x256, 2 bits: share of the copy" in table
+    assert "LLaMA-7B, 2 bits: over bf16" in table
+    assert table.count("| pass |") + table.count("| miss |") == 5
+
+
+def test_targets():
+    """Better or worse than asked, in both directions."""
+    row = {"shape": "4096x11008", "kind": "2 bits", "bits": 2, "seconds": 4e-6, "share": 0.7, "over_bf16": 4.99}
+    found = {"layers": {"rows": [row]}, "sixteen": {"rows": [{"shape": "a", "kind": "b", "ratio": 1.31}]}}
+    verdicts = {line["what"].split(": ")[1]: line["verdict"] for line in gpu.rows(found)}
+    assert verdicts == {
+        "1 token": None,
+        "share of the copy": "pass",
+        "over bf16": "miss",
+        "16 tokens / 1 token": "miss",
+    }
+
+
+def test_without_a_gpu_it_says_how_to_try_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU that torch can use; --device cpu --tiny"):
+        gpu.main(["--only", "copy"])
