@@ -25,7 +25,7 @@ from bitquilt.fit import (
 )
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
-from bitquilt.protocols import ChecksLayers
+from bitquilt.protocols import ChecksLayers, TunesModel
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.disk import check_disk
 from bitquilt.runtime.embedding import embedding_to_be
@@ -107,10 +107,10 @@ class Request:
 
 def run(request: Request, observe: Observer) -> Result:
     """Make the checkpoint, or find it done. Raises UserError and VerificationError as `api.quantize` says."""
+    _check(request)
     checkpoint = open_checkpoint(request.model)
     refuse_quantized(checkpoint)
     recipe = request.wanted.recipe
-    _check_counts(request)
     seq_len, notice = clip_to_context(request.seq_len, checkpoint)
     if notice and recipe.needs:
         observe(Stage(notice))
@@ -154,7 +154,14 @@ def run(request: Request, observe: Observer) -> Result:
     return Result(out, report)
 
 
-def _check_counts(request: Request) -> None:
+def _check(request: Request) -> None:
+    """Raise UserError for what needs no model to be seen."""
+    recipe = request.wanted.recipe
+    if request.device.type != "cpu" and isinstance(recipe, TunesModel) and recipe.tune_batch > 0:
+        raise UserError(
+            f"{recipe.name} with these settings trains all blocks together, which the processor does; "
+            "leave out the device, or take effort=normal"
+        )
     batch_size = 1 if request.batch_size is None else request.batch_size
     for name, value in (("samples", request.samples), ("seq_len", request.seq_len), ("batch_size", batch_size)):
         if value < 1:
