@@ -1,6 +1,6 @@
 """Is a global allocation better than the published one? KL at equal true bits per weight, and the predictions beside.
 
-    python -m benchmarks.allocation                                   # three models, three recipes, five budgets
+    python -m benchmarks.allocation                                   # three models, four recipes, five budgets
     python -m benchmarks.allocation --models stories260k --recipes gptq
     python -m benchmarks.allocation --models                          # tables of what was measured before
 
@@ -70,6 +70,10 @@ def runs(model: str, recipe: str) -> Iterator[Run]:
         for budget in BPW:
             yield from (Run(model, recipe, options, column, budget) for column in ("global", "uniform"))
         yield from (Run(model, recipe, options, "global", budget) for budget in MORE)
+        return
+    if recipe == "quilt":
+        for budget in BPW:
+            yield from (Run(model, recipe, {"group_size": 64}, column, budget) for column in ("global", "uniform"))
         return
     for budget in BPW:
         options = {"group_size": SLIM_GROUPS[budget]} if recipe == "slim-llm" else NO_OUTLIERS
@@ -174,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), help="none: tables only")
-    recipes = ["slim-llm", "gptq", "cmpq"]
+    recipes = ["slim-llm", "gptq", "cmpq", "quilt"]
     parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes)
     parser.add_argument("--rows", type=int, help="of each model; the same command continues after them")
     arguments = parser.parse_args()

@@ -24,8 +24,12 @@ from bitquilt.sensitivity.together import RANGE, together
 def unscaled(row: dict[str, Any]) -> float:
     """The law without its constant, up to the factor that `together` holds."""
     widths = [int(bits) for bits in row["by_width"]]
-    factors = dict(zip(widths, together(widths), strict=True))
+    factors = dict(zip(widths, together(widths, _repaired(row)), strict=True))
     return sum(factors[int(bits)] * loss for bits, loss in row["by_width"].items())
+
+
+def _repaired(row: dict[str, Any]) -> bool:
+    return bool(row["recipe"] == "quilt")
 
 
 def constant(rows: Sequence[dict[str, Any]]) -> float:
@@ -51,20 +55,28 @@ def describe(name: str, ratios: Sequence[float], budgets: int, fitted: float | N
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = [row for model in TEXTS for row in read_rows(model) if row["kl"] and "1" not in row["by_width"]]
-    lines, everything = [], []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        fitted = constant([row for row in rows if row["model"] != model])
-        mine = [row for row in rows if row["model"] == model]
-        ratios = [row["kl"] / unscaled(row) / fitted for row in mine]
-        everything += ratios
-        lines.append(describe(model, ratios, len({(row["recipe"], row["budget"]) for row in mine}), fitted))
-    budgets = len({(row["model"], row["recipe"], row["budget"]) for row in rows})
-    lines.append(describe("each in turn", everything, budgets, None))
-    value = {"stamp": stamp(), "constant": constant(rows), "range": RANGE, "results": lines}
+    found = [row for model in TEXTS for row in read_rows(model) if row["kl"] and "1" not in row["by_width"]]
+    value: dict[str, Any] = {"stamp": stamp(), "range": RANGE}
+    for what, repaired in (("recipes that do not repair", False), ("quilt", True)):
+        rows = [row for row in found if _repaired(row) == repaired]
+        lines, everything = [], []
+        for model in dict.fromkeys(row["model"] for row in rows):
+            others = [row for row in rows if row["model"] != model]
+            if not others:
+                continue
+            fitted = constant(others)
+            mine = [row for row in rows if row["model"] == model]
+            ratios = [row["kl"] / unscaled(row) / fitted for row in mine]
+            everything += ratios
+            lines.append(describe(model, ratios, len({(row["recipe"], row["budget"]) for row in mine}), fitted))
+        if not everything:
+            continue
+        budgets = len({(row["model"], row["recipe"], row["budget"]) for row in rows})
+        lines.append(describe("each in turn", everything, budgets, None))
+        value[what] = {"constant": constant(rows), "results": lines}
+        print(f"{what}\n\n{markdown_table(list(lines[0]), lines)}")
+        print("constant over all models, beside what is built in:", round(value[what]["constant"], 3), "\n")
     (OUTPUT / "prediction.json").write_text(json.dumps(value, indent=1))
-    print(markdown_table(list(lines[0]), lines))
-    print("constant over all models, beside what is built in:", round(value["constant"], 3))
 
 
 if __name__ == "__main__":

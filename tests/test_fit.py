@@ -292,7 +292,7 @@ def test_an_edited_plan_is_followed(
         model, tmp_path / "out", make_recipe("slim-llm", group_size=8), plan=tmp_path / "plan.json", sensitivities=path
     )
     assert json.loads((result.folder / "plan.json").read_text()) == value
-    expected = predicted_losses(read_sensitivities(path), plans)
+    expected = predicted_losses(read_sensitivities(path), plans, make_recipe("gptq"))
     assert result.report["prediction"]["kl"] == pytest.approx(sum(expected.values()))
     assert folder_bytes(result.folder) == result.report["folder_bytes"]
     with pytest.raises(UserError, match="a plan and the budget"):

@@ -314,7 +314,7 @@ def _write_reports(
     losses: dict[str, float] = {}
     predicted = None
     if known is not None and plans is not None and known.method == "kfac":
-        losses = predicted_losses(known, plans)
+        losses = predicted_losses(known, plans, request.wanted.recipe)
         predicted = prediction(losses, plans, known, request.embedding_bits is not None)
     room = folder_bytes(skeleton, folder, plan_value)
     spent = None if planned is None else planned.spent

@@ -171,6 +171,21 @@ def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable
     assert "rank correlation 1.00" in said
 
 
+@pytest.mark.parametrize(("factors", "said"), [((0.9, 1.1), ", inside the range"), ((1.1, 1.2), ", outside the range")])
+def test_a_predicted_perplexity_is_moved_to_the_measured_text(
+    slim: Path, factors: tuple[float, float], said: str
+) -> None:
+    """Predicted on a text where the full-precision model has a perplexity of 20; on the measured one it has another."""
+    record = json.loads((slim / "evaluation.json").read_text())["evaluations"][-1]
+    share = record["reference_perplexity"] / 20
+    scaled = [record["perplexity"] / share * factor for factor in factors]
+    report = json.loads((slim / "report.json").read_text())
+    report["prediction"] = {"kl": 0.1, "ppl_range": scaled, "perplexity_full_precision": 20.0}
+    page = texts(parse(report_page(replace(read_facts(slim), report=report))))
+    assert said in page
+    assert f"{scaled[0] * share:.2f} to {scaled[1] * share:.2f}" in page
+
+
 def many_layers(blocks: int, channels: int) -> Iterator[LayerFacts]:
     """Random bits per channel: the worst case for a picture. The seven kinds of a block are those of every block."""
     chance = random.Random(0)

@@ -14,6 +14,12 @@ def test_few_bits_lose_more_together_and_many_add_up():
     assert 1.0 <= factors[4] < factors[3]
 
 
+def test_repaired_errors_add_up_to_less_at_every_width_alike():
+    shares = {round(a / b, 9) for a, b in zip(together(range(1, 9), True), together(range(1, 9)), strict=True)}
+    assert len(shares) == 1
+    assert shares.pop() < 1.0
+
+
 def test_the_range_holds_the_prediction_and_shrinks_with_it():
     low, high = perplexity_range(0.1, 10.0)
     assert low < 10.0 * math.exp(0.1) < high

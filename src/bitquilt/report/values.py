@@ -44,7 +44,8 @@ def budget_of(facts: Facts) -> dict[str, Any] | None:
 
 
 def prediction_of(facts: Facts, record: Record | None) -> dict[str, Any] | None:
-    """Predicted against measured, of the model as a whole."""
+    """Predicted against measured, of the model as a whole. The range of perplexities is of the calibration text: where
+    the full-precision model's perplexity on the measured one is known, it is moved there, the ratio being kept."""
     prediction = section(facts.report, "prediction")
     kl, ends = number(prediction.get("kl")), prediction.get("ppl_range")
     span = [number(end) for end in ends] if isinstance(ends, list) and len(ends) == 2 else []
@@ -52,9 +53,15 @@ def prediction_of(facts: Facts, record: Record | None) -> dict[str, Any] | None:
     if kl is None and low is None:
         return None
     perplexity = number(record.get("perplexity")) if record else None
+    here = number(record.get("reference_perplexity")) if record else None
+    there = number(prediction.get("perplexity_full_precision"))
+    moved = bool(low and high and here and there)
+    if low and high and here and there:
+        low, high = low * here / there, high * here / there
     inside = None if perplexity is None or low is None or high is None else low <= perplexity <= high
     measured = number(record.get("kl_mean")) if record else None
-    return {"kl": kl, "low": low, "high": high, "measured": measured, "perplexity": perplexity, "inside": inside}
+    return {"kl": kl, "low": low, "high": high, "measured": measured, "perplexity": perplexity, "inside": inside,
+            "moved": moved}  # fmt: skip
 
 
 def errors_of(layers: Mapping[str, LayerFacts]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from bitquilt.allocation.scopes import Scope, order_steps
 from bitquilt.errors import UserError
 from bitquilt.models.config import total_bpw, total_nominal_bits
 from bitquilt.models.structure import Skeleton
-from bitquilt.protocols import Plannable
+from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.embedding import Embedding
 from bitquilt.runtime.memory import Memory, memory_bytes
 from bitquilt.runtime.plans import plan_json
@@ -222,20 +222,22 @@ class Planner:
         layouts, plans = self.layouts(choices), self.units.plans(choices)
         losses = {}
         if self.sensitivities is not None and self.sensitivities.method == "kfac":
-            losses = predicted_losses(self.sensitivities, plans)
+            losses = predicted_losses(self.sensitivities, plans, self.units.recipe)
         return Planned(plans, layouts, self.sizes.of(layouts), losses, self.spent(budget, layouts), reach, scope)
 
 
-def predicted_losses(sensitivities: Sensitivities, plans: Mapping[str, LayerPlan]) -> dict[str, float]:
-    """Per layer, in nats per token, everything quantized at once; a layer whose plan leaves its table (edited by hand)
-    is left out."""
-    losses = {}
+def predicted_losses(
+    sensitivities: Sensitivities, plans: Mapping[str, LayerPlan], recipe: Recipe | Plannable
+) -> dict[str, float]:
+    """Per layer, in nats per token, everything quantized at once by `recipe`; a layer whose plan leaves its table
+    (edited by hand) is left out."""
+    losses, repaired = {}, "drift" in getattr(recipe, "needs", ())
     for name, plan in plans.items():
         widths, table = sensitivities.widths.get(name, ()), sensitivities.losses.get(name)
         if table is None or len(table) != len(plan.bits) or not set(plan.bits) <= set(widths):
             continue
         column = np.searchsorted(widths, plan.bits)
-        factors = np.array(together(widths))[column]
+        factors = np.array(together(widths, repaired))[column]
         losses[name] = float((factors * table[np.arange(len(column)), column]).sum(dtype=np.float64))
     return losses
 
