@@ -11,8 +11,9 @@ from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.structure import architecture
-from bitquilt.pipeline import Request, Result, run
+from bitquilt.pipeline import run
 from bitquilt.protocols import Recipe
+from bitquilt.request import Request, Result
 from bitquilt.runtime.calibration import SELF
 from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.plans import read_plan

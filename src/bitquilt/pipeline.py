@@ -8,7 +8,7 @@ Everything up to the calibration is seconds and touches no disk; everything afte
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from bitquilt.fit import (
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.protocols import ChecksLayers, TunesModel
+from bitquilt.request import Request, Result
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.disk import check_disk
 from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.planning import Planned, predicted_losses
-from bitquilt.runtime.plans import PlanFile, check_plan, plan_to_json
+from bitquilt.runtime.plans import check_plan, plan_to_json
 from bitquilt.runtime.progress import BlockDone, Observer, Stage, StageClock, Started, Untouched
 from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
 from bitquilt.runtime.size import folder_bytes
@@ -49,60 +50,12 @@ from bitquilt.runtime.workdir import (
 )
 from bitquilt.runtime.writer import assemble, finished, publish, verify, write_reports
 from bitquilt.types import LayerPlan
-from bitquilt.wish import Wish, check_bytes
+from bitquilt.wish import check_bytes
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
 _IDS = "calibration.safetensors"
 _TABLES, _TABLES_AGAIN = "sensitivities.safetensors", "sensitivities-2.safetensors"
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: where the checkpoint lies and what report.json says. `already_done`: nothing was computed."""
-
-    folder: Path
-    report: dict[str, Any]
-    already_done: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What `api.quantize` is asked for; `wanted` and `file` (of `plan`) say where the bits come from."""
-
-    model: str | Path
-    wanted: Wish
-    calibration: str | Path
-    out: Path | None
-    samples: int
-    self_samples: int
-    seq_len: int
-    seed: int
-    batch_size: int | None
-    work_dir: Path | None
-    skip: tuple[str, ...]
-    include_head: bool
-    embedding_bits: int | None
-    plan: str | Path | None
-    file: PlanFile | None
-    sensitivities: str | Path | None
-    rounds: int
-    device: torch.device
-
-    @property
-    def by_worth(self) -> bool:
-        """Whether tables of loss decide where the bits go."""
-        return self.wanted.budget is not None and self.wanted.scope != "uniform"
-
-    @property
-    def measures(self) -> bool:
-        """Whether the run makes the first round's tables itself."""
-        return self.by_worth and self.sensitivities is None
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the run reads calibration text at all."""
-        return bool(self.wanted.recipe.needs) or self.measures or self.rounds == 2
 
 
 def run(request: Request, observe: Observer) -> Result:
