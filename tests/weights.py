@@ -150,3 +150,22 @@ def naive_dense(weight: QuantizedWeight) -> Tensor:
         for row, gain in enumerate(weight.row_gains.float().tolist()):
             dense[row] *= gain
     return dense
+
+
+def arguments(**changes):
+    """What a good product is given: 5 rows, 24 2-bit codes in groups of 8, blocks in another order, two outliers."""
+    good = {
+        "x": torch.randn(2, 24),
+        "codes": [torch.zeros(5, 6, dtype=torch.uint8)],
+        "scales": [torch.ones(5, 3, dtype=torch.float16)],
+        "zeros": [torch.zeros(3, 2, dtype=torch.uint8)],
+        "layout": [0, 2, 8, 24],
+        "permutation": torch.tensor([2, 0, 1], dtype=torch.int16),
+        "block": 8,
+        "outlier_values": torch.ones(2, dtype=torch.float16),
+        "outlier_columns": torch.tensor([3, 4], dtype=torch.int16),
+        "outlier_rows": torch.tensor([0, 1, 1, 2, 2, 2], dtype=torch.int32),
+        "bias": None,
+        "out_features": 5,
+    }
+    return list((good | changes).values())

@@ -13,18 +13,18 @@ import gc
 
 _collecting = gc.isenabled()
 gc.disable()
-
-import bitquilt.integrations.transformers  # noqa: F401  registers the format
-from bitquilt._version import __version__
-from bitquilt.allocation.budget import Budget
-from bitquilt.api import Result, load, quantize
-from bitquilt.errors import UserError, VerificationError
-from bitquilt.evaluation import Evaluation, evaluate
-from bitquilt.fit import Outlook, measure_model, plan
-
-if _collecting:
-    gc.enable()
-del gc, _collecting
+try:
+    import bitquilt.integrations.transformers  # noqa: F401  registers the format
+    from bitquilt._version import __version__
+    from bitquilt.allocation.budget import Budget
+    from bitquilt.api import Result, load, quantize
+    from bitquilt.errors import UserError, VerificationError
+    from bitquilt.evaluation import Evaluation, evaluate
+    from bitquilt.fit import Outlook, measure_model, plan
+finally:  # an import that fails leaves the process as it was
+    if _collecting:
+        gc.enable()
+    del gc, _collecting
 
 __all__ = [
     "Budget",

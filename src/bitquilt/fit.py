@@ -97,11 +97,12 @@ def plan(
     own = wanted.budget is None
     planned = planner.plan(wanted.budget or _own_budget(wanted.recipe), "uniform" if own else wanted.scope)
     untouched = survey(skeleton, {*layers, *([] if embedding is None else [embedding.path])})
-    tokens = samples * clip_to_context(seq_len, checkpoint)[0]
+    seq_len, _ = clip_to_context(seq_len, checkpoint)
     measures = not own and wanted.scope != "uniform" and known is None
     search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
+    tokens = samples * seq_len
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
-    trains = training_bytes(wanted.recipe, skeleton, shapes, clip_to_context(seq_len, checkpoint)[0])
+    trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
     outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains)
     memory = planner.memory(planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
     least, most = planner.reach(Budget("size", 1.0))

@@ -18,7 +18,7 @@ from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels, reference
 from bitquilt.ops.handles import StoredWeight, describe
 from bitquilt.types import Outliers, Permutation, QuantizedWeight, Segment
-from tests.weights import KINDS, codebook_segment, make_weight, uniform_segment
+from tests.weights import KINDS, arguments, codebook_segment, make_weight, uniform_segment
 
 pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
 LEVELS = kernels._kernels.levels() if kernels.built() else ["none"]
@@ -341,25 +341,6 @@ def test_gradients_pass_the_kernels(level):
     upstream = torch.randn(3, ROWS)
     module(x).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ reference.dequantize(*module._stored(), ROWS))
-
-
-def arguments(**changes):
-    """A good call: 5 rows, 24 2-bit codes in groups of 8, blocks of 8 in another order, two outliers."""
-    good = {
-        "x": torch.randn(2, 24),
-        "codes": [torch.zeros(5, 6, dtype=torch.uint8)],
-        "scales": [torch.ones(5, 3, dtype=torch.float16)],
-        "zeros": [torch.zeros(3, 2, dtype=torch.uint8)],
-        "layout": [0, 2, 8, 24],
-        "permutation": torch.tensor([2, 0, 1], dtype=torch.int16),
-        "block": 8,
-        "outlier_values": torch.ones(2, dtype=torch.float16),
-        "outlier_columns": torch.tensor([3, 4], dtype=torch.int16),
-        "outlier_rows": torch.tensor([0, 1, 1, 2, 2, 2], dtype=torch.int32),
-        "bias": None,
-        "out_features": 5,
-    }
-    return list((good | changes).values())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose
 from bitquilt.ops.gpu.unpack import has_ptx, unpack_ptx, unpack_view
 from bitquilt.ops.handles import StoredWeight
 from bitquilt.types import Outliers, Permutation, QuantizedWeight
-from tests.weights import KINDS, codebook_segment, make_weight, mx_segment, uniform_segment
+from tests.weights import KINDS, arguments, codebook_segment, make_weight, mx_segment, uniform_segment
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -200,24 +200,9 @@ def test_nothing_keeps_a_weight_that_nobody_holds():
     assert watched() is None
 
 
-def arguments(**changes):
-    """A good call: 5 rows, 24 2-bit codes in groups of 8, blocks of 8 in another order, two outliers."""
-    good = {
-        "x": torch.randn(2, 24),
-        "codes": [torch.zeros(5, 6, dtype=torch.uint8)],
-        "scales": [torch.ones(5, 3, dtype=torch.float16)],
-        "zeros": [torch.zeros(3, 2, dtype=torch.uint8)],
-        "layout": [0, 2, 8, 24],
-        "permutation": torch.tensor([2, 0, 1], dtype=torch.int16),
-        "block": 8,
-        "outlier_values": torch.ones(2, dtype=torch.float16),
-        "outlier_columns": torch.tensor([3, 4], dtype=torch.int16),
-        "outlier_rows": torch.tensor([0, 1, 1, 2, 2, 2], dtype=torch.int32),
-        "bias": None,
-        "out_features": 5,
-    } | changes
+def on_device(*values):
     return [[t.to(DEVICE) for t in v] if isinstance(v, list) and torch.is_tensor(v[0]) else
-            v.to(DEVICE) if torch.is_tensor(v) else v for v in good.values()]  # fmt: skip
+            v.to(DEVICE) if torch.is_tensor(v) else v for v in values]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -246,13 +231,13 @@ def arguments(**changes):
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):
-    x, *rest = arguments(**changes)
+    x, *rest = on_device(*arguments(**changes))
     with pytest.raises(ValueError, match=message):
         gpu.quantized_matmul(x, *rest)
 
 
 def test_devices_that_differ_are_named():
-    x, *rest = arguments()
+    x, *rest = on_device(*arguments())
     with pytest.raises(ValueError, match="x lies on meta, the weight on"):
         body.quantized_matmul(x.to("meta"), *rest)
     rest[1] = [rest[1][0].to("meta")]
@@ -261,8 +246,9 @@ def test_devices_that_differ_are_named():
 
 
 def test_outliers_twice_in_one_place_add_up():
-    x, *rest = arguments(outlier_columns=torch.tensor([3, 3], dtype=torch.int16),
-                         outlier_rows=torch.tensor([0, 2, 2, 2, 2, 2], dtype=torch.int32))  # fmt: skip
+    twice = {"outlier_columns": torch.tensor([3, 3], dtype=torch.int16),
+             "outlier_rows": torch.tensor([0, 2, 2, 2, 2, 2], dtype=torch.int32)}  # fmt: skip
+    x, *rest = on_device(*arguments(**twice))
     assert weight.prepared(StoredWeight(*rest[:-2]), 5) is None
     torch.testing.assert_close(gpu.quantized_matmul(x, *rest), reference.quantized_matmul(x, *rest))
 

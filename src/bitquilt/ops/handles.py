@@ -77,6 +77,29 @@ class StoredWeight(NamedTuple):
         return self.in_features <= _MAX_COLUMNS
 
 
+class Seen:
+    """A weight's layout and tensors as they once were, none of them kept alive."""
+
+    def __init__(self, weight: StoredWeight) -> None:
+        self._tensors = [(weakref.ref(t), version(t)) for t in weight.tensors()]
+        self._layout = (list(weight.layout), weight.block)
+
+    def again(self, weight: StoredWeight) -> bool:
+        """Whether `weight` is that: the same tensors, not written to since."""
+        if self._layout != (weight.layout, weight.block):
+            return False
+        tensors = weight.tensors()
+        return len(tensors) == len(self._tensors) and all(
+            seen() is tensor and before == version(tensor)
+            for tensor, (seen, before) in zip(tensors, self._tensors, strict=True)
+        )
+
+
+def version(tensor: Tensor) -> int:
+    """Counts writes to a tensor; tensors made in inference mode are not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class Handle:
     """A weight as one instruction set's kernels know it. It reads the tensors' memory: whoever calls holds them."""
 
@@ -90,8 +113,7 @@ class Handle:
     ) -> None:
         """`plain`: of `weight`, what the native code is told."""
         self.level, self.out_features, self.in_features = level, out_features, weight.in_features
-        self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
-        self._layout = (list(weight.layout), weight.block)
+        self._seen = Seen(weight)
         numbers, copies = describe(plain, out_features)
         # What `plain` made is held by nobody else. Never the weight's own tensors: handles are kept by their codes, and
         # what a value holds its key never leaves.
@@ -101,18 +123,7 @@ class Handle:
 
     def fits(self, weight: StoredWeight, out_features: int, level: str) -> bool:
         """Whether it still describes `weight`: the same tensors, not written to since."""
-        if (self.level, self.out_features, self._layout) != (level, out_features, (weight.layout, weight.block)):
-            return False
-        tensors = weight.tensors()
-        return len(tensors) == len(self._seen) and all(
-            seen() is tensor and before == version(tensor)
-            for tensor, (seen, before) in zip(tensors, self._seen, strict=True)
-        )
-
-
-def version(tensor: Tensor) -> int:
-    """Counts writes to a tensor; tensors made in inference mode are not counted."""
-    return -1 if tensor.is_inference() else tensor._version
+        return (self.level, self.out_features) == (level, out_features) and self._seen.again(weight)
 
 
 _handles = WeakTensorKeyDictionary()  # by the first segment's codes

@@ -80,11 +80,12 @@ def open_embedding(job: Job) -> None:
 
     From then on the model's full-precision table is not read again. Raises UserError for a table with NaN or Inf.
     """
-    if job.embedding_bits is None:
+    embedding = embedding_to_be(job.skeleton, job.embedding_bits)
+    if embedding is None:
         return
-    path = _check(job.skeleton, job.embedding_bits)
+    path = embedding.path
     if committed_embedding(job.folder) is None:
-        _quantize(job, path, job.embedding_bits)
+        _quantize(job, embedding)
     record = committed_embedding(job.folder)
     assert record is not None
     prefix = f"{path}."
@@ -95,22 +96,21 @@ def open_embedding(job: Job) -> None:
     sources[:] = [name for name in sources if job.skeleton.parameters.get(name) != f"{path}.weight"]
 
 
-def _quantize(job: Job, path: str, bits: int) -> None:
-    started = time.perf_counter()
+def _quantize(job: Job, embedding: Embedding) -> None:
+    started, path = time.perf_counter(), embedding.path
     weight = job.skeleton.model.get_parameter(f"{path}.weight").data
     try:
         check_finite(path, weight=weight)
     except ValueError as bad:
         raise UserError(f"{bad}; the checkpoint is damaged, download or convert it again") from None
-    tied = f"{path}.weight" in job.skeleton.model.all_tied_weights_keys.values()
-    stored = round_symmetric(weight, bits, GROUP_SIZE)
+    stored = round_symmetric(weight, embedding.bits, GROUP_SIZE)
     write_tensors(job.folder / _FILE, {f"{path}.{key}": value for key, value in pack(stored).items()})
     table = QuantizedEmbedding.from_weight(stored)
     error = float((table.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
     groups = -(-weight.shape[1] // GROUP_SIZE)
     entry = {
         "layout": layout_to_json(stored.layout),
-        "bits": str(bits) * groups,
+        "bits": str(embedding.bits) * groups,
         "group_size": GROUP_SIZE,
         "output_error": None,
         "weight_error": error,
@@ -125,6 +125,6 @@ def _quantize(job: Job, path: str, bits: int) -> None:
         "events": [],
         "seconds": seconds,
         "planned": False,
-        "tied": tied,
+        "tied": embedding.tied,
     }
     write_json(job.folder / _RECORD, record)

@@ -102,13 +102,14 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
     gathered = x
     if found.channels is not None and found.runs is None:
         gathered = x.index_select(1, found.channels)
+    codes = found.codes(weight)
+    sizes = tuple(part.sizes(units.numel()) for part, units in zip(found.parts, codes, strict=True))
     with _on(found.device):
         partial = torch.empty((config.parts, *out.shape), device=x.device) if shared else out
         counters = found.counter(tiles[0] * tiles[1]) if shared else out
         product_kernel[(tiles[0] * config.parts, tiles[1])](
-            gathered, x, x if found.runs is None else found.runs, found.codes(weight), found.stored(weight, "scales"),
-            found.stored(weight, "zeros"), tuple(_sizes(part, codes) for part, codes in zip(
-                found.parts, found.codes(weight), strict=True)),
+            gathered, x, x if found.runs is None else found.runs, codes, found.stored(weight, "scales"),
+            found.stored(weight, "zeros"), sizes,
             weight.outlier_values if found.outliers else x, weight.outlier_columns if found.outliers else x,
             weight.outlier_rows if found.outliers else x, x if bias is None else bias, out, partial, counters,
             found.rows, tokens, found.columns, found.chunks, config.parts,
@@ -116,11 +117,6 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
             HAS_BIAS=bias is not None, SHARED=shared, BN=config.rows, BT=config.tokens, S=config.stack,
             STAGES=config.stages, WIDE=interpreted(), num_warps=config.warps,
         )  # fmt: skip
-
-
-def _sizes(part: Part, codes: Tensor) -> tuple[int, ...]:
-    start, width, row, groups, zero_bytes, chunk = part.sizes
-    return start, width, row, codes.numel(), groups, zero_bytes, chunk
 
 
 def _linear(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | None, out: Tensor) -> Tensor:

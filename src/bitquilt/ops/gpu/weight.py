@@ -7,7 +7,6 @@ counter per tile of rows (so a weight is used by one stream at a time), and copi
 end within a word of their codes. Making it reads a few numbers back from the GPU; a product reads none.
 """
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
 from bitquilt.ops.bits import packed_bytes
-from bitquilt.ops.handles import StoredWeight, version
+from bitquilt.ops.handles import Seen, StoredWeight
 
 CHUNK = 128
 DIRECT = 2
@@ -40,11 +39,10 @@ class Part:
     first_chunk: int
     read: int
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """As `product_kernel` reads them."""
+    def sizes(self, codes: int) -> tuple[int, ...]:
+        """As `product_kernel` reads them; `codes`: how many units or words there are."""
         size = _UNITS[self.form[1]].itemsize if self.read == DIRECT else (1, 4)[self.read]
-        return (self.start, self.width, self.row_bytes // size, self.groups, self.zero_bytes, self.first_chunk)
+        return (self.start, self.width, self.row_bytes // size, codes, self.groups, self.zero_bytes, self.first_chunk)
 
 
 class Prepared:
@@ -54,8 +52,7 @@ class Prepared:
     def __init__(self, weight: StoredWeight, out_features: int) -> None:
         self.rows, self.columns = out_features, weight.in_features
         self.device = weight.codes[0].device
-        self._seen = [(weakref.ref(t), version(t)) for t in weight.tensors()]
-        self._layout = (list(weight.layout), weight.block)
+        self._seen = Seen(weight)
         self.own: dict[str, Tensor] = {}
         _check_devices(weight, self.device)
         self.parts = self._describe(weight)
@@ -69,13 +66,7 @@ class Prepared:
 
     def fits(self, weight: StoredWeight, out_features: int) -> bool:
         """Whether it still describes `weight`: the same tensors, not written to since."""
-        if (self.rows, self._layout) != (out_features, (weight.layout, weight.block)):
-            return False
-        tensors = weight.tensors()
-        return len(tensors) == len(self._seen) and all(
-            seen() is tensor and before == version(tensor)
-            for tensor, (seen, before) in zip(tensors, self._seen, strict=True)
-        )
+        return self.rows == out_features and self._seen.again(weight)
 
     def counter(self, count: int) -> Tensor:
         """`count` zeros int32, left at zero by every launch that uses them. ValueError in a graph that wants more."""
