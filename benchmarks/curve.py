@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
 from benchmarks.rows import Run, measured
+from benchmarks.scored import TEXTS
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import open_skeleton
