@@ -21,6 +21,7 @@ from bitquilt.models.structure import Skeleton
 from bitquilt.protocols import Recipe
 from bitquilt.runtime.calibration import describe_source
 from bitquilt.runtime.layers import mean_output_error
+from bitquilt.runtime.plans import OuterBits
 from bitquilt.runtime.progress import StageClock, Untouched, peak_memory_bytes
 
 
@@ -38,7 +39,7 @@ def fingerprint_of(
     seed: int,
     skip: Sequence[str],
     include_head: bool,
-    embedding_bits: int | None,
+    outer: OuterBits,
     plan: str | Path | None,
     measures: bool = False,
     self_samples: int = 0,
@@ -57,9 +58,11 @@ def fingerprint_of(
         "seed": seed,
         "skip": list(skip),
         "include_head": include_head,
-        "embedding_bits": embedding_bits,
+        "embedding_bits": outer.embedding,
         "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
     }
+    if outer.head is not None:
+        value["head_bits"] = outer.head
     return dict(json.loads(json.dumps(value)))
 
 
