@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import OneBitRule, UniformGrid, fit_two_levels
-from bitquilt.solvers.blockwise import Rule, Values
 from bitquilt.solvers.fakequant import Groups, round_by_offset, round_by_scale, steps_by_offset
 from bitquilt.solvers.gptq import Sweep
+from bitquilt.solvers.training import Rule, Values
 
 _TINY = 1e-8  # a scale's floor as a share of the layer's largest weight: groups of tiny weights keep their grid
 
