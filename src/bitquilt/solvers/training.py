@@ -113,6 +113,11 @@ class Trained:
     events: tuple[tuple[str, str], ...] = ()
 
 
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `value`."""
+    return value + (rounded - value).detach()
+
+
 class Mover:
     """The optimiser's step over all values, each by its rule, at the rate the schedule has reached."""
 
