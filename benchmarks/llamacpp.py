@@ -8,7 +8,8 @@ llama.cpp runs in a process of its own (`benchmarks.llamacpp_step` says why), wi
 types have them; `--plain-buffers` does without both.
 
 Each llama.cpp type is measured beside the bitquilt format nearest to it in true bits per weight of the layers, in
-turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, in bf16 and in 6 bits.
+turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, as `--head-bits 6` stores it
+and in bf16, as it is.
 """
 
 import argparse
@@ -32,15 +33,14 @@ from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.memory import SHAPE, VOCABULARY, make_model
 from bitquilt.evaluation.loading import as_model
 from bitquilt.integrations.decoding import Decoder
+from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
-from bitquilt.recipes.rtn import RTN
-from bitquilt.types import Layer, uniform_plan
 
 TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}  # llama_ftype
 # The format of ours nearest in bits per weight of the layers: bits, group size.
 NEAREST = {"IQ2_XS": (2, 64), "Q2_K": (3, 128), "Q3_K_M": (4, 128), "Q4_0": (4, 32)}
-HEAD_BITS, HEAD_GROUP = 6, 128
+HEAD_BITS = 6
 PROMPT, TOKENS, TURNS = 16, 24, 3
 
 
@@ -155,19 +155,19 @@ class Theirs:
 class Ours:
     """A quantized model after a prompt; `heads` are decoders that share its layers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: Path) -> None:
         model = as_model(folder, "cpu", "auto")
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        small = model.lm_head
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m is not small]
         self.layer_bytes = sum(t.numel() * t.itemsize for m in layers for t in m.buffers())
         self.bits = 8 * self.layer_bytes / sum(m.in_features * m.out_features for m in layers)
-        head = model.lm_head.weight.detach()
-        layer = Layer("lm_head", head.float(), None, None)
-        plan = uniform_plan(head.shape[1], HEAD_BITS, HEAD_GROUP)
-        small = QuantizedLinear.from_weight(RTN(HEAD_BITS, HEAD_GROUP).quantize(layer, plan, None).weight)
-        self.heads = {"head bf16": 2 * head.numel()}
+        self.heads = {f"head {HEAD_BITS} bits": sum(t.numel() * t.itemsize for t in small.buffers())}
         self.decoders = [self._begin(model)]
-        model.lm_head = small
-        self.heads[f"head {HEAD_BITS} bits"] = sum(t.numel() * t.itemsize for t in small.buffers())
+        head = torch.nn.Linear(small.in_features, small.out_features, bias=False, device="meta")
+        weight = open_checkpoint(source).read(["lm_head.weight"])["lm_head.weight"].to(torch.bfloat16)
+        head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        model.lm_head = head
+        self.heads["head bf16"] = 2 * weight.numel()
         self.decoders.append(self._begin(model))
 
     @staticmethod
@@ -214,7 +214,8 @@ def make(folder: Path, kind: str, layers: int, llama_cpp: Any, gguf: Any) -> Non
         source.mkdir(exist_ok=True)
         make_model(source, layers)
     bits, group_size = NEAREST[kind]
-    bitquilt.quantize(str(source), "rtn", out=str(ours_at(folder, kind)), bits=bits, group_size=group_size)
+    out = str(ours_at(folder, kind))
+    bitquilt.quantize(str(source), "rtn", out=out, bits=bits, group_size=group_size, head_bits=HEAD_BITS)
     if not (folder / f"{kind}.gguf").exists():
         if not plain.exists():
             write_gguf(source, plain, gguf)
@@ -222,11 +223,11 @@ def make(folder: Path, kind: str, layers: int, llama_cpp: Any, gguf: Any) -> Non
 
 
 def ours_at(folder: Path, kind: str) -> Path:
-    return folder / "bitquilt-{}-{}".format(*NEAREST[kind])
+    return folder / "bitquilt-{}-{}-head-{}".format(*NEAREST[kind], HEAD_BITS)
 
 
 def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> list[dict[str, Any]]:
-    ours = Ours(ours_at(folder, kind))
+    ours = Ours(ours_at(folder, kind), folder / "model")
     rival = Theirs(folder / f"{kind}.gguf", threads, plain)
     theirs, limit = float("inf"), 0.0
     best = [float("inf")] * len(ours.decoders)

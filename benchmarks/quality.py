@@ -10,21 +10,12 @@ Needs the models and texts that BITQUILT_SHARED points to (default ../shared).
 
 import argparse
 import json
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import bitquilt
-from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from bitquilt.models.structure import quiet_transformers
+from benchmarks.common import OUTPUT, markdown_table, stamp
+from benchmarks.scored import TEXTS, quantize_and_score
 from bitquilt.recipes import make_recipe
 
-TEXTS = {
-    "demo": ("books/calibration.txt", "books/evaluation.txt"),
-    "stories260k": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
-    "babyllama-1m-chars": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
-}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -50,28 +41,10 @@ def measure_recipe(
     model: str, row: str, name: str, options: dict[str, Any], bits: int, group_size: int, seed: int
 ) -> dict[str, Any]:
     """The same for any recipe and options."""
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
-    source = SHARED / "models" / model
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        started = time.perf_counter()
-        recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
-        out = Path(folder) / "out"
-        result = bitquilt.quantize(source, recipe, calibration, out, samples=64, seq_len=256, seed=seed)
-        seconds = time.perf_counter() - started
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=60_000)
-    return {
-        "model": model,
-        "row": row,
-        "bits": bits,
-        "bpw": result.report["bpw"],
-        "nominal_bits": result.report["nominal_bits"],
-        "bytes": result.report["bytes"],
-        "kl_mean": score.kl_mean,
-        "kl_p99": score.kl_p99,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
-        "seconds": round(seconds, 1),
-    }
+    recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
+    found = quantize_and_score(model, recipe, tokens=60_000, samples=64, seed=seed)
+    more = {"bytes": found.report["bytes"], "kl_p99": found.score.kl_p99}
+    return {"model": model, "row": row, "bits": bits, **found.row(), **more}
 
 
 def main() -> None:

@@ -10,7 +10,18 @@ from rich.table import Table
 from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
-from bitquilt.cli.options import EmbeddingBits, GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
+from bitquilt.cli.options import (
+    EmbeddingBits,
+    GroupSize,
+    HeadBits,
+    Model,
+    Published,
+    Samples,
+    Seed,
+    SeqLen,
+    Settings,
+    Skip,
+)
 from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
@@ -57,6 +68,7 @@ def plan(
     skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
     embedding_bits: EmbeddingBits = None,
+    head_bits: HeadBits = None,
     tie: Annotated[
         bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
     ] = False,
@@ -81,7 +93,7 @@ def plan(
             found = run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
                 sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, samples=samples, seq_len=seq_len,
+                embedding_bits=embedding_bits, head_bits=head_bits, samples=samples, seq_len=seq_len,
             )  # fmt: skip
         except UnreachableError as error:
             if json_output:
