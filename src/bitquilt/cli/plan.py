@@ -1,6 +1,7 @@
 """`bitquilt plan MODEL`: what would a budget buy? From headers alone; with --measure, what each bit is worth."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,6 @@ from bitquilt.errors import UserError
 from bitquilt.fit import Outlook, measure_model
 from bitquilt.fit import plan as run
 from bitquilt.runtime.planning import UnreachableError
-from bitquilt.wish import Wish
 
 EXIT_DOES_NOT_FIT = 4
 
@@ -97,7 +97,7 @@ def plan(
             )  # fmt: skip
         except UnreachableError as error:
             if json_output:
-                print_json(_refusal(model, wanted, error))
+                print_json(_refusal(model, error))
             else:
                 stderr.print(f"[bold red]does not fit:[/] {escape(str(error))}")
             raise Exit(EXIT_DOES_NOT_FIT) from None
@@ -112,15 +112,14 @@ def plan(
         _print(found, out)
 
 
-def _refusal(model: str, wanted: Wish, error: UnreachableError) -> dict[str, Any]:
-    budget = wanted.values.get("budget")
-    bounds = [int(value) for value in error.reach] if wanted.budget and wanted.budget.kind == "size" else None
+def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
+    """`reachable` in the unit of the budget, `reachable_bytes` of the whole folder, as where a plan fits."""
     return {
         "model": model,
-        "budget": budget,
+        "budget": asdict(error.budget),
         "fits": False,
         "reachable": list(error.reach),
-        "reachable_bytes": bounds,
+        "reachable_bytes": [int(value) for value in error.reach_bytes],
         "error": str(error),
     }
 

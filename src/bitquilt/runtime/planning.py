@@ -39,11 +39,14 @@ _NEAR = 0.998  # of a budget: below, single steps fill it; larger models never a
 
 
 class UnreachableError(UserError):
-    """No plan is within the budget. `reach`: least and most that plans take, in the budget's unit."""
+    """No plan is within the budget. `reach`: least and most that plans take, in the unit of `budget`; `reach_bytes`:
+    the same plans' whole folders."""
 
-    def __init__(self, message: str, reach: tuple[float, float]) -> None:
+    def __init__(
+        self, message: str, budget: Budget, reach: tuple[float, float], reach_bytes: tuple[float, float]
+    ) -> None:
         super().__init__(message)
-        self.reach = reach
+        self.budget, self.reach, self.reach_bytes = budget, reach, reach_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,9 @@ class Planner:
             raise UnreachableError(
                 f"the budget is {budget}; this model reaches {shown} with this recipe; change the "
                 "budget, the recipe or its group size",
+                budget,
                 (least, most),
+                self.reach(Budget("size", 1.0)),
             )
         return least, most
 
