@@ -246,6 +246,7 @@ def test_one_sample_is_too_few(
         ("quilt", {"passes": -1}, "passes is -1"),
         ("quilt", {"tune_rate": -1.0}, r"tune_rate is -1\.0"),
         ("quilt", {"tune_epochs": -1}, "epochs is -1"),
+        ("gptq", {"batch": 3}, "batch is 3"),
         ("gptq", {"act_order": True, "group_order": True}, "two orders of the columns"),
     ],
 )

@@ -19,6 +19,12 @@ Read = Callable[[Sequence[int]], Tensor]
 """Sample numbers -> `[batch, tokens, width]`."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, target) -> the mean over samples and tokens."""
+Schedule = Literal["constant", "linear", "cosine"]
+_FACTORS: dict[Schedule, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Training:
 
     epochs: int
     batch: int = 8
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Schedule = "linear"
     held_out: float = 0.125
     patience: int = 0
     seed: int = 0
@@ -138,7 +144,7 @@ class Mover:
     def move(self) -> None:
         """One step along the gradients."""
         share = self.done / self.steps
-        factor = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[self.schedule]
+        factor = _FACTORS[self.schedule](share)
         self.done += 1
         if self.adam is not None:
             for group in self.adam.param_groups:
