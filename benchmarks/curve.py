@@ -34,6 +34,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq": ("cmpq", {}),
     "cmpq+": ("cmpq+", {}),
     "cmpq+, bits by norms": ("cmpq+", {"allocation": "norm"}),
+    "cmpq+, each layer for itself": ("cmpq+", {"alpha": 0.0, "stream_alpha": 0.0}),
     "cmpq, published": ("cmpq", {"published": True}),
 }
 ASKED = {"outlier_choice": "asked"}
@@ -53,8 +54,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "error table": {"allocation": "error_table"},
     "no gains per row": {"row_gains": "off"},
     "compensation": {"compensation": True},
-    "compensation and error table (cmpq+)": {"compensation": True, "allocation": "error_table"},
-}
+    "compensation and error table": {"compensation": True, "allocation": "error_table"},
+    "both, and earlier layers' errors (cmpq+)": {
+        "compensation": True, "allocation": "error_table", "alpha": 0.75, "stream_alpha": 0.75,
+    },
+}  # fmt: skip
 GROUP_SIZE, HIGHEST, STEP = 32, 4.5, 0.25
 COLUMNS = ["model", "row", "bpw", "nominal_bits", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 

@@ -88,7 +88,8 @@ def run(request: Request, observe: Observer) -> Result:
         observe(Started(str(request.model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = _calibration(request, skeleton, work, observe) if request.calibrates else None
         known, planned = _given_out(request, skeleton, layers, work, ids, known, observe)
-        plans = planned.plans if planned is not None else None if request.file is None else request.file.plans
+        source = planned or request.file
+        plans = None if source is None else source.plans
         job = Job(
             skeleton, recipe, ids if recipe.needs else None, work,
             request.batch_size or max(1, _BATCH_TOKENS // seq_len), request.skip, request.include_head,
@@ -98,8 +99,7 @@ def run(request: Request, observe: Observer) -> Result:
         observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
-        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
-        report["machine"]["device"] = str(request.device)
+        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock, str(request.device))
         _write_reports(request, folder, skeleton, records, report, plans, known, planned)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)

@@ -74,8 +74,9 @@ def build_report(
     untouched: tuple[Untouched, ...],
     difference: float,
     clock: StageClock,
+    device: str,
 ) -> dict[str, Any]:
-    """The content of report.json for the checkpoint in `folder`.
+    """The content of report.json for the checkpoint in `folder`, computed on `device`.
 
     `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
     how many blocks this process found done. Seconds and bytes throughout.
@@ -111,7 +112,7 @@ def build_report(
             "this_process": round(sum(float(stage["seconds"]) for stage in stages), 3),
         },
         "peak_memory_bytes": peak_memory_bytes(),
-        "machine": machine(),
+        "machine": {**machine(), "device": device},
     }
 
 
