@@ -13,8 +13,6 @@ and in bf16, as it is.
 """
 
 import argparse
-import ctypes
-import importlib
 import json
 import shutil
 import subprocess
@@ -26,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 import bitquilt
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.memory import SHAPE, VOCABULARY, make_model
+from benchmarks.gguf_files import bits_per_weight, block_layers, bytes_read, quantize_gguf, rivals, write_gguf
+from benchmarks.memory import make_model
 from bitquilt.evaluation.loading import as_model
 from bitquilt.integrations.decoding import Decoder
 from bitquilt.models.checkpoint import open_checkpoint
@@ -42,80 +40,6 @@ TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}  # llama_ftype
 NEAREST = {"IQ2_XS": (2, 64), "Q2_K": (3, 128), "Q3_K_M": (4, 128), "Q4_0": (4, 32)}
 HEAD_BITS = 6
 PROMPT, TOKENS, TURNS = 16, 24, 3
-
-
-def rivals() -> tuple[Any, Any]:
-    """llama_cpp and gguf, or an exit that says how to get them."""
-    try:
-        return importlib.import_module("llama_cpp"), importlib.import_module("gguf")
-    except ImportError as error:
-        raise SystemExit(f"{error.name} is missing; pip install llama-cpp-python gguf") from None
-
-
-def write_gguf(model: Path, path: Path, gguf: Any) -> None:
-    """The random Llama as GGUF in fp16. The rows of query and key stay as they are: random ones need no reordering."""
-    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(SHAPE["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(SHAPE["intermediate_size"])
-    writer.add_head_count(SHAPE["num_attention_heads"])
-    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(SHAPE["hidden_size"] // SHAPE["num_attention_heads"])
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("none")
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    outer = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                name = key.removesuffix(".weight")
-                if name not in outer:
-                    _, _, block, inner = name.split(".", 3)
-                    name = f"blk.{block}.{names[inner]}"
-                else:
-                    name = outer[name]
-                value = tensors.get_tensor(key)
-                writer.add_tensor(f"{name}.weight", (value.float() if value.dim() == 1 else value.half()).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def quantize_gguf(source: Path, path: Path, kind: str, llama_cpp: Any, gguf: Any) -> None:
-    """llama.cpp's own quantization; every weight equally important, which IQ2_XS wants to be told."""
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = TYPES[kind]
-    kept = []
-    if kind.startswith("IQ"):
-        for tensor in gguf.GGUFReader(source).tensors:
-            if len(tensor.shape) == 2:
-                ones = (ctypes.c_float * int(tensor.shape[0]))(*([1.0] * int(tensor.shape[0])))
-                kept.append(llama_cpp.llama_model_imatrix_data(tensor.name.encode(), ones, len(ones)))
-        kept.append(llama_cpp.llama_model_imatrix_data(None, None, 0))
-        parameters.imatrix = (llama_cpp.llama_model_imatrix_data * len(kept))(*kept)
-    unfinished = path.with_suffix(".unfinished")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(unfinished).encode(), ctypes.byref(parameters)):
-        raise SystemExit(f"llama.cpp could not make {kind} of {source}")
-    unfinished.rename(path)
-
-
-def sizes_of_gguf(path: Path, gguf: Any) -> tuple[float, int]:
-    """Bits per weight of the layers, and bytes that a token reads: the layers and the head."""
-    layers = weights = head = 0
-    for tensor in gguf.GGUFReader(path).tensors:
-        if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
-            layers, weights = layers + int(tensor.n_bytes), weights + int(tensor.n_elements)
-        elif tensor.name == "output.weight":
-            head = int(tensor.n_bytes)
-    return 8 * layers / weights, layers + head
 
 
 def typical(step: Callable[[], Any]) -> float:
@@ -219,7 +143,9 @@ def make(folder: Path, kind: str, layers: int, llama_cpp: Any, gguf: Any) -> Non
     if not (folder / f"{kind}.gguf").exists():
         if not plain.exists():
             write_gguf(source, plain, gguf)
-        quantize_gguf(plain, folder / f"{kind}.gguf", kind, llama_cpp, gguf)
+        # every weight equally important: IQ2_XS wants to be told
+        same = {t.name: [1.0] * int(t.shape[0]) for t in block_layers(plain, gguf)} if kind.startswith("IQ") else None
+        quantize_gguf(plain, folder / f"{kind}.gguf", TYPES[kind], llama_cpp, same)
 
 
 def ours_at(folder: Path, kind: str) -> Path:
@@ -237,7 +163,8 @@ def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> li
         for i, decoder in enumerate(ours.decoders):
             best[i] = min(best[i], typical(lambda decoder=decoder: decoder.step(7)))  # type: ignore[misc]
     rival.close()
-    bits, read = sizes_of_gguf(folder / f"{kind}.gguf", gguf)
+    file = folder / f"{kind}.gguf"
+    bits, read = bits_per_weight(file, gguf), bytes_read(file, gguf)
     rows = [{"model": f"llama.cpp {kind}", "bpw": bits, "MB read per token": read / 1e6, "tokens/s": 1 / theirs,
              "share": read / theirs / limit}]  # fmt: skip
     for (name, head), seconds in zip(ours.heads.items(), best, strict=True):

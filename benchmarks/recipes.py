@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
 CODEBOOKS = ("cmpq", "cmpq+")
 SHARED_BUDGET: dict[str, tuple[str, dict[str, Any]]] = {
     "quilt, one budget for all layers": ("quilt", {"group_size": 64}),
-    "cmpq+, one budget for all layers": ("cmpq+", {"error_outliers": 0.0, "act_outliers": 0.0}),
+    "cmpq+, one budget for all layers": ("cmpq+", {}),
 }
 MICROMIX = (4.25, 5.0, 5.75)
 HESSIANS = {"gptq": {"scale_search": True}, "slim-llm": {}}

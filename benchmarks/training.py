@@ -44,14 +44,12 @@ ROWS: dict[str, Row] = {
     "quilt best": ("quilt", {"effort": "best"}, {}),
     "quilt best, self-samples": ("quilt", {"effort": "best"}, SELF),
 }
-NO_SWEEP = {"alpha": 0.0, "stream_alpha": 0.0, "damp": 1e6, "passes": 0}  # so damped, no column repairs another
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
 OPTIONS: dict[str, Row] = {
     "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
     "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
     "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
     "fast, self-samples": ("quilt", {}, SELF),
-    "normal, from round-to-nearest": ("quilt", {**NORMAL, **NO_SWEEP}, {}),
     "normal, offsets by adam": ("quilt", {**NORMAL, "rounding": "adam"}, {}),
     "normal, scales stay": ("quilt", {**NORMAL, "scale_rate": 0.0}, {}),
     "normal, constant rates": ("quilt", {**NORMAL, "schedule": "constant"}, {}),
@@ -71,7 +69,18 @@ LIKE_AUTOROUND: dict[str, Row] = {
     for name, (recipe, options, settings) in ROWS.items()
     if recipe == "quilt"
 }
-KNOWN = {"table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
+# Before and after clipping="trained", for every recipe that offers it.
+PLAIN: dict[str, Row] = {
+    "rtn": ("rtn", {}, {}),
+    "gptq, scale search": ROWS["gptq, scale search"],
+    "slim-llm": ROWS["slim-llm"],
+    "aptq": ("aptq", {"scale_search": True}, {}),
+    "mg-ptq": ("mg-ptq", {}, {}),
+}
+CLIPPED: dict[str, Row] = {
+    f"{r}, clipping trained": (n, {**o, "clipping": "trained"}, s) for r, (n, o, s) in PLAIN.items()
+}
+KNOWN = {"clipping": PLAIN | CLIPPED, "table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
 COLUMNS = ["model", "row", "bits", "group_size", "bpw", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 Key = tuple[str, str, int, int, int]
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
-from bitquilt.models.structure import architecture
 from bitquilt.pipeline import run
 from bitquilt.protocols import Recipe
 from bitquilt.request import Request, Result
@@ -19,6 +16,9 @@ from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.plans import OuterBits, read_plan
 from bitquilt.runtime.progress import Observer, silent
 from bitquilt.wish import same_outer, wish, wish_for_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Result", "load", "quantize"]
 
@@ -98,13 +98,17 @@ def quantize(
     return run(request, observer)
 
 
-def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "PreTrainedModel":
     """The quantized model in `folder`, ready to run; keyword arguments go to `from_pretrained`.
 
     `device`: "cuda", "cuda:N" or "auto" puts the packed weights on a GPU, where Triton's kernels read them as they are;
     more than one GPU: leave it out and give `device_map`.
     Raises UserError if the folder is not a bitquilt checkpoint or is damaged, or the device is not here.
     """
+    from transformers import AutoModelForCausalLM
+
+    from bitquilt.models.build import architecture
+
     checkpoint = open_checkpoint(folder)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:

@@ -18,6 +18,7 @@ import torch
 from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.models.outline import open_outline
 from bitquilt.models.remote import RemoteCheckpoint, open_headers
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
@@ -88,7 +89,7 @@ def plan(
     wanted, outer = wish(recipe, options, budget, scope), OuterBits(embedding_bits, head_bits)
     checkpoint = open_headers(model)
     refuse_quantized(checkpoint)
-    skeleton = open_skeleton(checkpoint)
+    skeleton = open_outline(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
     shapes = shapes_of(layers)
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import bitquilt
-from bitquilt.cli import bench as verb  # noqa: F401  the module is shadowed by its function of the same name
+from bitquilt.cli import bench
 from bitquilt.ops import kernels
 
 from .conftest import Command
@@ -18,9 +18,8 @@ SMALL = ("--prompt", 8, "--tokens", 4)
 
 @pytest.fixture(autouse=True)
 def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
 
-    monkeypatch.setattr(sys.modules["bitquilt.cli.bench"], "_READ", 2**24)
+    monkeypatch.setattr(bench, "_READ", 2**24)
 
 
 def test_json_has_every_figure(command: Command, quantized: Path) -> None:

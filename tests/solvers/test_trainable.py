@@ -7,10 +7,11 @@ import torch
 
 from bitquilt.grids.uniform import RangeSearch, fit
 from bitquilt.hessian import factorize
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Training, train
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.gptq import sweep
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.trainable import Clipping, Rounding
+from bitquilt.solvers.training import Link, Rule, Samples, Training
 from bitquilt.types import group_slices
 
 FP32 = {"scale_dtype": torch.float32}

@@ -81,7 +81,7 @@ def plan(
     budget = size_budget(bits, bpw, size, vram, None if vram is None else ctx)
     wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
     path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe}.sensitivities")
-    with calm(quiet):
+    with calm(quiet, models=measure):
         if measure:
             with watching(quiet) as observer:
                 measure_model(

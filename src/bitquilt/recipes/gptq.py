@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
+from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
 from bitquilt.solvers.solve import live_weight, solve
@@ -21,7 +22,7 @@ from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution,
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(TrainedClipping):
     """`scale_search`: search each range (tau in 0.4 .. 1.1) instead of min-max, errors weighed as `weighting` says:
     "column" = by 1 / U_jj^2, what the error of a column costs the sweep; "none" = plain squared error.
     `act_order`: columns in descending Hessian diagonal, grids fitted before; `group_order`: whole groups in that
@@ -30,7 +31,8 @@ class GPTQ:
     it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
     `passes`: of coordinate descent over the codes after the sweep. `error_outliers`, `act_outliers`: shares of the
     weights kept in half precision beside the codes, as in `cmpq`. `hessian`: of the layer's input, or "attention": of
-    its errors' effect on the output of its sub-block (see `sensitivity.attention`), not with an alpha."""
+    its errors' effect on the output of its sub-block (see `sensitivity.attention`), not with an alpha.
+    `clipping` and the rest of its training: `recipes.clipping`."""
 
     name: ClassVar[str] = "gptq"
 
@@ -52,10 +54,11 @@ class GPTQ:
     @property
     def needs(self) -> frozenset[str]:
         """The Hessian, and with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha) | self.clipping_needs()
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
+        super().check()
         check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
         if self.act_order and self.group_order:

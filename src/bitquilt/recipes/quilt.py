@@ -25,12 +25,13 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Trained, Training, train
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.gptq import Sweep
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.solve import assemble, disassemble, live_weight, solve
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
 from bitquilt.solvers.trainable import Rounding
+from bitquilt.solvers.training import Link, Rule, Samples, Trained, Training
 from bitquilt.types import (
     BlockProblem,
     Cost,

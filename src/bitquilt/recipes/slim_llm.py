@@ -29,6 +29,7 @@ from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor
 from bitquilt.packing import bits_per_weight
+from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.recipes.pairing import RoundGroup, paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
@@ -40,7 +41,7 @@ from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution,
 
 
 @dataclass(frozen=True)
-class SlimLLM:
+class SlimLLM(TrainedClipping):
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `bpw`: instead of `bits`, true bits per weight of every layer with everything stored, met from below to one group
@@ -52,7 +53,7 @@ class SlimLLM:
     `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
     weight. `error_outliers`, `act_outliers`: shares of the weights kept in half precision beside the codes.
     `hessian`: of the layer's input, or "attention": of its errors' effect on the output of its sub-block (see
-    `sensitivity.attention`), not with an alpha.
+    `sensitivity.attention`), not with an alpha. `clipping` and the rest of its training: `recipes.clipping`.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -84,10 +85,12 @@ class SlimLLM:
     @property
     def needs(self) -> frozenset[str]:
         """Hessian and tokens; with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian", "sample"}) | feedback_needs(self.alpha, self.stream_alpha)
+        wanted = frozenset({"hessian", "sample"}) | self.clipping_needs()
+        return wanted | feedback_needs(self.alpha, self.stream_alpha)
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
+        super().check()
         check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
 

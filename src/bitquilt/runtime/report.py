@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -12,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 
 from bitquilt._version import __version__
 from bitquilt.models.checkpoint import Checkpoint
@@ -127,7 +127,7 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "bitquilt": __version__,
     }
 
