@@ -64,7 +64,11 @@ def predicted_bpw(shapes: dict[str, tuple[int, int]], row: str, bits: float, gro
             ends = [
                 storage_bits(Layout(rows, columns, ((Format(b, group_size), columns),))) for b in (low, min(low + 1, 8))
             ]
-            stored += ends[0] + (bits - low) * (ends[1] - ends[0])
+            share = bits - low
+            if name == "mg-ptq":  # every layer for itself, in whole groups from below; aptq mixes whole layers
+                groups = -(-columns // group_size)
+                share = int(share * groups + 1e-9) / groups
+            stored += ends[0] + share * (ends[1] - ends[0])
         weights += rows * columns
     return stored / weights
 
