@@ -40,7 +40,7 @@ def resident():
 def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path, written):
     """But for those that were written to: they are nowhere else."""
     path, size = tmp_path / "x", 2**24
-    path.write_bytes(bytes(torch.randint(0, 256, (size,), dtype=torch.uint8)))
+    path.write_bytes(torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes())
     mapped = torch.from_file(str(path), size=size, dtype=torch.uint8)
     if written:
         mapped.data[size // 2] += 1
