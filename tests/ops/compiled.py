@@ -17,10 +17,9 @@ from triton.compiler import ASTSource
 
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
-from bitquilt.ops.gpu.unpack import has_ptx
+from bitquilt.ops.gpu.unpack import has_ptx, plane_sizes
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-UNITS = {1: "*i8", 2: "*i16", 4: "*i32", 8: "*i32"}
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -39,7 +38,7 @@ def product(
     """`segments`: (grid, bits, group, flag, READ); `tile`: rows, tokens, stack."""
     forms = tuple((*s, has_ptx(s[1], dtype)) for s in segments)
     x = POINTERS[dtype]
-    codes = tuple(UNITS[s[1]] if s[4] == 2 else "*i32" for s in segments)
+    codes = tuple(tuple(f"*i{size}" for size in plane_sizes(s[1])) if s[4] == 2 else ("*i32",) for s in segments)
     scales = tuple("*u8" if s[0] == 2 else "*fp16" for s in segments)
     zeros = tuple("*fp16" if s[0] == 1 or (s[0] == 0 and s[1] == 1) else "*u8" for s in segments)
     integers = dict.fromkeys(("n_rows", "n_tokens", "in_features", "chunks", "parts"), "i32")
@@ -81,7 +80,7 @@ def build(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], war
             for j, inner in enumerate(kind):
                 places = [(i, j, k) for k in range(len(inner))] if isinstance(inner, tuple) else [(i, j)]
                 # of sizes: start, width and the row's are multiples; counts of groups and chunks are anything
-                attributes |= {p: [["tt.divisibility", 16]] for p in places if len(p) == 2 or p[2] in (0, 1, 2)}
+                attributes |= {p: [["tt.divisibility", 16]] for p in places if name != "sizes" or p[2] in (0, 1, 2)}
         elif kind is not None and (kind.startswith("*") or name in ("in_features", "n_rows")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     full = {name: signature.get(name, "constexpr") for name in names}
@@ -120,7 +119,8 @@ def every() -> dict[str, Any]:
     mixed = [(0, 1, 128, False, 2), (0, 2, 128, False, 2), (0, 3, 128, False, 1)]
     return {
         "2 bits, 1 token": lambda: product(two),
-        "3 bits, 1 token": lambda: product([(0, 3, 128, False, 1)]),
+        "3 bits as stored": lambda: product([(0, 3, 128, False, 1)], tile=(32, 1, 8)),
+        "3 bits, 1 token": lambda: product([(0, 3, 128, False, 2)], tile=(32, 1, 8)),
         "4 bits, 1 token": lambda: product([(0, 4, 128, False, 2)]),
         "2 bits, 16 tokens": lambda: product(two, tile=(64, 16, 1), shared=True),
         "mixed, everything": lambda: product(

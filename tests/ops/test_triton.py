@@ -21,7 +21,7 @@ from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import gpu, kernels, reference
 from bitquilt.ops.gpu import body, weight
 from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose
-from bitquilt.ops.gpu.unpack import has_ptx, unpack_ptx, unpack_view
+from bitquilt.ops.gpu.unpack import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
 from bitquilt.ops.handles import StoredWeight
 from bitquilt.types import Outliers, Permutation, QuantizedWeight
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, mx_segment, uniform_segment
@@ -47,9 +47,11 @@ def inputs(tokens, columns, dtype=torch.float32):
     return x.to(dtype).to(DEVICE)
 
 
-def check(stored, x, bias=None):
+def check(stored, x, bias=None, arranged=GPU):
     """Within the rounding of the input's dtype of the product in double precision, where the input is not rounded."""
     module = QuantizedLinear.from_weight(stored, bias).to(DEVICE)
+    if arranged and not GPU:
+        module.arrange()
     dense = reference.dequantize(*module._stored(), module.out_features)
     assert torch.equal(module.dequantize(), dense)
     output = module(x)
@@ -81,8 +83,28 @@ def test_whole_chunks(bits):
     """The fast way: 128 columns to a scale, rows read as units or words; a last chunk without partner for the stack."""
     symmetric = bits % 2 == 0
     stored = QuantizedWeight((uniform_segment(bits, 384, 128, symmetric=symmetric, rows=ROWS),))
-    check(stored, inputs(1, 384, torch.float16))
+    check(stored, inputs(1, 384, torch.float16), arranged=True)
     check(QuantizedWeight((uniform_segment(bits, 256, 256, symmetric=not symmetric, rows=ROWS),)), inputs(3, 256))
+
+
+@pytest.mark.parametrize("bits", [3, 7])
+def test_planes_written_out(monkeypatch, bits):
+    """Among other segments, and next to one that has no planes."""
+    monkeypatch.setattr(body, "MAX_FUSED", 1)
+    parts = (uniform_segment(2, 128, 128, 1, rows=ROWS), uniform_segment(bits, 128, 128, 2, rows=ROWS),
+             uniform_segment(bits, 72, 24, 3, rows=ROWS))  # fmt: skip
+    check(QuantizedWeight(parts), inputs(2, 328, torch.float16), arranged=True)
+
+
+def test_planes_of_a_tensor_that_is_not_aligned():
+    module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(3, 128, 128, rows=ROWS),))).to(DEVICE)
+    module.arrange()
+    x = inputs(2, 128)
+    expected = module(x)
+    memory = torch.zeros(module.codes_0.numel() + 1, dtype=torch.uint8, device=DEVICE)
+    memory[1:] = module.codes_0.reshape(-1)
+    module.codes_0 = memory[1:].view(ROWS, -1)
+    torch.testing.assert_close(module(x), expected)
 
 
 @pytest.mark.parametrize(("width", "group_size"), [(333, 24), (75, 100), (130, 8), (257, 3)])
@@ -295,19 +317,24 @@ def test_a_graph_replays_on_new_inputs():
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_the_ptx_gives_every_code(bits, dtype):
-    """The text itself, carried out on every pair of 16-bit halves that matter."""
+    """The text itself, carried out on every pair of 16-bit halves that matter: of planes, and of words."""
     if not has_ptx(bits, dtype):
         assert (bits, dtype) == (8, "bf16")
         return
-    count = 8 if bits <= 4 else 4
     g = torch.Generator().manual_seed(bits)
-    units = torch.randint(0, 2**32, (2, 4096), generator=g).numpy().astype(np.uint32)
-    for j in range(count):
-        halves = (units.view(np.int32) >> unpack_view(j, bits, dtype)).astype(np.uint16)
-        register = halves[0].astype(np.uint32) | halves[1].astype(np.uint32) << 16
-        result = run_ptx(unpack_ptx(j, bits, dtype), register, dtype)
-        wanted = (units >> (bits * j)) & (2**bits - 1)
-        assert (result == wanted).all()
+    units = torch.randint(0, 2**62, (2, 1024), generator=g).numpy().astype(np.uint64)
+    for planes, codes in ((range(plane_count(bits)), 4 if bits == 8 else 8), ((-1,), unit_codes(bits))):
+        found, start = np.zeros((codes, *units.shape)), 0
+        for plane in planes:
+            size = 32 if plane < 0 else plane_sizes(bits)[plane]
+            words = (units >> np.uint64(start)).astype(f"uint{size}").view(f"int{size}")
+            start += size
+            for i, (j, *_) in enumerate(pieces(bits, plane)):
+                halves = (words >> unpack_view(bits, plane, i, dtype)).astype(np.int16).view(np.uint16)
+                register = halves[0].astype(np.uint32) | halves[1].astype(np.uint32) << 16
+                found[j] += run_ptx(unpack_ptx(bits, plane, i, dtype), register, dtype)
+        wanted = [(units >> np.uint64(bits * j)) & np.uint64(2**bits - 1) for j in range(codes)]
+        assert (found == wanted).all()
 
 
 def run_ptx(text, register, dtype):
@@ -327,8 +354,9 @@ def run_ptx(text, register, dtype):
         if not name:
             continue
         target, *sources = [part.strip() for part in rest.split(",")]
-        if name == "shr.u32":
-            values[target] = operand(sources[0]) >> operand(sources[1])
+        if name in ("shr.u32", "shl.b32"):
+            shift = np.right_shift if name == "shr.u32" else np.left_shift
+            values[target] = shift(operand(sources[0]), operand(sources[1]))
         elif name == "mov.b32":
             values[target] = operand(sources[0])
         elif name == "lop3.b32":

@@ -47,6 +47,11 @@ def dequantize(*arguments: Any) -> Tensor:
     return body.dequantize(*arguments)
 
 
+def in_use() -> bool:
+    """Whether layers on a GPU are computed here."""
+    return has_triton() and not _asked_for_reference()
+
+
 @functools.cache
 def _asked_for_reference() -> bool:
     return os.environ.get("BITQUILT_ISA") == "reference"

@@ -51,7 +51,7 @@ def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
     tokens = x.numel() // found.columns
     if tokens == 0:
         return out
-    if _rounds_input(weight.layout):
+    if reference.rounds_input(weight.layout):
         channels = None if found.channels is None else found.channels.to(torch.int64)
         x = reference.quantize_input(x, weight.layout, channels)
     flat = x.reshape(tokens, found.columns).contiguous()
@@ -74,7 +74,7 @@ def dequantize(*arguments: Any) -> Tensor:
 def dense(weight: StoredWeight, found: Prepared, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` in `dtype`, outliers added in it."""
     out = torch.empty((found.rows, found.columns), dtype=dtype, device=found.device)
-    forms = tuple(part.form for part in found.parts)
+    forms = tuple((*part.form, part.arranged) for part in found.parts)
     sizes = tuple((p.start, p.width, p.row_bytes, 0, p.groups, p.zero_bytes, p.first_chunk) for p in found.parts)
     with _on(found.device):
         dense_kernel[(triton.cdiv(found.rows, _DENSE_ROWS), found.chunks)](
@@ -103,7 +103,7 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
     if found.channels is not None and found.runs is None:
         gathered = x.index_select(1, found.channels)
     codes = found.codes(weight)
-    sizes = tuple(part.sizes(units.numel()) for part, units in zip(found.parts, codes, strict=True))
+    sizes = tuple(part.sizes(planes[0].numel()) for part, planes in zip(found.parts, codes, strict=True))
     with _on(found.device):
         partial = torch.empty((config.parts, *out.shape), device=x.device) if shared else out
         counters = found.counter(tiles[0] * tiles[1]) if shared else out
@@ -123,11 +123,6 @@ def _linear(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | Non
     dtype = x.dtype  # fp32 where a segment rounds its input
     result = torch.nn.functional.linear(x, dense(weight, found, dtype), None if bias is None else bias.to(dtype))
     return result.to(out.dtype).view(out.shape)
-
-
-def _rounds_input(layout: list[int]) -> bool:
-    fields, kinds = reference.LAYOUT_FIELDS, len(reference.ACTIVATIONS)
-    return any(grid > reference.GRID_MX and (grid - reference.GRID_MX) % kinds for grid in layout[::fields])
 
 
 @functools.cache

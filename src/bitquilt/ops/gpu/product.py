@@ -20,11 +20,16 @@ from bitquilt.ops.gpu.unpack import (
     UNIFORM,
     code,
     code_number,
-    code_operand,
-    load_units,
+    load_plane,
+    load_words,
     mx_element,
     mx_step,
+    operand,
+    piece,
+    piece_count,
+    plane_count,
     uniform_step,
+    unit_codes,
 )
 
 
@@ -34,9 +39,10 @@ def product_kernel(x, plain_x, runs, codes, scales, zeros, sizes, outlier_values
                    FORMS: tl.constexpr, GATHER: tl.constexpr, HAS_OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr,
                    SHARED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, S: tl.constexpr,
                    STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """FORMS: per segment (grid, bits, group size or 0 for one group, symmetric or E2M3 or gains, READ, PTX);
+    """`codes`: per segment its planes, or its words alone.
+    FORMS: per segment (grid, bits, group size or 0 for one group, symmetric or E2M3 or gains, READ, PTX);
     `sizes`: per segment (first column, width, units or bytes of a row, words in all, groups, bytes of a group's zeros,
-    first chunk). READ: 0, 1 where the width is whole chunks, 2 where rows can be read as units besides.
+    first chunk). READ: 0, 1 where the width is whole chunks, 2 where there are planes (`ops.gpu.unpack`).
     SHARED: parts > 1. `plain_x`: x in the order of the channels, for the outliers. WIDE: see `_dot`."""
     CHUNK: tl.constexpr = 128
     tile = tl.program_id(0) // parts
@@ -92,7 +98,7 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
              READ: tl.constexpr, PTX: tl.constexpr, GATHER: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
              S: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """`acc` and the products of chunks `low` to `high` of one segment, S chunks at a time."""
-    C: tl.constexpr = 8 if BITS <= 4 else 4
+    C: tl.constexpr = 8 if READ == 2 and BITS < 8 else unit_codes(BITS)
     CHUNK: tl.constexpr = 128
     U: tl.constexpr = CHUNK // C
     # one scale per row and chunk: codes are multiplied as they are, exactly, and the sums are scaled
@@ -106,14 +112,20 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
         chunk = base + slot % S
         columns = chunk[:, None] * CHUNK + unit[None, :] * C  # of code 0
         keep = (rows < n_rows) & (chunk < high)
-        words = load_units(codes, rows, chunk, keep, width, row_size, total, BITS, C, READ)
         inputs = _activations(x, runs, n_tokens, in_features, start, base, high, width, READ > 0, GATHER, C, U, BT, S)
         by_code = _split(inputs, C)
         if WHOLE:
             part = tl.zeros([BN * S, BT * S], tl.float32)
-            for j in tl.static_range(C):
-                number = code_operand(words, j, BITS, DTYPE, PTX)
-                part = _dot(number, by_code[j], part, WIDE)
+            if READ == 2:
+                for p in tl.static_range(plane_count(BITS)):
+                    units = load_plane(codes[p], rows, chunk, keep, row_size, U)
+                    for i in tl.static_range(piece_count(BITS, p)):
+                        number = operand(units, BITS, p, i, DTYPE, PTX)
+                        part = _dot(number, by_code[piece(BITS, p, i, 0)], part, WIDE)
+            else:
+                words = load_words(codes[0], rows, chunk, keep, width, row_size, total, BITS, READ)
+                for j in tl.static_range(C):
+                    part = _dot(operand(words, BITS, -1, j, DTYPE, PTX), by_code[j], part, WIDE)
             total_x = tl.sum(tl.sum(inputs.to(tl.float32), 2), 1)
             group = chunk * 0
             if GROUP > 0:
@@ -122,6 +134,10 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
             shift = middle if BITS == 1 and not FLAG else -step * middle
             acc += step[:, None] * part + shift[:, None] * total_x[None, :]
         else:
+            if READ == 2:
+                words = load_plane(codes[0], rows, chunk, keep, row_size, U)
+            else:
+                words = load_words(codes[0], rows, chunk, keep, width, row_size, total, BITS, READ)
             for j in tl.static_range(C):
                 every = keep[:, None] & (columns + j < width)
                 number = _weights(words.to(tl.int32), scale, zero, rows[:, None], columns + j, every, groups, zero_size,
