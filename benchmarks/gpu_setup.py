@@ -43,9 +43,10 @@ class Sizes:
     context: int = 512
     samples: int = 128
     rounds: int = 20
+    cuts: int = 40  # tried for a product, two seconds each to compile
 
 
-TINY = Sizes(((32, 256),), 2**12, 64, 520, 128, 256, 2, 2, 64, 16, 4, 1)
+TINY = Sizes(((32, 256),), 2**12, 64, 520, 128, 256, 2, 2, 64, 16, 4, 1, 2)
 
 
 @dataclass(frozen=True)

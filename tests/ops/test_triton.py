@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 from bitquilt import ops
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import gpu, kernels, reference
-from bitquilt.ops.gpu import body, weight
-from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose
+from bitquilt.ops.gpu import body, tuned, weight
+from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose, neighbours
 from bitquilt.ops.gpu.unpack import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
 from bitquilt.ops.handles import StoredWeight
 from bitquilt.types import Outliers, Permutation, QuantizedWeight
@@ -379,6 +379,29 @@ def test_configurations(rows, chunks, tokens):
         assert size & (size - 1) == 0
     assert config.rows * config.stack >= 16 * config.warps
     assert 1 <= config.parts <= max(1, chunks)
+
+
+def test_neighbours_can_be_launched():
+    start = choose(4096, 86, 1, 132)
+    seen = {start}
+    for _ in range(2):
+        seen |= {config for one in seen for config in neighbours(one)}
+    assert len(seen) > 20
+    assert all(16 * c.warps <= c.rows * c.stack <= 1024 for c in seen)
+    assert all(min(c.rows, c.stack, c.parts, c.warps) >= 1 for c in seen)
+
+
+def test_a_file_that_holds_no_cuts_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITQUILT_CACHE", str(tmp_path))
+    device = torch.device("cpu")
+    try:
+        for text in ("{", "[1]", '{"a": [1, 2]}', '{"a": [3, 1, 8, 1, 4, 4]}'):
+            tuned.cuts.cache_clear()
+            tuned.path(device).write_text(text)
+            with pytest.raises(ValueError, match=r"gpu-interpreted-triton-.*json holds no cuts .*; delete it"):
+                tuned.cuts(device)
+    finally:
+        tuned.cuts.cache_clear()
 
 
 def test_the_kernels_compile_for_hopper():

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from bitquilt.ops import reference
+from bitquilt.ops.gpu import tuned
 from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
@@ -27,7 +28,8 @@ _config: Config | None = None
 
 
 def use_config(config: Config | None) -> None:
-    """Cut every fused product like this, to measure it; None: as `config.choose` says."""
+    """Cut every fused product like this, to measure it; None: as was measured (`ops.gpu.tuned`), or as `config.choose`
+    says."""
     global _config
     _config = config
 
@@ -96,7 +98,7 @@ def forms(parts: tuple[Part, ...], dtype: torch.dtype) -> tuple[tuple[Any, ...],
 
 def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | None, out: Tensor) -> None:
     tokens = len(x)
-    config = _config or choose(found.rows, found.chunks, tokens, processors(found.device))
+    config = _config or cut(found, tokens)
     tiles = triton.cdiv(found.rows, config.rows), triton.cdiv(tokens, config.tokens)
     shared = config.parts > 1
     gathered = x
@@ -117,6 +119,15 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
             HAS_BIAS=bias is not None, SHARED=shared, BN=config.rows, BT=config.tokens, S=config.stack,
             STAGES=config.stages, WIDE=interpreted(), num_warps=config.warps,
         )  # fmt: skip
+
+
+def cut(found: Prepared, tokens: int) -> Config:
+    """How a product of a weight is cut into programs."""
+    if tokens <= tuned.MAX_TOKENS and (measured := tuned.cuts(found.device)):
+        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens))
+        if known is not None:
+            return known
+    return choose(found.rows, found.chunks, tokens, processors(found.device))
 
 
 def _linear(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How is a product cut into programs? choose(rows, chunks, tokens, processors) -> Config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Four warps with 256 rows of the tile each take 2.2 instructions per 2-bit weight, with 128 rows 2.6 (counted in the
 # machine code), and four stages of 256 x 32 bytes keep 32 KB under way; bandwidth times latency of an H200 is 25 KB for
@@ -39,6 +39,23 @@ def choose(rows: int, chunks: int, tokens: int, processors: int) -> Config:
             tall //= 2
         return _shared(rows, chunks, Config(tall, width, 1, 1, 4, 4), processors)
     return Config(128, 64, 1, 1, 8, 3)
+
+
+def neighbours(config: Config) -> list[Config]:
+    """Cuts that differ from `config` in one number, for whoever looks for a better one by measuring."""
+    changes = {
+        "rows": (config.rows // 2, config.rows * 2), "parts": (config.parts // 2, config.parts + 1, config.parts * 2),
+        "warps": (config.warps // 2, config.warps * 2), "stages": (config.stages - 1, config.stages + 2),
+        "stack": (config.stack // 2, config.stack * 2),
+    }  # fmt: skip
+    found = [replace(config, **{name: value}) for name, values in changes.items() for value in values]
+    return [c for c in dict.fromkeys(found) if _possible(c)]
+
+
+def _possible(config: Config) -> bool:
+    least, columns = min(config.rows, config.stack, config.parts, config.warps), config.tokens * config.stack
+    tile = config.rows * config.stack
+    return least >= 1 and config.stages >= 2 and 8 <= columns <= 64 and max(16, 16 * config.warps) <= tile <= 1024
 
 
 def _shared(rows: int, chunks: int, config: Config, processors: int) -> Config:

@@ -72,6 +72,7 @@ class Prepared:
         _check_devices(weight, self.device)
         self.parts = self._describe(weight)
         self.chunks = sum(-(-part.width // CHUNK) for part in self.parts)
+        self.bits = sum(part.form[1] * part.width for part in self.parts) / self.columns  # mean of the codes
         self.channels, self.runs = self._order(weight)
         self.outliers = weight.outlier_values is not None and weight.outlier_values.numel() > 0
         if self.outliers:
