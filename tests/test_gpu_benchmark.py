@@ -26,8 +26,8 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     device = "cuda" if GPU else "cpu"
     gpu.main(["--device", device, "--tiny", "--only", "copy"])
     assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
-    found = gpu.main(["--device", device, "--tiny", "--only", "layers", "sixteen", "decode"])
-    assert found.keys() == {"copy", "layers", "sixteen", "decode"}
+    found = gpu.main(["--device", device, "--tiny", "--only", "layers", "codebooks", "decode"])
+    assert found.keys() == {"copy", "layers", "codebooks", "decode"}
     row = found["layers"]["rows"][0]
     assert row["bytes"] == 32 * 256 * 2 // 8 + 32 * 2 * 2 + 32 * 2 * 2 // 8  # codes, scales, zeros
     assert row["share"] == pytest.approx(row["bytes"] / row["seconds"] / found["copy"]["bytes_per_second"])
@@ -37,7 +37,7 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     table = capsys.readouterr().out
     assert "32x256, 2 bits: share of the copy" in table
     assert "LLaMA-7B, 2 bits: over bf16" in table
-    assert table.count("| pass |") + table.count("| miss |") == 5
+    assert table.count("| pass |") + table.count("| miss |") == 6
 
 
 def test_better_cuts_are_kept_and_used(tmp_path, monkeypatch, capsys):

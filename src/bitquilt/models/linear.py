@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from bitquilt import ops
 from bitquilt.ops import gpu, kernels
+from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable, restore
 from bitquilt.ops.handles import Handle, StoredWeight, version
 from bitquilt.ops.pages import place
-from bitquilt.ops.planes import ARRANGED, arrangeable, from_planes, to_planes
 from bitquilt.ops.reference import LAYOUT_FIELDS
 from bitquilt.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.types import Layout, QuantizedWeight
@@ -133,12 +133,12 @@ class QuantizedLinear(nn.Module):
             return handle
 
     def arrange(self) -> None:
-        """Put codes of 3, 5, 6 and 7 bits in the order in which a GPU reads them (`ops.planes`), where there is one for
-        them. Moving a layer to a GPU and loading it there do; moving it and its `state_dict` give the stored order."""
+        """Put codes in the order in which a GPU reads them (`ops.arranged`), where there is one. Moving a layer to a
+        GPU and loading it there do; moving it and its `state_dict` give the stored order."""
         for i in range(len(self.layout.segments)):
             grid, bits, group_size, width = self._op_layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
             if arrangeable(grid, bits, group_size, width):
-                self._buffers[f"codes_{i}"] = to_planes(self.get_buffer(f"codes_{i}"), bits)
+                self._buffers[f"codes_{i}"] = arrange(self.get_buffer(f"codes_{i}"), grid, bits, width)
                 self._op_layout[LAYOUT_FIELDS * i] += ARRANGED
 
     @property
@@ -149,9 +149,9 @@ class QuantizedLinear(nn.Module):
     def _stored_codes(self) -> dict[str, Tensor]:
         """In the order of the checkpoint, of the segments that are arranged."""
         return {
-            f"codes_{i}": from_planes(self.get_buffer(f"codes_{i}"), form.bits)
-            for i, (form, _) in enumerate(self.layout.segments)
-            if self._op_layout[LAYOUT_FIELDS * i] >= ARRANGED
+            f"codes_{i}": restore(self.get_buffer(f"codes_{i}"), grid - ARRANGED, form.bits, self.out_features, width)
+            for i, (form, width) in enumerate(self.layout.segments)
+            if (grid := self._op_layout[LAYOUT_FIELDS * i]) >= ARRANGED
         }
 
     def _restore(self) -> None:

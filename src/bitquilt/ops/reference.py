@@ -7,8 +7,8 @@ Arguments, as in the op's schema (one entry per column segment in the three list
              uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
              codebook: a factor per column [width_i], or empty;  mx, or a symmetric uniform grid: empty
   layout     per segment four integers: grid (0 uniform, 1 codebook, from 2 on mx, see `mx_grid`), bits, group_size,
-             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`). `ops.planes.ARRANGED` added to a
-             uniform grid: its codes are in planes
+             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`). `ops.arranged.ARRANGED` added to
+             the grid: its codes are in another order
   permutation, block
              order of the input channels in storage, in blocks of that many neighbours; None = as they come.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
@@ -20,9 +20,9 @@ Arguments, as in the op's schema (one entry per column segment in the three list
 import torch
 from torch import Tensor
 
+from bitquilt.ops.arranged import ARRANGED, restore
 from bitquilt.ops.bits import unpack_bits
 from bitquilt.ops.mx import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
-from bitquilt.ops.planes import ARRANGED, from_planes
 
 GRID_UNIFORM, GRID_CODEBOOK, GRID_MX = 0, 1, 2
 LAYOUT_FIELDS = 4
@@ -49,16 +49,17 @@ def _mx(grid: int, bits: int) -> tuple[Element, str]:
     return E2M3 if e2m3 else _ELEMENTS[bits], ACTIVATIONS[activation]
 
 
-def as_stored(codes: list[Tensor], layout: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Codes and layout without planes."""
+def as_stored(codes: list[Tensor], layout: list[int], out_features: int) -> tuple[list[Tensor], list[int]]:
+    """Codes and layout, nothing arranged."""
     grids = layout[::LAYOUT_FIELDS]
     if all(grid < ARRANGED for grid in grids):
         return codes, layout
     codes, layout = list(codes), list(layout)
     for i, grid in enumerate(grids):
         if grid >= ARRANGED:
-            codes[i] = from_planes(codes[i], layout[LAYOUT_FIELDS * i + 1])
-            layout[LAYOUT_FIELDS * i] -= ARRANGED
+            _, bits, _, width = layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
+            codes[i] = restore(codes[i], grid - ARRANGED, bits, out_features, width)
+            layout[LAYOUT_FIELDS * i] = grid - ARRANGED
     return codes, layout
 
 
@@ -119,7 +120,7 @@ def dequantize(
     out_features: int,
 ) -> Tensor:
     """The weight fp32 `[out, in]` in the original channel order, outliers included."""
-    codes, layout = as_stored(codes, layout)
+    codes, layout = as_stored(codes, layout, out_features)
     dense = _stored_order(codes, scales, zeros, layout, out_features)
     in_features = dense.shape[1]
     if permutation is not None:
@@ -150,7 +151,7 @@ def quantized_matmul(
 
     Where a segment quantizes its input too, the product is fp32 and only its result is rounded.
     """
-    codes, layout = as_stored(codes, layout)
+    codes, layout = as_stored(codes, layout, out_features)
     weight = dequantize(
         codes, scales, zeros, layout, permutation, block,
         outlier_values, outlier_columns, outlier_rows, out_features,

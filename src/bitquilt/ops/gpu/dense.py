@@ -7,6 +7,7 @@ the weight once. The arithmetic is `ops.reference`'s, operation by operation, so
 import triton
 import triton.language as tl
 
+from bitquilt.ops.gpu.quads import quad_codes
 from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, plane_count, plane_part, uniform_step
 
 
@@ -14,9 +15,9 @@ from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, plane_cou
 def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features, FORMS: tl.constexpr,
                  GATHER: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """out `[rows, in]` in its own dtype, original order of the channels. `codes`: bytes; FORMS: per segment (grid,
-    bits, group size or 0 for one group, flag as in `product_kernel`, in planes); `sizes`: per segment (first column,
-    width, bytes of a row, 0, groups, bytes of a group's zeros, first chunk). GATHER: `channels` names the channel at
-    each stored column."""
+    bits, group size or 0 for one group, flag as in `product_kernel`, 1 in planes, 2 in quads); `sizes`: per segment
+    (first column, width, bytes of a row or units of a quad's, 0, groups, bytes of a group's zeros, first chunk).
+    GATHER: `channels` names the channel at each stored column."""
     CHUNK: tl.constexpr = 128
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     chunk = tl.program_id(1)
@@ -38,15 +39,12 @@ def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features
 
 @triton.jit
 def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, zero_size, n_rows, GRID: tl.constexpr,
-             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr, PLANES: tl.constexpr):  # fmt: skip
+             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
     """Weights fp32 `[rows, columns]`."""
-    bit = columns[None, :] * BITS
-    found = tl.load(_byte(codes, bit >> 3, rows, n_rows, row_bytes, BITS, PLANES), mask=keep, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        follows = keep & ((bit & 7) + BITS > 8)
-        after = tl.load(_byte(codes, (bit >> 3) + 1, rows, n_rows, row_bytes, BITS, PLANES), mask=follows, other=0)
-        found |= after.to(tl.int32) << 8
-    number = (found >> (bit & 7)) & ((1 << BITS) - 1)
+    if ORDER == 2:
+        number = quad_codes(codes, rows[:, None], columns[None, :], keep, n_rows, row_bytes, BITS)
+    else:
+        number = _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS, ORDER == 1)
     group = columns[None, :] * 0
     if GROUP > 0:
         group = (columns // GROUP)[None, :]
@@ -61,6 +59,18 @@ def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, 
         step, base = uniform_step(scale, zero, rows[:, None], group, keep, groups, zero_size, BITS, FLAG)
         value = number.to(tl.float32)
         return base + step * value if BITS == 1 and not FLAG else step * (value - base)
+
+
+@triton.jit
+def _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS: tl.constexpr, PLANES: tl.constexpr):
+    """Codes int32 `[rows, columns]` of a stored stream or of planes."""
+    bit = columns[None, :] * BITS
+    found = tl.load(_byte(codes, bit >> 3, rows, n_rows, row_bytes, BITS, PLANES), mask=keep, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        follows = keep & ((bit & 7) + BITS > 8)
+        after = tl.load(_byte(codes, (bit >> 3) + 1, rows, n_rows, row_bytes, BITS, PLANES), mask=follows, other=0)
+        found |= after.to(tl.int32) << 8
+    return (found >> (bit & 7)) & ((1 << BITS) - 1)
 
 
 @triton.jit

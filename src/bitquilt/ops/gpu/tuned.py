@@ -24,9 +24,10 @@ from bitquilt.ops.gpu.config import Config
 MAX_TOKENS = 64  # more are compute bound: one cut for all
 
 
-def key(rows: int, chunks: int, bits: float, tokens: int) -> str:
+def key(rows: int, chunks: int, bits: float, tokens: int, quads: bool = False) -> str:
     """What a cut is remembered under."""
-    return f"{rows}x{chunks} {round(bits)} bits, {1 << max(0, tokens - 1).bit_length()} tokens"
+    kind = "codebook" if quads else "bits"
+    return f"{rows}x{chunks} {round(bits)} {kind}, {1 << max(0, tokens - 1).bit_length()} tokens"
 
 
 def path(device: torch.device) -> Path:
