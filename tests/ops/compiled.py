@@ -60,8 +60,8 @@ def product(
     return build(product_kernel, signature, constants, warps, stages)
 
 
-def dense(segments: list[tuple[int, int, int, bool]], dtype: str) -> Any:
-    """`segments`: (grid, bits, group, flag)."""
+def dense(segments: list[tuple[int, int, int, bool, int]], dtype: str) -> Any:
+    """`segments`: (grid, bits, group, flag, 1 in planes or 2 in quads)."""
     scales = tuple("*u8" if s[0] == 2 else "*fp16" for s in segments)
     zeros = tuple("*fp16" if s[0] == 1 or (s[0] == 0 and s[1] == 1) else "*u8" for s in segments)
     signature = {
@@ -169,7 +169,9 @@ def every() -> dict[str, Any]:
         "groups of 32": lambda: product([(0, 2, 32, False, 2), (0, 5, 24, True, 0)]),
         "eight bits": lambda: product([(0, 8, 128, True, 2), (0, 7, 0, False, 1)]),
         "fp32": lambda: product([(0, 2, 128, False, 2), (1, 2, 0, True, 0)], "fp32"),
-        "dense": lambda: dense([(0, 3, 128, False), (1, 2, 1, True), (2, 6, 32, False)], "bf16"),
+        "dense": lambda: dense(
+            [(0, 3, 128, False, 1), (1, 3, 1, True, 2), (2, 6, 32, False, 0), (0, 3, 24, True, 0)], "bf16"
+        ),
         "outliers": lambda: outlier("bf16"),
     }
 
