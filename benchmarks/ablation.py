@@ -11,7 +11,8 @@ import json
 from typing import Any
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.quality import TEXTS, measure_recipe
+from benchmarks.quality import measure_recipe
+from benchmarks.scored import TEXTS
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("gptq", {}),

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.scored import TEXTS
 from bitquilt.evaluation.loading import as_model
 from bitquilt.models.structure import quiet_transformers
 from bitquilt.ops import kernels

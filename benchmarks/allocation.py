@@ -14,9 +14,7 @@ command continues. `benchmarks.prediction` compares predicted and measured KL ov
 
 import argparse
 import json
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,11 @@ import numpy as np
 
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.scored import SEQ_LEN, TEXTS, quantize_and_score
 from bitquilt import Budget
 from bitquilt.errors import UserError
 from bitquilt.models.structure import quiet_transformers
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.plans import read_plan
 from bitquilt.runtime.tables import Sensitivities, read_sensitivities
 from bitquilt.types import LayerPlan
 
@@ -38,7 +35,7 @@ BPW = (2.5, 3.0, 2.25, 3.5, 4.0)
 MORE = (2.75, 3.25, 3.75, 4.25, 4.5)  # for the law: ten budgets of one recipe
 SLIM_GROUPS = {2.25: 128, 2.5: 64, 3.0: 32, 3.5: 32, 4.0: 32}
 NO_OUTLIERS = {"error_outliers": 0.0, "act_outliers": 0.0}  # they cost more than they bring on these models
-DATA: dict[str, Any] = {"samples": 32, "seq_len": 256, "seed": 0}
+DATA: dict[str, Any] = {"samples": 32, "seed": 0}
 TOKENS = 15_000
 
 
@@ -80,38 +77,30 @@ def runs(model: str, recipe: str) -> Iterator[Run]:
         yield from (Run(model, recipe, options, column, budget) for column in ("published", "global", "uniform"))
 
 
-def measure(run: Run, target: float, folder: Path) -> dict[str, Any]:
+def measure(run: Run, target: float) -> dict[str, Any]:
     """Quantize and evaluate; `kl` None where the budget is out of reach. `by_width`: what the tables of the plan's
     groups add up to, by width."""
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[run.model])
-    source, out = SHARED / "models" / run.model, folder / "out"
     row: dict[str, Any] = {"model": run.model, "recipe": run.recipe, "options": run.options, "column": run.column,
                            "budget": run.budget}  # fmt: skip
     recipe: Any = make_recipe(run.recipe, **run.options)
     options: dict[str, Any] = {"budget": Budget("bpw", target), "scope": run.column, "sensitivities": run.tables}
     if run.column == "published":
         recipe, options = make_recipe(run.recipe, **run.options, bpw=target), {}
-    started = time.perf_counter()
     try:
-        result = bitquilt.quantize(source, recipe, calibration, out, **DATA, **options)
+        found = quantize_and_score(run.model, recipe, tokens=TOKENS, **DATA, **options)
     except UserError as error:
         return {**row, "kl": None, "why": str(error)[:160]}
-    seconds = round(time.perf_counter() - started, 1)
-    score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=TOKENS)
-    known = read_sensitivities(run.tables)
+    known, values = read_sensitivities(run.tables), found.row()
     return {
         **row,
-        "bpw": result.report["bpw"],
-        "nominal_bits": result.report["nominal_bits"],
-        "kl": score.kl_mean,
-        "perplexity": score.perplexity,
-        "by_width": by_width(known, read_plan(out / "plan.json").plans),
+        **{key: values[key] for key in ("bpw", "nominal_bits", "perplexity", "seconds")},
+        "kl": values["kl_mean"],
+        "by_width": by_width(known, found.plans),
         "calibration_perplexity": known.perplexity,
-        "seconds": seconds,
     }
 
 
-def by_width(known: Sensitivities, plans: dict[str, LayerPlan]) -> dict[str, float]:
+def by_width(known: Sensitivities, plans: Mapping[str, LayerPlan]) -> dict[str, float]:
     """Sum of the tables over the groups of each width, nats per token."""
     sums: dict[str, float] = {}
     for name, plan in plans.items():
@@ -147,12 +136,11 @@ def run_model(model: str, recipes: list[str], most: int | None = None) -> None:
             if not run.tables.is_file():
                 calibration = SHARED / "text" / TEXTS[model][0]
                 source = SHARED / "models" / model
-                bitquilt.measure_model(source, run.tables, recipe, calibration, **DATA, **run.options)
+                bitquilt.measure_model(source, run.tables, recipe, calibration, seq_len=SEQ_LEN, **DATA, **run.options)
             published = done.get(Run(model, recipe, run.options, "published", run.budget).key) or {}
             # equal bits: to a rounding error, which a budget never forgives
             target = run.budget if published.get("bpw") is None else published["bpw"] * (1 + 1e-12)
-            with tempfile.TemporaryDirectory() as folder:
-                row = done[run.key] = measure(run, target, Path(folder))
+            row = done[run.key] = measure(run, target)
             print(json.dumps(row), flush=True)
             rows.append(row)
             _path(model).write_text(json.dumps({"stamp": stamp(), "results": rows}, indent=1))

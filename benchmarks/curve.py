@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
 from benchmarks.rows import Run, measured
+from benchmarks.scored import TEXTS
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import linear_weight
 from bitquilt.models.structure import open_skeleton
@@ -34,6 +34,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq": ("cmpq", {}),
     "cmpq+": ("cmpq+", {}),
     "cmpq+, bits by norms": ("cmpq+", {"allocation": "norm"}),
+    "cmpq+, each layer for itself": ("cmpq+", {"alpha": 0.0, "stream_alpha": 0.0}),
     "cmpq, published": ("cmpq", {"published": True}),
 }
 ASKED = {"outlier_choice": "asked"}
@@ -53,8 +54,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "error table": {"allocation": "error_table"},
     "no gains per row": {"row_gains": "off"},
     "compensation": {"compensation": True},
-    "compensation and error table (cmpq+)": {"compensation": True, "allocation": "error_table"},
-}
+    "compensation and error table": {"compensation": True, "allocation": "error_table"},
+    "both, and earlier layers' errors (cmpq+)": {
+        "compensation": True, "allocation": "error_table", "alpha": 0.75, "stream_alpha": 0.75,
+    },
+}  # fmt: skip
 GROUP_SIZE, HIGHEST, STEP = 32, 4.5, 0.25
 COLUMNS = ["model", "row", "bpw", "nominal_bits", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 
@@ -106,9 +110,9 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
             yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}
 
 
-def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int) -> float:
+def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int, group_size: int = GROUP_SIZE) -> float:
     """True bits per weight of RTN and GPTQ over the whole model; slim-llm takes as many, to 0.001."""
-    form = Format(bits, GROUP_SIZE)
+    form = Format(bits, group_size)
     total = sum(storage_bits(Layout(rows, columns, ((form, columns),))) for rows, columns in shapes.values())
     return total / sum(rows * columns for rows, columns in shapes.values())
 

@@ -8,12 +8,11 @@ llama.cpp runs in a process of its own (`benchmarks.llamacpp_step` says why), wi
 types have them; `--plain-buffers` does without both.
 
 Each llama.cpp type is measured beside the bitquilt format nearest to it in true bits per weight of the layers, in
-turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, in bf16 and in 6 bits.
+turns; the best of the turns. llama.cpp keeps the head in 6.6 bits: ours is measured twice, as `--head-bits 6` stores it
+and in bf16, as it is.
 """
 
 import argparse
-import ctypes
-import importlib
 import json
 import shutil
 import subprocess
@@ -25,97 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 import bitquilt
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.memory import SHAPE, VOCABULARY, make_model
+from benchmarks.gguf_files import bits_per_weight, block_layers, bytes_read, quantize_gguf, rivals, write_gguf
+from benchmarks.memory import make_model
 from bitquilt.evaluation.loading import as_model
 from bitquilt.integrations.decoding import Decoder
+from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
-from bitquilt.recipes.rtn import RTN
-from bitquilt.types import Layer, uniform_plan
 
 TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}  # llama_ftype
 # The format of ours nearest in bits per weight of the layers: bits, group size.
 NEAREST = {"IQ2_XS": (2, 64), "Q2_K": (3, 128), "Q3_K_M": (4, 128), "Q4_0": (4, 32)}
-HEAD_BITS, HEAD_GROUP = 6, 128
+HEAD_BITS = 6
 PROMPT, TOKENS, TURNS = 16, 24, 3
-
-
-def rivals() -> tuple[Any, Any]:
-    """llama_cpp and gguf, or an exit that says how to get them."""
-    try:
-        return importlib.import_module("llama_cpp"), importlib.import_module("gguf")
-    except ImportError as error:
-        raise SystemExit(f"{error.name} is missing; pip install llama-cpp-python gguf") from None
-
-
-def write_gguf(model: Path, path: Path, gguf: Any) -> None:
-    """The random Llama as GGUF in fp16. The rows of query and key stay as they are: random ones need no reordering."""
-    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(SHAPE["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(SHAPE["intermediate_size"])
-    writer.add_head_count(SHAPE["num_attention_heads"])
-    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(SHAPE["hidden_size"] // SHAPE["num_attention_heads"])
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("none")
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    outer = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
-    for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                name = key.removesuffix(".weight")
-                if name not in outer:
-                    _, _, block, inner = name.split(".", 3)
-                    name = f"blk.{block}.{names[inner]}"
-                else:
-                    name = outer[name]
-                value = tensors.get_tensor(key)
-                writer.add_tensor(f"{name}.weight", (value.float() if value.dim() == 1 else value.half()).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def quantize_gguf(source: Path, path: Path, kind: str, llama_cpp: Any, gguf: Any) -> None:
-    """llama.cpp's own quantization; every weight equally important, which IQ2_XS wants to be told."""
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = TYPES[kind]
-    kept = []
-    if kind.startswith("IQ"):
-        for tensor in gguf.GGUFReader(source).tensors:
-            if len(tensor.shape) == 2:
-                ones = (ctypes.c_float * int(tensor.shape[0]))(*([1.0] * int(tensor.shape[0])))
-                kept.append(llama_cpp.llama_model_imatrix_data(tensor.name.encode(), ones, len(ones)))
-        kept.append(llama_cpp.llama_model_imatrix_data(None, None, 0))
-        parameters.imatrix = (llama_cpp.llama_model_imatrix_data * len(kept))(*kept)
-    unfinished = path.with_suffix(".unfinished")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(unfinished).encode(), ctypes.byref(parameters)):
-        raise SystemExit(f"llama.cpp could not make {kind} of {source}")
-    unfinished.rename(path)
-
-
-def sizes_of_gguf(path: Path, gguf: Any) -> tuple[float, int]:
-    """Bits per weight of the layers, and bytes that a token reads: the layers and the head."""
-    layers = weights = head = 0
-    for tensor in gguf.GGUFReader(path).tensors:
-        if len(tensor.shape) == 2 and tensor.name.startswith("blk."):
-            layers, weights = layers + int(tensor.n_bytes), weights + int(tensor.n_elements)
-        elif tensor.name == "output.weight":
-            head = int(tensor.n_bytes)
-    return 8 * layers / weights, layers + head
 
 
 def typical(step: Callable[[], Any]) -> float:
@@ -155,19 +79,19 @@ class Theirs:
 class Ours:
     """A quantized model after a prompt; `heads` are decoders that share its layers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: Path) -> None:
         model = as_model(folder, "cpu", "auto")
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        small = model.lm_head
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) and m is not small]
         self.layer_bytes = sum(t.numel() * t.itemsize for m in layers for t in m.buffers())
         self.bits = 8 * self.layer_bytes / sum(m.in_features * m.out_features for m in layers)
-        head = model.lm_head.weight.detach()
-        layer = Layer("lm_head", head.float(), None, None)
-        plan = uniform_plan(head.shape[1], HEAD_BITS, HEAD_GROUP)
-        small = QuantizedLinear.from_weight(RTN(HEAD_BITS, HEAD_GROUP).quantize(layer, plan, None).weight)
-        self.heads = {"head bf16": 2 * head.numel()}
+        self.heads = {f"head {HEAD_BITS} bits": sum(t.numel() * t.itemsize for t in small.buffers())}
         self.decoders = [self._begin(model)]
-        model.lm_head = small
-        self.heads[f"head {HEAD_BITS} bits"] = sum(t.numel() * t.itemsize for t in small.buffers())
+        head = torch.nn.Linear(small.in_features, small.out_features, bias=False, device="meta")
+        weight = open_checkpoint(source).read(["lm_head.weight"])["lm_head.weight"].to(torch.bfloat16)
+        head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        model.lm_head = head
+        self.heads["head bf16"] = 2 * weight.numel()
         self.decoders.append(self._begin(model))
 
     @staticmethod
@@ -214,19 +138,23 @@ def make(folder: Path, kind: str, layers: int, llama_cpp: Any, gguf: Any) -> Non
         source.mkdir(exist_ok=True)
         make_model(source, layers)
     bits, group_size = NEAREST[kind]
-    bitquilt.quantize(str(source), "rtn", out=str(ours_at(folder, kind)), bits=bits, group_size=group_size)
+    out = ours_at(folder, kind)
+    if not out.exists():
+        bitquilt.quantize(str(source), "rtn", out=out, bits=bits, group_size=group_size, head_bits=HEAD_BITS)
     if not (folder / f"{kind}.gguf").exists():
         if not plain.exists():
             write_gguf(source, plain, gguf)
-        quantize_gguf(plain, folder / f"{kind}.gguf", kind, llama_cpp, gguf)
+        # every weight equally important: IQ2_XS wants to be told
+        same = {t.name: [1.0] * int(t.shape[0]) for t in block_layers(plain, gguf)} if kind.startswith("IQ") else None
+        quantize_gguf(plain, folder / f"{kind}.gguf", TYPES[kind], llama_cpp, same)
 
 
 def ours_at(folder: Path, kind: str) -> Path:
-    return folder / "bitquilt-{}-{}".format(*NEAREST[kind])
+    return folder / "bitquilt-{}-{}-head-{}".format(*NEAREST[kind], HEAD_BITS)
 
 
 def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> list[dict[str, Any]]:
-    ours = Ours(ours_at(folder, kind))
+    ours = Ours(ours_at(folder, kind), folder / "model")
     rival = Theirs(folder / f"{kind}.gguf", threads, plain)
     theirs, limit = float("inf"), 0.0
     best = [float("inf")] * len(ours.decoders)
@@ -236,7 +164,8 @@ def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> li
         for i, decoder in enumerate(ours.decoders):
             best[i] = min(best[i], typical(lambda decoder=decoder: decoder.step(7)))  # type: ignore[misc]
     rival.close()
-    bits, read = sizes_of_gguf(folder / f"{kind}.gguf", gguf)
+    file = folder / f"{kind}.gguf"
+    bits, read = bits_per_weight(file, gguf), bytes_read(file, gguf)
     rows = [{"model": f"llama.cpp {kind}", "bpw": bits, "MB read per token": read / 1e6, "tokens/s": 1 / theirs,
              "share": read / theirs / limit}]  # fmt: skip
     for (name, head), seconds in zip(ours.heads.items(), best, strict=True):

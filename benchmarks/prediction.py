@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.allocation import read_rows
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.scored import TEXTS
 from bitquilt.sensitivity.together import RANGE, together
 
 

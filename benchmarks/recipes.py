@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.curve import layer_shapes
-from benchmarks.quality import TEXTS
 from benchmarks.rows import Run, measured
+from benchmarks.scored import TEXTS
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable
 from bitquilt.recipes import make_recipe
@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
     "gptq": ("gptq", {}, WHOLE),
     "gptq + scale search": ("gptq", {"scale_search": True}, WHOLE),
     "slim-llm": ("slim-llm", {}, WHOLE),
+    "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, WHOLE),
     "quilt": ("quilt", {}, WHOLE),
     "mg-ptq": ("mg-ptq", {}, FRACTIONS),
     "aptq": ("aptq", {}, FRACTIONS),
@@ -40,10 +41,14 @@ ROWS: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
         "aptq", {"scale_search": True, "allocation": "hawq2", "palette": (2, 3, 4)}, FRACTIONS,
     ),
 }  # fmt: skip
-CODEBOOKS = {"cmpq": "cmpq", "cmpq+": "cmpq+"}
+CODEBOOKS = ("cmpq", "cmpq+")
+SHARED_BUDGET: dict[str, tuple[str, dict[str, Any]]] = {
+    "quilt, one budget for all layers": ("quilt", {"group_size": 64}),
+    "cmpq+, one budget for all layers": ("cmpq+", {}),
+}
 MICROMIX = (4.25, 5.0, 5.75)
 HESSIANS = {"gptq": {"scale_search": True}, "slim-llm": {}}
-COLUMNS = ["model", "target", "row", "setting", "bpw", "kl_mean", "perplexity", "top1_agreement", "seconds"]
+COLUMNS = ["model", "target", "row", "setting", "bpw", "kl_mean", "perplexity", "top1_agreement", "cpu_seconds"]
 
 
 def predicted_bpw(shapes: dict[str, tuple[int, int]], row: str, bits: float, group_size: int) -> float:
@@ -59,7 +64,11 @@ def predicted_bpw(shapes: dict[str, tuple[int, int]], row: str, bits: float, gro
             ends = [
                 storage_bits(Layout(rows, columns, ((Format(b, group_size), columns),))) for b in (low, min(low + 1, 8))
             ]
-            stored += ends[0] + (bits - low) * (ends[1] - ends[0])
+            share = bits - low
+            if name == "mg-ptq":  # every layer for itself, in whole groups from below; aptq mixes whole layers
+                groups = -(-columns // group_size)
+                share = int(share * groups + 1e-9) / groups
+            stored += ends[0] + share * (ends[1] - ends[0])
         weights += rows * columns
     return stored / weights
 
@@ -77,13 +86,17 @@ def table(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for row in arguments.rows:
             if row == "micromix":
                 continue
+            budget = None
             if row in ROWS:
                 name, options, _ = ROWS[row]
                 bits, group_size = nearest(shapes, row, target)
                 chosen = {"bits": bits, "group_size": group_size, **options}
+            elif row in SHARED_BUDGET:
+                name, chosen = SHARED_BUDGET[row]
+                budget = target
             else:
-                name, chosen = CODEBOOKS[row], {"bpw": target}
-            results += show(model, row, name, chosen, arguments, target=target)
+                name, chosen = row, {"bpw": target}
+            results += show(model, row, name, chosen, arguments, budget, target=target)
     for bits in MICROMIX if "micromix" in arguments.rows else ():
         results += show(model, "micromix", "micromix", {"bits": bits, "alignment": 32}, arguments, target=bits)
     return results
@@ -106,7 +119,9 @@ def allocators(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]
     for bits in (2, 3):
         for group_size in (8, 32):
             chosen = {"bits": bits, "group_size": group_size}
-            found = measured(Run(model, "mg-ptq", chosen, arguments.samples, arguments.tokens), arguments.again)
+            found = measured(
+                Run(model, "mg-ptq", chosen, arguments.samples, arguments.tokens), arguments.again, arguments.kept
+            )
             if found is None:
                 continue
             shares: dict[str, float] = {}
@@ -121,10 +136,12 @@ def allocators(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]
 
 
 def show(
-    model: str, row: str, name: str, options: dict[str, Any], arguments: argparse.Namespace, **extra: Any
-) -> list[dict[str, Any]]:
+    model: str, row: str, name: str, options: dict[str, Any], arguments: argparse.Namespace,
+    budget: float | None = None, **extra: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row, printed when it is there; none where the recipe cannot meet the setting."""
-    found = measured(Run(model, name, options, arguments.samples, arguments.tokens), arguments.again)
+    run = Run(model, name, options, arguments.samples, arguments.tokens, budget)
+    found = measured(run, arguments.again, arguments.kept)
     if found is None:
         return []
     value = {"row": row, **extra, **{key: found.get(key) for key in COLUMNS if key in found}}
@@ -132,9 +149,26 @@ def show(
     return [value]
 
 
+def side_by_side(results: list[dict[str, Any]]) -> str:
+    """A table per model, a column per target: KL (bits per weight; perplexity; processor seconds)."""
+    text = ""
+    for model in dict.fromkeys(r["model"] for r in results):
+        mine = [r for r in results if r["model"] == model]
+        targets = list(dict.fromkeys(r["target"] for r in mine if r["row"] != "micromix"))
+        lines: dict[str, dict[str, Any]] = {}
+        for r in mine:
+            cell = f"{r['kl_mean']:.3g} ({r['bpw']:.3f}; {r['perplexity']:.4g}; {r['cpu_seconds']:.0f} s)"
+            own = r["row"] == "micromix"
+            line = lines.setdefault(f"micromix, {r['setting']}" if own else r["row"], {})
+            line["its own size" if own else f"about {r['target']:g}"] = cell
+        columns = [model, *(f"about {t:g}" for t in targets), "its own size"]
+        text += markdown_table(columns, [{model: row, **line} for row, line in lines.items()]) + "\n"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = [*ROWS, *CODEBOOKS, "micromix"]
+    rows = [*ROWS, *SHARED_BUDGET, *CODEBOOKS, "micromix"]
     parts = ["table", "hessian", "allocators"]
     parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
@@ -143,6 +177,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--again", action="store_true", help="measure kept rows anew")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: tables of what was measured before")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
     for model in arguments.models:
@@ -154,7 +189,8 @@ def main() -> None:
             results += allocators(model, arguments)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "recipes.json").write_text(json.dumps({"stamp": stamp(), "results": results}, indent=1))
-    text = markdown_table(COLUMNS, [r for r in results if "row" in r])
+    text = side_by_side(results) if arguments.parts == ["table"] else ""
+    text += markdown_table(COLUMNS, [r for r in results if "row" in r])
     (OUTPUT / "recipes.md").write_text(text)
     print(text)
 

@@ -10,17 +10,12 @@ Every row is kept as soon as it is measured; the same command continues.
 
 import argparse
 import json
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import bitquilt
 from benchmarks.allocation import DATA, TOKENS
-from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.common import OUTPUT, markdown_table, stamp
+from benchmarks.scored import TEXTS, quantize_and_score
 from bitquilt import Budget
-from bitquilt.models.structure import quiet_transformers
 
 OPTIONS: dict[str, Any] = {"group_size": 128, "scale_search": True}
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
@@ -29,17 +24,11 @@ KEPT = OUTPUT / "rounds.json"
 
 def measure(model: str, budget: float, rounds: int) -> dict[str, Any]:
     """Quantize to `budget` true bits per weight, tables and all, and evaluate."""
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
-    source = SHARED / "models" / model
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        out, cpu = Path(folder) / "out", time.process_time()
-        result = bitquilt.quantize(
-            source, "gptq", calibration, out, **DATA, **OPTIONS, budget=Budget("bpw", budget), rounds=rounds
-        )
-        busy = time.process_time() - cpu
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=TOKENS)
-    return {"model": model, "budget": budget, "rounds": rounds, "bpw": result.report["bpw"], "kl": score.kl_mean,
-            "perplexity": score.perplexity, "cpu_seconds": round(busy, 1)}  # fmt: skip
+    found = quantize_and_score(
+        model, "gptq", tokens=TOKENS, **DATA, **OPTIONS, budget=Budget("bpw", budget), rounds=rounds
+    )
+    row = {key: value for key, value in found.row().items() if key in ("bpw", "perplexity", "cpu_seconds")}
+    return {"model": model, "budget": budget, "rounds": rounds, **row, "kl": found.score.kl_mean}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -6,17 +6,14 @@ after what was asked for. Delete files, or pass --again, where the code of a rec
 
 import hashlib
 import json
-import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bitquilt
-from benchmarks.common import OUTPUT, SHARED, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.common import OUTPUT, stamp
+from benchmarks.scored import quantize_and_score
+from bitquilt import Budget
 from bitquilt.errors import UserError
-from bitquilt.models.structure import quiet_transformers
 from bitquilt.recipes import make_recipe
 
 ROWS = OUTPUT / "rows"
@@ -24,18 +21,22 @@ ROWS = OUTPUT / "rows"
 
 @dataclass(frozen=True)
 class Run:
-    """`recipe` with `options` on `model`, calibrated on `samples` x 256 tokens, measured on `tokens` others."""
+    """`recipe` with `options` on `model`, calibrated on `samples` x 256 tokens, measured on `tokens` others.
+
+    `budget`: bits per weight that all layers share; None: the recipe gives each layer its own.
+    """
 
     model: str
     recipe: str
     options: dict[str, Any] = field(default_factory=dict)
     samples: int = 32
     tokens: int = 8_000
+    budget: float | None = None
 
     @property
     def path(self) -> Path:
         """Where the row is kept."""
-        asked = json.dumps(asdict(self), sort_keys=True)
+        asked = json.dumps({k: v for k, v in asdict(self).items() if v is not None}, sort_keys=True)
         return ROWS / f"{self.model}-{self.recipe}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
 
 
@@ -60,28 +61,12 @@ def measured(run: Run, again: bool = False, kept_only: bool = False) -> dict[str
 
 def measure(run: Run) -> dict[str, Any]:
     """Quantize, evaluate. Raises UserError where the recipe cannot meet the setting."""
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[run.model])
-    source = SHARED / "models" / run.model
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        started, cpu = time.perf_counter(), time.process_time()
-        out = Path(folder) / "out"
-        made = make_recipe(run.recipe, **run.options)
-        report = bitquilt.quantize(source, made, calibration, out, samples=run.samples, seq_len=256).report
-        seconds, busy = time.perf_counter() - started, time.process_time() - cpu
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=256, max_tokens=run.tokens)
-    layers = {n: v for n, v in report["layers"].items() if "table_error" in v}
-    return {
-        "model": run.model,
-        "setting": setting(run.options),
-        "bpw": report["bpw"],
-        "nominal_bits": report["nominal_bits"],
-        "kl_mean": score.kl_mean,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(busy, 1),
-        **({"layers": layers} if layers else {}),
-    }
+    budget = {} if run.budget is None else {"budget": Budget("bpw", run.budget)}
+    recipe = make_recipe(run.recipe, **run.options)
+    found = quantize_and_score(run.model, recipe, tokens=run.tokens, samples=run.samples, **budget)
+    layers = {n: v for n, v in found.report["layers"].items() if "table_error" in v}
+    chosen = setting(run.options) if run.budget is None else f"{setting(run.options)} budget={run.budget}"
+    return {"model": run.model, "setting": chosen, **found.row(), **({"layers": layers} if layers else {})}
 
 
 def setting(options: dict[str, Any]) -> str:

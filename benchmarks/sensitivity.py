@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.scored import TEXTS
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.models.structure import open_skeleton, quiet_transformers

@@ -331,6 +331,7 @@ def test_a_plan_brings_the_settings_that_its_bytes_depend_on(
         ({"recipe": "slim-llm", "symmetric": False}, r"slim-llm with symmetric=True, not False: .* bytes instead of"),
         ({"recipe": "gptq", "group_size": 8}, "recipe slim-llm, not gptq: .* bytes instead of"),
         ({"recipe": None, "embedding_bits": 8}, "embedding bits is 8, the plan was made for 4"),
+        ({"recipe": None, "head_bits": 6}, "head bits is 6, the plan was made for none"),
         ({"recipe": None, "bits": 2.5}, "a plan and the budget 2.5 bits both say"),
         ({"recipe": None, "scope": "layers"}, "a plan and the allocation layers both say"),
         ({"recipe": make_recipe("gptq"), "bits": 3}, "go with a recipe's name"),
@@ -354,13 +355,13 @@ def test_a_plan_whose_recipe_promises_no_bytes_is_followed(
     assert json.loads((result.folder / "plan.json").read_text())["layers"] == value["layers"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "head"), [(True, {}), (False, {}), (False, {"head_bits": 6})])
 @pytest.mark.parametrize("kind", ["size", "vram", "bpw", "bits"])
-def test_a_budget_counts_an_embedding_in_few_bits(
-    kind: str, tied: bool, make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
+def test_a_budget_counts_embedding_and_head_in_few_bits(
+    kind: str, tied: bool, head: dict[str, int], make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
     model, recipe = make_model(tie_word_embeddings=tied), make_recipe("gptq", group_size=8)
-    options: dict[str, Any] = {"embedding_bits": 4}
+    options: dict[str, Any] = {"embedding_bits": 4, **head}
     least, most = (
         bitquilt.plan(
             model,
@@ -378,6 +379,7 @@ def test_a_budget_counts_an_embedding_in_few_bits(
     assert result.report["budget"]["spent"] == found.summary["budget"]["spent"] <= budget.value
     assert found.summary["layers"]["model.embed_tokens"]["bits"] == {"4": 1}
     assert not any("embed" in item["example"] for item in found.summary["untouched"])
+    assert found.summary["layers"].get("lm_head", {}).get("bits") == ({"6": 1} if head else None)
     if kind in ("bpw", "bits"):
         assert result.report[{"bits": "nominal_bits"}.get(kind, kind)] == result.report["budget"]["spent"]
 

@@ -2,23 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
-from bitquilt.models.structure import architecture
 from bitquilt.pipeline import run
 from bitquilt.protocols import Recipe
 from bitquilt.request import Request, Result
 from bitquilt.runtime.calibration import SELF
 from bitquilt.runtime.devices import choose_device
-from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.plans import OuterBits, read_plan
 from bitquilt.runtime.progress import Observer, silent
-from bitquilt.wish import same_embedding, wish, wish_for_plan
+from bitquilt.wish import same_outer, wish, wish_for_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Result", "load", "quantize"]
 
@@ -38,6 +38,7 @@ def quantize(
     skip: Sequence[str] = (),
     include_head: bool = False,
     embedding_bits: int | None = None,
+    head_bits: int | None = None,
     plan: str | Path | None = None,
     budget: Budget | None = None,
     scope: str | None = None,
@@ -54,8 +55,9 @@ def quantize(
     safetensors file, or "self": the model writes its own. `self_samples`: so many sequences of the model's own beside
     those of the text, for recipes that train. `skip`: patterns of layers to leave alone. `include_head`: quantize the
     layer that makes logits too, where it is not tied to the embedding. `embedding_bits`: round the token embedding to
-    so many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it; a budget counts it.
-    `plan`: a plan.json to follow, made for this recipe and embedding or for ones that take the same bytes.
+    so many bits (2 to 8; groups of 32, one scale each), and with it a head that is tied to it; `head_bits`: the
+    same for a head of its own; a budget counts both.
+    `plan`: a plan.json to follow, made for this recipe, embedding and head or for ones that take the same bytes.
     `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`, given out where it hurts least;
     `scope`: "global" (any column group of any layer), "layers" (one width a layer), "layer" (every layer the same
     bits per weight), "pairs" (inside it N-1, N, N+1 in pairs, as SliM-LLM), "uniform". What a width costs is measured
@@ -67,12 +69,12 @@ def quantize(
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
     where = choose_device(device)
-    file = None if plan is None else read_plan(plan)
+    file, outer = None if plan is None else read_plan(plan), OuterBits(embedding_bits, head_bits)
     if file is None:
         wanted = wish(recipe or "slim-llm", options, budget, scope)
     else:
         wanted = wish_for_plan(file.recipe, recipe, options, budget, scope)
-        embedding_bits = same_embedding(file.embedding_bits, embedding_bits)
+        outer = same_outer(file.outer, outer)
     request = Request(
         model=model,
         wanted=wanted,
@@ -86,7 +88,7 @@ def quantize(
         work_dir=None if work_dir is None else Path(work_dir),
         skip=tuple(skip),
         include_head=include_head,
-        embedding_bits=embedding_bits,
+        outer=outer,
         plan=plan,
         file=file,
         sensitivities=sensitivities,
@@ -96,13 +98,17 @@ def quantize(
     return run(request, observer)
 
 
-def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "PreTrainedModel":
     """The quantized model in `folder`, ready to run; keyword arguments go to `from_pretrained`.
 
     `device`: "cuda", "cuda:N" or "auto" puts the packed weights on a GPU, where Triton's kernels read them as they are;
     more than one GPU: leave it out and give `device_map`.
     Raises UserError if the folder is not a bitquilt checkpoint or is damaged, or the device is not here.
     """
+    from transformers import AutoModelForCausalLM
+
+    from bitquilt.models.build import architecture
+
     checkpoint = open_checkpoint(folder)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:

@@ -18,18 +18,19 @@ import torch
 from bitquilt.allocation.budget import Budget
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.models.outline import open_outline
 from bitquilt.models.remote import RemoteCheckpoint, open_headers
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
-from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
+from bitquilt.runtime.outer import tables_to_be
 from bitquilt.runtime.outlook import estimate, permits
 from bitquilt.runtime.planning import Planned, Planner
-from bitquilt.runtime.plans import plan_json
+from bitquilt.runtime.plans import OuterBits, plan_json
 from bitquilt.runtime.progress import Observer, Stage, Untouched, silent
 from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.sensitivities import measure
@@ -53,11 +54,11 @@ class Outlook:
     planned: Planned
     summary: dict[str, Any]
     untouched: tuple[Untouched, ...]
-    embedding_bits: int | None = None
+    outer: OuterBits
 
     def plan_json(self) -> dict[str, Any]:
         """The content of a plan.json for `quantize --plan`."""
-        return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.embedding_bits)
+        return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.outer)
 
 
 def plan(
@@ -72,6 +73,7 @@ def plan(
     skip: Sequence[str] = (),
     include_head: bool = False,
     embedding_bits: int | None = None,
+    head_bits: int | None = None,
     samples: int = 128,
     seq_len: int = 2048,
     **options: Any,
@@ -80,23 +82,22 @@ def plan(
 
     Without `budget` the recipe's own bits. `sensitivities`: a file that `measure_model` wrote, to give bits out by what
     they are worth; without, every layer gets the same. `tie`: layers that serving engines fuse share their bits.
-    `embedding_bits`: the token embedding in so many bits, which the budget counts.
+    `embedding_bits`, `head_bits`: the token embedding, the head in so many bits, which the budget counts.
     `samples`, `seq_len`: of the quantization whose time is estimated. Raises UserError for what the caller can mend,
     an unreachable budget among it (`Unreachable`).
     """
-    wanted = wish(recipe, options, budget, scope)
+    wanted, outer = wish(recipe, options, budget, scope), OuterBits(embedding_bits, head_bits)
     checkpoint = open_headers(model)
     refuse_quantized(checkpoint)
-    skeleton = open_skeleton(checkpoint)
+    skeleton = open_outline(checkpoint)
     layers = all_targets(skeleton, skip, include_head)
     shapes = shapes_of(layers)
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
-    planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, embedding_bits=embedding_bits)
-    embedding = planner.embedding
+    planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, outer=outer)
     own = wanted.budget is None
     planned = planner.plan(wanted.budget or _own_budget(wanted.recipe), "uniform" if own else wanted.scope)
-    untouched = survey(skeleton, {*layers, *([] if embedding is None else [embedding.path])})
+    untouched = survey(skeleton, {*layers, *(table.path for table in planner.tables)})
     seq_len, _ = clip_to_context(seq_len, checkpoint)
     measures = not own and wanted.scope != "uniform" and known is None
     search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
@@ -134,10 +135,10 @@ def plan(
         "tied": [list(names) for names in ties],
         "untouched": [asdict(item) for item in untouched],
         "permits": permits({name: planned.layouts[name] for name in shapes}),
-        "prediction": _prediction(planned, known, embedding is not None),
+        "prediction": _prediction(planned, known, outer),
         "sensitivities": None if sensitivities is None else str(sensitivities),
     }
-    return Outlook(wanted, planned, summary, untouched, embedding_bits)
+    return Outlook(wanted, planned, summary, untouched, outer)
 
 
 def measure_model(
@@ -192,7 +193,7 @@ def _own_budget(recipe: Recipe) -> Budget:
 
 
 def _one_width(layout: Layout) -> list[int]:
-    """Of the embedding, which no plan gives out."""
+    """Of embedding and head, which no plan gives out."""
     form, width = layout.segments[0]
     return [form.bits] * -(-width // form.group_size)
 
@@ -203,22 +204,22 @@ def _counts(bits: Sequence[int]) -> dict[str, int]:
 
 
 def prediction(
-    losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities, embedding: bool = False
+    losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities, outer: OuterBits
 ) -> dict[str, Any]:
-    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows. What an
-    `embedding` in few bits costs is in neither, which `without` says."""
+    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows. What
+    embedding and head in few bits cost is in neither, which `without` says."""
     found: dict[str, Any] = {"kl": sum(losses.values()), "perplexity_full_precision": known.perplexity}
     if known.perplexity is not None and not any(1 in plan.bits for plan in plans.values()):
         found["ppl_range"] = list(perplexity_range(found["kl"], known.perplexity))
-    if embedding:
-        found["without"] = "the embedding's rounding"
+    if outer.given:
+        found["without"] = f"the rounding of the {' and the '.join(outer.given)}"
     return found
 
 
-def _prediction(planned: Planned, known: Sensitivities | None, embedding: bool) -> dict[str, Any] | None:
+def _prediction(planned: Planned, known: Sensitivities | None, outer: OuterBits) -> dict[str, Any] | None:
     if known is None or planned.loss is None:
         return None
-    return prediction(planned.losses, planned.plans, known, embedding)
+    return prediction(planned.losses, planned.plans, known, outer)
 
 
 def open_planner(
@@ -228,14 +229,14 @@ def open_planner(
     sensitivities: Sensitivities | None = None,
     *,
     ties: Sequence[Sequence[str]] = (),
-    embedding_bits: int | None = None,
+    outer: OuterBits = OuterBits(),
 ) -> Planner:
-    """A planner for these layers, and the embedding if it is to take few bits. Raises UserError for a recipe that
-    cannot be planned, or an embedding that has to stay as it is."""
+    """A planner for these layers, and embedding and head if they are to take few bits. Raises UserError for a recipe
+    that cannot be planned, or an embedding or a head that has to stay as it is."""
     if not isinstance(recipe, Plannable):
         raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
-    embedding = embedding_to_be(skeleton, embedding_bits)
-    return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, embedding=embedding)
+    tables = tables_to_be(skeleton, outer, shapes)
+    return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, tables=tables)
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:

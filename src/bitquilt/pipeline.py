@@ -29,8 +29,8 @@ from bitquilt.protocols import ChecksLayers, TunesModel
 from bitquilt.request import Request, Result
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.disk import check_disk
-from bitquilt.runtime.embedding import embedding_to_be
 from bitquilt.runtime.job import Job, all_targets, shapes
+from bitquilt.runtime.outer import tables_to_be
 from bitquilt.runtime.planning import Planned, predicted_losses
 from bitquilt.runtime.plans import check_plan, plan_to_json
 from bitquilt.runtime.progress import BlockDone, Observer, Stage, StageClock, Started, Untouched
@@ -88,18 +88,18 @@ def run(request: Request, observe: Observer) -> Result:
         observe(Started(str(request.model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
         ids = _calibration(request, skeleton, work, observe) if request.calibrates else None
         known, planned = _given_out(request, skeleton, layers, work, ids, known, observe)
-        plans = planned.plans if planned is not None else None if request.file is None else request.file.plans
+        source = planned or request.file
+        plans = None if source is None else source.plans
         job = Job(
             skeleton, recipe, ids if recipe.needs else None, work,
             request.batch_size or max(1, _BATCH_TOKENS // seq_len), request.skip, request.include_head,
-            request.embedding_bits, plans, request.device,
+            request.outer, plans, request.device,
         )  # fmt: skip
         records = stream(job, observe)
         observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
-        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock)
-        report["machine"]["device"] = str(request.device)
+        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock, str(request.device))
         _write_reports(request, folder, skeleton, records, report, plans, known, planned)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
@@ -139,7 +139,7 @@ def _stem(model: str | Path, checkpoint: Checkpoint) -> str:
 def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
     found = fingerprint_of(
         checkpoint, request.wanted.recipe, request.calibration, request.samples, request.seq_len, request.seed,
-        request.skip, request.include_head, request.embedding_bits, request.plan,
+        request.skip, request.include_head, request.outer, request.plan,
         measures=request.measures or request.rounds == 2, self_samples=request.self_samples,
     )  # fmt: skip
     found |= request.wanted.values
@@ -153,20 +153,20 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
 def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tuple[int, int]]) -> tuple[Untouched, ...]:
     """Raise UserError for whatever headers and shapes say cannot end well; else what stays as it is."""
     recipe, file, budget = request.wanted.recipe, request.file, request.wanted.budget
-    embedding = embedding_to_be(skeleton, request.embedding_bits)
+    tables = tables_to_be(skeleton, request.outer, layers)
     check_memory(recipe, skeleton, layers, request.seq_len)
     if file is not None:
         columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
         check_plan(file.plans, layers, channels=columns)
         check_bytes(file.recipe, recipe, layers, file.plans)
     elif budget is not None:
-        open_planner(skeleton, recipe, layers, embedding_bits=request.embedding_bits).check(budget)
+        open_planner(skeleton, recipe, layers, outer=request.outer).check(budget)
     elif isinstance(recipe, ChecksLayers):
         try:
             recipe.check_layers(layers)
         except ValueError as error:
             raise UserError(str(error)) from None
-    return survey(skeleton, {*layers, *([] if embedding is None else [embedding.path])})
+    return survey(skeleton, {*layers, *(table.path for table in tables)})
 
 
 def _calibration(request: Request, skeleton: Skeleton, work: Path, observe: Observer) -> torch.Tensor:
@@ -211,7 +211,7 @@ def _given_out(
     if request.rounds == 2:
         assert ids is not None
         tables = _second_round(request, skeleton, work, ids, observe)
-    planner = open_planner(skeleton, wanted.recipe, layers, tables, embedding_bits=request.embedding_bits)
+    planner = open_planner(skeleton, wanted.recipe, layers, tables, outer=request.outer)
     return known, planner.plan(wanted.budget, wanted.scope)
 
 
@@ -263,12 +263,12 @@ def _write_reports(
     planned: Planned | None,
 ) -> None:
     """plan.json and report.json, with what was predicted beside what came of it."""
-    plan_value = plan_to_json(recipe_json(request.wanted.recipe), records, request.embedding_bits)
+    plan_value = plan_to_json(recipe_json(request.wanted.recipe), records, request.outer)
     losses: dict[str, float] = {}
     predicted = None
     if known is not None and plans is not None and known.method == "kfac":
         losses = predicted_losses(known, plans, request.wanted.recipe)
-        predicted = prediction(losses, plans, known, request.embedding_bits is not None)
+        predicted = prediction(losses, plans, known, request.outer)
     room = folder_bytes(skeleton, folder, plan_value)
     spent = None if planned is None else planned.spent
     add_prediction(report, request.wanted.values.get("budget"), spent, room, losses, predicted)

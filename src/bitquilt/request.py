@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bitquilt.runtime.plans import PlanFile
+from bitquilt.runtime.plans import OuterBits, PlanFile
 from bitquilt.wish import Wish
 
 
@@ -35,7 +35,7 @@ class Request:
     work_dir: Path | None
     skip: tuple[str, ...]
     include_head: bool
-    embedding_bits: int | None
+    outer: OuterBits
     plan: str | Path | None
     file: PlanFile | None
     sensitivities: str | Path | None

@@ -11,6 +11,7 @@ from bitquilt.errors import UserError
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
+from bitquilt.runtime.plans import OuterBits
 from bitquilt.types import LayerPlan
 
 _NOT_BOTH = "options {} go with a recipe's name; set them on the recipe itself"
@@ -100,14 +101,15 @@ def wish_for_plan(
     return Wish(recipe)
 
 
-def same_embedding(made_for: int | None, bits: int | None) -> int | None:
-    """The bits of the embedding: the plan's, if it was made for some. Raises UserError if the run's are others."""
-    if bits is not None and bits != made_for:
-        planned = "none" if made_for is None else str(made_for)
-        raise UserError(
-            f"embedding bits is {bits}, the plan was made for {planned}: it would take other bytes; leave out "
-            "embedding bits, plan again with them, or set embedding_bits in the plan"
-        )
+def same_outer(made_for: OuterBits, asked: OuterBits) -> OuterBits:
+    """The bits of embedding and head: the plan's. Raises UserError if the run asks for others."""
+    for name, bits in asked.given.items():
+        planned = made_for.given.get(name)
+        if bits != planned:
+            raise UserError(
+                f"{name} bits is {bits}, the plan was made for {planned or 'none'}: it would take other bytes; leave "
+                f"out {name} bits, plan again with them, or set {name}_bits in the plan"
+            )
     return made_for
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitquilt.cli import doctor as verb
+from bitquilt.cli.doctor import doctor as verb
 from bitquilt.cli.doctor import self_test
 from bitquilt.ops import kernels
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from bitquilt.cli import evaluate as verb
+from bitquilt.cli.eval import evaluate as verb
 
 from .conftest import Command
 

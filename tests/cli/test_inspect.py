@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bitquilt.cli import inspect as verb
 from bitquilt.cli.inspect import group_bar
+from bitquilt.cli.inspect import inspect as verb
 
 from .conftest import Command
 

@@ -5,12 +5,14 @@ import json
 import math
 import subprocess
 import sys
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from bitquilt.cli import output, progress
+from bitquilt.cli.app import VERBS, load_verb
 from bitquilt.cli.output import print_json, ratio_text, size_text, time_text
 from bitquilt.runtime.progress import BlockDone, LayerDone, Stage, Started, Untouched
 
@@ -138,6 +140,7 @@ def test_a_pipe_that_closes_early_is_no_error(quantized: Path) -> None:
 def test_help_and_version(command: Command) -> None:
     ran = command("--help")
     assert ran.code == 0
-    for verb in ("quantize", "eval", "inspect", "generate", "demo", "doctor", "law"):
-        assert verb in ran.out
+    for name, verb in VERBS.items():
+        assert f"{name} " in ran.out
+        assert cleandoc(load_verb(name).help).split("\n\n")[0].replace("\n", " ") == verb.help  # said twice, the same
     assert command("--version").out.startswith("bitquilt 0.")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,39 @@ def test_a_budget_that_does_not_fit(command: Command, tiny: Path) -> None:
     assert "reaches" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "budget"),
+    [
+        (("--bpw", "1.2"), {"kind": "bpw", "value": 1.2, "ctx": None}),
+        (("--bpw", "64"), {"kind": "bpw", "value": 64.0, "ctx": None}),
+        (("--bits", "0.5"), {"kind": "bits", "value": 0.5, "ctx": None}),
+        (("--bits", "8.5"), {"kind": "bits", "value": 8.5, "ctx": None}),
+        (("--vram", "30kB", "--ctx", "16"), {"kind": "vram", "value": 30_000, "ctx": 16}),
+        (("--size", "20kB"), {"kind": "size", "value": 20_000, "ctx": None}),
+    ],
+)
+def test_every_refusal_says_what_can_be_reached(
+    flags: tuple[str, ...], budget: dict[str, Any], command: Command, tiny: Path
+) -> None:
+    ran = command("plan", tiny, *flags, *GROUPS, "--json")
+    assert ran.code == 4
+    value = json.loads(ran.out)
+    assert value["budget"] == budget
+    assert value["fits"] is False
+    fits = json.loads(command("plan", tiny, "--bits", "3", *GROUPS, "--json").out)
+    assert value["reachable_bytes"] == fits["reachable_bytes"]
+    least, most = value["reachable"]
+    assert least < most
+    assert not least <= budget["value"] <= most
+    if budget["kind"] == "vram":  # the least that is named does fit, a byte less does not
+        codes = [
+            command("plan", tiny, "--vram", str(int(least) - less), "--ctx", "16", *GROUPS).code for less in (0, 1)
+        ]
+        assert codes == [0, 4]
+    if budget["kind"] == "size":
+        assert value["reachable"] == value["reachable_bytes"]
+
+
 def test_measure_once_plan_often_quantize_the_plan(
     command: Command, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +101,7 @@ def test_measure_once_plan_often_quantize_the_plan(
     shown = command("plan", tiny, "--bpw", "6", *GROUPS)
     assert "KL about" in shown.out
     shown = command("plan", tiny, "--bpw", "4.8", "--embedding-bits", "4", *GROUPS)
-    assert "without the embedding's rounding" in shown.out
+    assert "without the rounding of the embedding" in shown.out
     ran = command("quantize", tiny, "no", "--plan", "plan.json", *data, "--set", "symmetric=true")
     assert ran.code == 2
     assert "symmetric=False, not True" in ran.err

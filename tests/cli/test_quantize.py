@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import bitquilt
-from bitquilt.cli import quantize as package_verb
 from bitquilt.cli.quantize import parse_setting, print_events
+from bitquilt.cli.quantize import quantize as package_verb
 from bitquilt.runtime.progress import BlockDone
 
 from .conftest import FLAGS, Command

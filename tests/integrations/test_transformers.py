@@ -68,11 +68,12 @@ def model(folder: Path) -> PreTrainedModel:
     return loaded
 
 
-def test_a_fresh_process_needs_the_import_and_from_pretrained_only(folder: Path) -> None:
+@pytest.mark.parametrize("order", ["bitquilt, torch, transformers", "torch, transformers.quantizers, bitquilt"])
+def test_a_fresh_process_needs_the_import_and_from_pretrained_only(order: str, folder: Path) -> None:
     code = f"""
 import warnings
 warnings.simplefilter("error")
-import bitquilt, torch, transformers
+import {order}
 model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
 ids = torch.arange(3, 9)[None]
 out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))

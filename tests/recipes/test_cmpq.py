@@ -1,6 +1,7 @@
 """CMPQ-style recipes: the contract of every recipe, the laws of the specification, and what a user may get wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_compensation_lowers_the_layers_output_error():
 
 
 def test_cmpq_plus_is_cmpq_with_compensation_and_bits_by_what_they_save():
-    layer, options = make_layer(), {"compensation": True, "allocation": "error_table"}
+    layer = make_layer()
+    options = {"compensation": True, "allocation": "error_table", "error_outliers": 0.0, "act_outliers": 0.0}
     one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", **options)))
     assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
     assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"
@@ -434,3 +436,28 @@ def test_tiny_weights_keep_their_digits():
     recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0)  # float16 could not hold them
     big, little = (run(recipe, each)[1].weight for each in (layer, small))
     assert objective(small, little) == pytest.approx(1e-8 * objective(layer, big), rel=0.05)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_layer_repairs_what_the_layers_before_it_broke(act_order):
+    """Against the full-precision model's output on its own inputs, at the same bytes; 6 bits: rounding is small."""
+    g = torch.Generator().manual_seed(1)
+    layer = make_layer()
+    here = layer.stats.sample
+    full = here + 0.1 * here @ torch.randn(44, 44, generator=g)  # what a weight on `here` can repair
+    stats = replace(layer.stats, drift=(full - here).t() @ here)
+    aim, errors, sizes = full @ layer.weight.t(), [], []
+    for alpha in (0.0, 1.0):
+        recipe = make_recipe("cmpq+", bits=6, alpha=alpha, stream_alpha=0.0, act_order=act_order)
+        _, solution = run(recipe, replace(layer, stats=stats))
+        errors.append(float((here @ naive_dense(solution.weight).t() - aim).square().sum()))
+        sizes.append(storage_bits(solution.weight.layout))
+    assert errors[1] < 0.1 * errors[0]
+    assert sizes[0] == sizes[1]
+
+
+def test_repairing_needs_the_factor():
+    with pytest.raises(UserError, match="go with compensation=true"):
+        make_recipe("cmpq", alpha=0.5)
+    assert make_recipe("cmpq").needs == {"hessian", "sample"}
+    assert make_recipe("cmpq+").needs == {"hessian", "sample", "drift", "stream"}

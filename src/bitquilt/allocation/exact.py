@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from bitquilt.allocation.path import Floats, Ints, check_losses, fill, steepest
 
@@ -27,6 +25,10 @@ def exact_choices(losses: Floats, costs: Floats, budget: float) -> Ints:
 
     Raises ValueError if a loss is not finite or the cheapest choices together exceed the budget.
     """
+    # half a second to import, which only small models need
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     check_losses(losses)
     costs = np.broadcast_to(np.asarray(costs, dtype=np.float64), losses.shape)
     least = float(costs[:, 0].sum())

@@ -1,30 +1,9 @@
-"""`bitquilt`, the command: which verbs there are. Each is a function in a file of its name."""
+"""`bitquilt`, the command. `cli.app` lists the verbs; each is a function in a file of its own, imported when called."""
 
 from bitquilt.cli.app import app
-from bitquilt.cli.bench import bench
-from bitquilt.cli.compare import compare_checkpoints
-from bitquilt.cli.demo import demo
-from bitquilt.cli.doctor import doctor
-from bitquilt.cli.eval import evaluate
-from bitquilt.cli.generate import generate
-from bitquilt.cli.inspect import inspect
-from bitquilt.cli.law import law_app
 from bitquilt.cli.output import run_cli
-from bitquilt.cli.plan import plan
-from bitquilt.cli.quantize import quantize
-from bitquilt.cli.report import report
 
-app.command()(quantize)
-app.command()(plan)
-app.command("eval")(evaluate)
-app.command()(inspect)
-app.command()(report)
-app.command("compare")(compare_checkpoints)
-app.command()(generate)
-app.command()(bench)
-app.command()(demo)
-app.command()(doctor)
-app.add_typer(law_app, name="law")
+__all__ = ["app", "main"]
 
 
 def main() -> None:

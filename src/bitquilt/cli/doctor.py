@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from typer import Exit
@@ -41,6 +40,8 @@ _REFERENCE = "reference (dequantize, then matmul): right, not fast"
 
 def doctor(json_output: Json = False) -> None:
     """What this machine can use: versions, processor, memory, GPU, packages; and a self-test of a second."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     failure = self_test()
     facts = {
         "bitquilt": __version__,

@@ -18,7 +18,7 @@ from bitquilt.errors import UserError
 from bitquilt.evaluation import fp16_bytes, model_size
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
-from bitquilt.models.structure import open_skeleton
+from bitquilt.models.outline import open_outline
 from bitquilt.report.evaluations import Record, newest, number, protocol_text
 from bitquilt.report.facts import LayerFacts, items, read_facts, section
 from bitquilt.runtime.job import all_targets
@@ -44,7 +44,7 @@ def inspect(
     json_output: Json = False,
 ) -> None:
     """Bits, size and error of every layer, and of the whole model."""
-    with calm():
+    with calm(models=False):
         checkpoint = open_checkpoint(folder)
         entry = checkpoint.config.get("quantization_config")
         if not entry:
@@ -98,7 +98,7 @@ def _layer(layer: LayerFacts) -> dict[str, Any]:
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    skeleton = open_skeleton(checkpoint)
+    skeleton = open_outline(checkpoint)
     targets = all_targets(skeleton, (), include_head=False)
     untouched = survey(skeleton, targets)
     stored = {name: checkpoint.tensors[source] for source, name in skeleton.parameters.items()}

@@ -16,6 +16,10 @@ EmbeddingBits = Annotated[
     int | None,
     Option(help="Round the token embedding, and a head tied to it, to N bits.", metavar="N", show_default=False),
 ]
+HeadBits = Annotated[
+    int | None,
+    Option(help="Round the layer that makes logits to N bits, where it is not tied.", metavar="N", show_default=False),
+]
 Published = Annotated[bool, Option("--published", help="The settings of the public implementation.")]
 Settings = Annotated[
     list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")

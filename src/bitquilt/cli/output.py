@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from bitquilt.errors import UserError, VerificationError
-from bitquilt.models.structure import quiet_transformers
-from bitquilt.report.words import ratio_text, size_text, time_text
+from bitquilt.words import ratio_text, size_text, time_text
 
 __all__ = ["EXIT_USER_ERROR", "EXIT_WRONG_RESULT", "Json", "Quiet", "calm", "print_fact", "print_json", "ratio_text",
            "run_cli", "size_text", "stderr", "stdout", "time_text"]  # fmt: skip
@@ -81,16 +79,20 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def calm(quiet: bool = False) -> Iterator[None]:
-    """Within the block other libraries log errors only; the bars of a download stay, unless `quiet`."""
-    if quiet:
-        disable_progress_bars()
-    try:
-        with quiet_transformers():
-            yield
-    finally:
+def calm(quiet: bool = False, *, models: bool = True) -> Iterator[None]:
+    """Within the block other libraries log errors only; the bars of a download stay, unless `quiet`. `models`: whether
+    transformers will be needed, which this imports."""
+    with contextlib.ExitStack() as stack:
         if quiet:
-            enable_progress_bars()
+            from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+            disable_progress_bars()
+            stack.callback(enable_progress_bars)
+        if models:
+            from bitquilt.models.structure import quiet_transformers
+
+            stack.enter_context(quiet_transformers())
+        yield
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """`bitquilt plan MODEL`: what would a budget buy? From headers alone; with --measure, what each bit is worth."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,18 @@ from rich.table import Table
 from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
-from bitquilt.cli.options import EmbeddingBits, GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
+from bitquilt.cli.options import (
+    EmbeddingBits,
+    GroupSize,
+    HeadBits,
+    Model,
+    Published,
+    Samples,
+    Seed,
+    SeqLen,
+    Settings,
+    Skip,
+)
 from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
@@ -18,7 +30,6 @@ from bitquilt.errors import UserError
 from bitquilt.fit import Outlook, measure_model
 from bitquilt.fit import plan as run
 from bitquilt.runtime.planning import UnreachableError
-from bitquilt.wish import Wish
 
 EXIT_DOES_NOT_FIT = 4
 
@@ -57,6 +68,7 @@ def plan(
     skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
     embedding_bits: EmbeddingBits = None,
+    head_bits: HeadBits = None,
     tie: Annotated[
         bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
     ] = False,
@@ -69,7 +81,7 @@ def plan(
     budget = size_budget(bits, bpw, size, vram, None if vram is None else ctx)
     wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
     path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe}.sensitivities")
-    with calm(quiet):
+    with calm(quiet, models=measure):
         if measure:
             with watching(quiet) as observer:
                 measure_model(
@@ -81,11 +93,11 @@ def plan(
             found = run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
                 sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, samples=samples, seq_len=seq_len,
+                embedding_bits=embedding_bits, head_bits=head_bits, samples=samples, seq_len=seq_len,
             )  # fmt: skip
         except UnreachableError as error:
             if json_output:
-                print_json(_refusal(model, wanted, error))
+                print_json(_refusal(model, error))
             else:
                 stderr.print(f"[bold red]does not fit:[/] {escape(str(error))}")
             raise Exit(EXIT_DOES_NOT_FIT) from None
@@ -100,15 +112,14 @@ def plan(
         _print(found, out)
 
 
-def _refusal(model: str, wanted: Wish, error: UnreachableError) -> dict[str, Any]:
-    budget = wanted.values.get("budget")
-    bounds = [int(value) for value in error.reach] if wanted.budget and wanted.budget.kind == "size" else None
+def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
+    """`reachable` in the unit of the budget, `reachable_bytes` of the whole folder, as where a plan fits."""
     return {
         "model": model,
-        "budget": budget,
+        "budget": asdict(error.budget),
         "fits": False,
         "reachable": list(error.reach),
-        "reachable_bytes": bounds,
+        "reachable_bytes": [int(value) for value in error.reach_bytes],
         "error": str(error),
     }
 

@@ -15,7 +15,18 @@ from bitquilt.api import Result
 from bitquilt.api import quantize as run
 from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
-from bitquilt.cli.options import EmbeddingBits, GroupSize, Model, Published, Samples, Seed, SeqLen, Settings, Skip
+from bitquilt.cli.options import (
+    EmbeddingBits,
+    GroupSize,
+    HeadBits,
+    Model,
+    Published,
+    Samples,
+    Seed,
+    SeqLen,
+    Settings,
+    Skip,
+)
 from bitquilt.cli.output import (
     Json,
     Quiet,
@@ -75,6 +86,7 @@ def quantize(
         bool, Option("--include-head", help="Quantize the layer that makes logits too (not where it is tied).")
     ] = False,
     embedding_bits: EmbeddingBits = None,
+    head_bits: HeadBits = None,
     plan: Annotated[
         Path | None,
         Option(help="A plan.json that says where the bits go, by which recipe and settings.", show_default=False),
@@ -109,7 +121,7 @@ def quantize(
             result = run(
                 model, wanted.recipe, calibration, out, samples=samples, self_samples=self_samples, seq_len=seq_len,
                 seed=seed, batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, plan=plan, budget=wanted.budget,
+                embedding_bits=embedding_bits, head_bits=head_bits, plan=plan, budget=wanted.budget,
                 scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, rounds=rounds,
                 device=device,
                 observer=observer,

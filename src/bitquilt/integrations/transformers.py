@@ -5,10 +5,9 @@ checkpoint to ask for the package that reads it.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -17,9 +16,11 @@ from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD, read_layouts
 from bitquilt.models.embedding import replace_layers
 from bitquilt.models.linear import QuantizedLinear
-from bitquilt.models.structure import architecture, missing_parameters, source_names
 from bitquilt.ops import gpu
 from bitquilt.packing import tensor_specs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -45,7 +46,7 @@ class BitquiltQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         layouts = read_layouts({"quantization_config": self.quantization_config.to_dict()})
         _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
@@ -53,7 +54,7 @@ class BitquiltQuantizer(HfQuantizer):
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         for module in model.modules():  # loaded where they are, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
@@ -74,7 +75,7 @@ class BitquiltQuantizer(HfQuantizer):
         return True
 
 
-def _own_name(path: str, model: PreTrainedModel) -> str:
+def _own_name(path: str, model: "PreTrainedModel") -> str:
     """The model's own path for a layer of the checkpoint: a base model has no `model.` where its causal LM has one,
     and the other way round."""
     base = model.base_model_prefix
@@ -85,9 +86,12 @@ def _own_name(path: str, model: PreTrainedModel) -> str:
     return path
 
 
-def _check_files(files: Any, layouts: Any, model: PreTrainedModel) -> None:
+def _check_files(files: Any, layouts: Any, model: "PreTrainedModel") -> None:
     """Every tensor present, those of quantized layers with the shape and type config.json implies: transformers would
     only warn, and fill the gap with random numbers."""
+    # imported while transformers is: its models come later
+    from bitquilt.models.build import architecture, missing_parameters, source_names
+
     if not files:
         return
     checkpoint = open_checkpoint(Path(files[0]).parent)

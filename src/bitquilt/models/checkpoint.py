@@ -9,13 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -113,6 +106,15 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
 def _download(source: str, revision: str | None) -> Path:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"no folder at {source!r}, and it is no hub id (org/name); give the path of a model folder")
+    # half a second to import, for what is not here
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     try:
         return Path(
             snapshot_download(

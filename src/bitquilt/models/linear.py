@@ -6,7 +6,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitquilt import ops
 from bitquilt.ops import gpu, kernels
@@ -226,13 +225,19 @@ def is_linear(module: nn.Module) -> bool:
 
     Subclasses are left alone: what they do beside the product is not known here.
     """
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """GPT-2's layer, which stores `[in, out]`. By its name: transformers may not be imported."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of an `is_linear` module as `[out, in]`."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:

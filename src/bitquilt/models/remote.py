@@ -8,18 +8,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
-    RepositoryNotFoundError,
-    SafetensorsParsingError,
-)
-from huggingface_hub.hf_api import RepoFile
-
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import DOWNLOADED, Checkpoint, TensorInfo, is_companion, open_checkpoint
 
@@ -43,6 +31,18 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
     name = str(source)
     if Path(source).is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         return open_checkpoint(source)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+        SafetensorsParsingError,
+    )
+    from huggingface_hub.hf_api import RepoFile
+
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
         api = HfApi(endpoint=endpoint)

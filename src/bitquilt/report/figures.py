@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from bitquilt.report.axes import Axis
 from bitquilt.report.compare import Panel
-from bitquilt.report.words import size_text
+from bitquilt.words import size_text
 
 _POLYGONS = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "down": (3, 180), "hexagon": (6, 0)}
 _SHAPES = ("circle", *_POLYGONS)

@@ -29,7 +29,7 @@ from bitquilt.report.values import (
     tasks_of,
     weights_by_bits,
 )
-from bitquilt.report.words import ratio_text, size_text, time_text
+from bitquilt.words import ratio_text, size_text, time_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

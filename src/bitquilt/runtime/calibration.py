@@ -11,12 +11,11 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitquilt.documents import content_hash
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
-from bitquilt.models.structure import architecture, quiet_transformers
+from bitquilt.models.structure import quiet_transformers
 from bitquilt.runtime.memory import cache_bytes
 from bitquilt.text import token_stream, windows
 
@@ -84,6 +83,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer beside the model, or None where there is none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
+    from transformers import AutoTokenizer
+
     with quiet_transformers():
         return AutoTokenizer.from_pretrained(folder)
 
@@ -102,6 +103,10 @@ def sample_from_model(
 
     Own generator: the global random state is not touched. The whole model is in memory while it writes.
     """
+    from transformers import AutoModelForCausalLM
+
+    from bitquilt.models.build import architecture
+
     kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(

@@ -14,9 +14,9 @@ from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.calibration import context_limit
 from bitquilt.runtime.calls import Call, check_order, embed, open_outer, record_calls
 from bitquilt.runtime.devices import stays_on_device
-from bitquilt.runtime.embedding import open_embedding
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import trains, tunes
+from bitquilt.runtime.outer import open_tables
 from bitquilt.runtime.workdir import Activations, read_tensors, write_tensors
 
 _PROBE = (2, 32)
@@ -121,7 +121,7 @@ def open_flow(job: Job, resumed: bool) -> Flow:
     length = min(length, context_limit(skeleton.checkpoint.config) or length)
     probe_ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     extras = open_outer(skeleton, probe_ids)
-    open_embedding(job)
+    open_tables(job)
     check_order(skeleton, probe_ids, extras)
     calls: dict[tuple[int, ...], list[Call]] = {tuple(probe_ids.shape): record_calls(skeleton, probe_ids, extras)}
     for rows in job.batches():

@@ -13,6 +13,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import is_linear, linear_weight
 from bitquilt.models.structure import Skeleton, linear_layers
 from bitquilt.protocols import Recipe
+from bitquilt.runtime.plans import OuterBits
 from bitquilt.types import LayerPlan
 
 _HOST = torch.device("cpu")
@@ -29,7 +30,7 @@ class Job:
     batch_size: int
     skip: tuple[str, ...] = ()
     include_head: bool = False
-    embedding_bits: int | None = None
+    outer: OuterBits = field(default_factory=OuterBits)
     plans: Mapping[str, LayerPlan] | None = None
     device: torch.device = _HOST  # where blocks are computed; what is outside them stays on the host
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
@@ -67,16 +68,16 @@ def all_targets(skeleton: Skeleton, skip: Sequence[str], include_head: bool) -> 
     return found
 
 
-def head_path(skeleton: Skeleton) -> str:
-    """The path of the layer that makes logits. Raises UserError where it is none of its own."""
+def head_path(skeleton: Skeleton, asked: str = "--include-head") -> str:
+    """The path of the layer that makes logits. Raises UserError where it is none of its own; `asked`: by which flag."""
     head = skeleton.model.get_output_embeddings()
     path = next((name for name, module in skeleton.model.named_modules() if module is head), None)
     if head is None or path is None or not is_linear(head):
-        raise UserError(f"{type(skeleton.model).__name__} has no linear head to quantize; leave out --include-head")
+        raise UserError(f"{type(skeleton.model).__name__} has no linear head to quantize; leave out {asked}")
     if f"{path}.weight" not in skeleton.parameters.values() or skeleton.model.config.tie_word_embeddings:
         raise UserError(
-            f"the head {path} shares its weight with the embedding, which is looked up, not multiplied: it stays as "
-            "it is; leave out --include-head (--embedding-bits stores both in fewer bits)"
+            f"the head {path} shares its weight with the embedding, whose rows are looked up; leave out {asked}, "
+            "give --embedding-bits: it rounds both"
         )
     return path
 

@@ -21,9 +21,9 @@ from bitquilt.errors import UserError
 from bitquilt.models.config import total_bpw, total_nominal_bits
 from bitquilt.models.structure import Skeleton
 from bitquilt.protocols import Plannable, Recipe
-from bitquilt.runtime.embedding import Embedding
 from bitquilt.runtime.memory import Memory, memory_bytes
-from bitquilt.runtime.plans import plan_json
+from bitquilt.runtime.outer import Table
+from bitquilt.runtime.plans import OuterBits, plan_json
 from bitquilt.runtime.size import FolderSize, Sizes, json_bytes
 from bitquilt.runtime.tables import Sensitivities
 from bitquilt.runtime.units import Units
@@ -39,11 +39,14 @@ _NEAR = 0.998  # of a budget: below, single steps fill it; larger models never a
 
 
 class UnreachableError(UserError):
-    """No plan is within the budget. `reach`: least and most that plans take, in the budget's unit."""
+    """No plan is within the budget. `reach`: least and most that plans take, in the unit of `budget`; `reach_bytes`:
+    the same plans' whole folders."""
 
-    def __init__(self, message: str, reach: tuple[float, float]) -> None:
+    def __init__(
+        self, message: str, budget: Budget, reach: tuple[float, float], reach_bytes: tuple[float, float]
+    ) -> None:
         super().__init__(message)
-        self.reach = reach
+        self.budget, self.reach, self.reach_bytes = budget, reach, reach_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,32 +90,31 @@ class Planner:
         sensitivities: Sensitivities | None = None,
         *,
         ties: Sequence[Sequence[str]] = (),
-        embedding: Embedding | None = None,
+        tables: Sequence[Table] = (),
     ) -> None:
-        """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `embedding`:
-        in few bits, which are not the plan's to give out, but count.
+        """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `tables`:
+        embedding and head in few bits, which are not the plan's to give out, but count.
 
         Raises UserError if the sensitivities do not fit the layers, or layers of different widths are tied.
         """
         self.units = Units(recipe, shapes, sensitivities, ties)
         self.skeleton, self.shapes, self.sensitivities = skeleton, self.units.shapes, sensitivities
-        self.embedding = embedding
+        self.tables = tuple(tables)
         group_size = self.units.group_size
         digits = sum(-(-width // group_size) for _, width in shapes.values())
         empty = {name: LayerPlan((), group_size) for name in shapes}
-        bits = None if embedding is None else embedding.bits
-        text = json_bytes(plan_json(recipe_values, empty, bits)) + digits
-        layers = [*shapes, *([] if embedding is None else [embedding.path])]
-        changed = {} if embedding is None else embedding.config
+        outer = OuterBits(**{table.kind: table.bits for table in tables})
+        text = json_bytes(plan_json(recipe_values, empty, outer)) + digits
+        layers = [*shapes, *(table.path for table in tables)]
+        changed = {key: value for table in tables for key, value in table.config.items()}
         self.sizes = Sizes(skeleton, layers, plan_text=text, digits=digits, config=changed)
         self._reached: dict[tuple[str, int | None], tuple[float, float]] = {}
 
     # what a choice is worth
 
     def layouts(self, choices: Ints) -> dict[str, Layout]:
-        """Of every layer, from choices per unit, and of the embedding if it takes part."""
-        found = self.units.layouts(choices)
-        return found if self.embedding is None else {**found, self.embedding.path: self.embedding.layout}
+        """Of every layer, from choices per unit, and of the tables."""
+        return {**self.units.layouts(choices), **{table.path: table.layout for table in self.tables}}
 
     def spent(self, budget: Budget, layouts: Mapping[str, Layout]) -> float:
         """What these layouts take, in the unit of the budget's value."""
@@ -127,7 +129,7 @@ class Planner:
 
     def memory(self, layouts: Mapping[str, Layout], ctx: int) -> Memory:
         """What the model takes while it runs."""
-        looked_up = () if self.embedding is None or self.embedding.tied else (self.embedding.path,)
+        looked_up = [table.path for table in self.tables if table.looked_up]
         return memory_bytes(self.skeleton, layouts, ctx, looked_up)
 
     def reach(self, budget: Budget) -> tuple[float, float]:
@@ -148,7 +150,9 @@ class Planner:
             raise UnreachableError(
                 f"the budget is {budget}; this model reaches {shown} with this recipe; change the "
                 "budget, the recipe or its group size",
+                budget,
                 (least, most),
+                self.reach(Budget("size", 1.0)),
             )
         return least, most
 
@@ -179,8 +183,8 @@ class Planner:
         return self._planned(choices, budget, reach, scope)
 
     def _weights(self) -> int:
-        embedding = 0 if self.embedding is None else self.embedding.weights
-        return sum(rows * width for rows, width in self.shapes.values()) + embedding
+        own = sum(rows * width for rows, width in self.shapes.values())
+        return own + sum(table.weights for table in self.tables)
 
     def _ranked(self) -> NDArray[np.float32]:
         """The losses that order the steps."""

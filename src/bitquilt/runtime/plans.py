@@ -2,15 +2,17 @@
 
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
      "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...},
-     "embedding_bits": 8}
+     "embedding_bits": 8,
+     "head_bits": 6}
 
 One digit per column group, in the original order of the columns. Groups of one column are channels with a codebook
-each; all others have a multiple of 8. The recipe, and the bits of the embedding where it takes part, say what the plan
-was made for: with others the same map takes other bytes.
+each; all others have a multiple of 8. The recipe, and the bits of embedding and head where they take part, say what the
+plan was made for: with others the same map takes other bytes.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,19 @@ def _named(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
+@dataclass(frozen=True)
+class OuterBits:
+    """What is rounded to nearest beside the blocks, and to how many bits; None stays as it is."""
+
+    embedding: int | None = None
+    head: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        """Those that are not None, by name."""
+        return {name: bits for name, bits in (("embedding", self.embedding), ("head", self.head)) if bits is not None}
+
+
 class PlannedLayer(BaseModel):
     """One layer's entry."""
 
@@ -47,6 +62,12 @@ class PlanFile(BaseModel):
     recipe: Annotated[dict[str, Any], AfterValidator(_named)]
     layers: dict[str, PlannedLayer]
     embedding_bits: int | None = None
+    head_bits: int | None = None
+
+    @property
+    def outer(self) -> OuterBits:
+        """Of embedding and head."""
+        return OuterBits(self.embedding_bits, self.head_bits)
 
     @property
     def plans(self) -> dict[str, LayerPlan]:
@@ -54,19 +75,15 @@ class PlanFile(BaseModel):
         return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in self.layers.items()}
 
 
-def plan_json(
-    recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], embedding_bits: int | None = None
-) -> dict[str, Any]:
+def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: OuterBits) -> dict[str, Any]:
     """The file's content before a run, as `plan_to_json` gives it after one."""
     layers = {
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
-    return _content(recipe, layers, embedding_bits)
+    return _content(recipe, layers, outer)
 
 
-def plan_to_json(
-    recipe: Mapping[str, Any], records: list[dict[str, Any]], embedding_bits: int | None = None
-) -> dict[str, Any]:
+def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]], outer: OuterBits) -> dict[str, Any]:
     """The plan of a finished run."""
     layers = {
         name: {"group_size": entry["group_size"], "bits": entry["bits"]}
@@ -74,13 +91,12 @@ def plan_to_json(
         if record.get("planned", True)
         for name, entry in record["layers"].items()
     }
-    return _content(recipe, layers, embedding_bits)
+    return _content(recipe, layers, outer)
 
 
-def _content(recipe: Mapping[str, Any], layers: dict[str, Any], embedding_bits: int | None) -> dict[str, Any]:
+def _content(recipe: Mapping[str, Any], layers: dict[str, Any], outer: OuterBits) -> dict[str, Any]:
     found: dict[str, Any] = {"recipe": dict(recipe), "layers": layers}
-    if embedding_bits is not None:
-        found["embedding_bits"] = embedding_bits
+    found |= {f"{name}_bits": bits for name, bits in outer.given.items()}
     return dict(json.loads(json.dumps(found)))
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -12,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 
 from bitquilt._version import __version__
 from bitquilt.models.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from bitquilt.models.structure import Skeleton
 from bitquilt.protocols import Recipe
 from bitquilt.runtime.calibration import describe_source
 from bitquilt.runtime.layers import mean_output_error
+from bitquilt.runtime.plans import OuterBits
 from bitquilt.runtime.progress import StageClock, Untouched, peak_memory_bytes
 
 
@@ -38,7 +39,7 @@ def fingerprint_of(
     seed: int,
     skip: Sequence[str],
     include_head: bool,
-    embedding_bits: int | None,
+    outer: OuterBits,
     plan: str | Path | None,
     measures: bool = False,
     self_samples: int = 0,
@@ -57,9 +58,11 @@ def fingerprint_of(
         "seed": seed,
         "skip": list(skip),
         "include_head": include_head,
-        "embedding_bits": embedding_bits,
+        "embedding_bits": outer.embedding,
         "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
     }
+    if outer.head is not None:
+        value["head_bits"] = outer.head
     return dict(json.loads(json.dumps(value)))
 
 
@@ -71,8 +74,9 @@ def build_report(
     untouched: tuple[Untouched, ...],
     difference: float,
     clock: StageClock,
+    device: str,
 ) -> dict[str, Any]:
-    """The content of report.json for the checkpoint in `folder`.
+    """The content of report.json for the checkpoint in `folder`, computed on `device`.
 
     `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
     how many blocks this process found done. Seconds and bytes throughout.
@@ -108,7 +112,7 @@ def build_report(
             "this_process": round(sum(float(stage["seconds"]) for stage in stages), 3),
         },
         "peak_memory_bytes": peak_memory_bytes(),
-        "machine": machine(),
+        "machine": {**machine(), "device": device},
     }
 
 
@@ -123,7 +127,7 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "bitquilt": __version__,
     }
 

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.models.linear import QuantizedLinear, replace_module
 from bitquilt.packing import layout_from_json
 from bitquilt.runtime.ahead import open_blocks
 from bitquilt.runtime.block import compares, look_at_block, paired_statistics, quantize_block, statistics
 from bitquilt.runtime.calls import finish
-from bitquilt.runtime.embedding import committed_embedding
 from bitquilt.runtime.firstpass import planned
 from bitquilt.runtime.flow import Flow, open_flow
 from bitquilt.runtime.job import Job, head_path
 from bitquilt.runtime.layers import check_weights, mean_output_error, quantize_layers
+from bitquilt.runtime.outer import committed_tables, put_head
 from bitquilt.runtime.pairs import Stage as Measured
 from bitquilt.runtime.pairs import observe_pass
 from bitquilt.runtime.progress import BlockDone, Observer, Stage
@@ -72,8 +71,7 @@ def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
 
 
 def _all_records(job: Job, blocks: list[dict[str, Any]], head: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    embedding = committed_embedding(job.folder)
-    return blocks + head + ([] if embedding is None else [embedding])
+    return blocks + head + committed_tables(job.folder)
 
 
 def committed(folder: Path, blocks: int) -> list[dict[str, Any]]:
@@ -140,7 +138,4 @@ def _quantized_head(job: Job, record: dict[str, Any]) -> None:
     path = record["block"]
     prefix = f"{path}."
     tensors = {key.removeprefix(prefix): value for key, value in read_tensors(job.folder / HEAD_FILE).items()}
-    layout = layout_from_json(record["layers"][path]["layout"], path)
-    bias = getattr(job.skeleton.model.get_submodule(path), "bias", None)
-    module = QuantizedLinear.from_tensors(tensors, layout, None if bias is None else bias.data)
-    replace_module(job.skeleton.model, path, module)
+    put_head(job.skeleton, path, tensors, layout_from_json(record["layers"][path]["layout"], path))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from bitquilt.errors import UserError
+from bitquilt.models.linear import is_transposed
 from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.job import Job
@@ -108,7 +108,7 @@ class Telling:
 def of_weights(job: Job, flow: Flow, i: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> OfWeights:
     """Block i as a function of the weights of `linears`, by full path, and its input."""
     prefix = f"{job.skeleton.blocks[i]}."
-    transposed = {name for name, module in linears.items() if isinstance(module, Conv1D)}
+    transposed = {name for name, module in linears.items() if is_transposed(module)}
 
     def forward(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         placed = {

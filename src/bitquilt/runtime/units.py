@@ -126,14 +126,18 @@ class Units:
         return costs
 
     def layouts(self, choices: Ints) -> dict[str, Layout]:
-        """Of every layer."""
+        """Of every layer. Layers of one shape and the same bits share theirs: most do while a plan is sought."""
         bits = np.asarray(self.palette, dtype=np.int8)[choices]
-        found = {}
+        found: dict[str, Layout] = {}
+        known: dict[tuple[tuple[int, int], bytes], Layout] = {}
         for head, tied in self.members.items():
+            mine = bits[self.slices[head]]
             for name in tied:
-                rows, width = self.shapes[name]
-                plan = LayerPlan(bits[self.slices[head]], self.group_size)  # type: ignore[arg-type]
-                found[name] = self.recipe.layout(rows, width, plan)
+                key = self.shapes[name], mine.tobytes()
+                if key not in known:
+                    plan = LayerPlan(mine, self.group_size)  # type: ignore[arg-type]
+                    known[key] = self.recipe.layout(*self.shapes[name], plan)
+                found[name] = known[key]
         return {name: found[name] for name in self.shapes}
 
     def plans(self, choices: Ints) -> dict[str, LayerPlan]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from bitquilt.grids.codebook import Clustering, CodebookGrid, fit_codebook
 from bitquilt.grids.rows import fit_row_gains
 from bitquilt.grids.shared import SharedTable, fit_table
+from bitquilt.hessian import Factor
 from bitquilt.outliers import sparse_remainder
 from bitquilt.solvers.gptq import Sweep, in_original_order, sweep
 from bitquilt.types import Format, Outliers, Permutation, QuantizedWeight, Segment
@@ -92,11 +93,13 @@ def sweep_channels(
     tables: Tables,
     protected: Tensor,
     importance: Tensor | None,
-    upper: Tensor,
-    order: Tensor,
+    factor: Factor,
 ) -> tuple[QuantizedWeight, float]:
-    """The GPTQ sweep in the order `order` `[in]`, for which `upper` is the factor: a channel's own levels, or its gain,
-    are fitted when the sweep reaches it, a shared table to the weights as they were. Also returns the loss."""
+    """The GPTQ sweep in the factor's order: a channel's own levels, or its gain, are fitted when the sweep reaches it,
+    a shared table to the weights as they were. Also returns the loss."""
+    upper, order = factor.upper, factor.order
+    if order is None:
+        order = torch.arange(weight.shape[1], device=weight.device)
     places = order.tolist()
     weight, counted, row_gains = tables.over_row_gains(weight, (~protected).float())
     fits = {

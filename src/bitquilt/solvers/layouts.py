@@ -31,14 +31,11 @@ def grouped_layout(
 ) -> Layout:
     """Groups of equal bits side by side, in their own order. `symmetric`: the widths that store no zero."""
     widths = np.asarray(bits)
-    sizes = np.full(len(widths), group_size)
-    sizes[-1] = in_features - group_size * (len(widths) - 1)
+    columns = group_size * np.bincount(widths)
+    columns[widths[-1]] += in_features - group_size * len(widths)  # the last group may be narrower
     segments = tuple(
-        (
-            Format(int(b), group_size, "uniform", scale_dtype, symmetric=int(b) in symmetric),
-            int(sizes[widths == b].sum()),
-        )
-        for b in np.unique(widths)
+        (Format(b, group_size, "uniform", scale_dtype, symmetric=b in symmetric), int(columns[b]))
+        for b in np.flatnonzero(columns).tolist()
     )
     sorted_already = bool((np.diff(widths) >= 0).all())
     ordering: Any = "identity" if sorted_already else "map"

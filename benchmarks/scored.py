@@ -1,0 +1,59 @@
+"""What all tables of quality share: quantize a shared model, evaluate it on a text that it was not calibrated with."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitquilt
+from benchmarks.common import SHARED
+from bitquilt.evaluation import Evaluation
+from bitquilt.models.structure import quiet_transformers
+from bitquilt.protocols import Recipe
+from bitquilt.runtime.plans import read_plan
+from bitquilt.types import LayerPlan
+
+SEQ_LEN = 256
+# Calibration and evaluation: different files of the text that each model knows.
+TEXTS = {
+    "demo": ("books/calibration.txt", "books/evaluation.txt"),
+    "stories260k": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
+    "babyllama-1m-chars": ("tinystories/calibration.jsonl", "tinystories/evaluation.jsonl"),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint's report, plans and evaluation; seconds of quantizing, by the clock and of the processor."""
+
+    report: dict[str, Any]
+    plans: Mapping[str, LayerPlan]
+    score: Evaluation
+    seconds: float
+    cpu_seconds: float
+
+    def row(self) -> dict[str, Any]:
+        """What every table begins with."""
+        return {
+            "bpw": self.report["bpw"],
+            "nominal_bits": self.report["nominal_bits"],
+            "kl_mean": self.score.kl_mean,
+            "perplexity": self.score.perplexity,
+            "top1_agreement": self.score.top1_agreement,
+            "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
+        }
+
+
+def quantize_and_score(model: str, recipe: str | Recipe, *, tokens: int, **settings: Any) -> Scored:
+    """One run on a model of TEXTS, measured on `tokens`. `settings` and errors are those of `bitquilt.quantize`."""
+    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
+    source = SHARED / "models" / model
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        out, started, cpu = Path(folder) / "out", time.perf_counter(), time.process_time()
+        result = bitquilt.quantize(source, recipe, calibration, out, seq_len=SEQ_LEN, **settings)
+        seconds, busy = time.perf_counter() - started, time.process_time() - cpu
+        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=tokens)
+        return Scored(result.report, read_plan(out / "plan.json").plans, score, seconds, busy)

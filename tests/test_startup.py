@@ -1,0 +1,49 @@
+"""What a process has imported, and when transformers learns the format. Fresh processes: this one has everything."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "scipy",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+)
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """The packages in `sys.modules` after `code`, however it ends."""
+    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", told + code, *arguments], capture_output=True, text=True, timeout=120, check=True
+    )
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_the_package_and_the_list_of_verbs_import_nothing_heavy() -> None:
+    code = "import bitquilt; from bitquilt.cli import main; assert 'plan' in dir(bitquilt); main()"
+    assert imported(code, "--help").isdisjoint(HEAVY)
+
+
+def test_a_plan_of_a_model_like_llama_does_not_import_transformers(make_model: Callable[..., Path]) -> None:
+    found = imported("from bitquilt.cli import main; main()", "plan", str(make_model("llama")), "--group-size", "8")
+    assert found & set(HEAVY) == {"torch"}
+    assert "torch._dynamo" not in found
+
+
+def test_a_name_that_does_not_exist() -> None:
+    import bitquilt
+
+    with pytest.raises(AttributeError, match="module 'bitquilt' has no attribute 'quantise'"):
+        bitquilt.quantise  # type: ignore[attr-defined]  # noqa: B018
+    assert {"quantize", "load", "plan", "UserError"} <= set(dir(bitquilt))
+    assert all(getattr(bitquilt, name) is not None for name in bitquilt.__all__)
