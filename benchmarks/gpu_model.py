@@ -88,7 +88,7 @@ def decode_rate(model: LlamaShape, setting: Setting) -> float:
             replay()
         torch.cuda.synchronize()
     else:
-        steps = 2
+        steps = 1
     started = time.perf_counter()
     for _ in range(steps):
         replay()

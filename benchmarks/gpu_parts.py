@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from benchmarks.gpu_model import LlamaShape, decode_rate
@@ -93,32 +94,40 @@ def slim(setting: Setting) -> dict[str, Any]:
 
 
 def tune(setting: Setting) -> dict[str, Any]:
-    """The fastest of many cuts of each product, and what it gains over `config.choose`'s."""
-    from bitquilt.ops.gpu import body
-    from bitquilt.ops.gpu.config import Config
+    """From `config.choose`'s cut of each product to better neighbours, until there is none; what it gains. The cuts go
+    into the file in which products look (`ops.gpu.tuned`)."""
+    from bitquilt.ops.gpu import body, tuned
+    from bitquilt.ops.gpu.config import Config, choose, neighbours
 
-    found = []
-    for shape, bits, tokens in itertools.product(setting.sizes.shapes, BITS, (1, 4, 16, 64)):
-        layout = uniform(*shape, bits)
-        timed: dict[str, float] = {}
-        width = max(1, 1 << (tokens - 1).bit_length())
-        stacks = {s for s in (8 // width, 16 // width, 1) if s}
-        cuts = itertools.product((16, 32, 64, 128), stacks, (1, 2, 4), (2, 4, 8), (2, 4, 6))
-        for rows, stack, parts, warps, stages in cuts:
-            if not 16 * warps <= rows * stack <= 512 or (setting.tiny and (rows, warps, stages) != (16, 2, 2)):
-                continue
-            body.use_config(Config(rows, width, stack, parts, warps, stages))
-            try:
-                timed[f"{rows}x{width}x{stack}, {parts} parts, {warps} warps, {stages} stages"] = _seconds(
-                    setting, layout, tokens)  # fmt: skip
-            except Exception as error:  # more shared memory or registers than there are
-                print(f"{rows}x{width}x{stack} {parts} {warps} {stages}: {type(error).__name__}", flush=True)
-            finally:
-                body.use_config(None)
-        best = min(timed, key=lambda name: timed[name])
-        found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "best": best,
-                      "seconds": timed[best], "chosen": _seconds(setting, layout, tokens)})  # fmt: skip
-    return {"rows": found}
+    found: list[dict[str, Any]] = []
+    cuts: dict[str, Config] = {}
+    for shape, bits, tokens in itertools.product(setting.sizes.shapes, BITS, (1, 16)):
+        chunks = shape[1] // 128
+        works = _works(setting, uniform(*shape, bits), tokens)
+        timed: dict[Config, float] = {}
+
+        def measure(config: Config, works: list[Callable[[], Tensor]] = works, timed: Any = timed) -> float:
+            if config not in timed:
+                body.use_config(config)
+                try:
+                    timed[config] = seconds_each(works, setting)
+                except triton.runtime.errors.TritonError:  # more shared memory or registers than there are
+                    timed[config] = float("inf")
+                finally:
+                    body.use_config(None)
+            return timed[config]
+
+        first = best = choose(shape[0], chunks, tokens, body.processors(setting.device))
+        measure(first)
+        while len(timed) < setting.sizes.cuts:
+            measured = [c for c in neighbours(best)[: setting.sizes.cuts] if measure(c) < timed[best]]
+            if not measured:
+                break
+            best = min(measured, key=measure)
+        cuts[tuned.key(shape[0], chunks, bits, tokens)] = best
+        found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "best": str(best),
+                      "seconds": timed[best], "chosen": timed[first], "tried": len(timed)})  # fmt: skip
+    return {"rows": found, "file": str(tuned.remember(setting.device, cuts))}
 
 
 def _against_bf16(
@@ -136,12 +145,16 @@ def _against_bf16(
 
 
 def _seconds(setting: Setting, layout: Layout, tokens: int) -> float:
-    """Of one product, over as many copies as `memory` holds."""
+    return seconds_each(_works(setting, layout, tokens), setting)
+
+
+def _works(setting: Setting, layout: Layout, tokens: int) -> list[Callable[[], Tensor]]:
+    """One product of each of as many copies as `memory` holds."""
     first = Packed.random(layout, setting.device)
     count = max(2, min(setting.sizes.memory // first.nbytes, 4096 // tokens + 2))
     copies = [first, *(Packed.random(layout, setting.device, seed) for seed in range(1, count))]
     x = torch.randn(tokens, layout.in_features, device=setting.device, dtype=torch.bfloat16)
-    return seconds_each([_call(c, x) for c in copies], setting)
+    return [_call(c, x) for c in copies]
 
 
 def _dense_seconds(setting: Setting, shape: tuple[int, int], tokens: int) -> float:

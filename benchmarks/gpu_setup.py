@@ -21,6 +21,7 @@ except ImportError:  # a bare machine: the package's rooms without its front doo
     sys.modules["bitquilt"] = package
 
 from bitquilt import ops
+from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
 from bitquilt.packing import op_layout, storage_bits, tensor_specs
 from bitquilt.types import Format, Layout
 
@@ -43,9 +44,10 @@ class Sizes:
     context: int = 512
     samples: int = 128
     rounds: int = 20
+    cuts: int = 40  # tried for a product, two seconds each to compile
 
 
-TINY = Sizes(((32, 256),), 2**12, 64, 520, 128, 256, 2, 2, 64, 16, 4, 1)
+TINY = Sizes(((32, 256),), 2**12, 64, 520, 128, 256, 2, 2, 64, 16, 4, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def name_of(device: torch.device) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A random weight: random bits as codes and zeros, scales of a hundredth."""
+    """A random weight: random bits as codes and zeros, scales of a hundredth; codes as a GPU reads them."""
 
     layout: Layout
     arguments: tuple[Any, ...]
@@ -93,8 +95,13 @@ class Packed:
         empty = torch.empty(0, device=device)
         count = range(len(layout.segments))
         extra = [tensors.get(f"zero_{i}", tensors.get(f"gain_{i}", empty)) for i in count]
-        stored = ([tensors[f"codes_{i}"] for i in count], [tensors[f"scale_{i}"] for i in count], extra)
-        return cls(layout, (*stored, op_layout(layout), None, 0, None, None, None))
+        codes, numbers = [tensors[f"codes_{i}"] for i in count], op_layout(layout)
+        for i in count:  # as a layer does that moves to a GPU
+            grid, bits, group_size, width = numbers[4 * i : 4 * i + 4]
+            if arrangeable(grid, bits, group_size, width):
+                codes[i] = arrange(codes[i], grid, bits, width)
+                numbers[4 * i] += ARRANGED
+        return cls(layout, (codes, [tensors[f"scale_{i}"] for i in count], extra, numbers, None, 0, None, None, None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""

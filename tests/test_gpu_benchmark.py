@@ -7,9 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, gpu_parts
+from benchmarks import gpu, gpu_parts, gpu_setup, gpu_slim
 
 from bitquilt.ops import kernels
+from bitquilt.ops.gpu import body, tuned
+from bitquilt.ops.gpu.config import choose
+from bitquilt.ops.gpu.weight import prepared
+from bitquilt.ops.handles import StoredWeight
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
@@ -22,8 +26,8 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     device = "cuda" if GPU else "cpu"
     gpu.main(["--device", device, "--tiny", "--only", "copy"])
     assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
-    found = gpu.main(["--device", device, "--tiny", "--only", "layers", "sixteen", "decode"])
-    assert found.keys() == {"copy", "layers", "sixteen", "decode"}
+    found = gpu.main(["--device", device, "--tiny", "--only", "layers", "codebooks", "decode"])
+    assert found.keys() == {"copy", "layers", "codebooks", "decode"}
     row = found["layers"]["rows"][0]
     assert row["bytes"] == 32 * 256 * 2 // 8 + 32 * 2 * 2 + 32 * 2 * 2 // 8  # codes, scales, zeros
     assert row["share"] == pytest.approx(row["bytes"] / row["seconds"] / found["copy"]["bytes_per_second"])
@@ -33,7 +37,46 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     table = capsys.readouterr().out
     assert "32x256, 2 bits: share of the copy" in table
     assert "LLaMA-7B, 2 bits: over bf16" in table
-    assert table.count("| pass |") + table.count("| miss |") == 5
+    assert table.count("| pass |") + table.count("| miss |") == 6
+
+
+def test_better_cuts_are_kept_and_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
+    monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
+    monkeypatch.setattr(gpu_parts, "BITS", (2,))
+    monkeypatch.setenv("BITQUILT_CACHE", str(tmp_path / "cache"))
+    device = torch.device("cuda" if GPU else "cpu")
+    tuned.cuts.cache_clear()
+    try:
+        found = gpu.main(["--device", device.type, "--tiny", "--only", "tune"])["tune"]
+        assert [row["tokens"] for row in found["rows"]] == [1, 16]
+        assert all(row["seconds"] <= row["chosen"] for row in found["rows"])
+        assert all(row["tried"] >= 3 for row in found["rows"])
+        kept = tuned.cuts(device)
+        assert kept.keys() == {"32x2 2 bits, 1 tokens", "32x2 2 bits, 16 tokens"}
+        layer = gpu_setup.Packed.random(gpu_setup.uniform(32, 256, 2), device)
+        known = prepared(StoredWeight(*layer.arguments), 32)
+        assert str(body.cut(known, 1)) == found["rows"][0]["best"]
+        assert body.cut(known, 13) == kept["32x2 2 bits, 16 tokens"]
+        assert body.cut(known, 40) == choose(32, 2, 40, body.processors(device))  # nobody measured that
+    finally:
+        tuned.cuts.cache_clear()
+    assert "x the speed of the cut without measuring" in capsys.readouterr().out
+
+
+def test_slim_llm_stage_by_stage(tmp_path, monkeypatch):
+    """The part that quantizes: on a CPU with the native kernels, its model written to the same names and shapes."""
+    monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
+    monkeypatch.setattr(gpu_slim, "OUTPUT", tmp_path)
+    found = gpu.main(["--device", "cpu", "--tiny", "--only", "slim", "--blocks", "1"])["slim"]
+    assert (found["blocks"], found["of"]) == (1, 2)
+    assert "quantizing the blocks" in found["stages"]
+    assert 60 * found["minutes"] >= 2 * found["seconds_per_block"] > 0
+    assert found["bpw"] < 4
+    assert found["logit_difference"] < 1e-3
+    assert any("(1 of 2 blocks, by proportion)" in row["what"] for row in gpu.rows({"slim": found}))
+    again = gpu.main(["--device", "cpu", "--tiny", "--only", "slim", "--blocks", "1"])["slim"]
+    assert again["bpw"] == found["bpw"]  # the model is found, the run begins anew
 
 
 def test_targets():

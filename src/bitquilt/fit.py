@@ -267,10 +267,11 @@ def measure_sensitivities(
     seed: int = 0,
     observer: Observer,
     at: Path | None = None,
+    device: torch.device | None = None,
 ) -> Sensitivities:
     """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out.
-    `at`: measured in this quantized checkpoint of the model, a second round."""
-    job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head)
+    `at`: measured in this quantized checkpoint of the model, a second round. `device`: where blocks are computed."""
+    job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head, device=device or torch.device("cpu"))
     return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe), at=at)
 
 

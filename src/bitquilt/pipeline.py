@@ -223,7 +223,7 @@ def _tables(
     if not path.is_file():
         found = measure_sensitivities(
             skeleton, request.wanted.recipe, ids, work, skip=request.skip, include_head=request.include_head,
-            seed=request.seed, observer=observe, at=at,
+            seed=request.seed, observer=observe, at=at, device=request.device,
         )  # fmt: skip
         found.save(path)
     return read_sensitivities(path)

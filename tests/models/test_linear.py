@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bitquilt.models.linear import QuantizedLinear, is_linear, linear_weight, replace_linears
 from bitquilt.recipes.rtn import RTN
 from bitquilt.types import Layer, Layout, QuantizedWeight, uniform_plan
-from tests.weights import make_weight, naive_dense
+from tests.weights import codebook_segment, make_weight, naive_dense, uniform_segment
 
 OUT, IN = 24, 40
 
@@ -168,3 +168,51 @@ def test_a_layer_that_is_dropped_takes_its_memory_along(kind: str) -> None:
     del module
     gc.collect()
     assert [ref() for ref in held] == [None] * len(held)
+
+
+def mixed_weight() -> QuantizedWeight:
+    parts = (
+        uniform_segment(3, 128, 128),
+        uniform_segment(2, 128, 128, 1),
+        uniform_segment(6, 64, 8, 2),
+        codebook_segment(3, 41, 3),
+    )
+    return QuantizedWeight(parts)
+
+
+def test_an_arranged_layer_is_the_same_layer() -> None:
+    """Whoever asks for its tensors gets the checkpoint's; whoever multiplies gets the product."""
+    module = QuantizedLinear.from_weight(mixed_weight())
+    stored = {name: t.clone() for name, t in module.state_dict().items()}
+    x = torch.randn(2, module.in_features, requires_grad=True)
+    expected, dense = module(x), module.dequantize()
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    module.arrange()
+    assert module.arranged
+    assert not torch.equal(module.codes_0, stored["codes_0"])
+    assert torch.equal(module.codes_1, stored["codes_1"])
+    assert torch.equal(module.codes_2, stored["codes_2"])
+    assert module.codes_3.shape != stored["codes_3"].shape
+    for same in (module, copy.deepcopy(module)):
+        assert torch.equal(same.dequantize(), dense)
+        torch.testing.assert_close(same(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.autograd.grad(same(x).sum(), x)[0], gradient)
+        found = same.state_dict(prefix="a.")
+        assert found.keys() == {f"a.{name}" for name in stored}
+        assert all(torch.equal(found[f"a.{name}"], t) for name, t in stored.items())
+    module.arrange()
+    assert torch.equal(module.dequantize(), dense)  # twice is once
+
+
+def test_an_arranged_layer_moves_and_loads() -> None:
+    module, other = (QuantizedLinear.from_weight(mixed_weight()) for _ in range(2))
+    other.codes_0.fill_(0)
+    dense = module.dequantize()
+    other.arrange()
+    other.load_state_dict(module.state_dict())
+    assert other.arranged
+    assert torch.equal(other.dequantize(), dense)
+    other.to("cpu")
+    assert not other.arranged
+    assert torch.equal(other.codes_0, module.codes_0)
+    assert torch.equal(other.dequantize(), dense)

@@ -17,10 +17,9 @@ from triton.compiler import ASTSource
 
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
-from bitquilt.ops.gpu.unpack import has_ptx
+from bitquilt.ops.gpu.unpack import has_ptx, plane_sizes
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-UNITS = {1: "*i8", 2: "*i16", 4: "*i32", 8: "*i32"}
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -39,8 +38,14 @@ def product(
     """`segments`: (grid, bits, group, flag, READ); `tile`: rows, tokens, stack."""
     forms = tuple((*s, has_ptx(s[1], dtype)) for s in segments)
     x = POINTERS[dtype]
-    codes = tuple(UNITS[s[1]] if s[4] == 2 else "*i32" for s in segments)
-    scales = tuple("*u8" if s[0] == 2 else "*fp16" for s in segments)
+    codes = tuple(
+        tuple(f"*i{size}" for size in plane_sizes(s[1])) if s[4] == 2 else ("*i32",) * (s[1] if s[4] > 2 else 1)
+        for s in segments
+    )
+    looks_up = [s[4] > 2 and has_ptx(s[1], dtype) for s in segments]
+    scales = tuple(
+        "*i32" if look else "*u8" if s[0] == 2 else "*fp16" for s, look in zip(segments, looks_up, strict=True)
+    )
     zeros = tuple("*fp16" if s[0] == 1 or (s[0] == 0 and s[1] == 1) else "*u8" for s in segments)
     integers = dict.fromkeys(("n_rows", "n_tokens", "in_features", "chunks", "parts"), "i32")
     signature = {
@@ -55,8 +60,8 @@ def product(
     return build(product_kernel, signature, constants, warps, stages)
 
 
-def dense(segments: list[tuple[int, int, int, bool]], dtype: str) -> Any:
-    """`segments`: (grid, bits, group, flag)."""
+def dense(segments: list[tuple[int, int, int, bool, int]], dtype: str) -> Any:
+    """`segments`: (grid, bits, group, flag, 1 in planes or 2 in quads)."""
     scales = tuple("*u8" if s[0] == 2 else "*fp16" for s in segments)
     zeros = tuple("*fp16" if s[0] == 1 or (s[0] == 0 and s[1] == 1) else "*u8" for s in segments)
     signature = {
@@ -81,7 +86,7 @@ def build(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], war
             for j, inner in enumerate(kind):
                 places = [(i, j, k) for k in range(len(inner))] if isinstance(inner, tuple) else [(i, j)]
                 # of sizes: start, width and the row's are multiples; counts of groups and chunks are anything
-                attributes |= {p: [["tt.divisibility", 16]] for p in places if len(p) == 2 or p[2] in (0, 1, 2)}
+                attributes |= {p: [["tt.divisibility", 16]] for p in places if name != "sizes" or p[2] in (0, 1, 2)}
         elif kind is not None and (kind.startswith("*") or name in ("in_features", "n_rows")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     full = {name: signature.get(name, "constexpr") for name in names}
@@ -114,29 +119,73 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+INTEGER = {"LOP3", "SHF", "PRMT", "IADD3", "LEA", "ISETP", "SEL", "PLOP3", "VIADD", "VIMNMX", "SGXT", "BMSK", "IABS"}
+
+
+def inner_loop(compiled: Any, weights: int) -> tuple[float, float]:
+    """Instructions per weight in the longest loop of a kernel, all and those of the integer pipe; `weights`: of a tile,
+    per thread and pass."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = subprocess.run([tools / "nvdisasm", file.name], check=True, capture_output=True, text=True).stdout
+    labels: dict[str, int] = {}
+    words: list[str] = []
+    longest: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\S+):", line):
+            labels[label[1]] = len(words)
+        if found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)(.*)", line):
+            words.append(found[1])
+            target = re.search(r"(\.L\w+)", found[2]) if found[1] == "BRA" else None
+            if target and target[1] in labels and len(words) - labels[target[1]] > len(longest):
+                longest = words[labels[target[1]] :]
+    return len(longest) / weights, sum(word in INTEGER for word in longest) / weights
+
+
 def every() -> dict[str, Any]:
     """One of each kind: name -> what compiles it."""
     two = [(0, 2, 128, False, 2)]
     mixed = [(0, 1, 128, False, 2), (0, 2, 128, False, 2), (0, 3, 128, False, 1)]
     return {
-        "2 bits, 1 token": lambda: product(two),
-        "3 bits, 1 token": lambda: product([(0, 3, 128, False, 1)]),
-        "4 bits, 1 token": lambda: product([(0, 4, 128, False, 2)]),
-        "2 bits, 16 tokens": lambda: product(two, tile=(64, 16, 1), shared=True),
+        "2 bits, 1 token": lambda: product(two, tile=(32, 1, 8)),
+        "3 bits as stored": lambda: product([(0, 3, 128, False, 1)], tile=(32, 1, 8)),
+        "3 bits, 1 token": lambda: product([(0, 3, 128, False, 2)], tile=(32, 1, 8)),
+        "4 bits, 1 token": lambda: product([(0, 4, 128, False, 2)], tile=(32, 1, 8)),
+        "5 bits, 1 token": lambda: product([(0, 5, 128, False, 2)], tile=(32, 1, 8)),
+        "2 bits, 16 tokens": lambda: product(two, tile=(256, 16, 1), shared=True),
+        "3 bits, 16 tokens": lambda: product([(0, 3, 128, False, 2)], tile=(256, 16, 1)),
         "mixed, everything": lambda: product(
             mixed, "fp16", stages=2, gather=True, outliers=True, shared=True, bias=True
         ),
         "64 tokens": lambda: product(two, tile=(128, 64, 1), warps=8, stages=3),
-        "codebook": lambda: product([(1, 3, 1, False, 1)]),
+        "codebook as stored": lambda: product([(1, 3, 1, False, 1)], tile=(32, 1, 8)),
+        "codebook, 2 bits": lambda: product([(1, 2, 1, False, 3)], tile=(256, 8, 1), stages=3),
+        "codebook": lambda: product([(1, 3, 1, False, 3)], tile=(256, 8, 1), stages=3),
+        "codebook, 4 bits": lambda: product([(1, 4, 1, False, 3)], tile=(256, 8, 1), stages=3),
+        "codebook, odd width": lambda: product([(1, 4, 1, False, 4)], "fp16", tile=(256, 16, 1), stages=3),
         "codebook and mx": lambda: product([(1, 3, 1, False, 0), (2, 4, 32, False, 2), (2, 6, 32, True, 0)]),
         "groups of 32": lambda: product([(0, 2, 32, False, 2), (0, 5, 24, True, 0)]),
         "eight bits": lambda: product([(0, 8, 128, True, 2), (0, 7, 0, False, 1)]),
         "fp32": lambda: product([(0, 2, 128, False, 2), (1, 2, 0, True, 0)], "fp32"),
-        "dense": lambda: dense([(0, 3, 128, False), (1, 2, 1, True), (2, 6, 32, False)], "bf16"),
+        "dense": lambda: dense(
+            [(0, 3, 128, False, 1), (1, 3, 1, True, 2), (2, 6, 32, False, 0), (0, 3, 24, True, 0)], "bf16"
+        ),
         "outliers": lambda: outlier("bf16"),
     }
 
 
+# Weights of a tile per thread and pass through the loop: 256 rows and chunks, 128 columns, 4 warps.
+TILE = 256 * 128 // 128
+
+
+def measured(compiled: Any) -> dict[str, Any]:
+    """`resources` and `inner_loop`, which means something where a tile is `TILE`."""
+    whole, integer = inner_loop(compiled, TILE)
+    return resources(compiled) | {"per_weight": round(whole, 2), "integer_per_weight": round(integer, 2)}
+
+
 if __name__ == "__main__":
     chosen = set(sys.argv[1:])
-    print(json.dumps({name: resources(c()) for name, c in every().items() if not chosen or name in chosen}))
+    print(json.dumps({name: measured(c()) for name, c in every().items() if not chosen or name in chosen}))

@@ -26,6 +26,7 @@ RECIPES = {
     "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1},
     "cmpq+": {"bits": 2.5},
     "quilt": {"bits": 2, "group_size": 8},
+    "gptq": {"bpw": 6, "group_size": 8},  # a plan by what every width costs, measured there
 }
 
 
@@ -92,7 +93,7 @@ def test_nested_values_move():
 
 def test_a_run_on_another_device_writes_the_same_bytes(make_model, token_file, tmp_path, read_tensors):
     """A device that refuses to be mixed with the host, so that a tensor made in the wrong place is found without a GPU;
-    it computes as the host does, so that every byte must agree. Tried by hand besides: rtn, gptq, mg-ptq, micromix."""
+    it computes as the host does, so that every byte must agree. Tried by hand besides: rtn, mg-ptq, micromix."""
     model = make_model("llama", hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
     asked = [text for name, options in RECIPES.items() for text in (name, json.dumps(options))]
     ran = subprocess.run(
@@ -110,6 +111,10 @@ def test_a_run_on_another_device_writes_the_same_bytes(make_model, token_file, t
         report = json.loads((tmp_path / "there" / name / "report.json").read_text())
         assert report["machine"]["device"] == "second:0"
         assert counted[name] > 1000, name
+        if "bpw" in options:
+            assert json.loads((here / "plan.json").read_text()) == json.loads(
+                (tmp_path / "there" / name / "plan.json").read_text()
+            )
 
 
 def skeleton_of(folder: Path):

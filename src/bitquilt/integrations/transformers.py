@@ -15,6 +15,8 @@ from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.config import QUANT_METHOD, read_layouts
 from bitquilt.models.embedding import replace_layers
+from bitquilt.models.linear import QuantizedLinear
+from bitquilt.ops import gpu
 from bitquilt.packing import tensor_specs
 
 if TYPE_CHECKING:
@@ -51,6 +53,12 @@ class BitquiltQuantizer(HfQuantizer):
             replace_layers(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for module in model.modules():  # loaded where they are, not moved there
+            if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
+                module.arrange()
+        return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         """`save_pretrained` writes the same tensors back."""

@@ -42,6 +42,9 @@ class QuantizedEmbedding(QuantizedLinear):
         rows = decode_uniform(codes, scale, scale.new_empty(0), form.bits, form.group_size)
         return rows.to(self.dtype).view(*ids.shape, width)
 
+    def arrange(self) -> None:
+        """Nothing: rows are looked up in the stored order."""
+
     def project(self, x: Tensor) -> Tensor:
         """x `[..., width]` -> x W^T `[..., vocabulary]`: what a tied head computes."""
         return super().forward(x)

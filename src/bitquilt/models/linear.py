@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt import ops
-from bitquilt.ops import kernels
+from bitquilt.ops import gpu, kernels
+from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable, restore
 from bitquilt.ops.handles import Handle, StoredWeight, version
 from bitquilt.ops.pages import place
+from bitquilt.ops.reference import LAYOUT_FIELDS
 from bitquilt.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.types import Layout, QuantizedWeight
 
@@ -48,7 +50,8 @@ class QuantizedLinear(nn.Module):
     """y = x W^T + b on packed codes. Input `[..., in]`, output `[..., out]`, any floating dtype.
 
     Buffers are named and shaped as `packing.tensor_specs(layout)` says and keep their dtype through `.to(dtype)`,
-    `.half()` and `.bfloat16()`: scales are part of the solved weight. The bias is an ordinary parameter.
+    `.half()` and `.bfloat16()`: scales are part of the solved weight. The bias is an ordinary parameter. On a GPU some
+    codes lie in another order (`arrange`).
     """
 
     def __init__(
@@ -128,6 +131,44 @@ class QuantizedLinear(nn.Module):
             self._ready.set(handle, self._buffers)
             return handle
 
+    def arrange(self) -> None:
+        """Put codes in the order in which a GPU reads them (`ops.arranged`), where there is one. Moving a layer to a
+        GPU and loading it there do; moving it and its `state_dict` give the stored order."""
+        for i in range(len(self.layout.segments)):
+            grid, bits, group_size, width = self._op_layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
+            if arrangeable(grid, bits, group_size, width):
+                self._buffers[f"codes_{i}"] = arrange(self.get_buffer(f"codes_{i}"), grid, bits, width)
+                self._op_layout[LAYOUT_FIELDS * i] += ARRANGED
+
+    @property
+    def arranged(self) -> bool:
+        """Whether some codes lie in a GPU's order."""
+        return any(grid >= ARRANGED for grid in self._op_layout[::LAYOUT_FIELDS])
+
+    def _stored_codes(self) -> dict[str, Tensor]:
+        """In the order of the checkpoint, of the segments that are arranged."""
+        return {
+            f"codes_{i}": restore(self.get_buffer(f"codes_{i}"), grid - ARRANGED, form.bits, self.out_features, width)
+            for i, (form, width) in enumerate(self.layout.segments)
+            if (grid := self._op_layout[LAYOUT_FIELDS * i]) >= ARRANGED
+        }
+
+    def _restore(self) -> None:
+        """Undo `arrange`."""
+        self._buffers.update(self._stored_codes())
+        self._op_layout = op_layout(self.layout)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: codes for name, codes in self._stored_codes().items()})
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        arranged = self.arranged
+        self._restore()
+        super()._load_from_state_dict(*arguments, **keywords)
+        if arranged:
+            self.arrange()
+
     def dequantize(self) -> Tensor:
         """The weight fp32 `[out, in]` this module computes with."""
         weight: Tensor = ops.dequantize(*self._stored(), self.out_features)
@@ -164,10 +205,13 @@ class QuantizedLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self._ready = _Ready()
+        self._restore()
         stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
             self._buffers[name] = keep_dtype(tensor)
+        if self.get_buffer("codes_0").is_cuda and gpu.in_use():
+            self.arrange()
         return self
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
+from bitquilt.ops.arranged import ARRANGED
 
 DTYPES = {torch.uint8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 _MAX_COLUMNS = 2**20  # integer sums of 8-bit codes stay within 32 bits
@@ -62,13 +63,13 @@ class StoredWeight(NamedTuple):
         return self._replace(scales=scales, zeros=zeros, layout=layout, outlier_columns=columns, outlier_rows=rows)
 
     def known(self) -> bool:
-        """Whether the kernels know the layout (no mx; groups of 8 n columns, or one) and the scales' type. Asked of a
-        weight without extras (`plain`)."""
+        """Whether the kernels know the layout (no mx, nothing arranged; groups of 8 n columns, or one) and the type of
+        the scales. Asked of a weight without extras (`plain`)."""
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
         for grid, bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
-            if reference.is_mx(grid, bits):
+            if grid >= ARRANGED or reference.is_mx(grid, bits):
                 return False
             if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
                 return False

@@ -7,7 +7,8 @@ Arguments, as in the op's schema (one entry per column segment in the three list
              uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
              codebook: a factor per column [width_i], or empty;  mx, or a symmetric uniform grid: empty
   layout     per segment four integers: grid (0 uniform, 1 codebook, from 2 on mx, see `mx_grid`), bits, group_size,
-             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`)
+             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`). `ops.arranged.ARRANGED` added to
+             the grid: its codes are in another order
   permutation, block
              order of the input channels in storage, in blocks of that many neighbours; None = as they come.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
@@ -19,6 +20,7 @@ Arguments, as in the op's schema (one entry per column segment in the three list
 import torch
 from torch import Tensor
 
+from bitquilt.ops.arranged import ARRANGED, restore
 from bitquilt.ops.bits import unpack_bits
 from bitquilt.ops.mx import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
 
@@ -45,6 +47,20 @@ def _mx(grid: int, bits: int) -> tuple[Element, str]:
         raise ValueError(f"grid {grid} with {bits} bits is unknown")
     e2m3, activation = divmod(grid - GRID_MX, len(ACTIVATIONS))
     return E2M3 if e2m3 else _ELEMENTS[bits], ACTIVATIONS[activation]
+
+
+def as_stored(codes: list[Tensor], layout: list[int], out_features: int) -> tuple[list[Tensor], list[int]]:
+    """Codes and layout, nothing arranged."""
+    grids = layout[::LAYOUT_FIELDS]
+    if all(grid < ARRANGED for grid in grids):
+        return codes, layout
+    codes, layout = list(codes), list(layout)
+    for i, grid in enumerate(grids):
+        if grid >= ARRANGED:
+            _, bits, _, width = layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
+            codes[i] = restore(codes[i], grid - ARRANGED, bits, out_features, width)
+            layout[LAYOUT_FIELDS * i] = grid - ARRANGED
+    return codes, layout
 
 
 def map_bits(segments: int) -> int:
@@ -104,6 +120,7 @@ def dequantize(
     out_features: int,
 ) -> Tensor:
     """The weight fp32 `[out, in]` in the original channel order, outliers included."""
+    codes, layout = as_stored(codes, layout, out_features)
     dense = _stored_order(codes, scales, zeros, layout, out_features)
     in_features = dense.shape[1]
     if permutation is not None:
@@ -134,17 +151,24 @@ def quantized_matmul(
 
     Where a segment quantizes its input too, the product is fp32 and only its result is rounded.
     """
+    codes, layout = as_stored(codes, layout, out_features)
     weight = dequantize(
         codes, scales, zeros, layout, permutation, block,
         outlier_values, outlier_columns, outlier_rows, out_features,
     )  # fmt: skip
-    if any(grid > GRID_MX and (grid - GRID_MX) % len(ACTIVATIONS) for grid in layout[::LAYOUT_FIELDS]):
+    if rounds_input(layout):
         channels = None
         if permutation is not None:
             channels = expand_permutation(permutation, block, len(codes), weight.shape[1])
         rounded = quantize_input(x, layout, channels)
         return torch.nn.functional.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rounds_input(layout: list[int]) -> bool:
+    """Whether a segment quantizes its input."""
+    grids = layout[::LAYOUT_FIELDS]
+    return any(GRID_MX < grid < ARRANGED and (grid - GRID_MX) % len(ACTIVATIONS) for grid in grids)
 
 
 def quantize_input(x: Tensor, layout: list[int], channels: Tensor | None) -> Tensor:
@@ -158,7 +182,7 @@ def quantize_input(x: Tensor, layout: list[int], channels: Tensor | None) -> Ten
         grid, bits, _group_size, width = layout[i : i + LAYOUT_FIELDS]
         part = stored[..., start : start + width]
         start += width
-        if grid >= GRID_MX:
+        if GRID_MX <= grid < ARRANGED:
             element, rule = _mx(grid, bits)
             if rule != "none":
                 part = quantize_blocks(part, element, rule)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ forward:   the inputs of every block go to the work directory, as `runtime.strea
 loss:      labels sampled from the model's own logits, the gradient at the last block's output
 backward:  block by block from the last, recomputed from its stored input; squared gradients at the outputs of the
            linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
+
+Blocks are computed on the job's device; the loss, which is the head's, on the host.
 """
 
 import shutil
@@ -98,7 +100,7 @@ class _Tables:
         for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
-                seen = LayerStats(torch.eye(weight.shape[1]), 1)
+                seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
             layer = Layer(name, weight, None, seen)
             if prepared is None or prepared[0] is not seen:
                 prepared = (seen, self.job.recipe.prepare(seen))
@@ -106,15 +108,14 @@ class _Tables:
             if self.method == "activation":
                 rows = activation_rows(weight, columns)
             else:
-                rows = squares.get(name, torch.zeros(len(weight))).float() / self.tokens
+                rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
                 # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
                 rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
             widths = self.recipe.widths(len(weight))
             group_size = int(getattr(self.job.recipe, "group_size", 1))
             try:
-                table = width_losses(
-                    weight, self._rounding(layer, prepared[1]), rows, columns, widths, group_size
-                ).numpy()
+                rounding = self._rounding(layer, prepared[1])
+                table = width_losses(weight, rounding, rows, columns, widths, group_size).cpu().numpy()
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             if not np.isfinite(table).all():
@@ -149,7 +150,7 @@ class _Pass:
             self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
             path = skeleton.blocks[i]
             template = skeleton.template(path)
-            block = skeleton.load(path)
+            block = skeleton.load(path).to(job.device)
             linears = targets(skeleton, path, block, job.skip)
             check_weights(linears)
             weights, errors = self._weights(linears)
@@ -169,7 +170,8 @@ class _Pass:
         skeleton.reset(first, template)
         check_order(skeleton, ids[self.batches[0]], self.extras)
         shapes = {tuple(ids[rows].shape): rows for rows in self.batches}
-        self.calls = {shape: record_calls(skeleton, ids[rows], self.extras) for shape, rows in shapes.items()}
+        recorded = {shape: record_calls(skeleton, ids[rows], self.extras) for shape, rows in shapes.items()}
+        self.calls = {shape: [call.to(self.job.device) for call in found] for shape, found in recorded.items()}
         width = embed(skeleton, ids[:1, :1]).shape[-1]
         wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
         free = shutil.disk_usage(self.folder).free
@@ -188,13 +190,13 @@ class _Pass:
     def _forward(self, i: int) -> None:
         skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
         template = skeleton.template(path)
-        block = skeleton.load(path)
+        block = skeleton.load(path).to(self.job.device)
         if self.standin is not None:
             self.standin.put(targets(skeleton, path, block, self.job.skip))
         inputs = self._inputs(i)
         outputs = Activations.create(self._path(i + 1), self.shape)
         for rows in self.batches:
-            outputs.write(rows, self._call(i, block, inputs.read(rows)))
+            outputs.write(rows, self._call(i, block, inputs.read(rows).to(self.job.device)))
         skeleton.reset(path, template)
 
     def _loss(self, tables: _Tables) -> tuple[Activations, float | None]:
@@ -241,10 +243,10 @@ class _Pass:
     def _backward(self, i: int, block: nn.Module, gradients: Activations) -> Iterator[None]:
         inputs = self._inputs(i)
         for rows in self.batches:
-            hidden = inputs.read(rows).requires_grad_()
+            hidden = inputs.read(rows).to(self.job.device).requires_grad_()
             with torch.enable_grad():
                 output = self._call(i, block, hidden)
-            output.backward(gradients.read(rows))
+            output.backward(gradients.read(rows).to(output.device))
             assert hidden.grad is not None
             gradients.write(rows, hidden.grad)
             yield

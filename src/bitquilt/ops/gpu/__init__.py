@@ -7,6 +7,7 @@
 | `dense.py` | the weight written out |
 | `weight.py` | is a weight sound, and what do the kernels need beside it? |
 | `config.py` | how is a product cut into programs? |
+| `tuned.py` | how was it, where that was measured on this GPU? |
 | `body.py` | which of these, with which arguments? |
 
 Triton is imported with the first product: it takes half a second. Without it, or with `BITQUILT_ISA=reference`, a GPU
@@ -45,6 +46,11 @@ def dequantize(*arguments: Any) -> Tensor:
     from bitquilt.ops.gpu import body
 
     return body.dequantize(*arguments)
+
+
+def in_use() -> bool:
+    """Whether layers on a GPU are computed here."""
+    return has_triton() and not _asked_for_reference()
 
 
 @functools.cache

@@ -14,11 +14,12 @@ import triton
 from torch import Tensor
 
 from bitquilt.ops import reference
-from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose
+from bitquilt.ops.gpu import tuned
+from bitquilt.ops.gpu.config import MAX_FUSED, MAX_QUADS, Config, choose, for_quads
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
 from bitquilt.ops.gpu.unpack import has_ptx
-from bitquilt.ops.gpu.weight import Part, Prepared, prepared
+from bitquilt.ops.gpu.weight import QUADS, Part, Prepared, prepared
 from bitquilt.ops.handles import StoredWeight
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -27,7 +28,8 @@ _config: Config | None = None
 
 
 def use_config(config: Config | None) -> None:
-    """Cut every fused product like this, to measure it; None: as `config.choose` says."""
+    """Cut every fused product like this, to measure it; None: as was measured (`ops.gpu.tuned`), or as `config.choose`
+    says."""
     global _config
     _config = config
 
@@ -51,11 +53,11 @@ def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
     tokens = x.numel() // found.columns
     if tokens == 0:
         return out
-    if _rounds_input(weight.layout):
+    if reference.rounds_input(weight.layout):
         channels = None if found.channels is None else found.channels.to(torch.int64)
         x = reference.quantize_input(x, weight.layout, channels)
     flat = x.reshape(tokens, found.columns).contiguous()
-    if tokens > MAX_FUSED:
+    if tokens > (MAX_QUADS if found.quads else MAX_FUSED):
         return _linear(flat, weight, found, bias, out)
     _product(flat, weight, found, bias, out)
     return out
@@ -74,8 +76,11 @@ def dequantize(*arguments: Any) -> Tensor:
 def dense(weight: StoredWeight, found: Prepared, dtype: torch.dtype) -> Tensor:
     """The weight `[out, in]` in `dtype`, outliers added in it."""
     out = torch.empty((found.rows, found.columns), dtype=dtype, device=found.device)
-    forms = tuple(part.form for part in found.parts)
-    sizes = tuple((p.start, p.width, p.row_bytes, 0, p.groups, p.zero_bytes, p.first_chunk) for p in found.parts)
+    forms = tuple((*part.form, 0 if not part.arranged else 2 if part.read >= QUADS else 1) for part in found.parts)
+    sizes = tuple(
+        (p.start, p.width, p.sizes(0)[2] if p.read >= QUADS else p.row_bytes, 0, p.groups, p.zero_bytes, p.first_chunk)
+        for p in found.parts
+    )
     with _on(found.device):
         dense_kernel[(triton.cdiv(found.rows, _DENSE_ROWS), found.chunks)](
             out, out if found.channels is None else found.channels, found.stored(weight, "codes"),
@@ -96,38 +101,46 @@ def forms(parts: tuple[Part, ...], dtype: torch.dtype) -> tuple[tuple[Any, ...],
 
 def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | None, out: Tensor) -> None:
     tokens = len(x)
-    config = _config or choose(found.rows, found.chunks, tokens, processors(found.device))
+    config = _config or cut(found, tokens)
+    if found.quads:
+        config = for_quads(config)
+    compiled = forms(found.parts, x.dtype)
+    ptx = any(form[-1] and form[4] >= QUADS for form in compiled)
+    scales = found.tables(weight, x.dtype) if ptx else found.stored(weight, "scales")
     tiles = triton.cdiv(found.rows, config.rows), triton.cdiv(tokens, config.tokens)
     shared = config.parts > 1
     gathered = x
     if found.channels is not None and found.runs is None:
         gathered = x.index_select(1, found.channels)
     codes = found.codes(weight)
-    sizes = tuple(part.sizes(units.numel()) for part, units in zip(found.parts, codes, strict=True))
+    sizes = tuple(part.sizes(planes[0].numel()) for part, planes in zip(found.parts, codes, strict=True))
     with _on(found.device):
         partial = torch.empty((config.parts, *out.shape), device=x.device) if shared else out
         counters = found.counter(tiles[0] * tiles[1]) if shared else out
         product_kernel[(tiles[0] * config.parts, tiles[1])](
-            gathered, x, x if found.runs is None else found.runs, codes, found.stored(weight, "scales"),
-            found.stored(weight, "zeros"), sizes,
+            gathered, x, x if found.runs is None else found.runs, codes, scales, found.stored(weight, "zeros"), sizes,
             weight.outlier_values if found.outliers else x, weight.outlier_columns if found.outliers else x,
             weight.outlier_rows if found.outliers else x, x if bias is None else bias, out, partial, counters,
             found.rows, tokens, found.columns, found.chunks, config.parts,
-            FORMS=forms(found.parts, x.dtype), GATHER=found.runs is not None, HAS_OUTLIERS=found.outliers,
+            FORMS=compiled, GATHER=found.runs is not None, HAS_OUTLIERS=found.outliers,
             HAS_BIAS=bias is not None, SHARED=shared, BN=config.rows, BT=config.tokens, S=config.stack,
             STAGES=config.stages, WIDE=interpreted(), num_warps=config.warps,
         )  # fmt: skip
+
+
+def cut(found: Prepared, tokens: int) -> Config:
+    """How a product of a weight is cut into programs."""
+    if tokens <= tuned.MAX_TOKENS and (measured := tuned.cuts(found.device)):
+        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens, found.quads))
+        if known is not None:
+            return known
+    return choose(found.rows, found.chunks, tokens, processors(found.device), found.quads)
 
 
 def _linear(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | None, out: Tensor) -> Tensor:
     dtype = x.dtype  # fp32 where a segment rounds its input
     result = torch.nn.functional.linear(x, dense(weight, found, dtype), None if bias is None else bias.to(dtype))
     return result.to(out.dtype).view(out.shape)
-
-
-def _rounds_input(layout: list[int]) -> bool:
-    fields, kinds = reference.LAYOUT_FIELDS, len(reference.ACTIVATIONS)
-    return any(grid > reference.GRID_MX and (grid - reference.GRID_MX) % kinds for grid in layout[::fields])
 
 
 @functools.cache

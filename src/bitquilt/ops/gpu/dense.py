@@ -7,15 +7,17 @@ the weight once. The arithmetic is `ops.reference`'s, operation by operation, so
 import triton
 import triton.language as tl
 
-from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, uniform_step
+from bitquilt.ops.gpu.quads import quad_codes
+from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, plane_count, plane_part, uniform_step
 
 
 @triton.jit
 def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features, FORMS: tl.constexpr,
                  GATHER: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """out `[rows, in]` in its own dtype, original order of the channels. `codes`: bytes; FORMS as in
-    `product_kernel`; `sizes`: per segment (first column, width, bytes of a row, 0, groups, bytes of a group's zeros,
-    first chunk). GATHER: `channels` names the channel at each stored column."""
+    """out `[rows, in]` in its own dtype, original order of the channels. `codes`: bytes; FORMS: per segment (grid,
+    bits, group size or 0 for one group, flag as in `product_kernel`, 1 in planes, 2 in quads); `sizes`: per segment
+    (first column, width, bytes of a row or units of a quad's, 0, groups, bytes of a group's zeros, first chunk).
+    GATHER: `channels` names the channel at each stored column."""
     CHUNK: tl.constexpr = 128
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     chunk = tl.program_id(1)
@@ -26,7 +28,8 @@ def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features
             columns = here * CHUNK + tl.arange(0, CHUNK)
             keep = (rows < n_rows)[:, None] & (columns < width)[None, :]
             weight = _columns(codes[s], scales[s], zeros[s], rows, columns, keep, width, sizes[s][2], sizes[s][4],
-                              sizes[s][5], FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3])  # fmt: skip
+                              sizes[s][5], n_rows, FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3],
+                              FORMS[s][4])  # fmt: skip
             place = sizes[s][0] + columns
             if GATHER:
                 place = tl.load(channels + place, mask=columns < width, other=0)
@@ -35,15 +38,13 @@ def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features
 
 
 @triton.jit
-def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, zero_size, GRID: tl.constexpr,
-             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr):  # fmt: skip
+def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, zero_size, n_rows, GRID: tl.constexpr,
+             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
     """Weights fp32 `[rows, columns]`."""
-    bit = columns[None, :] * BITS
-    byte = rows.to(tl.int64)[:, None] * row_bytes + (bit >> 3)
-    found = tl.load(codes + byte, mask=keep, other=0).to(tl.int32)
-    if 8 % BITS != 0:
-        found |= tl.load(codes + byte + 1, mask=keep & ((bit & 7) + BITS > 8), other=0).to(tl.int32) << 8
-    number = (found >> (bit & 7)) & ((1 << BITS) - 1)
+    if ORDER == 2:
+        number = quad_codes(codes, rows[:, None], columns[None, :], keep, n_rows, row_bytes, BITS)
+    else:
+        number = _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS, ORDER == 1)
     group = columns[None, :] * 0
     if GROUP > 0:
         group = (columns // GROUP)[None, :]
@@ -58,6 +59,35 @@ def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, 
         step, base = uniform_step(scale, zero, rows[:, None], group, keep, groups, zero_size, BITS, FLAG)
         value = number.to(tl.float32)
         return base + step * value if BITS == 1 and not FLAG else step * (value - base)
+
+
+@triton.jit
+def _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS: tl.constexpr, PLANES: tl.constexpr):
+    """Codes int32 `[rows, columns]` of a stored stream or of planes."""
+    bit = columns[None, :] * BITS
+    found = tl.load(_byte(codes, bit >> 3, rows, n_rows, row_bytes, BITS, PLANES), mask=keep, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        follows = keep & ((bit & 7) + BITS > 8)
+        after = tl.load(_byte(codes, (bit >> 3) + 1, rows, n_rows, row_bytes, BITS, PLANES), mask=follows, other=0)
+        found |= after.to(tl.int32) << 8
+    return (found >> (bit & 7)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _byte(codes, byte, rows, n_rows, row_bytes, BITS: tl.constexpr, PLANES: tl.constexpr):
+    """Where byte `byte` `[1, columns]` of the stream of `rows` lies."""
+    row = rows.to(tl.int64)[:, None]
+    if PLANES:
+        inner = byte % BITS  # of a unit, which is BITS bytes
+        unit = row * (row_bytes // BITS) + byte // BITS
+        units = n_rows.to(tl.int64) * (row_bytes // BITS)
+        at = unit * 0
+        for p in tl.static_range(plane_count(BITS)):
+            there = units * plane_part(BITS, p, 0) + unit * plane_part(BITS, p, 1) + inner - plane_part(BITS, p, 0)
+            at = tl.where(inner >= plane_part(BITS, p, 0), there, at)
+        return codes + at
+    else:
+        return codes + row * row_bytes + byte
 
 
 @triton.jit

@@ -14,17 +14,24 @@ Every program takes BN rows, BT tokens and a run of chunks (`ops.gpu.unpack`), w
 import triton
 import triton.language as tl
 
+from bitquilt.ops.gpu.operands import activations, dot, split
+from bitquilt.ops.gpu.quads import quad_segment
 from bitquilt.ops.gpu.unpack import (
     CODEBOOK,
     MX,
     UNIFORM,
     code,
     code_number,
-    code_operand,
-    load_units,
+    load_plane,
+    load_words,
     mx_element,
     mx_step,
+    operand,
+    piece,
+    piece_count,
+    plane_count,
     uniform_step,
+    unit_codes,
 )
 
 
@@ -34,9 +41,11 @@ def product_kernel(x, plain_x, runs, codes, scales, zeros, sizes, outlier_values
                    FORMS: tl.constexpr, GATHER: tl.constexpr, HAS_OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr,
                    SHARED: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, S: tl.constexpr,
                    STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """FORMS: per segment (grid, bits, group size or 0 for one group, symmetric or E2M3 or gains, READ, PTX);
+    """`codes`: per segment its planes, or its words alone.
+    FORMS: per segment (grid, bits, group size or 0 for one group, symmetric or E2M3 or gains, READ, PTX);
     `sizes`: per segment (first column, width, units or bytes of a row, words in all, groups, bytes of a group's zeros,
-    first chunk). READ: 0, 1 where the width is whole chunks, 2 where rows can be read as units besides.
+    first chunk). READ: 0, 1 where the width is whole chunks, 2 where there are planes (`ops.gpu.unpack`), 3
+    and 4 of quads (`ops.gpu.quads`; S is 1 then) of whole chunks and others, whose `scales` are tables with PTX.
     SHARED: parts > 1. `plain_x`: x in the order of the channels, for the outliers. WIDE: see `_dot`."""
     CHUNK: tl.constexpr = 128
     tile = tl.program_id(0) // parts
@@ -50,10 +59,15 @@ def product_kernel(x, plain_x, runs, codes, scales, zeros, sizes, outlier_values
         begin = sizes[s][6]
         low = tl.maximum(first - begin, 0)
         high = tl.minimum(last - begin, (sizes[s][1] + CHUNK - 1) // CHUNK)
-        acc = _segment(acc, x, runs, codes[s], scales[s], zeros[s], sizes[s][0], sizes[s][1], sizes[s][2], sizes[s][3],
-                       sizes[s][4], sizes[s][5], tile, n_rows, n_tokens, in_features, low, high,
-                       FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3], FORMS[s][4], FORMS[s][5],
-                       GATHER, BN, BT, S, STAGES, WIDE)  # fmt: skip
+        if FORMS[s][4] >= 3:
+            acc = quad_segment(acc, x, runs, codes[s], scales[s], zeros[s], sizes[s][0], sizes[s][1], sizes[s][2], tile,
+                               n_rows, n_tokens, in_features, low, high, FORMS[s][1], FORMS[s][2], FORMS[s][3],
+                               FORMS[s][4] == 3, FORMS[s][5], GATHER, BN, BT, STAGES, WIDE)  # fmt: skip
+        else:
+            acc = _segment(acc, x, runs, codes[s], scales[s], zeros[s], sizes[s][0], sizes[s][1], sizes[s][2],
+                           sizes[s][3], sizes[s][4], sizes[s][5], tile, n_rows, n_tokens, in_features, low, high,
+                           FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3], FORMS[s][4], FORMS[s][5],
+                           GATHER, BN, BT, S, STAGES, WIDE)  # fmt: skip
     if S > 1:
         spread = tl.reshape(acc, [BN, S, S, BT])
         lane = tl.arange(0, S)
@@ -92,7 +106,7 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
              READ: tl.constexpr, PTX: tl.constexpr, GATHER: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
              S: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """`acc` and the products of chunks `low` to `high` of one segment, S chunks at a time."""
-    C: tl.constexpr = 8 if BITS <= 4 else 4
+    C: tl.constexpr = 8 if READ == 2 and BITS < 8 else unit_codes(BITS)
     CHUNK: tl.constexpr = 128
     U: tl.constexpr = CHUNK // C
     # one scale per row and chunk: codes are multiplied as they are, exactly, and the sums are scaled
@@ -106,14 +120,20 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
         chunk = base + slot % S
         columns = chunk[:, None] * CHUNK + unit[None, :] * C  # of code 0
         keep = (rows < n_rows) & (chunk < high)
-        words = load_units(codes, rows, chunk, keep, width, row_size, total, BITS, C, READ)
-        inputs = _activations(x, runs, n_tokens, in_features, start, base, high, width, READ > 0, GATHER, C, U, BT, S)
-        by_code = _split(inputs, C)
+        inputs = activations(x, runs, n_tokens, in_features, start, base, high, width, READ > 0, GATHER, C, U, BT, S)
+        by_code = split(inputs, C)
         if WHOLE:
             part = tl.zeros([BN * S, BT * S], tl.float32)
-            for j in tl.static_range(C):
-                number = code_operand(words, j, BITS, DTYPE, PTX)
-                part = _dot(number, by_code[j], part, WIDE)
+            if READ == 2:
+                for p in tl.static_range(plane_count(BITS)):
+                    units = load_plane(codes[p], rows, chunk, keep, row_size, U)
+                    for i in tl.static_range(piece_count(BITS, p)):
+                        number = operand(units, BITS, p, i, DTYPE, PTX)
+                        part = dot(number, by_code[piece(BITS, p, i, 0)], part, WIDE)
+            else:
+                words = load_words(codes[0], rows, chunk, keep, width, row_size, total, BITS, READ)
+                for j in tl.static_range(C):
+                    part = dot(operand(words, BITS, -1, j, DTYPE, PTX), by_code[j], part, WIDE)
             total_x = tl.sum(tl.sum(inputs.to(tl.float32), 2), 1)
             group = chunk * 0
             if GROUP > 0:
@@ -122,22 +142,16 @@ def _segment(acc, x, runs, codes, scale, zero, start, width, row_size, total, gr
             shift = middle if BITS == 1 and not FLAG else -step * middle
             acc += step[:, None] * part + shift[:, None] * total_x[None, :]
         else:
+            if READ == 2:
+                words = load_plane(codes[0], rows, chunk, keep, row_size, U)
+            else:
+                words = load_words(codes[0], rows, chunk, keep, width, row_size, total, BITS, READ)
             for j in tl.static_range(C):
                 every = keep[:, None] & (columns + j < width)
                 number = _weights(words.to(tl.int32), scale, zero, rows[:, None], columns + j, every, groups, zero_size,
                                   j, GRID, BITS, GROUP, FLAG)  # fmt: skip
-                acc = _dot(number.to(DTYPE), by_code[j], acc, WIDE)
+                acc = dot(number.to(DTYPE), by_code[j], acc, WIDE)
     return acc
-
-
-@triton.jit
-def _dot(numbers, inputs, acc, WIDE: tl.constexpr):
-    """`acc` + numbers `[rows, units]` times inputs `[tokens, units]`. WIDE: operands as fp32, which is the same, for
-    Triton's interpreter takes bfloat16 for integers here."""
-    if WIDE:
-        return tl.dot(numbers.to(tl.float32), tl.trans(inputs.to(tl.float32)), acc, input_precision="ieee")
-    else:
-        return tl.dot(numbers, tl.trans(inputs), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -160,52 +174,6 @@ def _weights(words, scale, zero, rows, columns, keep, groups, zero_size, J: tl.c
         step, middle = uniform_step(scale, zero, rows, group, keep, groups, zero_size, BITS, FLAG)
         number = code_number(words, J, BITS)
         return middle + step * number if BITS == 1 and not FLAG else step * (number - middle)
-
-
-@triton.jit
-def _activations(x, runs, n_tokens, in_features, start, base, high, width, EVEN: tl.constexpr, GATHER: tl.constexpr,
-                 C: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """x `[S * BT, units, C]`: BT tokens for each of S chunks from `base` on, zero past the end. GATHER: `runs` says
-    where each run of eight stored columns stands in x."""
-    CHUNK: tl.constexpr = 128
-    slot = tl.arange(0, S * BT)
-    chunk = base + slot // BT
-    token = tl.program_id(1) * BT + slot % BT
-    unit = tl.arange(0, U) * C
-    inner = tl.arange(0, C)
-    columns = chunk[:, None] * CHUNK + unit[None, :]
-    inside = (chunk < high)[:, None] if EVEN else (chunk < high)[:, None] & (columns < width)
-    if GATHER:
-        run = tl.load(runs + start // 8 + columns // 8, mask=inside, other=0)
-        place = run * 8 + unit[None, :] % 8
-    else:
-        place = start + columns
-    keep = ((token < n_tokens) & (chunk < high))[:, None, None]
-    if not EVEN:
-        keep = keep & (columns[:, :, None] + inner[None, None, :] < width)
-    at = token.to(tl.int64)[:, None, None] * in_features + (place[:, :, None] + inner[None, None, :])
-    return tl.load(x + at, mask=keep, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
-def _split(tile, C: tl.constexpr):
-    """`[tokens, units, C]` -> C tensors `[tokens, units]`."""
-    T: tl.constexpr = tile.shape[0]
-    U: tl.constexpr = tile.shape[1]
-    if C == 4:
-        even, odd = tl.split(tl.reshape(tile, [T, U, 2, 2]))
-        a0, a2 = tl.split(even)
-        a1, a3 = tl.split(odd)
-        return a0, a1, a2, a3
-    else:
-        even, odd = tl.split(tl.reshape(tile, [T, U, 2, 2, 2]))
-        e0, e1 = tl.split(even)
-        o0, o1 = tl.split(odd)
-        a0, a4 = tl.split(e0)
-        a2, a6 = tl.split(e1)
-        a1, a5 = tl.split(o0)
-        a3, a7 = tl.split(o1)
-        return a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @triton.jit

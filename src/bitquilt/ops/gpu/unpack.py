@@ -1,13 +1,14 @@
 """How does a GPU thread get numbers out of a row's bit stream? Device functions shared by the kernels of this room.
 
-A chunk is 128 stored columns of one segment. It is read as UNITS of `C` neighbouring codes in one int32: eight codes of
-up to four bits, four of more. Code j of all units of a chunk makes one operand of a matrix product, so no code ever
-has to change its lane; the activations are split the same way, and they are few.
+A chunk is 128 stored columns of one segment. It is read as UNITS of `C` neighbouring codes. Code j of all units of a
+chunk makes one operand of a matrix product, so no code ever has to change its lane; the activations are split the same
+way, and they are few.
 
     unit u, 2 bits, C = 8:   columns 8u .. 8u+7 of the chunk, column 8u+j in bits 2j, 2j+1
 
-Three readings of the same bytes: as whole units (int8, int16, int32) for 1, 2, 4 and 8 bits and widths of whole chunks;
-two words and a shift with a pattern that repeats for 3, 5, 6 and 7; two words and any shift for odd widths.
+Three readings: as whole units (int8, int16, int32) for 1, 2, 4 and 8 bits and, where the codes were arranged in planes
+(`ops.planes`), for 3, 5, 6 and 7: each plane is read like that; a code that two planes share makes two operands. From
+the stored stream two words and a shift, with a pattern that repeats where widths are whole chunks, any shift elsewhere.
 """
 
 import triton
@@ -19,25 +20,77 @@ _ONE = {"fp16": 0x3C00, "bf16": 0x3F80}
 
 
 @triton.constexpr_function
-def unpack_steps(bits, dtype):
-    """How the codes of two units become pairs of half-precision numbers without a conversion instruction.
+def plane_sizes(bits):
+    """Bits of each plane of a unit of eight codes (`ops.planes`), of four codes at eight bits."""
+    return [32] if bits == 8 else [8 * size for size in (4, 2, 1) if bits & size]
 
-    Per code: (view, shift, mask, exponent e). The low 16 bits of both units, shifted right by `view` before, share one
-    register; it is shifted by `shift`, masked, and ORed into the mantissa of 2^m (m: its bits), which makes
-    2^m + code 2^e exactly; times 2^-e, less 2^(m - e), is the code. Empty where a code does not fit the mantissa.
+
+@triton.constexpr_function
+def plane_count(bits):
+    """How many planes there are."""
+    return len(plane_sizes(bits))
+
+
+@triton.constexpr_function
+def plane_part(bits, plane, field):
+    """Of the bytes of a unit: (the plane's first, how many it has)."""
+    sizes = plane_sizes(bits)
+    return (sum(sizes[:plane]) // 8, sizes[plane] // 8)[field]
+
+
+@triton.constexpr_function
+def pieces(bits, plane):
+    """What `plane` holds: (code, first bit in the plane, bits, first bit in the code). `plane` -1: the unit is one word
+    of `unit_codes(bits)` codes."""
+    if plane < 0:
+        return [(j, bits * j, bits, 0) for j in range(unit_codes(bits))]
+    sizes = plane_sizes(bits)
+    start, end = sum(sizes[:plane]), sum(sizes[: plane + 1])
+    found = []
+    for j in range(4 if bits == 8 else 8):
+        low, high = max(bits * j, start), min(bits * (j + 1), end)
+        if low < high:
+            found.append((j, low - start, high - low, low - bits * j))
+    return found
+
+
+@triton.constexpr_function
+def piece_count(bits, plane):
+    """How many codes, or parts of codes, a plane holds."""
+    return len(pieces(bits, plane))
+
+
+@triton.constexpr_function
+def piece(bits, plane, i, field):
+    """A number of `pieces`."""
+    return pieces(bits, plane)[i][field]
+
+
+@triton.constexpr_function
+def unit_codes(bits):
+    """Codes of a unit that is one word."""
+    return 8 if bits <= 4 else 4
+
+
+@triton.constexpr_function
+def unpack_step(bits, plane, i, dtype):
+    """How a piece of two units becomes a pair of half-precision numbers without a conversion instruction: (view, shift,
+    mask, place).
+
+    The low 16 bits of both units, shifted right by `view` before, share one register; it is shifted by `shift` (left
+    where that is negative), masked, and ORed into the mantissa of 2^m (m: its bits), which makes 2^m + piece 2^place
+    exactly; times 2^(e - place), less 2^(m + e - place), is the piece times 2^e, its worth in the code.
     """
-    mantissa, count = _MANTISSA[dtype], 8 if bits <= 4 else 4
-    if bits > mantissa:
-        return []
-    steps, view, shift = [], 0, 0
-    for j in range(count):
-        if bits * (j + 1) - view > 16:
-            view, shift = bits * j, 0
-        place = bits * j - view - shift
-        if place + bits > mantissa:
-            shift, place = bits * j - view, 0
-        steps.append((view, shift, (1 << bits) - 1 << place, place))
-    return steps
+    mantissa = _MANTISSA[dtype]
+    view, shift = 0, 0
+    for _, first, width, _ in pieces(bits, plane)[: i + 1]:
+        if first + width - view > 16:
+            view, shift = first, 0
+        if first - view - shift + width > mantissa:
+            shift = first - view
+    worth = pieces(bits, plane)[i][3]
+    place = max(first - view - shift, mantissa + worth - 15)  # 2^16 is no number in fp16
+    return view, first - view - place, (1 << width) - 1 << place, place
 
 
 def has_ptx(bits: int, dtype: str) -> bool:
@@ -46,22 +99,23 @@ def has_ptx(bits: int, dtype: str) -> bool:
 
 
 @triton.constexpr_function
-def unpack_view(j, bits, dtype):
-    """The view of code j, see `unpack_steps`."""
-    return unpack_steps(bits, dtype)[j][0]
+def unpack_view(bits, plane, i, dtype):
+    """The view of a piece, see `unpack_step`."""
+    return unpack_step(bits, plane, i, dtype)[0]
 
 
 @triton.constexpr_function
-def unpack_ptx(j, bits, dtype):
-    """Code j of `unpack_steps`: from two int16 in one register ($1) to two numbers ($0). An and-or, a multiply-add and
-    sometimes a shift for two codes; conversions would take eight."""
-    mantissa = _MANTISSA[dtype]
-    _view, shift, mask, place = unpack_steps(bits, dtype)[j]
-    magic, scale, offset = _power(mantissa, dtype), _power(-place, dtype), _power(mantissa - place, dtype)
+def unpack_ptx(bits, plane, i, dtype):
+    """`unpack_step`: from two int16 in one register ($1) to two numbers ($0). An and-or, a multiply-add and sometimes a
+    shift for two codes; conversions would take eight."""
+    mantissa, worth = _MANTISSA[dtype], pieces(bits, plane)[i][3]
+    _view, shift, mask, place = unpack_step(bits, plane, i, dtype)
+    magic, scale = _power(mantissa, dtype), _power(worth - place, dtype)
+    offset = _power(mantissa + worth - place, dtype)
     return "\n".join(
         [
             "{ .reg .b32 t, s, b;",
-            f"shr.u32 t, $1, {shift};",
+            f"shr.u32 t, $1, {shift};" if shift >= 0 else f"shl.b32 t, $1, {-shift};",
             f"lop3.b32 t, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0xEA;",  # (t & mask) | magic
             f"mov.b32 s, {scale * 0x10001:#x};",
             f"mov.b32 b, {(offset | 0x8000) * 0x10001:#x};",
@@ -77,54 +131,69 @@ def _power(exponent, dtype):
 
 
 @triton.jit
-def load_units(codes, rows, chunk, keep, width, row_size, total, BITS: tl.constexpr, C: tl.constexpr,
-               READ: tl.constexpr):  # fmt: skip
-    """Units `[rows, 128 / C]` of `chunk` of `rows` (`[rows]` both), where `keep`; int8, int16 or int32, the bits above
-    the last code are anything.
-
-    READ 2: `codes` holds whole units, `row_size` counts them. 1: int32 words, `row_size` of them to a row, each chunk
-    begins with one. 0: int32 words, `total` in all, `row_size` bytes to a row, nothing is aligned."""
-    U: tl.constexpr = 128 // C
-    unit = tl.arange(0, U)
-    if READ == 2:
-        at = rows.to(tl.int64)[:, None] * row_size + (chunk[:, None] * U + unit[None, :])
-        return tl.load(codes + at, mask=keep[:, None], other=0, eviction_policy="evict_first")
-    else:
-        if READ == 1:
-            bit = (unit * (BITS * C))[None, :]
-            word = (rows.to(tl.int64) * row_size + chunk * (4 * BITS))[:, None] + (bit >> 5)
-            inside = keep[:, None]
-            follows = inside & ((bit & 31) + BITS * C > 32)
-        else:
-            start = rows.to(tl.int64) * row_size
-            bit = ((start & 3) * 8).to(tl.int32)[:, None] + (chunk[:, None] * U + unit[None, :]) * (BITS * C)
-            word = (start >> 2)[:, None] + (bit >> 5)
-            inside = keep[:, None] & (chunk[:, None] * 128 + unit[None, :] * C < width) & (word < total)
-            follows = inside & (word + 1 < total)
-        low = tl.load(codes + word, mask=inside, other=0)
-        high = tl.load(codes + word + 1, mask=follows, other=0)
-        both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-        return (both >> (bit & 31)).to(tl.int32)
+def load_plane(plane, rows, chunk, keep, row_size, U: tl.constexpr):
+    """What one plane holds of the U units `[rows, U]` of `chunk` of `rows` (`[rows]` both), where `keep`; `row_size`:
+    units of a row."""
+    at = rows.to(tl.int64)[:, None] * row_size + (chunk[:, None] * U + tl.arange(0, U)[None, :])
+    return tl.load(plane + at, mask=keep[:, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def code_operand(units, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Code J of each unit in DTYPE, exactly."""
+def load_words(codes, rows, chunk, keep, width, row_size, total, BITS: tl.constexpr, READ: tl.constexpr):
+    """Units `[rows, 128 / C]` int32 of C codes from the bit stream of the row, the bits above the last code are
+    anything. `codes` holds int32 words; READ 1: `row_size` of them to a row, each chunk begins with one. 0: `total` in
+    all, `row_size` bytes to a row, nothing is aligned."""
+    C: tl.constexpr = unit_codes(BITS)
+    U: tl.constexpr = 128 // C
+    unit = tl.arange(0, U)
+    if READ == 1:
+        bit = (unit * (BITS * C))[None, :]
+        word = (rows.to(tl.int64) * row_size + chunk * (4 * BITS))[:, None] + (bit >> 5)
+        inside = keep[:, None]
+        follows = inside & ((bit & 31) + BITS * C > 32)
+    else:
+        start = rows.to(tl.int64) * row_size
+        bit = ((start & 3) * 8).to(tl.int32)[:, None] + (chunk[:, None] * U + unit[None, :]) * (BITS * C)
+        word = (start >> 2)[:, None] + (bit >> 5)
+        inside = keep[:, None] & (chunk[:, None] * 128 + unit[None, :] * C < width) & (word < total)
+        follows = inside & (word + 1 < total)
+    low = tl.load(codes + word, mask=inside, other=0)
+    high = tl.load(codes + word + 1, mask=follows, other=0)
+    both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return (both >> (bit & 31)).to(tl.int32)
+
+
+@triton.jit
+def operand(
+    units, BITS: tl.constexpr, PLANE: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):
+    """A piece of `units`, a plane's or (-1) words, times its worth in the code: in DTYPE, exactly."""
     if PTX:
-        VIEW: tl.constexpr = unpack_view(J, BITS, "fp16" if tl.float16 == DTYPE else "bf16")
+        VIEW: tl.constexpr = unpack_view(BITS, PLANE, PIECE, "fp16" if tl.float16 == DTYPE else "bf16")
         half = (units >> VIEW).to(tl.int16)
         if tl.float16 == DTYPE:
-            return tl.inline_asm_elementwise(unpack_ptx(J, BITS, "fp16"), "=r,r", [half], tl.float16, True, 2)
+            return tl.inline_asm_elementwise(
+                unpack_ptx(BITS, PLANE, PIECE, "fp16"), "=r,r", [half], tl.float16, True, 2
+            )
         else:
-            return tl.inline_asm_elementwise(unpack_ptx(J, BITS, "bf16"), "=r,r", [half], tl.bfloat16, True, 2)
+            return tl.inline_asm_elementwise(
+                unpack_ptx(BITS, PLANE, PIECE, "bf16"), "=r,r", [half], tl.bfloat16, True, 2
+            )
     else:
-        return code_number(units.to(tl.int32), J, BITS).to(DTYPE)
+        number = (units.to(tl.int32) >> piece(BITS, PLANE, PIECE, 1)) & ((1 << piece(BITS, PLANE, PIECE, 2)) - 1)
+        return (_as_float(number) * (1 << piece(BITS, PLANE, PIECE, 3))).to(DTYPE)
+
+
+@triton.jit
+def _as_float(number):
+    """Of int32 below 2^23, through the mantissa of 2^23: conversions run at a quarter of the speed."""
+    return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
 def code_number(units, J: tl.constexpr, BITS: tl.constexpr):
-    """Code J of each unit (int32), fp32, through the mantissa of 2^23: conversions run at a quarter of the speed."""
-    return ((code(units, J, BITS) | 0x4B000000).to(tl.float32, bitcast=True)) - 8388608.0
+    """Code J of each unit (int32), fp32."""
+    return _as_float(code(units, J, BITS))
 
 
 @triton.jit

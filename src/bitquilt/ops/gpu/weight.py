@@ -15,20 +15,23 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
+from bitquilt.ops.arranged import ARRANGED, TAIL, arrangeable, plane_bytes, quad_bytes, quad_units
 from bitquilt.ops.bits import packed_bytes
 from bitquilt.ops.handles import Seen, StoredWeight
 
 CHUNK = 128
-DIRECT = 2
+DIRECT, QUADS = 2, 3
 _LEAST_ROWS = 16  # of a tile
-_UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # whole units of `ops.gpu.unpack`
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes: of planes, see `ops.gpu.unpack`
+_DIRECT_BITS = (1, 2, 4, 8)  # whose stored stream is a plane
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Part:
     """A segment's numbers. `form`: (grid, bits, group size or 0 for one group, flag), compiled in; the flag is
-    symmetric (uniform), E2M3 (mx), gains (codebook). `read`: `product_kernel`'s READ."""
+    symmetric (uniform), E2M3 (mx), gains (codebook). `read`: `product_kernel`'s READ; `arranged`: see
+    `ops.arranged`."""
 
     form: tuple[int, int, int, bool]
     start: int
@@ -38,11 +41,30 @@ class Part:
     zero_bytes: int
     first_chunk: int
     read: int
+    arranged: bool
 
-    def sizes(self, codes: int) -> tuple[int, ...]:
-        """As `product_kernel` reads them; `codes`: how many units or words there are."""
-        size = _UNITS[self.form[1]].itemsize if self.read == DIRECT else (1, 4)[self.read]
-        return (self.start, self.width, self.row_bytes // size, codes, self.groups, self.zero_bytes, self.first_chunk)
+    def sizes(self, words: int) -> tuple[int, ...]:
+        """As `product_kernel` reads them; `words`: how many there are, where they are read as words."""
+        if self.read >= QUADS:
+            row = quad_units(self.width)
+        elif self.read == DIRECT:
+            row = self.width // (4 if self.form[1] == 8 else 8)
+        else:
+            row = self.row_bytes // (1, 4)[self.read]
+        return (self.start, self.width, row, words, self.groups, self.zero_bytes, self.first_chunk)
+
+    def planes(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """Of a segment's bytes, or all of them as words."""
+        flat, bits = codes.view(-1), self.form[1]
+        if self.read >= QUADS:
+            return flat[:-TAIL].view(torch.int32).view(bits, -1).unbind()
+        if self.read != DIRECT:
+            return (flat.view(torch.int32),)
+        if not self.arranged:
+            return (flat.view(_WORDS[min(bits, 4)]),)
+        sizes = plane_bytes(bits)
+        parts = flat.split([flat.numel() // bits * size for size in sizes])
+        return tuple(part.view(_WORDS[size]) for part, size in zip(parts, sizes, strict=True))
 
 
 class Prepared:
@@ -56,7 +78,10 @@ class Prepared:
         self.own: dict[str, Tensor] = {}
         _check_devices(weight, self.device)
         self.parts = self._describe(weight)
+        self.quads = any(part.read >= QUADS for part in self.parts)
+        self._tables: dict[torch.dtype, tuple[Tensor | None, ...]] = {}
         self.chunks = sum(-(-part.width // CHUNK) for part in self.parts)
+        self.bits = sum(part.form[1] * part.width for part in self.parts) / self.columns  # mean of the codes
         self.channels, self.runs = self._order(weight)
         self.outliers = weight.outlier_values is not None and weight.outlier_values.numel() > 0
         if self.outliers:
@@ -75,13 +100,25 @@ class Prepared:
             self.counters = torch.zeros(count, dtype=torch.int32, device=self.device)
         return self.counters
 
-    def codes(self, weight: StoredWeight) -> tuple[Tensor, ...]:
-        """Of each segment, as units or words."""
-        found = []
-        for i, part in enumerate(self.parts):
-            stored = self.own.get(f"codes_{i}", weight.codes[i])
-            found.append(stored.view(-1).view(_UNITS[part.form[1]] if part.read == DIRECT else torch.int32))
-        return tuple(found)
+    def codes(self, weight: StoredWeight) -> tuple[tuple[Tensor, ...], ...]:
+        """Of each segment, its planes or its words."""
+        return tuple(part.planes(stored) for part, stored in zip(self.parts, self.stored(weight, "codes"), strict=True))
+
+    def tables(self, weight: StoredWeight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The scales of each segment; of those in quads the levels in `dtype`, as `ops.gpu.quads` looks them up."""
+        if dtype not in self._tables:
+            if self.device.type == "cuda":
+                refuse_in_a_graph()
+            self._tables[dtype] = tuple(
+                lookup_tables(reference.column_levels(scale, zero, part.form[2] or part.width, part.width), dtype)
+                if part.read >= QUADS
+                else None
+                for part, scale, zero in zip(self.parts, weight.scales, weight.zeros, strict=True)
+            )
+        return tuple(
+            stored if made is None else made
+            for made, stored in zip(self._tables[dtype], self.stored(weight, "scales"), strict=True)
+        )
 
     def stored(self, weight: StoredWeight, name: str) -> tuple[Tensor, ...]:
         """`codes` (bytes), `scales` or `zeros` of each segment."""
@@ -92,9 +129,12 @@ class Prepared:
         start = chunk = 0
         for i, (codes, scale, zero) in enumerate(zip(weight.codes, weight.scales, weight.zeros, strict=True)):
             grid, bits, group_size, width = weight.layout[fields * i : fields * (i + 1)]
+            arranged, grid = grid >= ARRANGED, grid % ARRANGED
             row_bytes, groups = packed_bytes(width, bits), -(-width // group_size)
             zero_bytes = packed_bytes(self.rows, bits)
-            _check(f"codes_{i}", codes, (self.rows, row_bytes), (torch.uint8,))
+            quads = arranged and grid == reference.GRID_CODEBOOK
+            shape = (quad_bytes(bits, self.rows, width),) if quads else (self.rows, row_bytes)
+            _check(f"codes_{i}", codes, shape, (torch.uint8,))
             kind = min(grid, reference.GRID_MX)
             if kind == reference.GRID_CODEBOOK:
                 _check(f"scale_{i}", scale, (groups, 2**bits), None)
@@ -112,13 +152,16 @@ class Prepared:
             self._keep(i, codes, scale, zero, float_zero=kind == reference.GRID_CODEBOOK or bits == 1)
             base = self.own.get(f"codes_{i}", codes)
             even = width % CHUNK == 0  # then a row begins on 16 bytes too
-            direct = even and bits in _UNITS and base.data_ptr() % 16 == 0
+            if arranged and base.data_ptr() % 16:
+                self.own[f"codes_{i}"] = base = base.clone()
+            direct = arranged or (even and bits in _DIRECT_BITS and base.data_ptr() % 16 == 0)
             if not direct and (base.numel() % 4 or base.data_ptr() % 4):
                 self.own[f"codes_{i}"] = _in_words(base)
             group = 0 if group_size >= width else group_size
-            parts.append(
-                Part((kind, bits, group, flag), start, width, row_bytes, groups, zero_bytes, chunk, even + direct)
-            )
+            form, read = (kind, bits, group, flag), DIRECT if direct else int(even)
+            if quads:
+                read = QUADS if even else QUADS + 1
+            parts.append(Part(form, start, width, row_bytes, groups, zero_bytes, chunk, read, arranged))
             start += width
             chunk += -(-width // CHUNK)
         return tuple(parts)
@@ -201,6 +244,7 @@ def _check_layout(weight: StoredWeight, out_features: int) -> None:
     for i in range(count):
         grid, bits, group_size, width = weight.layout[fields * i : fields * (i + 1)]
         known = grid in (reference.GRID_UNIFORM, reference.GRID_CODEBOOK) or reference.is_mx(grid, bits)
+        known = known or (grid >= ARRANGED and arrangeable(grid - ARRANGED, bits, group_size, width))
         if not known or not 1 <= bits <= 8 or group_size < 1 or width < 0:
             raise ValueError(
                 f"segment {i} has grid {grid}, {bits} bits, group size {group_size} and width {width}; known are grids "
@@ -233,6 +277,16 @@ def _check_outliers(weight: StoredWeight, out_features: int) -> None:
     low, high = int(columns.min()), int(columns.max())
     if low < 0 or high >= weight.in_features:
         raise ValueError(f"outlier_columns go from {low} to {high}; the layer has {weight.in_features} columns")
+
+
+def lookup_tables(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Levels fp32 `[columns, 2^bits]`, rounded to a 16-bit `dtype`, as words of four bytes: int32 `[chunks, 8 codes,
+    2^bits / 2 words, 16 units]`, the low bytes of all levels before the high ones."""
+    columns, count = levels.shape
+    pairs = levels.to(dtype).view(torch.uint8).view(columns, count, 2)
+    words = pairs.transpose(1, 2).contiguous().view(torch.int32).view(columns, count // 2)
+    words = torch.nn.functional.pad(words, (0, 0, 0, -columns % CHUNK))
+    return words.view(-1, 16, 8, count // 2).permute(0, 2, 3, 1).contiguous()
 
 
 def _in_words(codes: Tensor) -> Tensor:
