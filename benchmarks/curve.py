@@ -110,9 +110,9 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
             yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}
 
 
-def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int) -> float:
+def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int, group_size: int = GROUP_SIZE) -> float:
     """True bits per weight of RTN and GPTQ over the whole model; slim-llm takes as many, to 0.001."""
-    form = Format(bits, GROUP_SIZE)
+    form = Format(bits, group_size)
     total = sum(storage_bits(Layout(rows, columns, ((form, columns),))) for rows, columns in shapes.values())
     return total / sum(rows * columns for rows, columns in shapes.values())
 

@@ -7,7 +7,8 @@ Formats: `u3` uniform, 3 bits, group size 128; `u3g32` group size 32; `c3` a cod
 recipe stores: columns of 2, 3 and 4 bits in another order, 0.5 % outliers. Every product reads another copy of the
 layer, more of them than any cache holds, as generating a token does. The limit is a plain read loop over as much
 memory, in the same run. `weight GB/s` counts what is stored: codes, scales, zeros. `prefill` is 512 tokens, the weight
-unpacked once per product, in turns with torch's bf16 product. `ready s/GB`: what the first use of a weight costs.
+unpacked once per product, in turns with torch's bf16 product. `ready s/GB`: what the first use of a weight costs; the
+line above each table of rows says what it costs to write to new memory at all.
 `--small-pages` leaves the weights where torch puts them.
 """
 
@@ -26,6 +27,7 @@ from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.models import linear
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
+from bitquilt.ops.pages import reserve
 from bitquilt.packing import storage_bits, tensor_specs
 from bitquilt.types import Format, Layout
 
@@ -141,6 +143,14 @@ def prefills(names: list[str], turns: int) -> dict[str, float]:
     return best
 
 
+def new_memory(size: int) -> float:
+    """Seconds per GB of the first writes to memory in large pages."""
+    memory = reserve(size)
+    started = time.perf_counter()
+    memory.zero_()
+    return (time.perf_counter() - started) / size * 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
@@ -159,6 +169,7 @@ def main() -> None:
     with torch.no_grad():
         for threads in arguments.threads:
             torch.set_num_threads(threads)
+            fresh = new_memory(int(size))
             limit = kernels.read_bandwidth(int(size), threads, rounds)
             dense = dense_row(threads, size, rounds)
             prefill = prefills(arguments.formats, rounds)
@@ -166,7 +177,8 @@ def main() -> None:
             for name in arguments.formats:
                 measured += layer_rows(name, threads, size, rounds, arguments.activations)
                 limit = max(limit, kernels.read_bandwidth(int(size), threads, 2))  # now and then somebody else reads
-            print(f"{threads} threads: read bandwidth {limit / 1e9:.1f} GB/s, {kernels.level()}", flush=True)
+            told = f"read bandwidth {limit / 1e9:.1f} GB/s, new memory {fresh:.2f} s/GB, {kernels.level()}"
+            print(f"{threads} threads: {told}", flush=True)
             for row in measured:
                 row["share"] = row["weight GB/s"] * 1e9 / limit
                 row["times bf16"] = dense["ms"] / row["ms"]

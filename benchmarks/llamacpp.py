@@ -138,8 +138,9 @@ def make(folder: Path, kind: str, layers: int, llama_cpp: Any, gguf: Any) -> Non
         source.mkdir(exist_ok=True)
         make_model(source, layers)
     bits, group_size = NEAREST[kind]
-    out = str(ours_at(folder, kind))
-    bitquilt.quantize(str(source), "rtn", out=out, bits=bits, group_size=group_size, head_bits=HEAD_BITS)
+    out = ours_at(folder, kind)
+    if not out.exists():
+        bitquilt.quantize(str(source), "rtn", out=out, bits=bits, group_size=group_size, head_bits=HEAD_BITS)
     if not (folder / f"{kind}.gguf").exists():
         if not plain.exists():
             write_gguf(source, plain, gguf)

@@ -38,7 +38,7 @@ TYPES = {
 }  # llama_ftype  # fmt: skip
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "quilt": ("quilt", {"group_size": 64}),
-    "cmpq+": ("cmpq+", {"error_outliers": 0.0, "act_outliers": 0.0}),
+    "cmpq+": ("cmpq+", {}),
 }
 
 

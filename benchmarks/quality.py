@@ -13,7 +13,10 @@ import json
 from typing import Any
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
+from benchmarks.curve import layer_shapes, rtn_bpw
 from benchmarks.scored import TEXTS, quantize_and_score
+from bitquilt import Budget
+from bitquilt.protocols import Recipe
 from bitquilt.recipes import make_recipe
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,29 +31,43 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mg-ptq, graph": ("mg-ptq", {"allocator": "graph"}),
     "mg-ptq, best swept": ("mg-ptq", {"allocator": "best"}),
     "mg-ptq, columns": ("mg-ptq", {"granularity": "column"}),
+    "quilt": ("quilt", {}),
+}
+# As many true bits per weight as RTN takes, shared by all layers of the model.
+ONE_BUDGET: dict[str, tuple[str, dict[str, Any]]] = {
+    "quilt, one budget": ("quilt", {"group_size": 64}),
+    "cmpq+, one budget": ("cmpq+", {}),
 }
 
 
 def measure(model: str, row: str, bits: int, group_size: int, seed: int) -> dict[str, Any]:
     """One recipe on one model: true size, KL and perplexity."""
-    name, options = ROWS[row]
-    return measure_recipe(model, row, name, options, bits, group_size, seed)
+    if row in ROWS:
+        name, options = ROWS[row]
+        return measure_recipe(model, row, name, options, bits, group_size, seed)
+    name, options = ONE_BUDGET[row]
+    budget = Budget("bpw", rtn_bpw(layer_shapes(model), bits, group_size))
+    return _measured(model, row, bits, make_recipe(name, **options), seed, budget=budget)
 
 
 def measure_recipe(
     model: str, row: str, name: str, options: dict[str, Any], bits: int, group_size: int, seed: int
 ) -> dict[str, Any]:
     """The same for any recipe and options."""
-    recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
-    found = quantize_and_score(model, recipe, tokens=60_000, samples=64, seed=seed)
+    return _measured(model, row, bits, make_recipe(name, bits=bits, group_size=group_size, **options), seed)
+
+
+def _measured(model: str, row: str, bits: int, recipe: Recipe, seed: int, **settings: Any) -> dict[str, Any]:
+    found = quantize_and_score(model, recipe, tokens=60_000, samples=64, seed=seed, **settings)
     more = {"bytes": found.report["bytes"], "kl_p99": found.score.kl_p99}
     return {"model": model, "row": row, "bits": bits, **found.row(), **more}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    known = [*ROWS, *ONE_BUDGET]
     parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=known, choices=known)
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], Sequence[float]]] = {
 CODEBOOKS = ("cmpq", "cmpq+")
 SHARED_BUDGET: dict[str, tuple[str, dict[str, Any]]] = {
     "quilt, one budget for all layers": ("quilt", {"group_size": 64}),
-    "cmpq+, one budget for all layers": ("cmpq+", {"error_outliers": 0.0, "act_outliers": 0.0}),
+    "cmpq+, one budget for all layers": ("cmpq+", {}),
 }
 MICROMIX = (4.25, 5.0, 5.75)
 HESSIANS = {"gptq": {"scale_search": True}, "slim-llm": {}}
@@ -64,7 +64,11 @@ def predicted_bpw(shapes: dict[str, tuple[int, int]], row: str, bits: float, gro
             ends = [
                 storage_bits(Layout(rows, columns, ((Format(b, group_size), columns),))) for b in (low, min(low + 1, 8))
             ]
-            stored += ends[0] + (bits - low) * (ends[1] - ends[0])
+            share = bits - low
+            if name == "mg-ptq":  # every layer for itself, in whole groups from below; aptq mixes whole layers
+                groups = -(-columns // group_size)
+                share = int(share * groups + 1e-9) / groups
+            stored += ends[0] + share * (ends[1] - ends[0])
         weights += rows * columns
     return stored / weights
 

@@ -20,9 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from benchmarks.common import stamp
 from bitquilt.grids.uniform import fit
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Training, train
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.trainable import Rounding
+from bitquilt.solvers.training import Link, Rule, Samples, Training
 from bitquilt.types import group_slices
 
 

@@ -44,15 +44,17 @@ ROWS: dict[str, Row] = {
     "quilt best": ("quilt", {"effort": "best"}, {}),
     "quilt best, self-samples": ("quilt", {"effort": "best"}, SELF),
 }
-NO_SWEEP = {"alpha": 0.0, "stream_alpha": 0.0, "damp": 1e6, "passes": 0}  # so damped, no column repairs another
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
+SIGN = {"rounding": "sign", "scale_rate": 3e-3, "batch": 8}  # as AutoRound moves them
 OPTIONS: dict[str, Row] = {
     "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
     "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
     "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
     "fast, self-samples": ("quilt", {}, SELF),
-    "normal, from round-to-nearest": ("quilt", {**NORMAL, **NO_SWEEP}, {}),
-    "normal, offsets by adam": ("quilt", {**NORMAL, "rounding": "adam"}, {}),
+    "normal, offsets by sign": ("quilt", {**NORMAL, **SIGN}, {}),
+    "normal, offsets by sign, 4 epochs": ("quilt", {**NORMAL, **SIGN, "epochs": 4}, {}),
+    "normal, 4 epochs": ("quilt", {**NORMAL, "epochs": 4}, {}),
+    "normal, batch of 8": ("quilt", {**NORMAL, "batch": 8}, {}),
     "normal, scales stay": ("quilt", {**NORMAL, "scale_rate": 0.0}, {}),
     "normal, constant rates": ("quilt", {**NORMAL, "schedule": "constant"}, {}),
     "normal, cosine": ("quilt", {**NORMAL, "schedule": "cosine"}, {}),
@@ -62,7 +64,7 @@ OPTIONS: dict[str, Row] = {
     "best, blocks not trained before, self-samples": ("quilt", {**BEST, "epochs": 0}, SELF),
     "best, codes stay": ("quilt", {**BEST, "tune_rate": 0.0}, {}),
     "best, codes stay, self-samples": ("quilt", {**BEST, "tune_rate": 0.0}, SELF),
-    "best, scales stay, self-samples": ("quilt", {**BEST, "scale_rate": 0.0}, SELF),
+    "best, scales stay, self-samples": ("quilt", {**BEST, "scale_rate": 0.0, "tune_scale_rate": 0.0}, SELF),
 }  # fmt: skip
 # AutoRound leaves layers alone whose sides are no multiples of 32, such as all of stories260k's MLP: ours beside it.
 ATTENTION = {"skip": ("*.mlp.*",)}
@@ -71,7 +73,18 @@ LIKE_AUTOROUND: dict[str, Row] = {
     for name, (recipe, options, settings) in ROWS.items()
     if recipe == "quilt"
 }
-KNOWN = {"table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
+# Before and after clipping="trained", for every recipe that offers it.
+PLAIN: dict[str, Row] = {
+    "rtn": ("rtn", {}, {}),
+    "gptq, scale search": ROWS["gptq, scale search"],
+    "slim-llm": ROWS["slim-llm"],
+    "aptq": ("aptq", {"scale_search": True}, {}),
+    "mg-ptq": ("mg-ptq", {}, {}),
+}
+CLIPPED: dict[str, Row] = {
+    f"{r}, clipping trained": (n, {**o, "clipping": "trained"}, s) for r, (n, o, s) in PLAIN.items()
+}
+KNOWN = {"clipping": PLAIN | CLIPPED, "table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
 COLUMNS = ["model", "row", "bits", "group_size", "bpw", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 Key = tuple[str, str, int, int, int]
 
@@ -186,10 +199,12 @@ def draw_clipping(rows: dict[str, dict[str, Any]], path: Path) -> None:
         bins = torch.linspace(0, 1.1, 56)
         panel.stairs(searched / searched.sum(), bins, label="searched, one per group", fill=True, alpha=0.4)
         panel.stairs(learned / learned.sum(), edges, label="learned, both ends")
-        panel.set(title=f"{model}, {bits} bits, groups of {row['group_size']}", xlabel="share of the range")
+        panel.set(
+            title=f"{model}, {bits} bits, groups of {row['group_size']}", xlabel=f"share of the range ({row['row']})"
+        )
         panel.set_xlim(0.3, 1.1)
     panels[0][0].set_ylabel("share of the groups")
-    panels[0][0].legend(fontsize=7)
+    panels[0][0].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -56,7 +56,7 @@ def test_what_a_user_may_get_wrong(command: Command, tiny: Path) -> None:
 def test_an_embedding_and_a_head_in_few_bits(command: Command, tiny: Path, tmp_path: Path) -> None:
     """The head is a product like any other; looking up an embedding is none."""
     out = tmp_path / "small"
-    bitquilt.quantize(tiny, "rtn", out=out, bits=4, group_size=16, embedding_bits=8, include_head=True)
+    bitquilt.quantize(tiny, "rtn", out=out, bits=4, group_size=16, embedding_bits=8, head_bits=6)
     ran = command("bench", out, *SMALL, "--no-compare", "--json")
     assert ran.code == 0, ran.err
     figures = json.loads(ran.out)

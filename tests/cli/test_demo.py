@@ -11,12 +11,13 @@ from .conftest import Command
 def test_the_demo_compares_and_is_not_done_twice(command: Command, tmp_path: Path) -> None:
     ran = command("demo", "--quick", "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert [line.split("]")[0] for line in ran.err.splitlines()] == [f"[{i}/7" for i in range(1, 8)]
+    assert [line.split("]")[0] for line in ran.err.splitlines()] == [f"[{i}/8" for i in range(1, 9)]
     assert "windows" in ran.out
     assert "text that the full-precision model wrote itself" in ran.out
     for recipe in ("rtn", "gptq", "slim-llm", "quilt"):
         assert f"{recipe}, 2 bits: " in ran.out
-    assert f"bitquilt inspect {tmp_path / 'quick' / 'quilt-2bit'}" in ran.out
+    assert "cmpq+, 2." in ran.out
+    assert f"bitquilt inspect {tmp_path / 'quick' / 'cmpq+-2bit'}" in ran.out
 
     def made() -> dict[Path, int]:  # what was measured is measured again
         return {
@@ -28,11 +29,12 @@ def test_the_demo_compares_and_is_not_done_twice(command: Command, tmp_path: Pat
     assert again.err == ""
     assert made() == before
     rows = json.loads(again.out)["rows"]
-    assert [row["nominal_bits"] for row in rows] == [16, 2, 2, 2, 2]
+    assert [row["nominal_bits"] for row in rows[:-1]] == [16, 2, 2, 2, 2]
+    assert 0.995 * rows[1]["bpw"] < rows[-1]["bpw"] <= rows[1]["bpw"]
     assert rows[0]["kl_mean"] == 0
     assert rows[0]["bytes"] == (DEMO_MODEL / "model.safetensors").stat().st_size
     assert all(row["kl_mean"] > 0.1 for row in rows[1:])  # two bits hurt a small model
-    assert len({row["sample"] for row in rows}) == 5
+    assert len({row["sample"] for row in rows}) == 6
     assert all(row["sample"].startswith(row["prompt"]) for row in rows)
 
 

@@ -1,5 +1,7 @@
 """The decoder without Python computes what the model computes, or says that it does not know the model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -68,6 +70,33 @@ def test_every_token_is_the_models(name):
             logits = decoder.step(int(ids[i]))
     with pytest.raises(ValueError, match="position is 20; the cache has 20 places"):
         decoder.step(1)
+
+
+@torch.no_grad()
+def test_gains_of_rows_reach_products_and_head_before_the_bias():
+    """Some layers have them, some not; the tokens that follow are those of transformers' own loop."""
+    model = quantized(*FAMILIES["llama"])
+    model.lm_head = QuantizedLinear.from_weight(round_symmetric(model.lm_head.weight.detach(), 6, 16))
+    for i, (path, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, QuantizedLinear) and (i % 3 or path == "lm_head"):
+            generator = torch.Generator().manual_seed(i)
+            gains = (torch.rand(module.out_features, generator=generator) + 0.5).to(torch.float8_e4m3fn)
+            layout = replace(module.layout, row_gain_dtype=torch.float8_e4m3fn)
+            tensors = {**dict(module.named_buffers()), "row_gains": gains}
+            replace_module(model, path, QuantizedLinear.from_tensors(tensors, layout, module.bias))
+    ids = torch.randint(0, 100, (6,), generator=torch.Generator().manual_seed(2))
+    expected = model.generate(ids[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
+    decoder = Decoder.of(model, 20)
+    assert decoder is not None
+    logits = decoder.begin(ids)
+    assert logits is not None
+    written = ids.tolist()
+    for _ in range(12):
+        written.append(int(logits.argmax()))
+        logits = decoder.step(written[-1])
+    assert written == expected
+    assert any(module.has_row_gains for module in model.modules() if isinstance(module, QuantizedLinear))
+    assert model.lm_head.has_row_gains
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -162,10 +191,10 @@ def test_layers_that_do_not_fit_are_named():
     decoder = kernels.decoder([64, 4, 2, 16, 16, 96, 10, 5], 1e-5, 1.0)
     layer = quantized(*FAMILIES["llama"]).model.layers[0]
     good = layer.self_attn.q_proj.settle().native
-    with pytest.raises(ValueError, match="7 products and 13 arrays"):
+    with pytest.raises(ValueError, match="7 products and 20 arrays"):
         decoder.add_layer([good], [], 0)
     with pytest.raises(ValueError, match=r"key is not \[32, 64\]"):
-        decoder.add_layer([good] * 7, [0] * 13, 0)
+        decoder.add_layer([good] * 7, [0] * 20, 0)
     with pytest.raises(ValueError, match="no ends yet"):
         decoder.step(0, 0, 0, 2, 1)
     with pytest.raises(ValueError, match="a norm, cosines and sines"):
@@ -173,4 +202,4 @@ def test_layers_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="a decoder has a head"):
         decoder.set_head(0, 0)
     with pytest.raises(ValueError, match=r"the head is \[64, 64\], not \[10, 64\]"):
-        decoder.set_product_head(good)
+        decoder.set_product_head(good, 0)

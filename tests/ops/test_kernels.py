@@ -201,7 +201,8 @@ def sorted_outliers(columns, rows=ROWS):
 @pytest.mark.parametrize(("width", "rows"), [(640, 70), (333, 137), (7, 3)])
 def test_codebooks_unpacked_to_halves_equal_the_reference(level, bits, width, rows, dtype):
     """Strips of columns and blocks of rows that end anywhere, a segment behind, outliers before the rounding."""
-    parts = (codebook_segment(bits, width, rows=rows), uniform_segment(3, 13, 8, rows=rows))
+    behind = codebook_segment(2, 13, 5, rows) if (bits + width) % 2 else uniform_segment(3, 13, 8, rows=rows)
+    parts = (codebook_segment(bits, width, rows=rows), behind)
     for extra in (None, sorted_outliers(width + 13, rows)):
         module = QuantizedLinear.from_weight(QuantizedWeight(parts, None, extra))
         expected = reference.dequantize(*module._stored(), rows).to(dtype)
@@ -214,7 +215,9 @@ def test_codebooks_unpacked_to_halves_equal_the_reference(level, bits, width, ro
 @pytest.mark.parametrize("extra", [None, outliers(300), sorted_outliers(300)])
 def test_many_tokens_of_a_weight_in_another_order(level, dtype, extra):
     """The input is put in order, not the weight; columns as stored and as they were are the same weight."""
-    parts = (uniform_segment(2, 100, 24, 1, rows=ROWS), codebook_segment(3, 200, 2, rows=ROWS))
+    parts = tuple(codebook_segment(bits, width, bits, ROWS) for bits, width in ((2, 50), (1, 30), (3, 200), (4, 20)))
+    if dtype == torch.float16:
+        parts = (uniform_segment(2, 80, 24, 1, rows=ROWS), *parts[2:])
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
     weight = QuantizedWeight(parts, Permutation(order, 1), extra)
     module = QuantizedLinear.from_weight(weight)

@@ -1,5 +1,6 @@
 """Weights in large pages are copies with storages of their own."""
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -29,14 +30,27 @@ def test_more_than_a_chunk_and_what_outlives_it():
     assert second.tolist() == [1.0] * 5
 
 
-def test_pages_of_a_file_can_be_read_again(tmp_path):
-    values = torch.randint(0, 256, (2**20,), dtype=torch.uint8)
-    save_file({"x": values}, tmp_path / "x.safetensors")
-    mapped = torch.from_file(
-        str(tmp_path / "x.safetensors"), size=(tmp_path / "x.safetensors").stat().st_size, dtype=torch.uint8
-    )
-    (copy,) = place([mapped[-(2**20) :]])
-    assert torch.equal(copy, mapped[-(2**20) :])
+def resident():
+    """Bytes of the process's memory that are a file's."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_pages_of_a_file_are_given_back_and_can_be_read_again(tmp_path, written):
+    """But for those that were written to: they are nowhere else."""
+    path, size = tmp_path / "x", 2**24
+    path.write_bytes(bytes(torch.randint(0, 256, (size,), dtype=torch.uint8)))
+    mapped = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    if written:
+        mapped.data[size // 2] += 1
+    expected = mapped.clone()
+    before = resident()
+    (copy,) = place([mapped])
+    given_back = before - resident()
+    assert given_back < size / 2 if written else given_back > size / 2
+    assert torch.equal(copy, expected)
+    assert torch.equal(mapped, expected)
 
 
 def test_reserved_memory_can_be_written():

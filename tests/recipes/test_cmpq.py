@@ -175,7 +175,8 @@ def test_compensation_lowers_the_layers_output_error():
 
 
 def test_cmpq_plus_is_cmpq_with_compensation_and_bits_by_what_they_save():
-    layer, options = make_layer(), {"compensation": True, "allocation": "error_table"}
+    layer = make_layer()
+    options = {"compensation": True, "allocation": "error_table", "error_outliers": 0.0, "act_outliers": 0.0}
     one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", **options)))
     assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
     assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"

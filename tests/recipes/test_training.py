@@ -20,6 +20,7 @@ from bitquilt.types import BlockProblem, TrainedLayers
 PLUS: dict[str, Any] = {"recipe": "slim-llm+", "epochs": 6, "rate": 5e-2, "batch": 2}
 NORMAL: dict[str, Any] = {"recipe": "quilt", "bits": 2, "effort": "normal", "epochs": 8, "batch": 2}
 BEST: dict[str, Any] = {**NORMAL, "effort": "best", "epochs": 2, "batch": 4, "tune_epochs": 4, "tune_rate": 5e-3}
+CLIPPING: dict[str, Any] = {"recipe": "gptq", "bits": 2, "clipping": "trained", "epochs": 2, "batch": 4}
 
 
 def training_of(work: Path) -> list[dict[str, Any]]:
@@ -126,7 +127,7 @@ def test_no_memory_for_the_whole_model_is_said_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [NORMAL, BEST], ids=["normal", "best"])
+@pytest.mark.parametrize("options", [NORMAL, BEST, CLIPPING], ids=["normal", "best", "clipping"])
 def test_training_continues_with_the_same_bytes_after_every_interruption(
     options: dict[str, Any],
     make_model: Callable[..., Path],
@@ -245,9 +246,61 @@ def test_one_sample_is_too_few(
         ("quilt", {"passes": -1}, "passes is -1"),
         ("quilt", {"tune_rate": -1.0}, r"tune_rate is -1\.0"),
         ("quilt", {"tune_epochs": -1}, "epochs is -1"),
+        ("gptq", {"batch": 3}, "batch is 3"),
         ("gptq", {"act_order": True, "group_order": True}, "two orders of the columns"),
     ],
 )
 def test_bad_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_recipe(name, **options)
+
+
+CLIPPED: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "gptq": {"error_outliers": 0.02, "act_order": True},
+    "slim-llm": {"group_order": True},
+    "aptq": {"bits": 3.0},
+    "mg-ptq": {"bits": 2.5, "steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_trained_clipping_is_never_worse_and_takes_the_bytes_planned(
+    name: str,
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    read_tensors: Callable[[Path], dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    options = {"recipe": name, **CLIPPED[name]}
+    plain = quantize_tiny(make_model(), tmp_path / "plain", **options)
+    options |= {"clipping": "trained", "epochs": 2, "batch": 2, "plan": plain.folder / "plan.json"}
+    whole = quantize_tiny(make_model(), tmp_path / "whole", **options)
+    training = whole.report["training"].values()
+    assert len(training) == 2
+    assert all(block["loss"] <= block["start_loss"] for block in training)
+    if name == "rtn":  # of random weights a sweep leaves next to nothing to find
+        assert any(block["loss"] < 0.99 * block["start_loss"] for block in training)
+    assert whole.report["bpw"] == plain.report["bpw"]
+    assert whole.report["logit_difference"] < 1e-4
+    solved, trained = read_tensors(plain.folder), read_tensors(whole.folder)
+    assert {key: t.shape for key, t in solved.items()} == {key: t.shape for key, t in trained.items()}
+    # later blocks read another input
+    first = [key for key in solved if key.startswith("model.layers.0.") and ".codes" in key]
+    assert first
+    assert all(torch.equal(solved[key], trained[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("cmpq", "free levels"),
+        ("cmpq+", "free levels"),
+        ("micromix", "powers of two"),
+        ("quilt", "effort=normal"),
+        ("slim-llm+", "trains the clipping anyway"),
+    ],
+)
+def test_recipes_without_a_range_to_train_say_why(name: str, why: str) -> None:
+    with pytest.raises(UserError, match=f"{name.replace('+', '.')} takes no clipping='trained': it .*{why}"):
+        make_recipe(name, clipping="trained")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Trained, Training, train
+from bitquilt.solvers.blockwise import train
+from bitquilt.solvers.training import Link, Rule, Samples, Trained, Training
 
 RULE = Rule(1e-2)
 

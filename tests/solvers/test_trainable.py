@@ -7,10 +7,11 @@ import torch
 
 from bitquilt.grids.uniform import RangeSearch, fit
 from bitquilt.hessian import factorize
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Training, train
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.gptq import sweep
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.trainable import Clipping, Rounding
+from bitquilt.solvers.training import Link, Rule, Samples, Training
 from bitquilt.types import group_slices
 
 FP32 = {"scale_dtype": torch.float32}
@@ -188,14 +189,15 @@ def test_free_one_bit_levels_are_refused():
         Rounding.of(found, groups, torch.float16, *RULES)
 
 
-def test_trained_rounding_finds_better_codes_than_the_nearest():
+@pytest.mark.parametrize("kind", ["adam", "sign"])
+def test_trained_rounding_finds_better_codes_than_the_nearest(kind):
     """One layer on correlated inputs, from round to nearest; the error counts on samples that were not trained on."""
     g = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 8, 24, generator=g) @ torch.randn(24, 24, generator=g)
     weight, groups = torch.randn(10, 24, generator=g), group_slices(24, 8)
     nearest = round_to_nearest(weight, groups, lambda _k, c: fit(c, 2, search=RangeSearch(), symmetric=True))
     part = Rounding.of(
-        replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, "sign", -0.5, 0.5), RULES[1]
+        replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, kind, -0.5, 0.5), RULES[1]
     )
     targets = inputs @ weight.t()
     samples = Samples(64, lambda chosen: inputs[list(chosen)], (lambda chosen: targets[list(chosen)],))

@@ -64,8 +64,10 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, 
     if room is not None and room < prompt + tokens:
         prompt, tokens = max(2, room - tokens), min(tokens, room - 2)
         stderr.print(f"the model's context holds {room} tokens: a prompt of {prompt}, {tokens} written")
+    started = time.perf_counter()
     for _, layer in layers:
         layer.settle()
+    ready = time.perf_counter() - started
     ids = torch.randint(0, vocabulary(model) or 2, (prompt,), generator=torch.Generator().manual_seed(0))
     prefill, decode, native = _speeds(model, ids, tokens)
     peak = psutil.Process().memory_info().rss if start is None else _peak() - start
@@ -85,6 +87,7 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, 
         "read_bandwidth_bytes_per_s": bandwidth,
         "bandwidth_share": read / decode / bandwidth,
         "share_of_matmuls": matmuls / decode,
+        "ready_seconds": ready,
         "peak_bytes": peak,
         "file_bytes": sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
         "kv_cache_bytes": _cache_bytes(model, prompt + tokens),
@@ -220,6 +223,7 @@ def _print(folder: str, figures: dict[str, Any]) -> None:
     read = figures["bytes_per_token"] * figures["decode_tokens_per_s"]
     table.add_row("weights read", f"{size_text(read)}/s", f"{100 * share:.0f} % of the memory's "
                   f"{size_text(figures['read_bandwidth_bytes_per_s'])}/s")  # fmt: skip
+    table.add_row("first use", f"{figures['ready_seconds']:.2f} s", "moving the layers into large pages")
     table.add_row("peak memory", size_text(figures["peak_bytes"]), f"files {size_text(figures['file_bytes'])}, "
                   f"cache {size_text(figures['kv_cache_bytes'])}")  # fmt: skip
     for key, name in (("bf16", "bf16"), ("reference", "reference body")):

@@ -1,4 +1,4 @@
-"""`bitquilt demo`: the packaged model by four recipes at two widths: a table and a page. No download, no data."""
+"""`bitquilt demo`: the packaged model by five recipes at two sizes: a table and a page. No download, no data."""
 
 import contextlib
 import shlex
@@ -28,7 +28,8 @@ from bitquilt.runtime.progress import BlockDone
 from bitquilt.runtime.workdir import write_tensors
 
 DEMO_MODEL = Path(bitquilt.__file__).parent / "demo"
-_RECIPES = ("rtn", "gptq", "slim-llm", "quilt")
+_RECIPES = ("rtn", "gptq", "slim-llm", "quilt")  # the same bits in every layer
+_BEST = "cmpq+"  # bits where they are worth most, as many as RTN took
 _GROUP_SIZE = 32
 _PROMPT = "The old man looked at the sea and"
 _NEW_TOKENS = 36
@@ -58,23 +59,26 @@ def demo(
     """Quantize the packaged 5.8M-parameter model and compare; a second run takes what the first one finished."""
     scale = _QUICK if quick else _Scale()
     out = out / "quick" if quick else out
-    runs = [(recipe, bits) for bits in scale.bits for recipe in _RECIPES]
+    runs = [(recipe, bits) for bits in scale.bits for recipe in (*_RECIPES, _BEST)]
     with calm(quiet), _steps(len(runs) + 3, quiet) as steps:
         steps.start("the full-precision model writes text to calibrate on")
         calibrate = calibration or _own_text(out, "calibration", scale.samples, scale.seq_len, seed=0)
         steps.start("and other text to be measured on")
         measure = text or _own_text(out, "evaluation", scale.windows, scale.seq_len, seed=1)
         steps.start("the full-precision model: measuring")
-        rows = [_row("full precision", DEMO_MODEL, measure, scale)]
+        rows = [_row("full precision", 16, DEMO_MODEL, measure, scale)]
         for recipe, bits in runs:
             steps.start(f"{recipe} to {bits} bits")
             folder = out / f"{recipe}-{bits}bit"
+            size: dict[str, Any] = {"bits": bits, "group_size": _GROUP_SIZE}
+            if recipe == _BEST:
+                size = {"budget": bitquilt.Budget("bpw", next(r.bpw for r in rows if r.width == bits))}
             bitquilt.quantize(
-                DEMO_MODEL, recipe, calibrate, folder, bits=bits, group_size=_GROUP_SIZE,
+                DEMO_MODEL, recipe, calibrate, folder, **size,
                 samples=scale.samples, seq_len=scale.seq_len, seed=0, observer=steps.observe,
             )  # fmt: skip
             steps.note("measuring")
-            rows.append(_row(recipe, folder, measure, scale))
+            rows.append(_row(recipe, bits, folder, measure, scale))
     page = _page(rows)
     if json_output:
         print_json({"rows": [{**row.figures.to_json(), **row.facts()} for row in rows]})
@@ -87,9 +91,15 @@ def demo(
 @dataclass(frozen=True)
 class _Row:
     name: str
+    width: int
     folder: Path
     figures: Evaluation
     sample: str
+
+    @property
+    def bpw(self) -> float:
+        assert self.figures.bpw is not None
+        return self.figures.bpw
 
     def facts(self) -> dict[str, str]:
         return {"recipe": self.name, "folder": str(self.folder), "prompt": _PROMPT, "sample": self.sample}
@@ -120,7 +130,7 @@ def _own_text(out: Path, name: str, count: int, seq_len: int, seed: int) -> str:
     return str(path)
 
 
-def _row(name: str, folder: Path, text: str, scale: _Scale) -> _Row:
+def _row(name: str, width: int, folder: Path, text: str, scale: _Scale) -> _Row:
     tokenizer = load_tokenizer(DEMO_MODEL)
     model, size = as_model(folder, None, None), model_size(folder)
     figures = evaluate(
@@ -131,7 +141,7 @@ def _row(name: str, folder: Path, text: str, scale: _Scale) -> _Row:
     record = describe_evaluation(str(folder), figures, text=text, reference=open_checkpoint(DEMO_MODEL), asked=asked)
     remember(open_checkpoint(folder), record)
     sample = write_text(model, tokenizer, _PROMPT, max_new_tokens=_NEW_TOKENS, temperature=0.8, seed=0)
-    return _Row(name, folder, figures, " ".join(sample.split()))
+    return _Row(name, width, folder, figures, " ".join(sample.split()))
 
 
 def _print(rows: list[_Row], text: str | None, scale: _Scale) -> None:
@@ -139,10 +149,9 @@ def _print(rows: list[_Row], text: str | None, scale: _Scale) -> None:
     for column in ("bits", "recipe", "size", "true bpw", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
-        figures = row.figures
-        if before is not None and before.figures.nominal_bits != figures.nominal_bits:
+        if before is not None and before.width != row.width:
             table.add_section()
-        table.add_row(*_cells(row.name, figures))
+        table.add_row(*_cells(row))
     stdout.print(table)
     source = text or "text that the full-precision model wrote itself (another seed than calibration)"
     stdout.print("Perplexity, and mean KL from full precision in nats per token:")
@@ -161,20 +170,21 @@ def _print(rows: list[_Row], text: str | None, scale: _Scale) -> None:
         f"bitquilt report {folder}",
         f"bitquilt compare {shlex.quote(str(rows[-1].folder.parent))}/*bit",
         f"bitquilt generate {folder} --prompt 'It was a cold morning when'",
-        "bitquilt quantize MODEL OUT --recipe quilt --bits 3 --group-size 64",
+        f"bitquilt quantize MODEL OUT --recipe {_BEST} --size 6.5GiB",
     ):
         stdout.print(f"  [cyan]{escape(command)}[/]", soft_wrap=True)
 
 
-def _cells(name: str, figures: Evaluation) -> list[Any]:
+def _cells(row: _Row) -> list[Any]:
+    figures = row.figures
     assert figures.bytes is not None
     assert figures.kl_mean is not None
     assert figures.top1_agreement is not None
     return [
         f"{figures.nominal_bits:.3g}",
-        name,
+        row.name,
         size_text(figures.bytes),
-        f"{figures.bpw:.3f}",
+        f"{row.bpw:.3f}",
         f"{figures.perplexity:.2f}",
         f"{figures.kl_mean:.4f}",
         f"{100 * figures.top1_agreement:.1f} %",

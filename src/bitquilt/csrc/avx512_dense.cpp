@@ -3,6 +3,7 @@
 // codebooks: 8 of 8 rows per look-up of their levels' low bytes and of their high bytes, some 18 operations per 64
 // weights; one by one (`vpgatherdd`) took 3 times as long.
 #include "avx512_codebook.h"
+#include "avx512_outliers.h"
 #include "avx512_unpack.h"
 #include "rows.h"
 
@@ -12,16 +13,6 @@ namespace {
 
 void unpack_wide(const uint8_t* stream, int64_t bytes, int bits, int64_t first, int64_t count, uint8_t* codes) {
     unpack_bytes(stream, bytes, bits, first, count, codes);
-}
-
-template <Type type>
-inline __m256i narrow(__m512 value) {
-    if constexpr (type == Type::f16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
 
 // What codes mean in one group of one row, rounded as the reference rounds.
@@ -145,54 +136,6 @@ void rows_values(const Segment& s, int64_t row, const uint8_t* tables, uint16_t*
     }
 }
 
-// One entry of a segment.
-float stored_value(const Segment& s, int64_t row, int64_t column) {
-    const uint64_t word = load_word(s.codes + row * s.row_bytes, column / 8 * s.bits, s.row_bytes);
-    const int code = static_cast<int>(word >> (column % 8 * s.bits) & ((1u << s.bits) - 1u));
-    if (s.grid == Grid::codebook) return s.levels[(column << s.bits) + code];
-    const int64_t g = s.groups == 1 ? 0 : column / s.group_size;
-    const float step = load(s.scale, s.scale_type, row * s.groups + g);
-    if (s.offset) return load(s.offset, s.scale_type, row * s.groups + g) + step * static_cast<float>(code);
-    return step * (static_cast<float>(code) - zero_point(s, row, g));
-}
-
-// Weights with an outlier are written once more: both are added before anything is rounded. 16 at a time, but for the
-// look-ups of their codes.
-template <Type type>
-void outlier_values(const Weight& w, int64_t row, uint16_t* out) {
-    const Outliers& o = w.outliers;
-    for (int64_t e = o.rows[row]; e < o.rows[row + 1]; e += 16) {
-        const int64_t left = o.rows[row + 1] - e, count = left < 16 ? left : 16;
-        const __mmask16 keep = static_cast<__mmask16>((1 << count) - 1);
-        __m512i column;
-        if (o.wide) {
-            column = _mm512_maskz_loadu_epi32(keep, static_cast<const int32_t*>(o.columns) + e);
-        } else {
-            column = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(keep, static_cast<const int16_t*>(o.columns) + e));
-        }
-        if (w.place) column = _mm512_mask_i32gather_epi32(column, keep, column, w.place, 4);
-        __m512i segment = _mm512_setzero_si512();  // counted, not searched: which one comes next cannot be guessed
-        for (int k = 1; k < w.count; ++k) {
-            const __m512i first = _mm512_set1_epi32(static_cast<int>(w.segments[k].first_column));
-            const __mmask16 behind = _mm512_cmpge_epi32_mask(column, first);
-            segment = _mm512_mask_add_epi32(segment, behind, segment, _mm512_set1_epi32(1));
-        }
-        alignas(64) int32_t columns[16], segments[16];
-        alignas(64) float values[16] = {};
-        _mm512_store_si512(columns, column);
-        _mm512_store_si512(segments, segment);
-        for (int64_t i = 0; i < count; ++i) {
-            const Segment& s = w.segments[segments[i]];
-            values[i] = stored_value(s, row, columns[i] - s.first_column);
-        }
-        const __m512 added = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(keep, o.values + e));
-        alignas(32) uint16_t rounded[16];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(rounded),
-                           narrow<type>(_mm512_add_ps(_mm512_load_ps(values), added)));
-        for (int64_t i = 0; i < count; ++i) out[columns[i]] = rounded[i];
-    }
-}
-
 // Eight rows side by side, whole: in strips of columns, whose tables stay in the L1 cache, every row's piece of memory is
 // met unawares (24 ms instead of 8 for 4096 x 11008). Outliers while the rows are in the L2 cache.
 template <Type type>
@@ -203,6 +146,7 @@ void dense_rows(const Weight& w, int64_t begin, int64_t end, float* scratch, uin
         if (has_tables(s)) narrow_levels<type>(s.levels, s.width << s.bits, tables + table_bytes(w, i));
     }
     uint8_t* codes = tables + table_bytes(w, w.count);  // of the widest other segment, and 63 more
+    const Together together(w);
     for (int64_t row = begin; row < end; row += 8) {
         const int64_t last = row + 8 < end ? row + 8 : end;
         for (int i = 0; i < w.count; ++i) {
@@ -222,7 +166,7 @@ void dense_rows(const Weight& w, int64_t begin, int64_t end, float* scratch, uin
             }
         }
         if (!w.outliers.values) continue;
-        for (int64_t r = row; r < last; ++r) outlier_values<type>(w, r, out + r * w.columns);
+        for (int64_t r = row; r < last; ++r) outlier_values<type>(w, together, r, out + r * w.columns);
     }
 }
 

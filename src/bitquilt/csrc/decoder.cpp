@@ -79,6 +79,15 @@ BITQUILT_EVERY_ISA float exponentials(float* scores, int64_t count, float most) 
     return sum;
 }
 
+// What the product with the codes leaves to do: a gain per row, then the bias.
+BITQUILT_EVERY_ISA void by_row(float* y, const float* gains, const float* bias, int64_t count) {
+    if (bias) {
+        for (int64_t i = 0; i < count; ++i) y[i] = y[i] * gains[i] + bias[i];
+    } else {
+        for (int64_t i = 0; i < count; ++i) y[i] *= gains[i];
+    }
+}
+
 // Rotary positions of one head: its first `rotary` entries turn in pairs (i, i + rotary / 2).
 void rotate(float* x, const float* cosine, const float* sine, int64_t rotary) {
     const int64_t half = rotary / 2;
@@ -123,7 +132,7 @@ void Decoder::add_layer(const std::vector<const Handle*>& products, const std::v
     const int64_t query = heads_ * head_dim_, key = kv_heads_ * head_dim_;
     const int64_t wanted[][2] = {{query, hidden_}, {key, hidden_},    {key, hidden_},   {hidden_, query},
                                  {inner_, hidden_}, {inner_, hidden_}, {hidden_, inner_}};
-    if (products.size() != 7 || arrays.size() != 13) fail("a layer has 7 products and 13 arrays");
+    if (products.size() != 7 || arrays.size() != 20) fail("a layer has 7 products and 20 arrays");
     Layer layer{};
     for (int i = 0; i < 7; ++i) {
         const Handle* product = products[static_cast<size_t>(i)];
@@ -133,6 +142,7 @@ void Decoder::add_layer(const std::vector<const Handle*>& products, const std::v
         }
         layer.product[i] = product;
         layer.bias[i] = floats(arrays[static_cast<size_t>(i)]);
+        layer.gains[i] = floats(arrays[static_cast<size_t>(13 + i)]);
     }
     layer.before_attention = floats(arrays[7]);
     layer.before_mlp = floats(arrays[8]);
@@ -162,12 +172,13 @@ void Decoder::set_head(uintptr_t head, int64_t type) {
     product_head_ = nullptr;
 }
 
-void Decoder::set_product_head(const Handle& head) {
+void Decoder::set_product_head(const Handle& head, uintptr_t gains) {
     if (head.rows() != vocabulary_ || head.columns() != hidden_) {
         fail("the head is [" + std::to_string(head.rows()) + ", " + std::to_string(head.columns()) + "], not [" +
              std::to_string(vocabulary_) + ", " + std::to_string(hidden_) + "]");
     }
     product_head_ = &head;
+    head_gains_ = floats(gains);
     head_ = nullptr;
 }
 
@@ -182,8 +193,10 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
         query(static_cast<size_t>(heads_ * head_dim_)), key(static_cast<size_t>(key_size)), value(key.size()),
         mixed(query.size()), out(static_cast<size_t>(hidden_)), gate(static_cast<size_t>(inner_)), up(gate.size());
     const auto product = [&](const Layer& layer, int i, const std::vector<float>& from, std::vector<float>& to) {
-        layer.product[i]->matmul(from.data(), Type::f32, 1, static_cast<int64_t>(from.size()), layer.bias[i],
+        const float *bias = layer.bias[i], *gains = layer.gains[i];
+        layer.product[i]->matmul(from.data(), Type::f32, 1, static_cast<int64_t>(from.size()), gains ? nullptr : bias,
                                  to.data(), digits, threads);
+        if (gains) by_row(to.data(), gains, bias, static_cast<int64_t>(to.size()));
     };
     const float *cosine = cosines_ + position * rotary_, *sine = sines_ + position * rotary_;
     const auto turn = [&](float* head, const float* weight) {
@@ -216,6 +229,7 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
     float* y = reinterpret_cast<float*>(logits);
     if (product_head_) {
         product_head_->matmul(in.data(), Type::f32, 1, hidden_, nullptr, y, digits, threads);
+        if (head_gains_) by_row(y, head_gains_, nullptr, vocabulary_);
         return;
     }
     constexpr int64_t rows = 64;

@@ -18,16 +18,18 @@ class Decoder {
 
     // products: query, key, value, output, gate, up, down. arrays: fp32 addresses of their biases (0: none), the norms
     // before attention and MLP, the norms of query and key heads (0: none), then the layer's cache: keys and values
-    // [kv_heads, length, head_dim] of type `cache_type` (0 fp32, 2 bf16).
+    // [kv_heads, length, head_dim] of type `cache_type` (0 fp32, 2 bf16), then
+    // the gains of the products' rows (0: none).
     void add_layer(const std::vector<const Handle*>& products, const std::vector<uintptr_t>& arrays,
                    int64_t cache_type);
 
     // The last norm, and cosines and sines [length, rotary] of all positions.
     void set_ends(uintptr_t norm, uintptr_t cosines, uintptr_t sines);
 
-    // The head [vocabulary, hidden]: of a type (0 fp32, 1 fp16, 2 bf16), or a stored weight.
+    // The head [vocabulary, hidden]: of a type (0 fp32, 1 fp16, 2 bf16), or a stored weight and the gains of its rows (0:
+    // none).
     void set_head(uintptr_t head, int64_t type);
-    void set_product_head(const Handle& head);
+    void set_product_head(const Handle& head, uintptr_t gains);
 
     // x fp32 [hidden], the token's embedding -> logits fp32 [vocabulary]; fills place `position` of the cache.
     void step(uintptr_t x, int64_t position, uintptr_t logits, int digits, int threads) const;
@@ -35,7 +37,7 @@ class Decoder {
   private:
     struct Layer {
         const Handle* product[7];
-        const float* bias[7];
+        const float *bias[7], *gains[7];
         const float *before_attention, *before_mlp, *query_norm, *key_norm;
         void *keys, *values;
         Type cache_type;
@@ -49,6 +51,7 @@ class Decoder {
     const float *norm_ = nullptr, *cosines_ = nullptr, *sines_ = nullptr;
     const void* head_ = nullptr;           // one of the two
     const Handle* product_head_ = nullptr;
+    const float* head_gains_ = nullptr;
     Type head_type_ = Type::f32;
 };
 

@@ -49,15 +49,13 @@ struct Round {
 };
 
 // Look again and again for some 100 us: sleeping and waking costs 5 to 50 us, and the next layer's product comes sooner.
-// A processor that somebody else wants is given up at once.
+// Without yielding: whoever gets the processor then keeps it for milliseconds, however low its priority. Beside one busy
+// process at nice 12 a layer took 1.2 ms instead of 0.6 on two threads; beside one of equal rank 1.2 instead of 0.9.
 template <class Condition>
 bool spin_until(const Condition& condition) {
     const auto started = std::chrono::steady_clock::now();
     for (int i = 0; !condition(); ++i) {
-        if (i % 64 == 63) {
-            if (std::chrono::steady_clock::now() - started > std::chrono::microseconds(100)) return false;
-            std::this_thread::yield();
-        }
+        if (i % 64 == 63 && std::chrono::steady_clock::now() - started > std::chrono::microseconds(100)) return false;
 #if defined(BITQUILT_X86)
         __builtin_ia32_pause();
 #endif

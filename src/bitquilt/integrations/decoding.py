@@ -104,20 +104,20 @@ class Decoder:
             attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         ]  # fmt: skip
-        handles, addresses = [], []
+        handles, addresses, gains = [], [], []
         for product in products:
             handles.append(self._product(product))
-            addresses.append(0 if product.bias is None else self._floats(product.bias).data_ptr())
+            addresses.append(self._address(product.bias))
+            gains.append(self._address(product._buffers.get("row_gains")))
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         addresses += [self._floats(norm.weight).data_ptr() for norm in norms]
         for name in ("q_norm", "k_norm"):
-            norm = getattr(attention, name, None)
-            addresses.append(0 if norm is None else self._floats(norm.weight).data_ptr())
-        self._native.add_layer(handles, [*addresses, *(part.data_ptr() for part in cache)], kernels.TYPES[cache.dtype])
+            addresses.append(self._address(getattr(getattr(attention, name, None), "weight", None)))
+        addresses += [*(part.data_ptr() for part in cache), *gains]
+        self._native.add_layer(handles, addresses, kernels.TYPES[cache.dtype])
 
     def _product(self, layer: Any) -> Any:
         _want(isinstance(layer, QuantizedLinear), "a layer is not quantized")
-        _want(not layer.has_row_gains, "a layer has gains per row")
         handle = layer.settle()
         _want(handle is not None, "the kernels do not know a layer's format")
         self._kept += [t for t in layer._buffers.values() if t is not None]
@@ -135,7 +135,11 @@ class Decoder:
             self._kept.append(weight)
             self._native.set_head(weight.data_ptr(), kernels.TYPES[weight.dtype])
         else:
-            self._native.set_product_head(self._product(head.table if isinstance(head, SharedHead) else head))
+            layer = head.table if isinstance(head, SharedHead) else head
+            self._native.set_product_head(self._product(layer), self._address(layer._buffers.get("row_gains")))
+
+    def _address(self, tensor: Tensor | None) -> int:
+        return 0 if tensor is None else self._floats(tensor).data_ptr()
 
     def _floats(self, tensor: Tensor) -> Tensor:
         kept = tensor.detach().float().contiguous()

@@ -21,6 +21,14 @@ from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
 RECIPES: dict[str, type[Any]] = {
     recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)
 }
+# why `clipping` is no option of the others
+_NOT_CLIPPED = {
+    "slim-llm+": "trains the clipping anyway: epochs, rate",
+    "cmpq": "has free levels, which no range holds together: nothing to clip",
+    "cmpq+": "has free levels, which no range holds together: nothing to clip",
+    "quilt": "trains scales and rounding: effort=normal",
+    "micromix": "has powers of two for scales: no range between them to train",
+}
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
 GROUP_SIZE_STEP = 8
 
@@ -41,6 +49,8 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
     if options.get("bpw") is not None and "bits" in options and "bpw" in known:
         raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
     for option in options:
+        if option == "clipping" and name in _NOT_CLIPPED:
+            raise UserError(f"recipe {name} takes no clipping={options[option]!r}: it {_NOT_CLIPPED[name]}")
         if option not in known:
             raise UserError(
                 f"recipe {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(sorted(known))}"

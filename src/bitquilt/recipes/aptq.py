@@ -23,6 +23,7 @@ from bitquilt.allocation.by_trace import by_trace, by_weighted_error
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
 from bitquilt.packing import storage_bits
+from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.solvers.layouts import grouped_layout
 from bitquilt.solvers.solve import solve
 from bitquilt.types import (
@@ -39,15 +40,15 @@ from bitquilt.types import (
 
 
 @dataclass(frozen=True)
-class APTQ:
+class APTQ(TrainedClipping):
     """`bits`: mean over the layers' weights, anything the palette reaches; never exceeded. `bpw`: instead, true bits
     per weight of all layers in the blocks together, scales and zeros included; not exceeded either. `sensitivity`:
     trace per weight ("mean") or as it is ("raw"). `hessian`: of the sub-block's output, or "input": X^T X as in GPTQ.
     `probes`: backward passes per sequence. A layer outside the blocks (`--include-head`) takes the highest width.
+    `clipping` and the rest of its training: `recipes.clipping`.
     """
 
     name: ClassVar[str] = "aptq"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     fractional: ClassVar[bool] = True
 
     bits: float = 3.8
@@ -63,8 +64,14 @@ class APTQ:
     scale_search: bool = False
     seed: int = 0
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Hessian, whichever it is."""
+        return frozenset({"hessian"}) | self.clipping_needs()
+
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""
+        super().check()
         if not self.palette or list(self.palette) != sorted(set(self.palette)):
             raise ValueError(f"palette is {self.palette}; wanted ascending bits, each once, such as (2, 4)")
         if not 2 <= self.palette[0] <= self.palette[-1] <= MAX_BITS:

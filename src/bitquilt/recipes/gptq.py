@@ -5,7 +5,7 @@ before the sweep, with act_order). Deviations: scales are rounded to storage pre
 range passes through zero; a Hessian that float32 cannot factor is tried in float64 before the damp is raised.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -13,38 +13,32 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
+from bitquilt.recipes.clipping import TrainedClipping
+from bitquilt.recipes.feedback import Feedback
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
-from bitquilt.solvers.solve import live_weight, solve
-from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, uniform_plan
+from bitquilt.solvers.protect import check_protection, protected_count
+from bitquilt.solvers.solve import FitColumns, live_weight
+from bitquilt.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(TrainedClipping, Feedback):
     """`scale_search`: search each range (tau in 0.4 .. 1.1) instead of min-max, errors weighed as `weighting` says:
     "column" = by 1 / U_jj^2, what the error of a column costs the sweep; "none" = plain squared error.
-    `act_order`: columns in descending Hessian diagonal, grids fitted before; `group_order`: whole groups in that
-    order, their columns likewise, each grid fitted when its group is reached. `symmetric`: no zeros stored.
-    `alpha`, `stream_alpha`: how much of the error of earlier layers, at the layer's input and in the residual stream
-    it writes into, the layer repairs (`solvers.target`); above 0 the full-precision model runs beside.
-    `passes`: of coordinate descent over the codes after the sweep. `error_outliers`, `act_outliers`: shares of the
-    weights kept in half precision beside the codes, as in `cmpq`. `hessian`: of the layer's input, or "attention": of
-    its errors' effect on the output of its sub-block (see `sensitivity.attention`), not with an alpha."""
+    `act_order`: columns in descending Hessian diagonal, grids fitted before. `symmetric`: no zeros stored.
+    `error_outliers`, `act_outliers`: shares of the weights kept in half precision beside the codes, as in `cmpq`.
+    `hessian`: of the layer's input, or "attention": of its errors' effect on the output of its sub-block (see
+    `sensitivity.attention`), not with an alpha. `alpha`, `stream_alpha`, `group_order`, `passes`, `damp`:
+    `recipes.feedback`; `clipping` and the rest of its training: `recipes.clipping`."""
 
     name: ClassVar[str] = "gptq"
 
     bits: int = 4
     group_size: int = 128
-    damp: float = 0.01
     act_order: bool = False
     scale_search: bool = False
     weighting: Literal["column", "none"] = "column"
-    group_order: bool = False
     symmetric: bool = False
-    alpha: float = 0.0
-    stream_alpha: float = 0.0
-    passes: int = 0
     error_outliers: float = 0.0
     act_outliers: float = 0.0
     hessian: Literal["input", "attention"] = "input"
@@ -52,19 +46,15 @@ class GPTQ:
     @property
     def needs(self) -> frozenset[str]:
         """The Hessian, and with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+        return self.sweep_needs() | self.clipping_needs()
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
+        super().check()
+        self.check_sweep(self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
         if self.act_order and self.group_order:
             raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
-
-    def prepare(self, stats: LayerStats | None) -> Factor:
-        """Factor the Hessian once for all layers that read this input."""
-        assert stats is not None
-        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """One way to spend the bits."""
@@ -76,24 +66,18 @@ class GPTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        assert layer.stats is not None
-        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
-            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
+        outliers = (self.act_outliers, self.error_outliers)
+        return self.swept(layer, plan, prepared, self._fitter, act_order=self.act_order, outliers=outliers)
+
+    def _fitter(self, original: Tensor, factor: Factor) -> FitColumns:
         search = RangeSearch() if self.scale_search else MIN_MAX
-        importance = prepared.importance if self.weighting == "column" else None
+        importance = factor.importance if self.weighting == "column" else None
 
         def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
             weights = None if importance is None else importance[columns]
             return fit(weight, bits, weights, search=search, symmetric=self.symmetric, scale_dtype=scale_dtype)
 
-        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        protected = protect(layer, plan, prepared, fit_group, self.act_outliers, self.error_outliers)
-        solution = solve(
-            layer, plan, prepared, fit_group,
-            damp=self.damp, act_order=self.act_order, protected=protected, passes=self.passes,
-        )  # fmt: skip
-        unprotected = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
-        return replace(solution, events=(*events, *solution.events, *unprotected))
+        return fit_group
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
@@ -113,7 +97,3 @@ class GPTQ:
         search = COARSE if self.scale_search else MIN_MAX
         weight = live_weight(layer, prepared)
         return round_groups(weight, bits, self.group_size, importance, search, self.symmetric)
-
-    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
-        """1 / U_jj^2: later columns compensate."""
-        return prepared.importance

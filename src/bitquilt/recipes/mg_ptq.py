@@ -26,6 +26,7 @@ from bitquilt.allocation.graph import Training, graph_bits
 from bitquilt.allocation.lagrange import best_bits, lagrangian, repair, table_error
 from bitquilt.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
+from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.sensitivity.column_graph import adjacency, column_features
 from bitquilt.solvers.gptq import Sweep, sweep
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
@@ -49,15 +50,15 @@ _COLUMNS = 1  # group size of a plan with bits per column
 
 
 @dataclass(frozen=True)
-class MGPTQ:
+class MGPTQ(TrainedClipping):
     """`bits`: nominal mean, any number within the palette; met exactly from below. `allocator`: "exact" or "graph";
     "best" keeps whichever map has the least swept loss. `granularity`: "group", or "column": a permutation gathers
     columns of equal bits, groups of `group_size` are cut inside each width. `one_bit`: the two levels of 1-bit groups.
     `seed`, `steps`, `width`, `learning_rate`, `budget_weight`, `top`, `straight_through`: of the graph network.
+    `clipping` and the rest of its training: `recipes.clipping`.
     """
 
     name: ClassVar[str] = "mg-ptq"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "sample"})
     fractional: ClassVar[bool] = True
 
     bits: float = 2.0
@@ -76,12 +77,18 @@ class MGPTQ:
     seed: int = 0
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Hessian and tokens."""
+        return frozenset({"hessian", "sample"}) | self.clipping_needs()
+
+    @property
     def plans_columns(self) -> bool:
         """Whether a plan has one digit per column."""
         return self.granularity == "column"
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""
+        super().check()
         if not self.palette or list(self.palette) != sorted(set(self.palette)):
             raise ValueError(f"palette is {self.palette}; wanted ascending bits, each once, such as (1, 2, 3, 4)")
         if not MIN_BITS <= self.palette[0] <= self.palette[-1] <= MAX_BITS:

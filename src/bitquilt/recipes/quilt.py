@@ -8,16 +8,16 @@ Without gradients (`effort="fast"`), per layer, in the order in which a block co
    above with the zeros beside the nearest;
 4. coordinate descent over the codes after the sweep (`solvers.descent`).
 With gradients (`effort="normal"`), per block, all its layers together:
-5. an offset per weight decides which way it is rounded, moved by the sign of its gradient, scales beside (after arXiv
-   2309.05516), from the result of 1 to 4: the block on the quantized model's inputs against the full-precision block's
-   output in the full-precision model.
+5. an offset per weight decides which way it is rounded, scales beside (after arXiv 2309.05516, which moves the offsets
+   by the sign of their gradient; AdamW at the same rate gains twice as much), from the result of 1 to 4: the block on
+   the quantized model's inputs against the full-precision block's output in the full-precision model.
 With gradients through the whole model (`effort="best"`), from the result of 1 to 5:
 6. the same offsets and scales of all blocks together, by AdamW, on the KL of the model's output.
 docs/benchmarks.md has what each of them is worth.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,19 +25,19 @@ from torch import Tensor
 
 from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
-from bitquilt.solvers.blockwise import Link, Rule, Samples, Trained, Training, train
+from bitquilt.recipes.feedback import Feedback
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.gptq import Sweep
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.solvers.solve import assemble, disassemble, live_weight, solve
-from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
+from bitquilt.solvers.solve import FitColumns, assemble, disassemble, live_weight
 from bitquilt.solvers.trainable import Rounding
+from bitquilt.solvers.training import Link, Rule, Samples, Schedule, Trained, Training
 from bitquilt.types import (
     BlockProblem,
     Cost,
     Event,
     Layer,
     LayerPlan,
-    LayerStats,
     Layout,
     ModelProblem,
     Solution,
@@ -51,20 +51,19 @@ _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 
 
 @dataclass(frozen=True)
-class Quilt:
+class Quilt(Feedback):
     """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
     `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent.
     `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time, in which
     each weight can move by half a step in all; "best" = then `tune_epochs` passes through the whole model. `rounding`:
-    how a block's offsets move, by the "sign" of their gradient or by "adam" (at `tune_rate`). `scale_rate`: of the
-    scales, in both; 0 = they stay. `tune_rate`: of the offsets in the model; 0 = codes stay, scales learn. `autocast`:
-    products in bfloat16 while training, for processors that are faster at it."""
+    how a block's offsets move, by "adam" or by the "sign" of their gradient. `scale_rate`: of the scales in a block;
+    0 = they stay. `tune_rate`, `tune_scale_rate`: of offsets and scales in the model; 0 = codes stay, scales stay.
+    `autocast`: products in bfloat16 while training, for processors that are faster at it."""
 
     name: ClassVar[str] = "quilt"
 
     bits: int = 2
     group_size: int = 64
-    damp: float = 0.01
     alpha: float = 0.75
     stream_alpha: float = 0.75
     group_order: bool = True
@@ -72,10 +71,11 @@ class Quilt:
     passes: int = 3
     effort: Literal["fast", "normal", "best"] = "fast"
     epochs: int = 20
-    batch: int = 8
-    rounding: Literal["sign", "adam"] = "sign"
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    scale_rate: float = 3e-3
+    batch: int = 4
+    rounding: Literal["sign", "adam"] = "adam"
+    schedule: Schedule = "linear"
+    scale_rate: float = 1e-2
+    tune_scale_rate: float = 3e-3
     tune_epochs: int = 8
     tune_rate: float = 2e-2
     patience: int = 0
@@ -86,7 +86,7 @@ class Quilt:
     def needs(self) -> frozenset[str]:
         """The Hessian, with a full-precision target the drift of the inputs, and what training compares with."""
         training = frozenset[str]() if self.effort == "fast" else frozenset({"full"})
-        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha) | training
+        return self.sweep_needs() | training
 
     @property
     def train_batch(self) -> int:
@@ -95,8 +95,8 @@ class Quilt:
 
     @property
     def tune_batch(self) -> int:
-        """Samples per step through the whole model, half of a block's: twice the steps; 0 without."""
-        return max(1, self.batch // 2) if self.effort == "best" else 0
+        """Samples per step through the whole model; 0 without."""
+        return self.batch if self.effort == "best" else 0
 
     @property
     def tune_bytes(self) -> int:
@@ -105,17 +105,12 @@ class Quilt:
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes)
+        self.check_sweep()
         self._training()
         self._tuning()
-        for name, rate in (("scale_rate", self.scale_rate), ("tune_rate", self.tune_rate)):
-            if not rate >= 0:
+        for name in ("scale_rate", "tune_rate", "tune_scale_rate"):
+            if not (rate := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} is {rate}; wanted 0 or more")
-
-    def prepare(self, stats: LayerStats | None) -> Factor:
-        """Factor the Hessian once for all layers that read this input."""
-        assert stats is not None
-        return self._factor(stats, self.group_size)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """One way to spend the bits."""
@@ -127,18 +122,15 @@ class Quilt:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Solve the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        assert layer.stats is not None
-        if plan.group_size != self.group_size:  # a plan made with other groups
-            prepared = self._factor(layer.stats, plan.group_size)
-        importance = prepared.importance
+        return self.swept(layer, plan, prepared, self._fitter)
 
+    def _fitter(self, original: Tensor, factor: Factor) -> FitColumns:
         def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
             search, symmetric = RangeSearch(_TAUS, zeros=True), bits in self._symmetric()
-            return fit(weight, bits, importance[columns], search=search, symmetric=symmetric, scale_dtype=scale_dtype)
+            weights = factor.importance[columns]
+            return fit(weight, bits, weights, search=search, symmetric=symmetric, scale_dtype=scale_dtype)
 
-        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        solution = solve(layer, plan, prepared, fit_group, damp=self.damp, passes=self.passes)
-        return replace(solution, events=(*events, *solution.events))
+        return fit_group
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
@@ -154,10 +146,6 @@ class Quilt:
         symmetric = bits in self._symmetric()
         return round_groups(weight, bits, self.group_size, prepared.importance, COARSE, symmetric)
 
-    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
-        """1 / U_jj^2: later columns compensate."""
-        return prepared.importance
-
     def _symmetric(self) -> tuple[int, ...]:
         """The widths that store no zero."""
         return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
@@ -165,11 +153,11 @@ class Quilt:
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         training = self._training()
-        # at a rate that falls to zero: half a step in all
+        # at a rate that falls to zero linearly: half a step in all
         steps = max(1, training.epochs * -(-training.trained(problem.count) // training.batch))
-        rounding = Rule(1 / steps, "sign", -0.5, 0.5) if self.rounding == "sign" else Rule(self.tune_rate)
+        rounding = Rule(1 / steps, self.rounding, -0.5, 0.5)
         sweeps = {name: solution.details["swept"] for name, solution in problem.solutions.items()}
-        parts = self._parts(problem, sweeps, rounding)
+        parts = self._parts(problem, sweeps, rounding, self.scale_rate)
         samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
         trained = train((Link(problem.forward, parts),), samples, training, problem.told)
         return self._trained(problem, problem.name, parts, trained)
@@ -185,15 +173,19 @@ class Quilt:
             name: disassemble(solution.weight, problem.plans[name], solution.details["aim"])
             for name, solution in problem.solutions.items()
         }
-        parts = self._parts(problem, sweeps, Rule(self.tune_rate))
+        parts = self._parts(problem, sweeps, Rule(self.tune_rate), self.tune_scale_rate)
         links = [Link(forward, {name: parts[name] for name in names}) for forward, names in problem.blocks]
         samples = Samples(problem.count, problem.inputs, (problem.targets,), problem.loss)
         return self._trained(problem, "model", parts, train(links, samples, training, problem.told))
 
     def _parts(
-        self, problem: BlockProblem | ModelProblem, sweeps: Mapping[str, Sweep[UniformGrid]], rounding: Rule
+        self,
+        problem: BlockProblem | ModelProblem,
+        sweeps: Mapping[str, Sweep[UniformGrid]],
+        rounding: Rule,
+        scale_rate: float,
     ) -> dict[str, Rounding]:
-        parts, scaling = {}, Rule(self.scale_rate, low=0.5, high=2.0)
+        parts, scaling = {}, Rule(scale_rate, low=0.5, high=2.0)
         for name, swept in sweeps.items():
             groups = group_slices(swept.codes.shape[1], problem.plans[name].group_size)
             scale_dtype = problem.solutions[name].weight.segments[0].format.scale_dtype
@@ -212,13 +204,10 @@ class Quilt:
         return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
 
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, self.schedule, **self._same())
+        return Training(self.epochs, self.batch, self.schedule, betas=(0.9, 0.99), **self._same())
 
     def _tuning(self) -> Training:
         return Training(self.tune_epochs, max(1, self.tune_batch), "cosine", betas=(0.9, 0.98), **self._same())
 
     def _same(self) -> dict[str, Any]:
         return {"patience": self.patience, "seed": self.train_seed, "autocast": self.autocast}
-
-    def _factor(self, stats: LayerStats, group_size: int) -> Factor:
-        return layer_factor(stats, self.damp, group_size if self.group_order else None)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.rtn import round_to_nearest
 from bitquilt.solvers.solve import assemble, layer_events
@@ -26,15 +27,20 @@ from bitquilt.types import (
 
 
 @dataclass(frozen=True)
-class RTN:
-    """`scale_search`: choose each range by its squared error instead of taking min and max."""
+class RTN(TrainedClipping):
+    """`scale_search`: choose each range by its squared error instead of taking min and max. `clipping` and the rest of
+    its training: `recipes.clipping`."""
 
     name: ClassVar[str] = "rtn"
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     bits: int = 4
     group_size: int = 128
     scale_search: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Nothing, but for trained clipping."""
+        return self.clipping_needs()
 
     def prepare(self, stats: LayerStats | None) -> None:
         """Nothing to share: rounding asks nothing of the data."""

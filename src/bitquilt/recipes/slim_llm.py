@@ -18,7 +18,7 @@ precision statistics, an unstable sort).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -29,18 +29,20 @@ from bitquilt.allocation.knapsack import least_error
 from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor
 from bitquilt.packing import bits_per_weight
+from bitquilt.recipes.clipping import TrainedClipping
+from bitquilt.recipes.feedback import Feedback
 from bitquilt.recipes.pairing import RoundGroup, paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
-from bitquilt.solvers.protect import check_protection, protect, protected_count, unprotected_event
-from bitquilt.solvers.solve import live_weight, solve
-from bitquilt.solvers.target import check_feedback, corrected, feedback_needs, layer_factor
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution, group_slices
+from bitquilt.solvers.protect import check_protection, protected_count
+from bitquilt.solvers.solve import live_weight
+from bitquilt.solvers.target import corrected
+from bitquilt.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices
 
 
 @dataclass(frozen=True)
-class SlimLLM:
+class SlimLLM(TrainedClipping, Feedback):
     """`bits` N is the mean; groups hold N-1, N or N+1. See the module's text for every other field's reason.
 
     `bpw`: instead of `bits`, true bits per weight of every layer with everything stored, met from below to one group
@@ -52,7 +54,7 @@ class SlimLLM:
     `symmetric`, `alpha`, `stream_alpha` and `passes` as in GPTQ: with an alpha, salience and search see the corrected
     weight. `error_outliers`, `act_outliers`: shares of the weights kept in half precision beside the codes.
     `hessian`: of the layer's input, or "attention": of its errors' effect on the output of its sub-block (see
-    `sensitivity.attention`), not with an alpha.
+    `sensitivity.attention`), not with an alpha. `clipping` and the rest of its training: `recipes.clipping`.
     """
 
     name: ClassVar[str] = "slim-llm"
@@ -60,7 +62,6 @@ class SlimLLM:
     bits: int = 2
     bpw: float | None = None
     group_size: int = 128
-    damp: float = 0.01
     salience: SalienceRule = "cholesky"
     group_statistic: GroupStatistic = "mean"
     allocation: Literal["sba", "dp", "uniform", "global"] = "sba"
@@ -72,11 +73,7 @@ class SlimLLM:
     mask_threshold: float = 2.0
     mask_factor: float = 4.0
     one_bit: OneBitRule = "symmetric"
-    group_order: bool = False
     symmetric: bool = False
-    alpha: float = 0.0
-    stream_alpha: float = 0.0
-    passes: int = 0
     error_outliers: float = 0.0
     act_outliers: float = 0.0
     hessian: Literal["input", "attention"] = "input"
@@ -84,11 +81,12 @@ class SlimLLM:
     @property
     def needs(self) -> frozenset[str]:
         """Hessian and tokens; with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian", "sample"}) | feedback_needs(self.alpha, self.stream_alpha)
+        return self.sweep_needs() | {"sample"} | self.clipping_needs()
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
+        super().check()
+        self.check_sweep(self.hessian)
         check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
 
     @classmethod
@@ -105,11 +103,6 @@ class SlimLLM:
             weighting="none",
             one_bit="code",
         )
-
-    def prepare(self, stats: LayerStats | None) -> Factor:
-        """Factor the Hessian once for all layers that read this input."""
-        assert stats is not None
-        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """The objective of every candidate bit map: SBA's pairings, or the tabulated optimum beside uniform bits.
@@ -174,15 +167,8 @@ class SlimLLM:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        assert layer.stats is not None
-        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
-            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
-        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        fitter = self._fitter(live_weight(layer, prepared), prepared)
-        protected = protect(layer, plan, prepared, fitter, self.act_outliers, self.error_outliers)
-        solution = solve(layer, plan, prepared, fitter, damp=self.damp, protected=protected, passes=self.passes)
-        unprotected = unprotected_event(layer.name, layer.weight, self.act_outliers, self.error_outliers)
-        return replace(solution, events=(*events, *solution.events, *unprotected))
+        outliers = (self.act_outliers, self.error_outliers)
+        return self.swept(layer, plan, prepared, self._fitter, outliers=outliers)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
@@ -206,10 +192,6 @@ class SlimLLM:
         groups = group_slices(weight.shape[1], self.group_size)
         parts = [fitter(g, weight[:, g], bits, scale_dtype).quantize(weight[:, g]) for g in groups]
         return torch.cat(parts, dim=1)
-
-    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
-        """1 / U_jj^2: later columns compensate."""
-        return prepared.importance
 
     def _fitter(self, original: Tensor, factor: Factor, search: RangeSearch | None = None) -> "_Fitter":
         if search is None:

@@ -25,10 +25,11 @@ from bitquilt.hessian import Factor
 from bitquilt.recipes.pairing import paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import SalienceRule, group_salience, salience
-from bitquilt.solvers.blockwise import Link, Samples, Training, train
+from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.solvers.target import layer_factor
 from bitquilt.solvers.trainable import Clipping
+from bitquilt.solvers.training import Link, Samples, Training
 from bitquilt.types import (
     BlockProblem,
     Cost,

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from bitquilt.grids.uniform import OneBitRule, UniformGrid, fit_two_levels
-from bitquilt.solvers.blockwise import Rule, Values
 from bitquilt.solvers.fakequant import Groups, round_by_offset, round_by_scale, steps_by_offset
 from bitquilt.solvers.gptq import Sweep
+from bitquilt.solvers.training import Rule, Values, straight_through
 
 _TINY = 1e-8  # a scale's floor as a share of the layer's largest weight: groups of tiny weights keep their grid
-
-
-def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `value`."""
-    return value + (rounded - value).detach()
 
 
 @dataclass(frozen=True, eq=False)

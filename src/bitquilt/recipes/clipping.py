@@ -1,0 +1,49 @@
+"""Trained clipping after any recipe on uniform grids: `clipping="trained"`, block by block (`solvers.ranges`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bitquilt.solvers.blockwise import train
+from bitquilt.solvers.ranges import Ranges
+from bitquilt.solvers.training import Link, Samples, Training
+from bitquilt.types import BlockProblem, Event, Solution, TrainedLayers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedClipping:
+    """`clipping`: "trained" = once a block's layers are solved, the ranges of all their groups are trained against the
+    full-precision block's output in the full-precision model; codes and bytes stay. `epochs`, `rate` (linear, to zero),
+    `batch`, `train_seed`: of that training."""
+
+    clipping: Literal["solved", "trained"] = "solved"
+    epochs: int = 8
+    rate: float = 1e-2
+    batch: int = 8
+    train_seed: int = 0
+
+    @property
+    def train_batch(self) -> int:
+        """Samples per step; 0 without training."""
+        return self.batch if self.clipping == "trained" and self.epochs else 0
+
+    def check(self) -> None:
+        """Raise ValueError naming the field that cannot work."""
+        self._training()
+        if not self.rate >= 0:
+            raise ValueError(f"rate is {self.rate}; wanted 0 or more")
+
+    def clipping_needs(self) -> frozenset[str]:
+        """What training asks of the runtime."""
+        return frozenset({"full"}) if self.train_batch else frozenset()
+
+    def train_block(self, problem: BlockProblem) -> TrainedLayers:
+        """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
+        parts = {name: Ranges(solution.weight, self.rate) for name, solution in problem.solutions.items()}
+        samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
+        trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
+        solutions = {name: Solution(part.export(trained.values[name])) for name, part in parts.items()}
+        events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
+        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+
+    def _training(self) -> Training:
+        return Training(self.epochs, self.batch, seed=self.train_seed)
