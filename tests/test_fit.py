@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.structure import open_skeleton
 from bitquilt.models.ties import tied_layers
 from bitquilt.recipes import make_recipe
+from bitquilt.runtime import planning
 from bitquilt.runtime.job import all_targets, shapes
 from bitquilt.runtime.planning import Planner, UnreachableError, predicted_losses
 from bitquilt.runtime.plans import read_plan
@@ -101,6 +103,22 @@ def test_more_bytes_never_predict_a_worse_loss(
     assert found[0].loss is not None
     assert found[1].loss is not None
     assert found[1].loss <= found[0].loss * (1 + 2e-5)  # the exact solver's gap is 1e-5
+
+
+def test_a_width_that_few_channels_want_must_pay_for_its_tables(
+    measured: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of 64 and 96 channels: a table of 32 levels takes what many of them gain from one more bit."""
+    made = planner(*measured("cmpq"), "cmpq")
+    for bpw in (4.0, 5.0):
+        found = made.plan(Budget("bpw", bpw))
+        with monkeypatch.context() as context:
+            context.setattr(planning, "_FEW_UNITS", 0)
+            free = made.plan(Budget("bpw", bpw))
+        assert found.spent <= bpw
+        assert found.loss is not None
+        assert free.loss is not None
+        assert found.loss < free.loss
 
 
 def test_better_scopes_predict_less_loss(measured: Callable[..., tuple[Path, Path]]) -> None:
@@ -424,6 +442,17 @@ def test_sensitivities_of_another_model_or_recipe_are_refused(
     ]:
         with pytest.raises(UserError, match=message):
             bitquilt.plan(other, "slim-llm", bpw=5.0, sensitivities=path, **options)
+
+
+def test_tables_that_only_guess_at_one_bit_are_refused(
+    measured: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model, path = measured()
+    found = read_sensitivities(path)
+    about = {key: value for key, value in found.about.items() if key in ("model", "recipe")}
+    replace(found, about=about).save(tmp_path / "older")
+    with pytest.raises(UserError, match=r"another way to see one-bit groups: not recorded.*measure again"):
+        bitquilt.plan(model, "slim-llm", bpw=5.0, sensitivities=tmp_path / "older", group_size=8)
 
 
 def test_tables_that_do_not_fit_the_layers(measured: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.sensitivities import measure
 from bitquilt.runtime.survey import survey
 from bitquilt.runtime.tables import Method, Sensitivities, read_sensitivities
+from bitquilt.runtime.tabulate import has_one_bit
 from bitquilt.runtime.tune import training_bytes
 from bitquilt.sensitivity.together import perplexity_range
-from bitquilt.types import LayerPlan, Layout
+from bitquilt.types import Layout
 from bitquilt.wish import Wish, wish
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
@@ -203,13 +204,11 @@ def _counts(bits: Sequence[int]) -> dict[str, int]:
     return {str(width): int(counts[width]) for width in np.flatnonzero(counts)}
 
 
-def prediction(
-    losses: Mapping[str, float], plans: Mapping[str, LayerPlan], known: Sensitivities, outer: OuterBits
-) -> dict[str, Any]:
-    """KL in nats per token and, where the law holds (no one-bit groups), the range of perplexities it allows. What
-    embedding and head in few bits cost is in neither, which `without` says."""
+def prediction(losses: Mapping[str, float], known: Sensitivities, outer: OuterBits) -> dict[str, Any]:
+    """KL in nats per token and the range of perplexities it allows. What embedding and head in few bits cost is in
+    neither, which `without` says."""
     found: dict[str, Any] = {"kl": sum(losses.values()), "perplexity_full_precision": known.perplexity}
-    if known.perplexity is not None and not any(1 in plan.bits for plan in plans.values()):
+    if known.perplexity is not None:
         found["ppl_range"] = list(perplexity_range(found["kl"], known.perplexity))
     if outer.given:
         found["without"] = f"the rounding of the {' and the '.join(outer.given)}"
@@ -219,7 +218,7 @@ def prediction(
 def _prediction(planned: Planned, known: Sensitivities | None, outer: OuterBits) -> dict[str, Any] | None:
     if known is None or planned.loss is None:
         return None
-    return prediction(planned.losses, planned.plans, known, outer)
+    return prediction(planned.losses, known, outer)
 
 
 def open_planner(
@@ -243,6 +242,8 @@ def about(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """What sensitivities depend on and is checked when they are used again."""
     values = {key: value for key, value in recipe_json(recipe).items() if key not in _BUDGETED}
     found = {"recipe": json.loads(json.dumps(values))}
+    if isinstance(recipe, Plannable) and has_one_bit(recipe):
+        found["way to see one-bit groups"] = "each layer solved at one bit"  # older tables only guessed them
     if not isinstance(checkpoint, RemoteCheckpoint):  # of headers alone there is no fingerprint
         found["model"] = checkpoint.fingerprint()
     return found

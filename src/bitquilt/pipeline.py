@@ -268,7 +268,7 @@ def _write_reports(
     predicted = None
     if known is not None and plans is not None and known.method == "kfac":
         losses = predicted_losses(known, plans, request.wanted.recipe)
-        predicted = prediction(losses, plans, known, request.outer)
+        predicted = prediction(losses, known, request.outer)
     room = folder_bytes(skeleton, folder, plan_value)
     spent = None if planned is None else planned.spent
     add_prediction(report, request.wanted.values.get("budget"), spent, room, losses, predicted)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitquilt.allocation.exact import exact_choices
-from bitquilt.allocation.path import fill, steepest
+from bitquilt.allocation.path import fill, steepest, steepest_up_to
 from bitquilt.allocation.scopes import SCOPES, order_steps
 
 
@@ -119,6 +119,21 @@ def test_every_scope_starts_low_ends_high_and_pays_for_each_step(scope):
                 (total(costs[m], chosen[m]) - costs[m, 0].sum()) / w for m, w in zip(members, weights, strict=True)
             ]
             assert max(shares) - min(shares) <= 2.1 * max(32 * costs[m].max() / costs[m, 0].sum() / 32 for m in members)
+
+
+@pytest.mark.parametrize("widest", [1, 4, 7])
+def test_nobody_goes_beyond_a_width_before_all_are_there(widest):
+    losses, costs = realistic(20)
+    path = steepest_up_to(widest, losses, costs)
+    assert (path.at(0) == 0).all()
+    assert (path.at(len(path)) == 7).all()
+    for steps in range(len(path) + 1):
+        chosen = path.at(steps)
+        assert chosen.max() <= widest or chosen.min() >= widest
+        spent = path.cost[steps - 1] if steps else 0.0
+        assert total(costs, chosen) - costs[:, 0].sum() == pytest.approx(spent)
+    gain = losses[:, 0].sum() - losses[:, 7].sum()
+    assert path.gain[-1] == pytest.approx(gain, rel=1e-5)
 
 
 def test_bad_tables_are_refused():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import bitquilt
 from bitquilt.recipes import make_recipe
-from bitquilt.sensitivity.kfac import MEASURED_WIDTHS, activation_rows, corrected, width_losses
+from bitquilt.sensitivity.kfac import MEASURED_WIDTHS, activation_rows, corrected, tried_at_one_bit, width_losses
 from bitquilt.types import Layer
 
 
@@ -87,3 +87,10 @@ def test_a_table_is_corrected_where_it_was_tried_and_less_beyond():
     assert (np.diff(small, axis=1) <= 0).all()
     assert small[0, 1] + small[1, 2] == pytest.approx(told / 16)
     assert not corrected(np.zeros_like(table), widths, bits, 1.0).any()
+
+
+def test_one_bit_costs_what_was_tried_and_never_less_than_two():
+    table = np.array([[8.0, 2.0, 0.5], [4.0, 3.0, 0.25]], dtype=np.float32)
+    assert tried_at_one_bit(table, 120.0).tolist() == [[80.0, 2.0, 0.5], [40.0, 3.0, 0.25]]
+    assert tried_at_one_bit(table, 6.0).tolist() == [[4.0, 2.0, 0.5], [3.0, 3.0, 0.25]]
+    assert not tried_at_one_bit(np.zeros_like(table), 0.0).any()

@@ -98,6 +98,21 @@ def steepest(losses: Floats, costs: Floats) -> Path:
     return Path(start, steps, to, cost, steepness * prices)
 
 
+def steepest_up_to(widest: int, losses: Floats, costs: Floats) -> Path:
+    """As `steepest`, but nothing goes beyond the choice `widest` before all units are there: for costs that whoever
+    takes a dear choice first brings on all others, such as a table for each width of a layer."""
+    low = steepest(losses[:, : widest + 1], costs[:, : widest + 1])
+    high = steepest(losses[:, widest:], costs[:, widest:])
+    paid = low.cost[-1] if len(low) else 0.0
+    return Path(
+        low.start,
+        np.concatenate([low.unit, high.unit]),
+        np.concatenate([low.choice, high.choice + np.int8(widest)]),
+        np.concatenate([low.cost, paid + high.cost]),
+        np.concatenate([low.gains, high.gains]),
+    )
+
+
 def check_losses(losses: Floats) -> None:
     """Raise ValueError naming the first loss that is no finite number."""
     if not np.isfinite(losses).all():

@@ -5,18 +5,19 @@ forward:   the inputs of every block go to the work directory, as `runtime.strea
 loss:      labels sampled from the model's own logits, the gradient at the last block's output
 backward:  block by block from the last, recomputed from its stored input; squared gradients at the outputs of the
            linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
+one bit:   for recipes with one-bit groups each layer is solved at one bit first, after one more pass forward: what that
+           really costs is in none of the statistics
 
 Blocks are computed on the job's device; the loss, which is the head's, on the host.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitquilt.errors import UserError
@@ -31,13 +32,12 @@ from bitquilt.runtime.squares import squared_gradients
 from bitquilt.runtime.standin import StandIn
 from bitquilt.runtime.stats import collect
 from bitquilt.runtime.tables import Method, Sensitivities
+from bitquilt.runtime.tabulate import Tables
 from bitquilt.runtime.workdir import Activations
-from bitquilt.sensitivity.kfac import activation_rows, corrected, width_losses
-from bitquilt.types import Layer, LayerPlan, LayerStats
+from bitquilt.types import LayerStats
 
 # Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk.
 MAX_TOKENS, MAX_SEQUENCE = 16_384, 512
-_FLOOR, _LEAST = 1e-4, 1e-12  # of the mean squared gradient of the layer's rows; and in itself
 
 
 def measure(
@@ -59,7 +59,7 @@ def measure(
         raise UserError(f"recipe {job.recipe.name} decides its own bits; give it a number of bits instead of a budget")
     ids = _subset(job.ids)
     first = None if at is None else read_plan(at / "plan.json").plans
-    tables = _Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
+    tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
@@ -76,58 +76,6 @@ def _subset(ids: Tensor) -> Tensor:
     return ids[: max(1, MAX_TOKENS // length), :length]
 
 
-class _Tables:
-    """Turns the statistics of loaded layers into tables, layer by layer."""
-
-    def __init__(
-        self, job: Job, recipe: Plannable, method: Method, tokens: int, first: Mapping[str, LayerPlan] | None
-    ) -> None:
-        self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
-        self.first = first
-        self.losses: dict[str, NDArray[np.float32]] = {}
-        self.widths: dict[str, tuple[int, ...]] = {}
-
-    def add(
-        self,
-        weights: Mapping[str, Tensor],
-        stats: Mapping[str, LayerStats],
-        squares: Mapping[str, Tensor],
-        made: Mapping[str, float],
-    ) -> None:
-        """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
-        `made`, the square of the loss's first order in the error that a stand-in made."""
-        prepared: tuple[LayerStats | None, Any] | None = None
-        for name, weight in weights.items():
-            seen = stats[name]
-            if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
-                seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
-            layer = Layer(name, weight, None, seen)
-            if prepared is None or prepared[0] is not seen:
-                prepared = (seen, self.job.recipe.prepare(seen))
-            columns = self.recipe.column_cost(layer, prepared[1])
-            if self.method == "activation":
-                rows = activation_rows(weight, columns)
-            else:
-                rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
-                # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
-                rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
-            widths = self.recipe.widths(len(weight))
-            group_size = int(getattr(self.job.recipe, "group_size", 1))
-            try:
-                rounding = self._rounding(layer, prepared[1])
-                table = width_losses(weight, rounding, rows, columns, widths, group_size).cpu().numpy()
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
-            if not np.isfinite(table).all():
-                raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
-            if name in made and self.first is not None:
-                table = corrected(table, widths, self.first[name].bits, 0.5 * made[name] / self.tokens)
-            self.losses[name], self.widths[name] = table, widths
-
-    def _rounding(self, layer: Layer, prepared: Any) -> Callable[[int], Tensor]:
-        return lambda bits: self.recipe.rounded(layer, prepared, bits)
-
-
 class _Pass:
     """The two directions. Inputs of all blocks stay on disk until the way back."""
 
@@ -138,7 +86,7 @@ class _Pass:
         count = max(1, 2048 // ids.shape[1])  # sequences at once: a block's graph keeps a dozen activations per token
         self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
 
-    def run(self, tables: _Tables) -> float | None:
+    def run(self, tables: Tables) -> float | None:
         job, skeleton = self.job, self.job.skeleton
         self._open()
         for i in range(len(skeleton.blocks)):
@@ -154,7 +102,9 @@ class _Pass:
             linears = targets(skeleton, path, block, job.skip)
             check_weights(linears)
             weights, errors = self._weights(linears)
-            with squared_gradients(linears, errors) as (squares, made):
+            tried = self._tried(i, block, linears, weights, tables)
+            wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
+            with squared_gradients(linears, wrong) as (squares, made):
                 stats = self._collect(linears, self._backward(i, block, gradients), path)
             tables.add(weights, stats, squares, made)
             skeleton.reset(path, template)
@@ -199,7 +149,7 @@ class _Pass:
             outputs.write(rows, self._call(i, block, inputs.read(rows).to(self.job.device)))
         skeleton.reset(path, template)
 
-    def _loss(self, tables: _Tables) -> tuple[Activations, float | None]:
+    def _loss(self, tables: Tables) -> tuple[Activations, float | None]:
         """Gradients at the last block's output, and the perplexity; the head's table where the head is quantized."""
         skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
         skeleton.load("")
@@ -250,6 +200,24 @@ class _Pass:
             assert hidden.grad is not None
             gradients.write(rows, hidden.grad)
             yield
+
+    def _tried(
+        self,
+        i: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        weights: Mapping[str, Tensor],
+        tables: Tables,
+    ) -> dict[str, Tensor]:
+        """What one bit does to the block's layers; nothing for recipes without that width."""
+        if not tables.tries or not linears:
+            return {}
+        inputs = self._inputs(i)
+        with torch.no_grad():
+            device = self.job.device
+            passes = (self._call(i, block, inputs.read(rows).to(device)) for rows in self.batches)
+            stats = self._collect(linears, passes, self.job.skeleton.blocks[i])
+        return tables.one_bit_errors(weights, stats)
 
     def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the tables are about, and the errors of the weights that the modules compute with from then on."""

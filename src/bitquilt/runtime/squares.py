@@ -1,6 +1,6 @@
 """What passes back through linear layers? squared_gradients(linears, errors) -> sums over all tokens of a pass."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def squared_gradients(
-    linears: Mapping[str, nn.Module], errors: Mapping[str, Tensor]
-) -> Iterator[tuple[dict[str, Tensor], dict[str, float]]]:
+    linears: Mapping[str, nn.Module], errors: Mapping[str, Sequence[Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, list[float]]]]:
     """Within the block, every backward pass adds the squared gradients at each layer's output, summed over tokens; and
-    for layers whose weight has an error E the sum over tokens of (g^T E x)^2."""
+    for each error E of a layer's weight the sum over tokens of (g^T E x)^2."""
     sums: dict[str, Tensor] = {}
-    made: dict[str, float] = {}
+    made = {name: [0.0] * len(tried) for name, tried in errors.items()}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def after(_module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -23,10 +23,10 @@ def squared_gradients(
                 flat = gradient.reshape(-1, gradient.shape[-1])
                 total = flat.double().square().sum(dim=0)
                 sums[name] = sums[name] + total if name in sums else total
-                if name in errors:
-                    moved = inputs[0].detach().reshape(len(flat), -1) @ errors[name].t()
+                for i, error in enumerate(errors.get(name, ())):
+                    moved = inputs[0].detach().reshape(len(flat), -1) @ error.t()
                     first_order = torch.einsum("to,to->t", flat, moved)
-                    made[name] = made.get(name, 0.0) + float(first_order.double().square().sum())
+                    made[name][i] += float(first_order.double().square().sum())
 
             if output.requires_grad:
                 output.register_hook(add)

@@ -17,6 +17,8 @@ from bitquilt.runtime.tables import Sensitivities
 from bitquilt.sensitivity.together import together
 from bitquilt.types import LayerPlan, Layout
 
+_GUESSED = 1e3  # one-bit groups may lose 190 times what a table without a trial says
+
 
 class Units:
     """`costs` in bits and `losses`, fp32 `[units, palette]`, both by unit; `slices`: the units of each layer, or of
@@ -99,8 +101,8 @@ class Units:
         if missing := set(self.recipe.widths(self.shapes[name][0])) - set(widths):
             raise UserError(f"the sensitivities of {name} lack {min(missing)} bits; measure again")
         column = [widths.index(min(b, max(widths))) if b >= min(widths) else 0 for b in self.palette]
-        if found.method != "kfac":
-            return table[:, column]
+        if found.method != "kfac":  # one bit was not tried: as a last resort
+            return table[:, column] * np.where(np.array(self.palette) == 1, _GUESSED, 1).astype(np.float32)
         return table[:, column] * np.array(together([widths[i] for i in column]), dtype=np.float32)
 
     @property

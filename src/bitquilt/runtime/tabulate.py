@@ -1,0 +1,103 @@
+"""What do a block's statistics say each width of its layers costs the loss? Tables(job, ...).add(...) per block.
+
+Also what solving the layers at one bit really does to them, which is in none of the statistics.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitquilt.errors import UserError
+from bitquilt.models.linear import QuantizedLinear
+from bitquilt.protocols import Plannable
+from bitquilt.runtime.job import Job
+from bitquilt.runtime.tables import Method
+from bitquilt.sensitivity.kfac import activation_rows, corrected, tried_at_one_bit, width_losses
+from bitquilt.types import Layer, LayerPlan, LayerStats, uniform_plan
+
+_FLOOR, _LEAST = 1e-4, 1e-12  # of the mean squared gradient of the layer's rows; and in itself
+
+
+def has_one_bit(recipe: Plannable) -> bool:
+    """Whether a plan of `recipe` may hold one-bit groups."""
+    return 1 in recipe.widths(2**10)
+
+
+class Tables:
+    """Turns the statistics of loaded layers into tables, layer by layer."""
+
+    def __init__(
+        self, job: Job, recipe: Plannable, method: Method, tokens: int, first: Mapping[str, LayerPlan] | None
+    ) -> None:
+        self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
+        self.first, self.tries = first, method == "kfac" and has_one_bit(recipe)
+        self.losses: dict[str, NDArray[np.float32]] = {}
+        self.widths: dict[str, tuple[int, ...]] = {}
+
+    def add(
+        self,
+        weights: Mapping[str, Tensor],
+        stats: Mapping[str, LayerStats],
+        squares: Mapping[str, Tensor],
+        made: Mapping[str, Sequence[float]],
+    ) -> None:
+        """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
+        `made`, the square of the loss's first order in the error that a stand-in made, then in that of one bit."""
+        prepared: tuple[LayerStats | None, Any] | None = None
+        for name, weight in weights.items():
+            seen = stats[name]
+            if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
+                seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
+            layer = Layer(name, weight, None, seen)
+            if prepared is None or prepared[0] is not seen:
+                prepared = (seen, self.job.recipe.prepare(seen))
+            columns = self.recipe.column_cost(layer, prepared[1])
+            if self.method == "activation":
+                rows = activation_rows(weight, columns)
+            else:
+                rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
+                # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
+                rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
+            widths = self.recipe.widths(len(weight))
+            group_size = int(getattr(self.job.recipe, "group_size", 1))
+            try:
+                rounding = self._rounding(layer, prepared[1])
+                table = width_losses(weight, rounding, rows, columns, widths, group_size).cpu().numpy()
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            cost = [0.5 * value / self.tokens for value in made.get(name, ())]
+            if self.first is not None and cost:
+                table = corrected(table, widths, self.first[name].bits, cost.pop(0))
+            if cost:
+                table = tried_at_one_bit(table, cost.pop())
+            if not np.isfinite(table).all():
+                raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
+            self.losses[name], self.widths[name] = table, widths
+
+    @torch.no_grad()
+    def one_bit_errors(self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> dict[str, Tensor]:
+        """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
+        reached the layer."""
+        prepared: tuple[LayerStats | None, Any] | None = None
+        errors, group_size = {}, int(getattr(self.recipe, "group_size", 1))
+        for name, weight in weights.items():
+            seen = stats[name]
+            if seen.tokens == 0 or min(self.recipe.widths(len(weight))) > 1:
+                continue
+            if prepared is None or prepared[0] is not seen:
+                prepared = (seen, self.job.recipe.prepare(seen))
+            plan = uniform_plan(weight.shape[1], 1, group_size)
+            try:
+                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, prepared[1])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            solved_weight = QuantizedLinear.from_weight(solved.weight).dequantize()
+            errors[name] = solved_weight.to(weight.device) - weight
+        return errors
+
+    def _rounding(self, layer: Layer, prepared: Any) -> Callable[[int], Tensor]:
+        return lambda bits: self.recipe.rounded(layer, prepared, bits)
