@@ -491,7 +491,7 @@ def test_the_kernels_compile_for_hopper():
     for name, use in found.items():
         if name not in ("fp32", "dense", "outliers"):
             assert use["HMMA"] or use["HGMMA"], (name, use)
-    assert list(found) == names
+    assert set(found) == set(names)
     for name in ("2 bits, 1 token", "2 bits, 16 tokens", "3 bits, 1 token", "codebook"):
         use = found[name]
         assert use["stack"] == use["local"] == 0, (name, use)

@@ -50,7 +50,7 @@ def test_what_is_stored_is_what_was_solved_and_planned(
     if name == "micromix":  # the input is rounded too
         assert bool(torch.isfinite(logits(quantized)).all())
     else:
-        torch.testing.assert_close(logits(quantized), rounded, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(quantized), rounded, rtol=1e-4, atol=3e-5)  # sums in another order
     assert result.report["logit_difference"] <= 1e-5
 
     plans, tensors = read_plan(result.folder / "plan.json").plans, read_tensors(result.folder)

@@ -1,5 +1,6 @@
 """`bitquilt inspect DIR`: where did the bits go? Of a full-precision model: what would be quantized?"""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ from bitquilt.evaluation import fp16_bytes, model_size
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.config import QUANT_METHOD
 from bitquilt.models.outline import open_outline
+from bitquilt.recipes import RECIPES
 from bitquilt.report.evaluations import Record, newest, number, protocol_text
 from bitquilt.report.facts import LayerFacts, items, read_facts, section
 from bitquilt.runtime.job import all_targets
@@ -135,7 +137,7 @@ def _print_quantized(value: dict[str, Any], bit_map: bool) -> None:
         _print_layers(value["layers"])
     stdout.print(value["folder"], style="bold", markup=False)
     if value["recipe"]:
-        print_fact(stdout, "recipe", _settings(value["recipe"]))
+        print_fact(stdout, "recipe", _settings(_chosen(value["recipe"])))
     if value["calibration"]:
         print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
     _print_sparse(value["layers"])
@@ -249,6 +251,15 @@ def _print_untouched(untouched: Iterable[dict[str, Any]], total: int) -> None:
         share = f"{100 * item['nbytes'] / total:.2g} % of the bytes"
         example = "" if item["tensors"] == 1 else f"{item['tensors']} tensors, such as "
         print_fact(stdout, "as is", f"{share}, {item['reason']}: {example}{item['example']}")
+
+
+def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Its size, and what differs from the recipe's defaults."""
+    size: dict[str, Any] = {key: recipe[key] for key in ("bits", "bpw", "group_size") if key in recipe}
+    kind = RECIPES.get(recipe.get("name", ""))
+    usual = {} if kind is None else json.loads(json.dumps(asdict(kind())))
+    changed = {key: value for key, value in recipe.items() if key == "name" or value != usual.get(key, ...)}
+    return {**size, **changed}
 
 
 def _settings(values: dict[str, Any]) -> str:
