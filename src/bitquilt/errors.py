@@ -8,3 +8,11 @@ class UserError(ValueError):
 
 class VerificationError(RuntimeError):
     """A finished result that does not equal what the run computed. The command line exits with 3."""
+
+
+def decides_itself(recipe: str) -> UserError:
+    """For a budget or a plan asked of a recipe whose bits nobody else can give out."""
+    return UserError(
+        f"recipe {recipe} decides its own bits, from calibration data: nothing can be planned before; give quantize a "
+        "number of bits (or bpw, where the recipe has it), and edit the plan.json that it writes"
+    )

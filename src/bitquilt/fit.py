@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bitquilt.allocation.budget import Budget
-from bitquilt.errors import UserError
+from bitquilt.errors import UserError, decides_itself
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.outline import open_outline
 from bitquilt.models.remote import RemoteCheckpoint, open_headers
@@ -233,7 +233,7 @@ def open_planner(
     """A planner for these layers, and embedding and head if they are to take few bits. Raises UserError for a recipe
     that cannot be planned, or an embedding or a head that has to stay as it is."""
     if not isinstance(recipe, Plannable):
-        raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
+        raise decides_itself(recipe.name)
     tables = tables_to_be(skeleton, outer, shapes)
     return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, tables=tables)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitquilt.allocation.budget import Budget
 from bitquilt.allocation.scopes import SCOPES, Scope
-from bitquilt.errors import UserError
+from bitquilt.errors import UserError, decides_itself
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
@@ -63,7 +63,7 @@ def wish(
     if budget is not None and getattr(recipe, "bpw", None) is not None:
         recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
     if budget is not None and not isinstance(recipe, Plannable):
-        raise UserError(f"recipe {recipe.name} decides its own bits; give it a number of bits instead of a budget")
+        raise decides_itself(recipe.name)
     return Wish(recipe, budget, scope or "global")
 
 

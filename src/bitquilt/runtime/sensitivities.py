@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitquilt.errors import UserError
+from bitquilt.errors import UserError, decides_itself
 from bitquilt.models.linear import linear_weight
 from bitquilt.protocols import Plannable
 from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
@@ -56,7 +56,7 @@ def measure(
     """
     assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
-        raise UserError(f"recipe {job.recipe.name} decides its own bits; give it a number of bits instead of a budget")
+        raise decides_itself(job.recipe.name)
     ids = _subset(job.ids)
     first = None if at is None else read_plan(at / "plan.json").plans
     tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
