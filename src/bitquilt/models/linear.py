@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bitquilt import ops
 from bitquilt.ops import gpu, kernels
-from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable, restore
+from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
 from bitquilt.ops.handles import Handle, StoredWeight, version
 from bitquilt.ops.pages import place
-from bitquilt.ops.reference import LAYOUT_FIELDS
+from bitquilt.ops.reference import LAYOUT_FIELDS, as_stored
 from bitquilt.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.types import Layout, QuantizedWeight
 
@@ -147,11 +147,10 @@ class QuantizedLinear(nn.Module):
 
     def _stored_codes(self) -> dict[str, Tensor]:
         """In the order of the checkpoint, of the segments that are arranged."""
-        return {
-            f"codes_{i}": restore(self.get_buffer(f"codes_{i}"), grid - ARRANGED, form.bits, self.out_features, width)
-            for i, (form, width) in enumerate(self.layout.segments)
-            if (grid := self._op_layout[LAYOUT_FIELDS * i]) >= ARRANGED
-        }
+        codes = [self.get_buffer(f"codes_{i}") for i in range(len(self.layout.segments))]
+        stored, _ = as_stored(codes, self._op_layout, self.out_features)
+        pairs = enumerate(zip(stored, codes, strict=True))
+        return {f"codes_{i}": part for i, (part, now) in pairs if part is not now}
 
     def _restore(self) -> None:
         """Undo `arrange`."""

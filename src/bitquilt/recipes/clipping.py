@@ -6,7 +6,7 @@ from typing import Literal
 from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.ranges import Ranges
 from bitquilt.solvers.training import Link, Samples, Training
-from bitquilt.types import BlockProblem, Event, Solution, TrainedLayers
+from bitquilt.types import BlockProblem, Solution, TrainedLayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class TrainedClipping:
         samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
         trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
         solutions = {name: Solution(part.export(trained.values[name])) for name, part in parts.items()}
-        events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
-        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+        return trained.layers(problem.name, solutions)
 
     def _training(self) -> Training:
         return Training(self.epochs, self.batch, seed=self.train_seed)

@@ -35,7 +35,6 @@ from bitquilt.solvers.training import Link, Rule, Samples, Schedule, Trained, Tr
 from bitquilt.types import (
     BlockProblem,
     Cost,
-    Event,
     Layer,
     LayerPlan,
     Layout,
@@ -200,8 +199,7 @@ class Quilt(Feedback):
             swept = part.export(trained.values[name])
             stored = assemble(swept, problem.plans[name], part.scale_dtype)
             solutions[name] = Solution(stored, None, (), {"swept": swept})
-        events = tuple(Event(where, kind, detail) for kind, detail in trained.events)
-        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses)
+        return trained.layers(where, solutions)
 
     def _training(self) -> Training:
         return Training(self.epochs, self.batch, self.schedule, betas=(0.9, 0.99), **self._same())

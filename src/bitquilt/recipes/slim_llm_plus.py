@@ -33,7 +33,6 @@ from bitquilt.solvers.training import Link, Samples, Training
 from bitquilt.types import (
     BlockProblem,
     Cost,
-    Event,
     Layer,
     LayerPlan,
     LayerStats,
@@ -129,8 +128,7 @@ class SlimLLMPlus:
             solutions[name] = Solution(stored)
         factors = torch.cat([part.factors(trained.values[name]) for name, part in parts.items()])
         notes = {"clipping": torch.histc(factors, _BINS, 0.0, 1.0).int().tolist()}
-        events = tuple(Event(problem.name, kind, detail) for kind, detail in trained.events)
-        return TrainedLayers(solutions, events, trained.start_loss, trained.best_loss, trained.losses, notes)
+        return trained.layers(problem.name, solutions, notes)
 
     def _part(self, weight: Tensor, plan: LayerPlan) -> Clipping:
         return Clipping.of(

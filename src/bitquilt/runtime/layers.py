@@ -1,7 +1,7 @@
 """How are loaded linear layers quantized, given statistics of their inputs? quantize_layers(job, linears, stats)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.packing import bits_per_weight, layout_to_json, pack
-from bitquilt.protocols import TrainsBlocks, TunesModel
+from bitquilt.protocols import Recipe, TrainsBlocks, TunesModel
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.progress import LayerDone, Observer
 from bitquilt.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite
@@ -44,14 +44,12 @@ def quantize_layers(
     What came of it is added to `done`. Raises UserError naming the layer that cannot be solved.
     """
     done = Done() if done is None else done
-    prepared: tuple[LayerStats | None, Any] | None = None
+    prepare = preparing(job.recipe)
     for full, module in linears.items():
         started = time.perf_counter()
         try:
             layer, events = _layer(full, module, stats.get(full))
-            if prepared is None or prepared[0] is not layer.stats:
-                prepared = (layer.stats, job.recipe.prepare(layer.stats))
-            plan, solution, notes = _solve(job, layer, prepared[1])
+            plan, solution, notes = _solve(job, layer, prepare(layer.stats))
         except ValueError as error:
             text = str(error)
             raise UserError(text if full in text else f"{full}: {text}") from None
@@ -67,6 +65,19 @@ def quantize_layers(
         bpw = bits_per_weight(solution.weight.layout)
         observe(LayerDone(number, full, bpw, entry["output_error"], entry["seconds"]))
     return done
+
+
+def preparing(recipe: Recipe) -> Callable[[LayerStats | None], Any]:
+    """`recipe.prepare`, called once for the layers of one input: they come one after the other."""
+    last: tuple[LayerStats | None, Any] | None = None
+
+    def prepare(stats: LayerStats | None) -> Any:
+        nonlocal last
+        if last is None or last[0] is not stats:
+            last = (stats, recipe.prepare(stats))
+        return last[1]
+
+    return prepare
 
 
 def put_in_place(

@@ -12,6 +12,7 @@ Blocks are computed on the job's device; the loss, which is the head's, on the h
 """
 
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,18 @@ class _Pass:
             linears = targets(skeleton, path, block, job.skip)
             check_weights(linears)
             weights, errors = self._weights(linears)
-            tried = self._tried(i, block, linears, weights, tables)
+            stats: dict[str, LayerStats] = {}
+            tried: dict[str, Tensor] = {}
+            if tables.tries and linears:
+                stats = self._collect(linears, self._again(i, block), path)
+                tried = tables.one_bit_errors(weights, stats)
             wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
             with squared_gradients(linears, wrong) as (squares, made):
-                stats = self._collect(linears, self._backward(i, block, gradients), path)
+                back = self._backward(i, block, gradients)
+                if stats:  # of the same inputs
+                    deque(back, maxlen=0)
+                else:
+                    stats = self._collect(linears, back, path)
             tables.add(weights, stats, squares, made)
             skeleton.reset(path, template)
         return perplexity
@@ -201,23 +210,13 @@ class _Pass:
             gradients.write(rows, hidden.grad)
             yield
 
-    def _tried(
-        self,
-        i: int,
-        block: nn.Module,
-        linears: Mapping[str, nn.Module],
-        weights: Mapping[str, Tensor],
-        tables: Tables,
-    ) -> dict[str, Tensor]:
-        """What one bit does to the block's layers; nothing for recipes without that width."""
-        if not tables.tries or not linears:
-            return {}
+    def _again(self, i: int, block: nn.Module) -> Iterator[None]:
+        """One more pass forward through a block that is loaded."""
         inputs = self._inputs(i)
-        with torch.no_grad():
-            device = self.job.device
-            passes = (self._call(i, block, inputs.read(rows).to(device)) for rows in self.batches)
-            stats = self._collect(linears, passes, self.job.skeleton.blocks[i])
-        return tables.one_bit_errors(weights, stats)
+        for rows in self.batches:
+            with torch.no_grad():
+                self._call(i, block, inputs.read(rows).to(self.job.device))
+            yield
 
     def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the tables are about, and the errors of the weights that the modules compute with from then on."""

@@ -15,6 +15,7 @@ from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.protocols import Plannable
 from bitquilt.runtime.job import Job
+from bitquilt.runtime.layers import preparing
 from bitquilt.runtime.tables import Method
 from bitquilt.sensitivity.kfac import activation_rows, corrected, tried_at_one_bit, width_losses
 from bitquilt.types import Layer, LayerPlan, LayerStats, uniform_plan
@@ -47,15 +48,14 @@ class Tables:
     ) -> None:
         """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
         `made`, the square of the loss's first order in the error that a stand-in made, then in that of one bit."""
-        prepared: tuple[LayerStats | None, Any] | None = None
+        prepare = preparing(self.job.recipe)
         for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
                 seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
             layer = Layer(name, weight, None, seen)
-            if prepared is None or prepared[0] is not seen:
-                prepared = (seen, self.job.recipe.prepare(seen))
-            columns = self.recipe.column_cost(layer, prepared[1])
+            prepared = prepare(seen)
+            columns = self.recipe.column_cost(layer, prepared)
             if self.method == "activation":
                 rows = activation_rows(weight, columns)
             else:
@@ -65,7 +65,7 @@ class Tables:
             widths = self.recipe.widths(len(weight))
             group_size = int(getattr(self.job.recipe, "group_size", 1))
             try:
-                rounding = self._rounding(layer, prepared[1])
+                rounding = self._rounding(layer, prepared)
                 table = width_losses(weight, rounding, rows, columns, widths, group_size).cpu().numpy()
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
@@ -82,17 +82,15 @@ class Tables:
     def one_bit_errors(self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> dict[str, Tensor]:
         """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
         reached the layer."""
-        prepared: tuple[LayerStats | None, Any] | None = None
+        prepare = preparing(self.job.recipe)
         errors, group_size = {}, int(getattr(self.recipe, "group_size", 1))
         for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0 or min(self.recipe.widths(len(weight))) > 1:
                 continue
-            if prepared is None or prepared[0] is not seen:
-                prepared = (seen, self.job.recipe.prepare(seen))
             plan = uniform_plan(weight.shape[1], 1, group_size)
             try:
-                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, prepared[1])
+                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, prepare(seen))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             solved_weight = QuantizedLinear.from_weight(solved.weight).dequantize()

@@ -7,10 +7,12 @@ hidden behind `Part`. Nothing here knows a recipe, a module or a file.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from bitquilt.types import Event, Solution, TrainedLayers
 
 Values = tuple[Tensor, ...]
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -117,6 +119,13 @@ class Trained:
     best_loss: float
     losses: tuple[float, ...] = ()
     events: tuple[tuple[str, str], ...] = ()
+
+    def layers(
+        self, where: str, solutions: Mapping[str, Solution], notes: Mapping[str, Any] | None = None
+    ) -> TrainedLayers:
+        """With the `solutions` that a recipe made of the values; `where`: the block, or the model, that was trained."""
+        events = tuple(Event(where, kind, detail) for kind, detail in self.events)
+        return TrainedLayers(solutions, events, self.start_loss, self.best_loss, self.losses, notes or {})
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
