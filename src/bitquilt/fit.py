@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bitquilt.allocation.budget import Budget
+from bitquilt.allocation.scopes import Scope
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.outline import open_outline
@@ -25,6 +26,7 @@ from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.calibration import SELF, check_calibration, clip_to_context, make_calibration
+from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
 from bitquilt.runtime.outer import tables_to_be
@@ -97,7 +99,7 @@ def plan(
     ties = tied_layers(skeleton.model, shapes) if tie else []
     planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, outer=outer)
     own = wanted.budget is None
-    shared = getattr(wanted.recipe, "scope", "uniform") if own else wanted.scope
+    shared: Scope = getattr(wanted.recipe, "scope", "uniform") if own else wanted.scope
     planned = planner.plan(wanted.budget or own_budget(wanted.recipe), shared)
     untouched = survey(skeleton, {*layers, *(table.path for table in planner.tables)})
     seq_len, _ = clip_to_context(seq_len, checkpoint)
@@ -106,7 +108,7 @@ def plan(
     tokens = samples * seq_len
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
     trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
-    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains)
+    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains, training_bytes=trains)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
     memory = planner.memory(planned.layouts, ctx)
     least, most = planner.reach(Budget("size", 1.0))
@@ -157,13 +159,15 @@ def measure_model(
     include_head: bool = False,
     method: Method = "kfac",
     work_dir: str | Path | None = None,
+    device: str = "cpu",
     observer: Observer = silent,
     **options: Any,
 ) -> Sensitivities:
     """Measure what every width would cost and write it to `path`; plans for any budget read it in seconds.
 
-    Raises UserError for what the caller can mend.
+    `device`: where blocks are computed, as in `quantize`. Raises UserError for what the caller can mend.
     """
+    where = choose_device(device)
     recipe = wish(recipe, options).recipe
     if not isinstance(recipe, Plannable):
         raise not_plannable(recipe.name)
@@ -180,7 +184,7 @@ def measure_model(
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         found = measure_sensitivities(
             skeleton, recipe, ids, Path(folder), skip=skip, include_head=include_head, method=method, seed=seed,
-            observer=observer,
+            observer=observer, device=where,
         )  # fmt: skip
     found.save(Path(path))
     return found

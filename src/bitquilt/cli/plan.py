@@ -13,6 +13,7 @@ from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
 from bitquilt.cli.options import (
+    Device,
     EmbeddingBits,
     GroupSize,
     HeadBits,
@@ -69,6 +70,7 @@ def plan(
     seq_len: SeqLen = _SEQ_LEN,
     seed: Seed = 0,
     work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
+    device: Device = "cpu",
     skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
     embedding_bits: EmbeddingBits = None,
@@ -92,15 +94,25 @@ def plan(
             with watching(quiet) as observer:
                 measure_model(
                     model, path, wanted.recipe, calibration, samples=samples, seq_len=seq_len, seed=seed,
-                    skip=skip or [], include_head=include_head, work_dir=work_dir, observer=observer,
+                    skip=skip or [], include_head=include_head, work_dir=work_dir, device=device, observer=observer,
                 )  # fmt: skip
         used = path if sensitivities is not None or path.is_file() else None
-        try:
-            found = run(
+
+        def outlook(known: Path | None) -> Outlook:
+            return run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
-                sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
+                sensitivities=known, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, head_bits=head_bits, samples=samples, seq_len=seq_len,
             )  # fmt: skip
+
+        try:
+            try:
+                found = outlook(used)
+            except UserError as error:
+                if used is None or sensitivities is not None or measure or isinstance(error, UnreachableError):
+                    raise
+                found = outlook(None)  # a file that nobody asked for; another mistake is raised again
+                stderr.print(f"[yellow]{escape(str(path))} lies here but is not used:[/] {escape(str(error))}")
         except UnreachableError as error:
             if json_output:
                 print_json(_refusal(model, error))
@@ -120,6 +132,7 @@ def plan(
             "--samples": None if samples == _SAMPLES else samples,
             "--seq-len": None if seq_len == _SEQ_LEN else seq_len,
             "--seed": seed or None,
+            "--device": None if device == "cpu" else device,
         }
         then = ["bitquilt", "quantize", model, "OUT", "--plan", str(out)]
         then += [str(part) for flag, given in again.items() if given is not None for part in (flag, given)]
@@ -167,11 +180,9 @@ def _print(found: Outlook, then: str | None) -> None:
     parts = ", ".join(f"{key} {size_text(memory[key])}" for key in ("weights", "cache", "workspace"))
     print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it with {memory['ctx']} tokens: {parts}")
     todo = value["estimate"]
-    print_fact(
-        stdout,
-        "to do",
-        f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory to quantize here",
-    )
+    needed = f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory"
+    training = f", {size_text(todo['training_bytes'])} of it to train (with --device there)"
+    print_fact(stdout, "to do", f"{needed} to quantize here{training if todo['training_bytes'] else ''}")
     if value["prediction"]:
         _print_prediction(value["prediction"])
     else:
