@@ -12,64 +12,44 @@ benchmarks/output/training.json beside ours.
 """
 
 import argparse
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import bitquilt
-from benchmarks.curve import layer_shapes
-from benchmarks.quality import TEXTS
-from benchmarks.training import EVALUATED, SAMPLES, SEQ_LEN, SHARED, Table, calibration_ids
+from benchmarks.common import SHARED
+from benchmarks.scored import SEQ_LEN, TEXTS, calibration_ids, score_weights
+from benchmarks.shapes import grid_bpw, layer_shapes
+from benchmarks.training import EVALUATED, SAMPLES, Table
 from bitquilt.models.structure import quiet_transformers
-from bitquilt.packing import storage_bits
-from bitquilt.types import Format, Layout
 
 STEPS = {"default": 200, "best": 1000}
-
-
-def true_bpw(model: str, names: list[str], bits: int, group_size: int, symmetric: bool) -> float:
-    """What such grids take in these layers, scales and zeros included."""
-    form = Format(bits, group_size, symmetric=symmetric)
-    shapes = [shape for name, shape in layer_shapes(model).items() if name in names]
-    stored = sum(storage_bits(Layout(rows, columns, ((form, columns),))) for rows, columns in shapes)
-    return stored / sum(rows * columns for rows, columns in shapes)
 
 
 def measure(model: str, preset: str, bits: int, group_size: int, symmetric: bool, seed: int) -> dict[str, Any]:
     """One run of AutoRound, evaluated as ours are."""
     from auto_round import AutoRound  # type: ignore[import-not-found]
 
-    source, evaluation = SHARED / "models" / model, SHARED / "text" / TEXTS[model][1]
+    source = SHARED / "models" / model
     with quiet_transformers():
         module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     started = time.perf_counter()
     run = AutoRound(
         module, tokenizer, bits=bits, group_size=group_size, sym=symmetric, iters=STEPS[preset], nsamples=SAMPLES,
-        seqlen=SEQ_LEN, batch_size=8, dataset=list(calibration_ids(model, seed).split(8)), device_map="cpu", seed=seed,
-        enable_torch_compile=False, amp=False, scale_dtype="fp16",
+        seqlen=SEQ_LEN, batch_size=8, dataset=list(calibration_ids(model, SAMPLES, seed).split(8)), device_map="cpu",
+        seed=seed, enable_torch_compile=False, amp=False, scale_dtype="fp16",
     )  # fmt: skip
     rounded, _ = run.quantize()
     seconds = time.perf_counter() - started
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        out = Path(folder) / "out"
-        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        found = {name: rounded.get_submodule(name).weight.data.float() for name in layer_shapes(model)}
-        done = [name for name, weight in found.items() if not torch.equal(weight, plain.get_submodule(name).weight)]
-        plain.load_state_dict({f"{name}.weight": found[name] for name in done}, strict=False)
-        plain.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=EVALUATED)
+    shapes, plain = layer_shapes(model), AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    found = {name: rounded.get_submodule(name).weight.data.float() for name in shapes}
+    done = [name for name, weight in found.items() if not torch.equal(weight, plain.get_submodule(name).weight)]
     return {
-        "bpw": true_bpw(model, done, bits, group_size, symmetric),
-        "linears": f"{len(done)} of {len(layer_shapes(model))}",
-        "kl_mean": score.kl_mean,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
+        "bpw": grid_bpw({name: shapes[name] for name in done}, bits, group_size, symmetric),
+        "linears": f"{len(done)} of {len(found)}",
+        **score_weights(model, {name: found[name] for name in done}, tokens=EVALUATED),
         "seconds": round(seconds, 1),
     }
 

@@ -17,16 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
+from benchmarks.common import OUTPUT, ROOT, markdown_table, stamp
 from benchmarks.rows import Run, measured
 from benchmarks.scored import TEXTS
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.linear import linear_weight
-from bitquilt.models.structure import open_skeleton
-from bitquilt.packing import storage_bits
+from benchmarks.shapes import grid_bpw, layer_shapes
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.job import targets
-from bitquilt.types import Format, Layout
 
 BASELINES: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "slim-llm": {}}
 CURVES = ("cmpq", "cmpq+")
@@ -63,17 +58,6 @@ GROUP_SIZE, HIGHEST, STEP = 32, 4.5, 0.25
 COLUMNS = ["model", "row", "bpw", "nominal_bits", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 
 
-def layer_shapes(model: str) -> dict[str, tuple[int, int]]:
-    """`[out, in]` of every layer a run quantizes."""
-    skeleton = open_skeleton(open_checkpoint(SHARED / "models" / model))
-    shapes = {}
-    for path in skeleton.blocks:
-        for name, module in targets(skeleton, path, skeleton.model.get_submodule(path), ()).items():
-            rows, columns = linear_weight(module).shape
-            shapes[name] = (rows, columns)
-    return shapes
-
-
 def grid_points(model: str, recipe: str) -> list[float]:
     """The multiples of STEP that every layer of the model reaches, at most HIGHEST."""
     shapes, points = layer_shapes(model), []
@@ -95,7 +79,7 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
     if "equal" in arguments.parts:
         shapes = layer_shapes(model)
         for bits in sizes:
-            bpw = rtn_bpw(shapes, bits)
+            bpw = grid_bpw(shapes, bits, GROUP_SIZE)
             yield from (("equal", row, name, {"bpw": bpw, **options}) for row, (name, options) in EQUAL.items())
     if "curve" in arguments.parts:
         reach = {row: grid_points(model, row) for row in CURVES}
@@ -108,13 +92,6 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
     if "ablation" in arguments.parts:
         for row, options in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
             yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}
-
-
-def rtn_bpw(shapes: dict[str, tuple[int, int]], bits: int, group_size: int = GROUP_SIZE) -> float:
-    """True bits per weight of RTN and GPTQ over the whole model; slim-llm takes as many, to 0.001."""
-    form = Format(bits, group_size)
-    total = sum(storage_bits(Layout(rows, columns, ((form, columns),))) for rows, columns in shapes.values())
-    return total / sum(rows * columns for rows, columns in shapes.values())
 
 
 def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -> list[dict[str, Any]]:

@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
-from benchmarks.curve import layer_shapes
 from benchmarks.gguf_files import bits_per_weight, block_layers, quantize_gguf, rivals, tensor_name, write_gguf
 from benchmarks.rows import Run, measured
-from benchmarks.scored import SEQ_LEN, TEXTS
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
-from bitquilt.runtime.calibration import make_calibration
+from benchmarks.scored import calibration_ids, score_weights
+from benchmarks.shapes import layer_shapes
+from bitquilt.models.structure import quiet_transformers
 
 MODEL = "demo"
 SAMPLES, TOKENS = 64, 20_000
@@ -44,13 +41,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def importance(source: Path, names: list[str]) -> dict[str, list[float]]:
     """The mean square of every layer's inputs `[in]`, by GGUF's names."""
-    checkpoint = open_checkpoint(source)
-    ids = make_calibration(
-        checkpoint, SHARED / "text" / TEXTS[MODEL][0], samples=SAMPLES, seq_len=SEQ_LEN, seed=0,
-        vocabulary=vocabulary_size(open_skeleton(checkpoint).model), progress=lambda _text: None,
-    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    sums: dict[str, torch.Tensor] = {}
+    ids, sums = calibration_ids(MODEL, SAMPLES), dict[str, torch.Tensor]()
 
     def watch(name: str) -> None:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -66,18 +58,11 @@ def importance(source: Path, names: list[str]) -> dict[str, list[float]]:
     return {tensor_name(name): (total / ids.numel()).tolist() for name, total in sums.items()}
 
 
-def theirs(source: Path, file: Path, names: list[str], gguf: Any) -> dict[str, Any]:
+def theirs(file: Path, names: list[str], gguf: Any) -> dict[str, Any]:
     """The full-precision model with the file's blocks, evaluated as ours is."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        found = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type)) for t in block_layers(file, gguf)}
-        model.load_state_dict({f"{name}.weight": found[tensor_name(name)] for name in names}, strict=False)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        text = SHARED / "text" / TEXTS[MODEL][1]
-        score = bitquilt.evaluate(Path(folder), text, reference=source, seq_len=SEQ_LEN, max_tokens=TOKENS)
-    return {"bpw": bits_per_weight(file, gguf), "kl_mean": score.kl_mean, "perplexity": score.perplexity,
-            "top1_agreement": score.top1_agreement}  # fmt: skip
+    found = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type)) for t in block_layers(file, gguf)}
+    scores = score_weights(MODEL, {name: found[tensor_name(name)] for name in names}, tokens=TOKENS)
+    return {"bpw": bits_per_weight(file, gguf), **scores}
 
 
 def main() -> None:
@@ -94,7 +79,7 @@ def main() -> None:
         for kind in arguments.types:
             file = folder / f"{kind}.gguf"
             quantize_gguf(folder / "f16.gguf", file, TYPES[kind], llama_cpp, matrix)
-            rival = theirs(source, file, names, gguf)
+            rival = theirs(file, names, gguf)
             rows.append({"type": kind, "row": "llama.cpp", **rival})
             for row, (recipe, options) in OURS.items():
                 # equal bits: to a rounding error, which a budget never forgives

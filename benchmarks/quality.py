@@ -13,8 +13,8 @@ import json
 from typing import Any
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.curve import layer_shapes, rtn_bpw
 from benchmarks.scored import TEXTS, quantize_and_score
+from benchmarks.shapes import grid_bpw, layer_shapes
 from bitquilt import Budget
 from bitquilt.protocols import Recipe
 from bitquilt.recipes import make_recipe
@@ -46,7 +46,7 @@ def measure(model: str, row: str, bits: int, group_size: int, seed: int) -> dict
         name, options = ROWS[row]
         return measure_recipe(model, row, name, options, bits, group_size, seed)
     name, options = ONE_BUDGET[row]
-    budget = Budget("bpw", rtn_bpw(layer_shapes(model), bits, group_size))
+    budget = Budget("bpw", grid_bpw(layer_shapes(model), bits, group_size))
     return _measured(model, row, bits, make_recipe(name, **options), seed, budget=budget)
 
 

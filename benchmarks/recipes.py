@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from benchmarks.curve import layer_shapes
 from benchmarks.rows import Run, measured
 from benchmarks.scored import TEXTS
+from benchmarks.shapes import layer_shapes
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable
 from bitquilt.recipes import make_recipe

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import bitquilt
 from benchmarks.common import SHARED
 from bitquilt.evaluation import Evaluation
-from bitquilt.models.structure import quiet_transformers
+from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
 from bitquilt.protocols import Recipe
+from bitquilt.runtime.calibration import make_calibration
 from bitquilt.runtime.plans import read_plan
 from bitquilt.types import LayerPlan
 
@@ -57,3 +63,25 @@ def quantize_and_score(model: str, recipe: str | Recipe, *, tokens: int, **setti
         seconds, busy = time.perf_counter() - started, time.process_time() - cpu
         score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=tokens)
         return Scored(result.report, read_plan(out / "plan.json").plans, score, seconds, busy)
+
+
+def calibration_ids(model: str, samples: int, seed: int = 0) -> Tensor:
+    """The token ids that a run of ours calibrates on `[samples, tokens]`."""
+    checkpoint = open_checkpoint(SHARED / "models" / model)
+    return make_calibration(
+        checkpoint, SHARED / "text" / TEXTS[model][0], samples=samples, seq_len=SEQ_LEN, seed=seed,
+        vocabulary=vocabulary_size(open_skeleton(checkpoint).model), progress=lambda _text: None,
+    )  # fmt: skip
+
+
+def score_weights(model: str, weights: Mapping[str, Tensor], *, tokens: int) -> dict[str, Any]:
+    """The full-precision model with these `weights` in place of the layers' own, evaluated as ours are."""
+    source = SHARED / "models" / model
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        module.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
+        module.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        text = SHARED / "text" / TEXTS[model][1]
+        score = bitquilt.evaluate(Path(folder), text, reference=source, seq_len=SEQ_LEN, max_tokens=tokens)
+    return {"kl_mean": score.kl_mean, "perplexity": score.perplexity, "top1_agreement": score.top1_agreement}

@@ -11,8 +11,6 @@ calibration tokens, 60,000 measured, as in benchmarks.quality; `seconds` are of 
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,19 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-import bitquilt
 from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
-from benchmarks.quality import TEXTS
+from benchmarks.scored import TEXTS, quantize_and_score
+from benchmarks.shapes import grid_bpw, layer_shapes
+from bitquilt import Budget
 from bitquilt.grids.uniform import RangeSearch, fit
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import linear_weight
-from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
+from bitquilt.models.structure import open_skeleton
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.calibration import make_calibration
 from bitquilt.runtime.job import targets
 from bitquilt.types import group_slices
 
-SAMPLES, SEQ_LEN, EVALUATED = 64, 256, 60_000
+SAMPLES, EVALUATED = 64, 60_000
 SELF = {"self_samples": 192}
 Row = tuple[str, dict[str, Any], dict[str, Any]]
 ROWS: dict[str, Row] = {
@@ -73,6 +71,17 @@ LIKE_AUTOROUND: dict[str, Row] = {
     for name, (recipe, options, settings) in ROWS.items()
     if recipe == "quilt"
 }
+# One budget for all layers: as many true bits as a symmetric grid takes, AutoRound's as it ships.
+SYMMETRIC = "symmetric grid"
+SHARED_BITS: dict[str, Row] = {
+    "cmpq+, one budget": ("cmpq+", {}, {"budget": SYMMETRIC}),
+    "quilt fast, one budget": ("quilt", {"group_size": 64}, {"budget": SYMMETRIC}),
+    "quilt normal, one budget": ("quilt", {"group_size": 64, **NORMAL}, {"budget": SYMMETRIC}),
+    "quilt best, one budget": ("quilt", {"group_size": 64, **BEST}, {"budget": SYMMETRIC}),
+}
+ONE_BUDGET = SHARED_BITS | {
+    f"{name}, attention only": (r, o, {**settings, **ATTENTION}) for name, (r, o, settings) in SHARED_BITS.items()
+}
 # Before and after clipping="trained", for every recipe that offers it.
 PLAIN: dict[str, Row] = {
     "rtn": ("rtn", {}, {}),
@@ -84,7 +93,13 @@ PLAIN: dict[str, Row] = {
 CLIPPED: dict[str, Row] = {
     f"{r}, clipping trained": (n, {**o, "clipping": "trained"}, s) for r, (n, o, s) in PLAIN.items()
 }
-KNOWN = {"clipping": PLAIN | CLIPPED, "table": ROWS, "options": OPTIONS, "attention": LIKE_AUTOROUND}
+KNOWN = {
+    "clipping": PLAIN | CLIPPED,
+    "table": ROWS,
+    "options": OPTIONS,
+    "attention": LIKE_AUTOROUND,
+    "budget": ONE_BUDGET,
+}
 COLUMNS = ["model", "row", "bits", "group_size", "bpw", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 Key = tuple[str, str, int, int, int]
 
@@ -129,40 +144,22 @@ class Table:
         print(table)
 
 
-def calibration_ids(model: str, seed: int) -> torch.Tensor:
-    """The token ids that a run of ours calibrates on `[samples, tokens]`."""
-    checkpoint = open_checkpoint(SHARED / "models" / model)
-    vocabulary = vocabulary_size(open_skeleton(checkpoint).model)
-    return make_calibration(
-        checkpoint, SHARED / "text" / TEXTS[model][0], samples=SAMPLES, seq_len=SEQ_LEN, seed=seed,
-        vocabulary=vocabulary, progress=lambda _text: None,
-    )  # fmt: skip
-
-
 def measure(model: str, row: Row, bits: int, group_size: int, seed: int) -> dict[str, Any]:
     """One run: true size, KL, perplexity, seconds, and what training did to its own loss."""
     name, options, settings = row
-    calibration, evaluation = (SHARED / "text" / text for text in TEXTS[model])
-    source = SHARED / "models" / model
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        started = time.perf_counter()
+    if settings.get("budget") == SYMMETRIC:
+        shapes = layer_shapes(model, settings.get("skip", ()))
+        settings = {**settings, "budget": Budget("bpw", grid_bpw(shapes, bits, group_size, symmetric=True))}
+        recipe = make_recipe(name, **options)
+    else:
         recipe = make_recipe(name, bits=bits, group_size=group_size, **options)
-        out = Path(folder) / "out"
-        result = bitquilt.quantize(
-            source, recipe, calibration, out, samples=SAMPLES, seq_len=SEQ_LEN, seed=seed, **settings
-        )
-        seconds = time.perf_counter() - started
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=EVALUATED)
-    report = result.report
+    found = quantize_and_score(model, recipe, tokens=EVALUATED, samples=SAMPLES, seed=seed, **settings)
+    trained = found.report["training"]
     return {
-        "bpw": report["bpw"],
-        "kl_mean": score.kl_mean,
-        "perplexity": score.perplexity,
-        "top1_agreement": score.top1_agreement,
-        "seconds": round(seconds, 1),
-        "training": {path: [t["start_loss"], t["loss"], t["seconds"]] for path, t in report["training"].items()},
-        "tuning": report["tuning"],
-        "clipping": [t["clipping"] for t in report["training"].values() if "clipping" in t],
+        **found.row(),
+        "training": {path: [t["start_loss"], t["loss"], t["seconds"]] for path, t in trained.items()},
+        "tuning": found.report["tuning"],
+        "clipping": [t["clipping"] for t in trained.values() if "clipping" in t],
     }
 
 

@@ -110,7 +110,8 @@ def _no_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _build(family: str, seed: int, dtype: torch.dtype, fields: dict[str, Any]) -> transformers.PreTrainedModel:
+def build_tiny(family: str, seed: int, dtype: torch.dtype, fields: dict[str, Any]) -> transformers.PreTrainedModel:
+    """A random model in memory: a family's `fields`, changed by these."""
     model_class, config_class, own = FAMILIES[family]
     config = getattr(transformers, config_class)(**{**own, **fields})
     with torch.random.fork_rng():
@@ -129,7 +130,7 @@ def build_model() -> Callable[..., transformers.PreTrainedModel]:
     def build(
         family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
     ) -> transformers.PreTrainedModel:
-        return _build(family, seed, dtype, fields)
+        return build_tiny(family, seed, dtype, fields)
 
     return build
 
@@ -143,7 +144,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = repr((family, seed, dtype, sorted(fields.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"model-{family}") / family
-            _build(family, seed, dtype, fields).save_pretrained(made[key])
+            build_tiny(family, seed, dtype, fields).save_pretrained(made[key])
         return made[key]
 
     return make

@@ -25,6 +25,7 @@ from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.protocols import Plannable, Recipe
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
 from bitquilt.runtime.outer import tables_to_be
@@ -105,7 +106,7 @@ def plan(
     tokens = samples * seq_len
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
     trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
-    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains)
+    outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains, training_bytes=trains)
     memory = planner.memory(planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
     least, most = planner.reach(Budget("size", 1.0))
     budget_value = wanted.values.get("budget")
@@ -155,13 +156,15 @@ def measure_model(
     include_head: bool = False,
     method: Method = "kfac",
     work_dir: str | Path | None = None,
+    device: str = "cpu",
     observer: Observer = silent,
     **options: Any,
 ) -> Sensitivities:
     """Measure what every width would cost and write it to `path`; plans for any budget read it in seconds.
 
-    Raises UserError for what the caller can mend.
+    `device`: where blocks are computed, as in `quantize`. Raises UserError for what the caller can mend.
     """
+    where = choose_device(device)
     recipe = wish(recipe, options).recipe
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
@@ -174,7 +177,7 @@ def measure_model(
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         found = measure_sensitivities(
             skeleton, recipe, ids, Path(folder), skip=skip, include_head=include_head, method=method, seed=seed,
-            observer=observer,
+            observer=observer, device=where,
         )  # fmt: skip
     found.save(Path(path))
     return found

@@ -25,7 +25,7 @@ from bitquilt.fit import (
 )
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
-from bitquilt.protocols import ChecksLayers, TunesModel
+from bitquilt.protocols import ChecksLayers
 from bitquilt.request import Request, Result
 from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
 from bitquilt.runtime.disk import check_disk
@@ -109,12 +109,6 @@ def run(request: Request, observe: Observer) -> Result:
 
 def _check(request: Request) -> None:
     """Raise UserError for what needs no model to be seen."""
-    recipe = request.wanted.recipe
-    if request.device.type != "cpu" and isinstance(recipe, TunesModel) and recipe.tune_batch > 0:
-        raise UserError(
-            f"{recipe.name} with these settings trains all blocks together, which the processor does; "
-            "leave out the device, or take effort=normal"
-        )
     batch_size = 1 if request.batch_size is None else request.batch_size
     for name, value in (("samples", request.samples), ("seq_len", request.seq_len), ("batch_size", batch_size)):
         if value < 1:
@@ -154,7 +148,7 @@ def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tup
     """Raise UserError for whatever headers and shapes say cannot end well; else what stays as it is."""
     recipe, file, budget = request.wanted.recipe, request.file, request.wanted.budget
     tables = tables_to_be(skeleton, request.outer, layers)
-    check_memory(recipe, skeleton, layers, request.seq_len)
+    check_memory(recipe, skeleton, layers, request.seq_len, request.device)
     if file is not None:
         columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
         check_plan(file.plans, layers, channels=columns)

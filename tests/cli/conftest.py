@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitquilt
 from bitquilt import cli
 from bitquilt.cli.demo import DEMO_MODEL
+
+from ..conftest import build_tiny
 
 FLAGS = ("--bits", "3", "--group-size", "16", "--samples", "4", "--seq-len", "16")
 
@@ -49,21 +50,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in bfloat16, of two blocks of seven layers, with a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fields = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
+    build_tiny("llama", 0, torch.bfloat16, fields).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_MODEL / name, folder / name)
     return folder

@@ -1,42 +1,29 @@
-"""Tiny random models, made here: nothing is downloaded."""
+"""Tiny random models in training mode, dropout on: what measures them has to switch it off."""
 
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
+
+from ..conftest import build_tiny
 
 VOCAB = 97
 
 
-def tiny_llama(seed: int, **fields: Any) -> LlamaForCausalLM:
+def tiny_llama(seed: int, **fields: Any) -> PreTrainedModel:
     """A random Llama of two layers, with a context of 64; its weights are of `seed` alone."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "attention_dropout": 0.5,
-        }
-        | fields
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    own = {"vocab_size": VOCAB, "attention_dropout": 0.5}
+    return build_tiny("llama", seed, torch.float32, own | fields).train()
 
 
 @pytest.fixture
-def model() -> LlamaForCausalLM:
+def model() -> PreTrainedModel:
     return tiny_llama(0)
 
 
 @pytest.fixture
-def other() -> LlamaForCausalLM:
+def other() -> PreTrainedModel:
     return tiny_llama(1)
 
 

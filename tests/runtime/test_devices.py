@@ -16,6 +16,8 @@ import bitquilt
 from bitquilt import UserError
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.structure import open_skeleton
+from bitquilt.recipes import make_recipe
+from bitquilt.runtime import tune
 from bitquilt.runtime.ahead import Blocks, open_blocks
 from bitquilt.runtime.devices import choose_device, stays_on_device, to_device
 
@@ -25,9 +27,10 @@ RECIPES = {
     "slim-llm": {"bits": 2, "group_size": 8, "error_outliers": 0.01, "act_outliers": 0.01},
     "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1},
     "cmpq+": {"bits": 2.5},
-    "quilt": {"bits": 2, "group_size": 8},
+    "quilt": {"bits": 2, "group_size": 8, "effort": "best", "epochs": 1, "batch": 2, "tune_epochs": 1,
+              "embedding_bits": 8, "head_bits": 6},
     "gptq": {"bpw": 6, "group_size": 8},  # a plan by what every width costs, measured there
-}
+}  # fmt: skip
 
 
 def test_names_of_devices(monkeypatch):
@@ -51,14 +54,30 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_read(tmp_path, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no GPU"):
         bitquilt.quantize(tmp_path / "missing", "rtn", out=tmp_path / "out", device="cuda")
+    with pytest.raises(UserError, match="no GPU"):
+        bitquilt.measure_model(tmp_path / "missing", tmp_path / "file", device="cuda")
 
 
-def test_what_cannot_run_there_is_refused(tmp_path, monkeypatch):
+def test_a_device_too_small_to_train_a_model_is_refused_first(make_model, token_file, tmp_path, monkeypatch):
+    """With what `plan` predicts, and what fits."""
+    model, gpu = make_model("llama"), torch.device("cuda", 0)
+    wanted = bitquilt.plan(model, "quilt", effort="best", bits=2, seq_len=8).summary["estimate"]["training_bytes"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="trains all blocks together, which the processor does"):
-        bitquilt.quantize(tmp_path / "missing", "quilt", out=tmp_path / "out", device="cuda", effort="best", bits=2)
-    with pytest.raises(UserError, match="no folder"):
-        bitquilt.quantize(tmp_path / "missing", "quilt", out=tmp_path / "out", device="cuda", bits=2)
+    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted - 1 if device == gpu else wanted)
+    asked = {"out": tmp_path / "out", "device": "cuda", "effort": "best", "bits": 2, "seq_len": 8}
+    takes = f"takes {wanted / 1e9:.1f} GB and .* of cuda:0's memory are free; effort=normal .*, in 0.0 GB; or the host"
+    with pytest.raises(UserError, match=takes):
+        bitquilt.quantize(model, "quilt", token_file, **asked)
+    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted - 1)
+    with pytest.raises(UserError, match=r"in 0\.0 GB$"):  # nor does the host fit
+        bitquilt.quantize(model, "quilt", token_file, **asked)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted if device == gpu else 0)
+    skeleton, recipe = skeleton_of(model), make_recipe("quilt", effort="best", bits=2)
+    shapes = {"model.layers.0.mlp.up_proj": (32, 32)}
+    tune.check_memory(recipe, skeleton, shapes, 8, gpu)
+    with pytest.raises(UserError, match="memory are free"):
+        tune.check_memory(recipe, skeleton, shapes, 8)
 
 
 def test_where_a_model_is_loaded(make_quantized, monkeypatch):
@@ -110,6 +129,7 @@ def test_a_run_on_another_device_writes_the_same_bytes(make_model, token_file, t
         assert all(torch.equal(one[key].view(torch.uint8), other[key].view(torch.uint8)) for key in one), name
         report = json.loads((tmp_path / "there" / name / "report.json").read_text())
         assert report["machine"]["device"] == "second:0"
+        assert (report["tuning"] is not None) == (options.get("effort") == "best")
         assert counted[name] > 1000, name
         if "bpw" in options:
             assert json.loads((here / "plan.json").read_text()) == json.loads(

@@ -12,6 +12,7 @@ from typer import Exit, Option
 
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
 from bitquilt.cli.options import (
+    Device,
     EmbeddingBits,
     GroupSize,
     HeadBits,
@@ -65,6 +66,7 @@ def plan(
     seq_len: SeqLen = 2048,
     seed: Seed = 0,
     work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
+    device: Device = "cpu",
     skip: Skip = None,
     include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
     embedding_bits: EmbeddingBits = None,
@@ -86,7 +88,7 @@ def plan(
             with watching(quiet) as observer:
                 measure_model(
                     model, path, wanted.recipe, calibration, samples=samples, seq_len=seq_len, seed=seed,
-                    skip=skip or [], include_head=include_head, work_dir=work_dir, observer=observer,
+                    skip=skip or [], include_head=include_head, work_dir=work_dir, device=device, observer=observer,
                 )  # fmt: skip
         used = path if sensitivities is not None or path.is_file() else None
         try:
@@ -147,11 +149,9 @@ def _print(found: Outlook, out: Path | None) -> None:
     parts = ", ".join(f"{key} {size_text(memory[key])}" for key in ("weights", "cache", "workspace"))
     print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it: {parts}")
     todo = value["estimate"]
-    print_fact(
-        stdout,
-        "to do",
-        f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory to quantize here",
-    )
+    needed = f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory"
+    training = f", {size_text(todo['training_bytes'])} of it to train (with --device there)"
+    print_fact(stdout, "to do", f"{needed} to quantize here{training if todo['training_bytes'] else ''}")
     if value["prediction"]:
         _print_prediction(value["prediction"])
     else:

@@ -16,6 +16,7 @@ from bitquilt.api import quantize as run
 from bitquilt.cli.allocators import print_allocators
 from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget, split_allocation
 from bitquilt.cli.options import (
+    Device,
     EmbeddingBits,
     GroupSize,
     HeadBits,
@@ -94,9 +95,7 @@ def quantize(
     sensitivities: Annotated[
         Path | None, Option(help="What `bitquilt plan --measure` wrote; else it is measured first.", show_default=False)
     ] = None,
-    device: Annotated[
-        str, Option(help="Where blocks are computed: cpu, cuda, cuda:N, or auto: a GPU where there is one.")
-    ] = "cpu",
+    device: Device = "cpu",
     rounds: Annotated[
         int, Option(help="2: measure again in the model quantized once, plan again; better, in twice the time.")
     ] = 1,

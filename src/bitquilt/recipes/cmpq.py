@@ -30,9 +30,10 @@ from torch import Tensor
 from bitquilt.allocation.fractional import FULL_PALETTE, check_budget, check_palette
 from bitquilt.grids.codebook import Clustering
 from bitquilt.grids.uniform import scale_dtype_for
-from bitquilt.hessian import Factor, factorize
+from bitquilt.hessian import factorize
 from bitquilt.outliers import ActivationRule, check_share
 from bitquilt.recipes.cmpq_budget import Budget
+from bitquilt.recipes.cmpq_norms import Activations, Statistic, channel_norms
 from bitquilt.recipes.cmpq_trials import Trial, some_rows
 from bitquilt.solvers.codebooks import Scope, Tables, round_channels, sweep_channels
 from bitquilt.solvers.layouts import channel_layout
@@ -41,7 +42,6 @@ from bitquilt.solvers.solve import layer_events
 from bitquilt.solvers.target import check_feedback, corrected, feedback_needs
 from bitquilt.types import Cost, Event, Layer, LayerPlan, LayerStats, Layout, Solution, check_finite
 
-Statistic = Literal["l2", "mean_abs", "max_abs"]
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -49,20 +49,6 @@ _DTYPES = {
     "float8": torch.float8_e4m3fn,
 }
 _FLOAT8_SAFE = (0.125, 448.0)  # largest weight: below, most levels fall under 2^-6, where float8_e4m3 loses digits
-
-
-@dataclass(frozen=True, eq=False)
-class Activations:
-    """What layers of one input share: `norms` a_j fp32 `[in]`; with compensation the factor of the Hessian."""
-
-    norms: Tensor
-    factor: Factor | None = None
-    events: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def cost(self) -> Tensor:
-        """What a unit error in each channel costs the output `[in]`, compensated if the sweep is."""
-        return self.norms.square() if self.factor is None else self.factor.importance
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,7 @@ class CMPQ:
         """Norms of the channels, and with compensation the factor. Raises ValueError without finite statistics."""
         if stats is None:
             raise ValueError("the activation statistics are missing: this recipe needs calibration data")
-        norms, events = self._norms(stats)
+        norms, events = channel_norms(stats, self.statistic)
         if not self.compensation:
             return Activations(norms, events=events)
         order = stats.hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
@@ -274,18 +260,6 @@ class CMPQ:
     def _trial(self, prepared: Activations) -> Trial:
         importance = prepared.cost if self.weighting == "column" else None
         return Trial(prepared.norms, prepared.cost, importance, self.act_rule)
-
-    def _norms(self, stats: LayerStats) -> tuple[Tensor, tuple[tuple[str, str], ...]]:
-        events: tuple[tuple[str, str], ...] = ()
-        if self.statistic == "l2" or stats.sample is None:
-            norms = stats.hessian.diagonal().clamp(min=0).sqrt()
-            if self.statistic != "l2":
-                events = (("no token sample", f"statistic {self.statistic} needs one; the L2 norm is used"),)
-        else:
-            size = stats.sample.abs()
-            norms = size.mean(dim=0) if self.statistic == "mean_abs" else size.amax(dim=0)
-        check_finite("the layer's input", norms=norms)
-        return norms, events
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         """Raises ValueError if the levels would not survive float8."""

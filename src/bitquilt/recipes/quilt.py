@@ -16,7 +16,7 @@ With gradients through the whole model (`effort="best"`), from the result of 1 t
 docs/benchmarks.md has what each of them is worth.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -155,8 +155,7 @@ class Quilt(Feedback):
         # at a rate that falls to zero linearly: half a step in all
         steps = max(1, training.epochs * -(-training.trained(problem.count) // training.batch))
         rounding = Rule(1 / steps, self.rounding, -0.5, 0.5)
-        sweeps = {name: solution.details["swept"] for name, solution in problem.solutions.items()}
-        parts = self._parts(problem, sweeps, rounding, self.scale_rate)
+        parts = self._parts(problem, lambda _name, solved: solved.details["swept"], rounding, self.scale_rate)
         samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
         trained = train((Link(problem.forward, parts),), samples, training, problem.told)
         return self._trained(problem, problem.name, parts, trained)
@@ -168,11 +167,11 @@ class Quilt(Feedback):
     def tune(self, problem: ModelProblem) -> TrainedLayers:
         """Train all blocks together. Raises ValueError if they cannot be trained."""
         training = self._tuning()
-        sweeps = {
-            name: disassemble(solution.weight, problem.plans[name], solution.details["aim"])
-            for name, solution in problem.solutions.items()
-        }
-        parts = self._parts(problem, sweeps, Rule(self.tune_rate), self.tune_scale_rate)
+
+        def swept(name: str, solved: Solution) -> Sweep[UniformGrid]:
+            return disassemble(solved.weight, problem.plans[name], solved.details["aim"])
+
+        parts = self._parts(problem, swept, Rule(self.tune_rate), self.tune_scale_rate)
         links = [Link(forward, {name: parts[name] for name in names}) for forward, names in problem.blocks]
         samples = Samples(problem.count, problem.inputs, (problem.targets,), problem.loss)
         return self._trained(problem, "model", parts, train(links, samples, training, problem.told))
@@ -180,15 +179,17 @@ class Quilt(Feedback):
     def _parts(
         self,
         problem: BlockProblem | ModelProblem,
-        sweeps: Mapping[str, Sweep[UniformGrid]],
+        swept: Callable[[str, Solution], Sweep[UniformGrid]],
         rounding: Rule,
         scale_rate: float,
     ) -> dict[str, Rounding]:
+        """One layer at a time: of a whole model no more is held than what is trained."""
         parts, scaling = {}, Rule(scale_rate, low=0.5, high=2.0)
-        for name, swept in sweeps.items():
-            groups = group_slices(swept.codes.shape[1], problem.plans[name].group_size)
-            scale_dtype = problem.solutions[name].weight.segments[0].format.scale_dtype
-            parts[name] = Rounding.of(swept, groups, scale_dtype, rounding, scaling)
+        for name, solved in problem.solutions.items():
+            layout = solved.weight.layout
+            groups = group_slices(layout.in_features, problem.plans[name].group_size)
+            scale_dtype = layout.segments[0][0].scale_dtype
+            parts[name] = Rounding.of(swept(name, solved), groups, scale_dtype, rounding, scaling)
         return parts
 
     def _trained(

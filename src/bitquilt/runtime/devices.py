@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bitquilt.errors import UserError
@@ -35,6 +36,18 @@ def stays_on_device(nbytes: int, device: torch.device) -> bool:
         return False
     free, _total = torch.cuda.mem_get_info(device)
     return nbytes <= _ACTIVATIONS_SHARE * free
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, or on the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """What of the module has values, in place; what is on the meta device stays there."""
+    module._apply(lambda t: t if t.is_meta else t.to(device))
 
 
 def to_device(values: Any, device: torch.device) -> Any:

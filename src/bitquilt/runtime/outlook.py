@@ -27,10 +27,12 @@ _SEARCHED = 72
 
 @dataclass(frozen=True)
 class Estimate:
-    """Wall time on this machine in seconds, and peak memory in bytes."""
+    """Wall time on this machine in seconds, and peak memory in bytes; `training_bytes` of it are the training's, on the
+    device that blocks are computed on."""
 
     seconds: float
     peak_memory_bytes: int
+    training_bytes: int = 0
 
 
 def estimate(

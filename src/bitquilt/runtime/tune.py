@@ -3,16 +3,16 @@
 After the last block is committed: the quantized layers are read back from the work directory, the model's output is
 compared with that of the full-precision model, whose last hidden states lie there too. What comes of it is written
 beside the blocks (tuned-00003.safetensors), and `tuned.json`, written last, is the commit mark. A run that is killed
-before tunes again: seeded, the same bytes.
+before tunes again: seeded, the same bytes. Everything is computed on the job's device, the head and its loss too; the
+solved layers are read one at a time.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from bitquilt.packing import layout_from_json, unpack
 from bitquilt.protocols import TrainsBlocks, TunesModel
 from bitquilt.runtime.block import statistics
 from bitquilt.runtime.calls import embed, finish
+from bitquilt.runtime.devices import free_bytes, move, to_device
 from bitquilt.runtime.flow import Flow
 from bitquilt.runtime.job import Job, targets
 from bitquilt.runtime.layers import Done, put_in_place, tunes
@@ -31,7 +32,7 @@ from bitquilt.runtime.train import Telling, kept_file, of_weights, read_samples
 from bitquilt.runtime.workdir import read_tensors, write_json, write_tensors
 from bitquilt.types import Layer, LayerPlan, ModelProblem, Solution, TrainedLayers
 
-_RECORDS = "tuned.json"
+_RECORDS, _HOST = "tuned.json", torch.device("cpu")
 # Logits of a sample that are alive at once: ours and the full model's, their log-softmax, the gradients.
 _LOGITS_ALIVE = 6
 # fp32 numbers per weight of a block in training: where it is, its offset, the best, the gradient, steps, weight and the
@@ -65,25 +66,39 @@ def committed_tuning(folder: Path) -> list[dict[str, Any]] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def check_memory(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> None:
-    """Raise UserError if tuning the layers of these `[out, in]` will not find the memory that it takes."""
-    wanted, free = tuning_bytes(recipe, skeleton, shapes, seq_len), psutil.virtual_memory().available
-    if wanted > free:
-        raise UserError(
-            f"training all blocks together takes {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
-            "effort=normal trains one block at a time"
-        )
+def check_memory(
+    recipe: object,
+    skeleton: Skeleton,
+    shapes: Mapping[str, tuple[int, int]],
+    seq_len: int,
+    device: torch.device = _HOST,
+) -> None:
+    """Raise UserError if tuning the layers of these `[out, in]` will not find the memory that it takes on `device`."""
+    wanted, free = tuning_bytes(recipe, skeleton, shapes, seq_len), free_bytes(device)
+    if wanted <= free:
+        return
+    block = _block_bytes(recipe, skeleton, shapes, seq_len)
+    fits = [f"effort=normal trains one block at a time, in {block / 1e9:.1f} GB"]
+    if device != _HOST and wanted <= (there := free_bytes(_HOST)):
+        fits.append(f"the host has {there / 1e9:.1f} GB free: leave out the device")
+    where = "of memory" if device == _HOST else f"of {device}'s memory"
+    raise UserError(
+        f"training all blocks together takes {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB {where} are free; "
+        + "; or ".join(fits)
+    )
 
 
 def tuning_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
     """What tuning takes at least: the state of all layers, one block's weights and their gradients, and one sample in
-    that block and at the output; 0 for a recipe that does not tune."""
+    that block, before every block and at the output; 0 for a recipe that does not tune."""
     if not isinstance(recipe, TunesModel) or not recipe.tune_batch:
         return 0
     weights, widths = _largest_block(skeleton, shapes)
     logits = vocabulary_size(skeleton.model) * seq_len
+    config = skeleton.checkpoint.config.get("text_config", skeleton.checkpoint.config)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0) * seq_len * (len(skeleton.blocks) + 1)
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
-    alive = 3 * weights + _PER_WIDTH * widths * seq_len + _LOGITS_ALIVE * logits
+    alive = 3 * weights + _PER_WIDTH * widths * seq_len + hidden + _LOGITS_ALIVE * logits
     every = sum(rows * width for rows, width in shapes.values())
     return recipe.tune_bytes * every + 4 * alive + 2 * outer
 
@@ -91,11 +106,17 @@ def tuning_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[
 def training_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
     """What training takes beside everything else: of the largest block with a whole batch, or of the model; 0 for a
     recipe that does not train."""
-    block = 0
-    if isinstance(recipe, TrainsBlocks) and recipe.train_batch:
-        weights, widths = _largest_block(skeleton, shapes)
-        block = 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * seq_len * recipe.train_batch)
-    return max(block, tuning_bytes(recipe, skeleton, shapes, seq_len))
+    return max(
+        _block_bytes(recipe, skeleton, shapes, seq_len),
+        tuning_bytes(recipe, skeleton, shapes, seq_len),
+    )
+
+
+def _block_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
+    if not isinstance(recipe, TrainsBlocks) or not recipe.train_batch:
+        return 0
+    weights, widths = _largest_block(skeleton, shapes)
+    return 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * seq_len * recipe.train_batch)
 
 
 def _largest_block(skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
@@ -108,17 +129,16 @@ def _largest_block(skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def _train(job: Job, flow: Flow, records: Sequence[Mapping[str, Any]], told: Telling) -> TrainedLayers:
-    skeleton, ids, count = job.skeleton, job.ids, len(records)
+    skeleton, count = job.skeleton, len(records)
     assert isinstance(job.recipe, TunesModel)
-    assert ids is not None
+    assert job.ids is not None
+    ids = job.ids
+    flow.kept.clear()  # the memory that they take on the device is wanted for the layers
     there = flow.inputs(count, full=True)
     assert there is not None
-    plans: dict[str, LayerPlan] = {}
-    solutions: dict[str, Solution] = {}
     blocks = []
     templates = {}
-    for i, record in enumerate(records):
-        _read(job, i, record, plans, solutions)
+    for i in range(count):
         path = skeleton.blocks[i]
         templates[path] = skeleton.template(path)
         block = skeleton.load(path)
@@ -128,14 +148,16 @@ def _train(job: Job, flow: Flow, records: Sequence[Mapping[str, Any]], told: Tel
             module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
         blocks.append((of_weights(job, flow, i, block, linears), tuple(linears)))
     skeleton.load("")
+    move(skeleton.model, job.device)
+    solved = _Solved(job, records)
     try:
         problem = ModelProblem(
-            plans,
-            solutions,
+            solved.plans,
+            solved,
             tuple(blocks),
             len(ids),
-            lambda chosen: embed(skeleton, ids[list(chosen)]),
-            lambda chosen: read_samples(there, chosen),
+            lambda chosen: embed(skeleton, ids[list(chosen)].to(job.device)),
+            lambda chosen: read_samples(there, chosen).to(job.device),
             _divergence(job, flow),
             told,
         )
@@ -146,19 +168,20 @@ def _train(job: Job, flow: Flow, records: Sequence[Mapping[str, Any]], told: Tel
         skeleton.release_outer()
         for path, template in templates.items():
             skeleton.reset(path, template)
+        move(skeleton.model, _HOST)
 
 
 def _divergence(job: Job, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
     """KL of the model's output, from the last block's: nats per token."""
     assert job.ids is not None
+    ids, extras = job.ids.to(job.device), to_device(flow.extras, job.device)
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
-        assert job.ids is not None
-        ids = job.ids[: len(hidden)]  # the model's loop wants some; its blocks do not compute here
+        some = ids[: len(hidden)]  # the model's loop wants some; its blocks do not compute here
         with torch.no_grad():
-            right = torch.log_softmax(finish(job.skeleton, ids, target, flow.extras).float(), dim=-1)
+            right = torch.log_softmax(finish(job.skeleton, some, target, extras).float(), dim=-1)
         ours = torch.log_softmax(
-            finish(job.skeleton, ids, hidden, flow.extras, gradient=torch.is_grad_enabled()).float(), dim=-1
+            finish(job.skeleton, some, hidden, extras, gradient=torch.is_grad_enabled()).float(), dim=-1
         )
         total = torch.nn.functional.kl_div(ours, right, reduction="sum", log_target=True)
         return total / right[..., 0].numel()
@@ -166,16 +189,32 @@ def _divergence(job: Job, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def _read(
-    job: Job, i: int, record: Mapping[str, Any], plans: dict[str, LayerPlan], solutions: dict[str, Solution]
-) -> None:
-    stored, kept = read_tensors(job.folder / record["file"]), read_tensors(job.folder / kept_file(i))
-    for name, entry in record["layers"].items():
-        plans[name] = LayerPlan(tuple(map(int, entry["bits"])), entry["group_size"])
-        tensors = _below(stored, name)
-        tensors.pop("bias", None)
-        weight = unpack(tensors, layout_from_json(entry["layout"], name), name)
-        solutions[name] = Solution(weight, None, (), _below(kept, name))
+class _Solved(Mapping[str, Solution]):
+    """The solved layers on the job's device, read from the work directory when asked for: one block is held. `plans`:
+    of all."""
+
+    def __init__(self, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
+        self._job, self._records = job, records
+        self._block = {name: i for i, record in enumerate(records) for name in record["layers"]}
+        entries = {name: entry for record in records for name, entry in record["layers"].items()}
+        self.plans = {n: LayerPlan(tuple(map(int, e["bits"])), e["group_size"]) for n, e in entries.items()}
+        self._read: tuple[int, dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> Solution:
+        i, folder = self._block[name], self._job.folder
+        record = self._records[i]
+        if self._read is None or self._read[0] != i:
+            self._read = i, read_tensors(folder / record["file"]), read_tensors(folder / kept_file(i))
+        stored, kept = (to_device(_below(tensors, name), self._job.device) for tensors in self._read[1:])
+        stored.pop("bias", None)
+        weight = unpack(stored, layout_from_json(record["layers"][name]["layout"], name), name)
+        return Solution(weight, None, (), kept)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block)
+
+    def __len__(self) -> int:
+        return len(self._block)
 
 
 def _commit(
@@ -184,7 +223,7 @@ def _commit(
     """Write block i with its trained layers, and make what the next one reads."""
     skeleton, path = job.skeleton, job.skeleton.blocks[i]
     template = skeleton.template(path)
-    block = skeleton.load(path)
+    block = skeleton.load(path).to(job.device)
     linears = targets(skeleton, path, block, job.skip)
     here = flow.inputs(i)
     assert here is not None

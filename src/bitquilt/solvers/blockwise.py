@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bitquilt.solvers.training import Link, Mover, Samples, Trained, Training, Values
+from bitquilt.solvers.training import Link, Mover, Part, Samples, Trained, Training, Values
 
 R = TypeVar("R")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -50,24 +50,24 @@ class _Run:
 
     def fit(self, held: list[int], rest: list[int], training: Training, generator: torch.Generator) -> Trained:
         parts = {name: part for link in self.links for name, part in link.parts.items()}
-        start = {name: part.start for name, part in parts.items()}
         rules = {name: part.rules for name, part in parts.items()}
-        if self.samples.loss is None:
-            self.unit = max(float(self.samples.targets[0](held).square().mean()), 1e-30)
-        self._check_repeatable(start, held[0])
-        start_loss = self.held_out_loss(start, held)
-        if not math.isfinite(start_loss):
-            self.events.append(("training skipped", "the block's loss is not finite before training"))
-            return Trained(start, start_loss, start_loss, (), tuple(self.events))
-        if self.told is not None:
-            self.told(0, training.epochs, start_loss)
         values = {
             name: tuple(
-                v.clone().requires_grad_(rule.rate > 0) for v, rule in zip(start[name], rules[name], strict=True)
+                v.clone().requires_grad_(rule.rate > 0) for v, rule in zip(part.start, rules[name], strict=True)
             )
-            for name in parts
+            for name, part in parts.items()
         }
-        best, best_loss, since = start, start_loss, 0
+        if self.samples.loss is None:
+            self.unit = max(float(self.samples.targets[0](held).square().mean()), 1e-30)
+        self._check_repeatable(values, held[0])
+        start_loss = self.held_out_loss(values, held)
+        if not math.isfinite(start_loss):
+            self.events.append(("training skipped", "the block's loss is not finite before training"))
+            return Trained(_start(parts), start_loss, start_loss, (), tuple(self.events))
+        if self.told is not None:
+            self.told(0, training.epochs, start_loss)
+        best: dict[str, Values] | None = None  # of a whole model as large as itself: the start is made again
+        best_loss, since = start_loss, 0
         losses: list[float] = []
         steps = training.epochs * -(-len(rest) // training.batch)
         mover = Mover(values, rules, training, steps)
@@ -77,7 +77,7 @@ class _Run:
                 if not self._step(values, shuffled[begin : begin + training.batch]):
                     detail = f"in epoch {epoch + 1}: the block keeps what it had before training"
                     self.events.append(("training loss not finite", detail))
-                    return Trained(start, start_loss, start_loss, tuple(losses), tuple(self.events))
+                    return Trained(_start(parts), start_loss, start_loss, tuple(losses), tuple(self.events))
                 mover.move()
             losses.append(self.held_out_loss(values, held))
             if self.told is not None:
@@ -85,10 +85,10 @@ class _Run:
             since += 1
             if losses[-1] < best_loss:
                 best_loss, since = losses[-1], 0
-                best = {name: tuple(v.detach().clone() for v in tensors) for name, tensors in values.items()}
+                best = _copied(values, best)
             if training.patience and since >= training.patience:
                 break
-        return Trained(best, start_loss, best_loss, tuple(losses), tuple(self.events))
+        return Trained(best or _start(parts), start_loss, best_loss, tuple(losses), tuple(self.events))
 
     def held_out_loss(self, values: Mapping[str, Values], held: list[int]) -> float:
         """Mean loss of the samples."""
@@ -181,6 +181,20 @@ class _Run:
         one, other = (self._forward(start, [[sample]], self.links)[-1][0] for _ in range(2))
         if not torch.equal(one.nan_to_num(), other.nan_to_num()):
             raise ValueError("the block gives two outputs for one input: is dropout left on? Training needs one answer")
+
+
+def _start(parts: Mapping[str, Part]) -> dict[str, Values]:
+    return {name: part.start for name, part in parts.items()}
+
+
+def _copied(values: Mapping[str, Values], into: dict[str, Values] | None) -> dict[str, Values]:
+    """What the values are now, in the memory of the copy before."""
+    if into is None:
+        return {name: tuple(v.detach().clone() for v in tensors) for name, tensors in values.items()}
+    for name, tensors in values.items():
+        for v, copy in zip(tensors, into[name], strict=True):
+            copy.copy_(v.detach())
+    return into
 
 
 def _weights(link: Link, values: Mapping[str, Values]) -> dict[str, Tensor]:
