@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitquilt.errors import UserError, decides_itself
+from bitquilt.errors import UserError, not_plannable
 from bitquilt.models.linear import linear_weight
-from bitquilt.protocols import Plannable
+from bitquilt.protocols import Plannable, RoundsInputs
+from bitquilt.runtime.block import SAMPLE_TOKENS
 from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
 from bitquilt.runtime.job import Job, head_path, targets
 from bitquilt.runtime.layers import check_weights
-from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.plans import columns_of_a_unit, read_plan
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.squares import squared_gradients
 from bitquilt.runtime.standin import StandIn
@@ -57,7 +58,7 @@ def measure(
     """
     assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
-        raise decides_itself(job.recipe.name)
+        raise not_plannable(job.recipe.name)
     ids = _subset(job.ids)
     first = None if at is None else read_plan(at / "plan.json").plans
     tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
@@ -68,8 +69,7 @@ def measure(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
-    group_size = int(getattr(job.recipe, "group_size", 1))
-    return Sensitivities(losses, tables.widths, group_size, method, perplexity, about or {})
+    return Sensitivities(losses, tables.widths, columns_of_a_unit(job.recipe), method, perplexity, about or {})
 
 
 def _subset(ids: Tensor) -> Tensor:
@@ -227,7 +227,8 @@ class _Pass:
 
     def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
         try:
-            return collect(linears, passes, hessian=True, sample=0, tokens=self.ids.numel())
+            sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
+            return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
         except ValueError as error:
             raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
 
