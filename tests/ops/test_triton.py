@@ -508,7 +508,8 @@ def test_launches_bind_and_compile():
     ran = subprocess.run([sys.executable, "-m", "tests.ops.launched"], capture_output=True, text=True, timeout=300,
                          env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel"]
+    decode = ["add_norm_kernel", "place_kernel", "attend_kernel", "gated_kernel"]
+    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel", *decode]
 
 
 def test_the_operator_on_a_gpu_is_this_body():
