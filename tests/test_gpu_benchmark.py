@@ -1,6 +1,9 @@
 """`benchmarks.gpu` from end to end at sizes without meaning: the kernels interpreted where there is no GPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_parts, gpu_setup, gpu_slim
+from benchmarks.common import ROOT
 
 from bitquilt.ops import kernels
 from bitquilt.ops.gpu import body, tuned
@@ -38,6 +42,36 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     assert "32x256, 2 bits: share of the copy" in table
     assert "LLaMA-7B, 2 bits: over bf16" in table
     assert table.count("| pass |") + table.count("| miss |") == 6
+
+
+# What `pip install torch triton` brings nobody, numpy among it.
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        absent = {"numpy", "transformers", "safetensors", "psutil", "scipy", "pydantic", "typer", "rich", "tokenizers"}
+        if name.split(".")[0] in absent or name == "bitquilt._kernels":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from pathlib import Path
+from benchmarks import gpu
+from bitquilt.ops.gpu import body, decode
+gpu.OUTPUT = Path(sys.argv[1])
+assert gpu.PARTS.keys() >= {"layers", "decode", "tune"}
+gpu.main(["--device", "cpu", "--tiny", "--only", "copy"])
+"""
+
+
+def test_pytorch_and_triton_suffice(tmp_path):
+    """All that a GPU runs is imported, and a part without kernels: what interprets those needs numpy."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BITQUILT_ISA")}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, tmp_path], cwd=ROOT, capture_output=True,
+                         text=True, timeout=120, env=environment, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "bf16 product" in ran.stdout
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
 
 
 def test_better_cuts_are_kept_and_used(tmp_path, monkeypatch, capsys):
