@@ -131,7 +131,7 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
 def cut(found: Prepared, tokens: int) -> Config:
     """How a product of a weight is cut into programs."""
     if tokens <= tuned.MAX_TOKENS and (measured := tuned.cuts(found.device)):
-        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens, found.quads))
+        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens, found.kind))
         if known is not None:
             return known
     return choose(found.rows, found.chunks, tokens, processors(found.device), found.quads)
