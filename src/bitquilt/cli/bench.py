@@ -105,12 +105,11 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[float, fl
     decoder = Decoder.of(model, len(ids) + tokens)
     logits = None if decoder is None else decoder.begin(ids[:2])
     started = time.perf_counter()
-    cache = DynamicCache(config=model.config)
-    out = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - started
-    times = []
+    cache, times = DynamicCache(config=model.config), []
     if decoder is not None and logits is not None:
-        del cache, out
+        decoder.read(ids, cache)
+        prefill = time.perf_counter() - started
+        del cache
         logits = decoder.begin(ids)
         assert logits is not None, "the decoder agreed on two tokens and not on all"
         for _ in range(tokens):
@@ -118,6 +117,8 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[float, fl
             logits = decoder.step(int(logits.argmax()))
             times.append(time.perf_counter() - started)
         return prefill, _typical(times), True
+    out = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prefill = time.perf_counter() - started
     token = out.logits[:, -1:].argmax(-1)
     for _ in range(tokens):
         started = time.perf_counter()

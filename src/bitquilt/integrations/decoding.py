@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
-from bitquilt.models.embedding import SharedHead
+from bitquilt.models.embedding import SharedHead, lookup
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
 from bitquilt.ops.pages import place
@@ -77,7 +77,7 @@ class Decoder:
 
         The model itself reads the prompt; its last token is then computed here once more and compared."""
         cache = DynamicCache(config=self.model.config)
-        expected = self.model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        expected = self.read(ids, cache)
         for own, layer in zip(self.cache, cache.layers, strict=True):
             own[0, :, : len(ids)], own[1, :, : len(ids)] = layer.keys[0], layer.values[0]
         self.position = len(ids) - 1
@@ -85,10 +85,18 @@ class Decoder:
         distance = float((logits - expected).norm() / expected.norm().clamp(min=1e-20))
         return logits if distance <= _ROUNDING[self.dtype] else None
 
+    @torch.no_grad()
+    def read(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+        """The model's own logits fp32 `[vocabulary]` after `ids` int64 `[tokens]`; fills `cache`."""
+        embedded = lookup(self._embed, ids)[None]
+        out = self.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[0, -1].float()
+        return logits
+
     def step(self, token: int) -> Tensor:
         """Logits after `token`, the next of the text; overwritten by the next step."""
         with torch.no_grad():
-            x = self._embed(torch.tensor([token]))[0].float().contiguous()
+            x = lookup(self._embed, torch.tensor([token]))[0].float().contiguous()
         digits = 1 if kernels.activations() == "int8" else self._digits
         self._native.step(x.data_ptr(), self.position, self._logits.data_ptr(), digits, torch.get_num_threads())
         self.position += 1
