@@ -33,7 +33,10 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "decode": gpu_parts.decode,
     "slim": gpu_parts.slim,
     "tune": gpu_parts.tune,
+    "tune-codebooks": gpu_parts.tune_codebooks,
+    "tune-mx": gpu_parts.tune_mx,
 }
+_TUNES = tuple(part for part in PARTS if part.startswith("tune"))
 _OVER_BF16 = {2: 5.0, 3: 3.5, 4: 2.8}
 
 
@@ -75,7 +78,7 @@ def rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             add(f"SliM-LLM, {stage}", seconds, "s")
         whole = "" if slim["blocks"] == slim["of"] else f" ({slim['blocks']} of {slim['of']} blocks, by proportion)"
         add(f"SliM-LLM, in all{whole}", slim["minutes"], "min", 15.0, below=True)
-    for row in found.get("tune", {}).get("rows", []):
+    for row in (row for part in _TUNES for row in found.get(part, {}).get("rows", [])):
         add(
             f"{row['shape']}, {row['kind']}, {row['tokens']} tokens: of {row['tried']} cuts {row['best']}, "
             f"{row['chosen'] / row['seconds']:.2f} x the speed of the cut without measuring",
@@ -87,7 +90,7 @@ def rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=[p for p in PARTS if p != "tune"])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=[p for p in PARTS if p not in _TUNES])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes for trying the script, without meaning")
     parser.add_argument("--blocks", type=int, default=32, help="of the SliM-LLM run")

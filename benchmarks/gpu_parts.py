@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ import triton
 from torch import Tensor
 
 from benchmarks.gpu_model import LlamaShape, decode_rate
-from benchmarks.gpu_setup import Packed, Setting, codebook, seconds_each, uniform
+from benchmarks.gpu_setup import Packed, Setting, codebook, mx, seconds_each, uniform
 from benchmarks.gpu_slim import run_slim
 from bitquilt.types import Layout
 
 BITS = (2, 3, 4)
+MX_BITS = (4, 6, 8)
 
 
 def copy(setting: Setting) -> dict[str, Any]:
@@ -94,40 +96,68 @@ def slim(setting: Setting) -> dict[str, Any]:
 
 
 def tune(setting: Setting) -> dict[str, Any]:
-    """From `config.choose`'s cut of each product to better neighbours, until there is none; what it gains. The cuts go
-    into the file in which products look (`ops.gpu.tuned`)."""
-    from bitquilt.ops.gpu import body, tuned
-    from bitquilt.ops.gpu.config import Config, choose, neighbours
+    """From `config.choose`'s cut of each product to better neighbours, until there is none; what it gains. A product's
+    cut goes at once to where products look (`ops.gpu.tuned`); what is there is not looked for again."""
+    return _tuned(setting, "bits", {bits: partial(uniform, bits=bits) for bits in BITS})
+
+
+def tune_codebooks(setting: Setting) -> dict[str, Any]:
+    """The same for levels per column."""
+    return _tuned(setting, "codebook", {bits: partial(codebook, bits=bits, shared=False) for bits in BITS})
+
+
+def tune_mx(setting: Setting) -> dict[str, Any]:
+    """The same for MX numbers."""
+    return _tuned(setting, "mx", {bits: partial(mx, bits=bits) for bits in MX_BITS})
+
+
+def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], Layout]]) -> dict[str, Any]:
+    from bitquilt.ops.gpu import tuned
+    from bitquilt.ops.gpu.config import Config
 
     found: list[dict[str, Any]] = []
-    cuts: dict[str, Config] = {}
-    for shape, bits, tokens in itertools.product(setting.sizes.shapes, BITS, (1, 16)):
-        chunks = shape[1] // 128
-        works = _works(setting, uniform(*shape, bits), tokens)
+    file = tuned.path(setting.device)
+    for shape, (bits, layout), tokens in itertools.product(setting.sizes.shapes, layouts.items(), (1, 16)):
+        name = tuned.key(shape[0], shape[1] // 128, bits, tokens, kind)
+        if name in tuned.cuts(setting.device):
+            continue
         timed: dict[Config, float] = {}
-
-        def measure(config: Config, works: list[Callable[[], Tensor]] = works, timed: Any = timed) -> float:
-            if config not in timed:
-                body.use_config(config)
-                try:
-                    timed[config] = seconds_each(works, setting)
-                except triton.runtime.errors.TritonError:  # more shared memory or registers than there are
-                    timed[config] = float("inf")
-                finally:
-                    body.use_config(None)
-            return timed[config]
-
-        first = best = choose(shape[0], chunks, tokens, body.processors(setting.device))
-        measure(first)
-        while len(timed) < setting.sizes.cuts:
-            measured = [c for c in neighbours(best)[: setting.sizes.cuts] if measure(c) < timed[best]]
-            if not measured:
-                break
-            best = min(measured, key=measure)
-        cuts[tuned.key(shape[0], chunks, bits, tokens)] = best
-        found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "best": str(best),
+        first, best = _descent(setting, layout(*shape), tokens, timed, kind == "codebook")
+        file = tuned.remember(setting.device, {name: best})
+        found.append({"shape": _name(shape), "kind": f"{bits} {kind}", "tokens": tokens, "best": str(best),
                       "seconds": timed[best], "chosen": timed[first], "tried": len(timed)})  # fmt: skip
-    return {"rows": found, "file": str(tuned.remember(setting.device, cuts))}
+    return {"rows": found, "file": str(file)}
+
+
+def _descent(setting: Setting, layout: Layout, tokens: int, timed: dict[Any, float], quads: bool) -> tuple[Any, Any]:
+    """The cut to begin with and the best one; `timed`: seconds of all that were tried."""
+    from bitquilt.ops.gpu import body
+    from bitquilt.ops.gpu.config import Config, choose, for_quads, neighbours
+
+    works = _works(setting, layout, tokens)
+
+    def measure(config: Config) -> float:
+        if config not in timed:
+            body.use_config(config)
+            try:
+                timed[config] = seconds_each(works, setting)
+            except triton.runtime.errors.TritonError:  # more shared memory or registers than there are
+                timed[config] = float("inf")
+            finally:
+                body.use_config(None)
+        return timed[config]
+
+    first = best = choose(
+        layout.out_features, layout.in_features // 128, tokens, body.processors(setting.device), quads
+    )
+    measure(first)
+    while len(timed) < setting.sizes.cuts:
+        near = [for_quads(c) if quads else c for c in neighbours(best)[: setting.sizes.cuts]]
+        measured = [c for c in near if measure(c) < timed[best]]
+        if not measured:
+            break
+        best = min(measured, key=measure)
+    return first, best
 
 
 def _against_bf16(

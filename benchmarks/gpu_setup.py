@@ -44,7 +44,7 @@ class Sizes:
     context: int = 512
     samples: int = 128
     rounds: int = 20
-    cuts: int = 40  # tried for a product, two seconds each to compile
+    cuts: int = 30  # tried for a product, two seconds each to compile
 
 
 TINY = Sizes(((32, 256),), 2**12, 64, 520, 128, 256, 2, 2, 64, 16, 4, 1, 2)
@@ -88,7 +88,12 @@ class Packed:
         tensors: dict[str, Tensor] = {}
         for name, spec in tensor_specs(layout).items():
             if spec.dtype == torch.uint8:
-                tensors[name] = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device, generator=generator)
+                low, high = (
+                    (118, 122) if name.startswith("scale") else (0, 256)
+                )  # of MX: powers of two near a hundredth
+                tensors[name] = torch.randint(
+                    low, high, spec.shape, dtype=torch.uint8, device=device, generator=generator
+                )
             else:
                 found = torch.rand(spec.shape, device=device, generator=generator) / 100
                 tensors[name] = found.to(spec.dtype)
@@ -128,16 +133,21 @@ def codebook(rows: int, columns: int, bits: int, shared: bool) -> Layout:
     return Layout(rows, columns, ((form, columns),))
 
 
+def mx(rows: int, columns: int, bits: int) -> Layout:
+    """MXFP4, MXFP6 (E3M2) or MXFP8."""
+    return Layout(rows, columns, ((Format(bits, 32, "mx", torch.uint8, symmetric=True), columns),))
+
+
 def seconds_each(works: Sequence[Callable[[], Any]], setting: Setting) -> float:
     """Median over the rounds of the mean time of `works`, replayed from one CUDA graph, each having been called once
-    before; on a CPU called one after the other."""
-    for work in works:
-        work()
+    before; on a CPU, where times mean nothing, called one after the other."""
     if setting.device.type != "cuda":
         started = time.perf_counter()
         for work in works:
             work()
         return (time.perf_counter() - started) / len(works)
+    for work in works:
+        work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -22,7 +22,7 @@ from bitquilt.recipes import make_recipe, takes_option
 from bitquilt.runtime import planning
 from bitquilt.runtime.job import all_targets, shapes
 from bitquilt.runtime.planning import Planner, UnreachableError, predicted_losses
-from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.plans import OuterBits, PlanFile, plan_json, read_plan
 from bitquilt.runtime.progress import BlockDone, Stage
 from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.tables import Sensitivities, read_sensitivities
@@ -96,7 +96,7 @@ MONOTONE = [scope for scope in SCOPES if scope != "pairs"]
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), tie=st.booleans(), scope=st.sampled_from(MONOTONE))
-def test_more_bytes_never_predict_a_worse_loss(
+def test_more_bytes_never_predict_a_worse_loss_ties_hold_and_plans_come_back(
     shares: tuple[float, float], tie: bool, scope: Any, measured: Callable[..., tuple[Path, Path]]
 ) -> None:
     made = planner(*measured(), tie=tie)
@@ -104,6 +104,10 @@ def test_more_bytes_never_predict_a_worse_loss(
     found = [made.plan(Budget("size", int(least + share * (most - least))), scope) for share in sorted(shares)]
     for one, share in zip(found, sorted(shares), strict=True):
         assert one.spent <= int(least + share * (most - least))
+        assert all(len({one.plans[name] for name in tied}) == 1 for tied in made.units.members.values())
+        again = plan_json({"name": "slim-llm"}, one.plans, OuterBits())
+        assert PlanFile.model_validate(json.loads(json.dumps(again))).plans == one.plans
+    assert len(made.units.members) == (2 * 4 if tie else 2 * 7)
     assert found[0].loss is not None
     assert found[1].loss is not None
     assert found[1].loss <= found[0].loss * (1 + 2e-5)  # the exact solver's gap is 1e-5

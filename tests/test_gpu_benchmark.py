@@ -1,6 +1,9 @@
 """`benchmarks.gpu` from end to end at sizes without meaning: the kernels interpreted where there is no GPU."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import gpu, gpu_parts, gpu_setup, gpu_slim
+from benchmarks.common import ROOT
 
 from bitquilt.ops import kernels
 from bitquilt.ops.gpu import body, tuned
@@ -40,28 +44,67 @@ def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypat
     assert table.count("| pass |") + table.count("| miss |") == 6
 
 
-def test_better_cuts_are_kept_and_used(tmp_path, monkeypatch, capsys):
+# What `pip install torch triton` brings nobody, numpy among it.
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        absent = {"numpy", "transformers", "safetensors", "psutil", "scipy", "pydantic", "typer", "rich", "tokenizers"}
+        if name.split(".")[0] in absent or name == "bitquilt._kernels":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from pathlib import Path
+from benchmarks import gpu
+from bitquilt.ops.gpu import body, decode
+gpu.OUTPUT = Path(sys.argv[1])
+assert gpu.PARTS.keys() >= {"layers", "decode", "tune"}
+gpu.main(["--device", "cpu", "--tiny", "--only", "copy"])
+"""
+
+
+def test_pytorch_and_triton_suffice(tmp_path):
+    """All that a GPU runs is imported, and a part without kernels: what interprets those needs numpy."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BITQUILT_ISA")}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, tmp_path], cwd=ROOT, capture_output=True,
+                         text=True, timeout=120, env=environment, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "bf16 product" in ran.stdout
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "layout"),
+    [
+        ("tune", "2 bits", gpu_setup.uniform(32, 256, 2)),
+        ("tune-codebooks", "2 codebook", gpu_setup.codebook(32, 256, 2, False)),
+        ("tune-mx", "4 mx", gpu_setup.mx(32, 256, 4)),
+    ],
+)
+def test_better_cuts_are_kept_and_used(part, kind, layout, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
     monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
     monkeypatch.setattr(gpu_parts, "BITS", (2,))
+    monkeypatch.setattr(gpu_parts, "MX_BITS", (4,))
     monkeypatch.setenv("BITQUILT_CACHE", str(tmp_path / "cache"))
     device = torch.device("cuda" if GPU else "cpu")
     tuned.cuts.cache_clear()
     try:
-        found = gpu.main(["--device", device.type, "--tiny", "--only", "tune"])["tune"]
-        assert [row["tokens"] for row in found["rows"]] == [1, 16]
-        assert all(row["seconds"] <= row["chosen"] for row in found["rows"])
+        found = gpu.main(["--device", device.type, "--tiny", "--only", part])[part]
+        assert [(row["kind"], row["tokens"]) for row in found["rows"]] == [(kind, 1), (kind, 16)]
+        assert all(row["seconds"] <= row["chosen"] < float("inf") for row in found["rows"])
         assert all(row["tried"] >= 3 for row in found["rows"])
         kept = tuned.cuts(device)
-        assert kept.keys() == {"32x2 2 bits, 1 tokens", "32x2 2 bits, 16 tokens"}
-        layer = gpu_setup.Packed.random(gpu_setup.uniform(32, 256, 2), device)
-        known = prepared(StoredWeight(*layer.arguments), 32)
+        assert kept.keys() == {f"32x2 {kind}, 1 tokens", f"32x2 {kind}, 16 tokens"}
+        known = prepared(StoredWeight(*gpu_setup.Packed.random(layout, device).arguments), 32)
         assert str(body.cut(known, 1)) == found["rows"][0]["best"]
-        assert body.cut(known, 13) == kept["32x2 2 bits, 16 tokens"]
-        assert body.cut(known, 40) == choose(32, 2, 40, body.processors(device))  # nobody measured that
+        assert body.cut(known, 13) == kept[f"32x2 {kind}, 16 tokens"]
+        assert body.cut(known, 40) == choose(32, 2, 40, body.processors(device), known.quads)  # nobody measured that
+        assert "x the speed of the cut without measuring" in capsys.readouterr().out
+        assert not gpu.main(["--device", device.type, "--tiny", "--only", part])[part]["rows"]  # all are known
     finally:
         tuned.cuts.cache_clear()
-    assert "x the speed of the cut without measuring" in capsys.readouterr().out
 
 
 def test_slim_llm_stage_by_stage(tmp_path, monkeypatch):

@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitquilt
-from bitquilt.cli import bench
+from bitquilt.cli import bench, machines
+from bitquilt.integrations import writing
+from bitquilt.integrations.graphed import GraphDecoder
 from bitquilt.ops import kernels
 
 from .conftest import Command
@@ -19,7 +22,7 @@ SMALL = ("--prompt", 8, "--tokens", 4)
 @pytest.fixture(autouse=True)
 def _small_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr(bench, "_READ", 2**24)
+    monkeypatch.setattr(machines, "_READ", 2**24)
 
 
 def test_json_has_every_figure(command: Command, quantized: Path) -> None:
@@ -42,6 +45,26 @@ def test_the_table_and_a_short_context(command: Command, quantized: Path) -> Non
     assert "the model's context holds 64 tokens" in ran.err
     assert "tokens/s" in ran.out
     assert "bf16" not in ran.out
+
+
+def test_on_a_gpu(command: Command, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock, its memory and its decoder, of a GPU that is a CPU; what cannot be loaded there is not asked."""
+    waits: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1234)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(bench, "Host", lambda: machines.Gpu(torch.device("cpu")))
+    monkeypatch.setattr(writing, "Decoder", GraphDecoder)
+    figures = json.loads(command("bench", quantized, *SMALL, "--json").out)
+    assert (figures["decoder"], figures["peak_bytes"]) == ("graph", 1234)
+    assert figures["machine"] == "a GPU, triton"
+    assert figures["bf16_decode_tokens_per_s"] > 0
+    assert len(waits) >= 2 * (4 + 3)  # after every token and prompt of both models
+    monkeypatch.setattr(writing, "Decoder", lambda model, length: GraphDecoder(object(), length))
+    ran = command("bench", quantized, *SMALL, "--no-compare")
+    assert "transformers decoder" in ran.out
+    assert "transformers wrote: it is built otherwise" in ran.out
 
 
 def test_what_a_user_may_get_wrong(command: Command, tiny: Path) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitquilt.integrations import writing
+from bitquilt.integrations.graphed import GraphDecoder
+
 from .conftest import Command
 
 PROMPT = ("--prompt", "The old man", "-n", 12)
@@ -28,6 +31,21 @@ def test_the_seed_decides(command: Command, request: pytest.FixtureRequest, whic
 def test_temperature_zero_needs_no_seed(command: Command, tiny: Path) -> None:
     line = ("generate", tiny, *PROMPT, "--temperature", 0, "--dtype", "bfloat16")
     assert command(*line, "--seed", 1).out == command(*line, "--seed", 2).out
+
+
+def test_the_graphs_decoder_writes_the_same(command: Command, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's run goes through, on a CPU; and what is said where transformers must write."""
+    line = ("generate", quantized, *PROMPT, "--temperature", 0, "--device", "cpu")
+    native = command(*line).out
+    monkeypatch.setattr(writing, "Decoder", GraphDecoder)
+    begun: list[str] = []
+    whole = GraphDecoder.begin
+    monkeypatch.setattr(GraphDecoder, "begin", lambda self, ids: begun.append(self.name) or whole(self, ids))
+    assert command(*line).out == native
+    assert begun == ["graph"]
+    ran = command("generate", quantized, *PROMPT, "--device", "cuda:9")
+    assert ran.code == 2
+    assert "but this machine has" in ran.err
 
 
 def test_the_context_is_a_limit(command: Command, tiny: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
+from bitquilt.integrations import writing
 from bitquilt.integrations.decoding import Decoder
 from bitquilt.models.embedding import QuantizedEmbedding, put_embedding
 from bitquilt.models.linear import QuantizedLinear, replace_module
@@ -59,8 +60,7 @@ def quantized(family, config, dtype=torch.float32):
 def test_every_token_is_the_models(name):
     model = quantized(*FAMILIES[name])
     ids = torch.randint(0, 100, (20,), generator=torch.Generator().manual_seed(1))
-    decoder = Decoder.of(model, 20)
-    assert decoder is not None
+    decoder = Decoder(model, 20)
     expected = model(ids[None]).logits[0]
     logits = decoder.begin(ids[:5])
     assert logits is not None
@@ -86,8 +86,7 @@ def test_gains_of_rows_reach_products_and_head_before_the_bias():
             replace_module(model, path, QuantizedLinear.from_tensors(tensors, layout, module.bias))
     ids = torch.randint(0, 100, (6,), generator=torch.Generator().manual_seed(2))
     expected = model.generate(ids[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
-    decoder = Decoder.of(model, 20)
-    assert decoder is not None
+    decoder = Decoder(model, 20)
     logits = decoder.begin(ids)
     assert logits is not None
     written = ids.tolist()
@@ -104,8 +103,7 @@ def test_gains_of_rows_reach_products_and_head_before_the_bias():
 def test_half_precision(dtype):
     model = quantized(*FAMILIES["llama"], dtype)
     ids = torch.arange(10)
-    decoder = Decoder.of(model, 10)
-    assert decoder is not None
+    decoder = Decoder(model, 10)
     logits = decoder.begin(ids)
     assert logits is not None
     expected = model(ids[None]).logits[0, -1].float()
@@ -123,8 +121,7 @@ def test_a_quantized_head(tied):
     else:
         model.lm_head = QuantizedLinear.from_weight(stored)
     ids = torch.arange(12)
-    decoder = Decoder.of(model, 13)
-    assert decoder is not None
+    decoder = Decoder(model, 13)
     assert decoder.begin(ids) is not None
     expected = model(torch.cat([ids, torch.tensor([7])])[None]).logits[0, -1]
     torch.testing.assert_close(decoder.step(7), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -134,8 +131,7 @@ def test_a_quantized_head(tied):
 def test_threads_do_not_change_the_logits():
     model = quantized(LlamaForCausalLM, LlamaConfig(**{**SIZES, "hidden_size": 512, "intermediate_size": 512}))
     ids = torch.arange(30)
-    decoder = Decoder.of(model, 30)
-    assert decoder is not None
+    decoder = Decoder(model, 30)
     first = decoder.begin(ids).clone()
     torch.set_num_threads(2)
     try:
@@ -145,16 +141,18 @@ def test_threads_do_not_change_the_logits():
 
 
 @pytest.mark.parametrize(
-    ("family", "config"),
+    ("family", "config", "reason"),
     [
-        (GPT2LMHeadModel, GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64)),
-        (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16)),
-        (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=8)),
-        (LlamaForCausalLM, LlamaConfig(**SIZES, hidden_act="gelu")),
+        (GPT2LMHeadModel, GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64), "otherwise"),
+        (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16), "window"),
+        (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=8), "its attention has a window"),
+        (LlamaForCausalLM, LlamaConfig(**SIZES, hidden_act="gelu"), "its MLP has no SiLU"),
     ],
 )
-def test_other_models_are_left_to_transformers(family, config):
-    assert Decoder.of(quantized(family, config), 10) is None
+def test_other_models_are_left_to_transformers(family, config, reason):
+    begun = writing.begin(quantized(family, config), torch.arange(3), 10)
+    assert begun.writer is None
+    assert reason in begun.why
 
 
 @torch.no_grad()
@@ -164,13 +162,13 @@ def test_a_model_that_only_looks_alike_is_found_out(monkeypatch):
     norm = type(model.model.norm)
     plain = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) * (1 + 1 / self.weight))
-    decoder = Decoder.of(model, 10)
-    assert decoder is not None
-    assert decoder.begin(torch.arange(5)) is None
+    assert Decoder(model, 10).begin(torch.arange(5)) is None
+    assert writing.begin(model, torch.arange(5), 10).why == "it looks like Llama and computes something else"
 
 
 def test_an_unquantized_model_is_left_to_transformers():
-    assert Decoder.of(LlamaForCausalLM(FAMILIES["llama"][1]), 10) is None
+    begun = writing.begin(LlamaForCausalLM(FAMILIES["llama"][1]), torch.arange(3), 10)
+    assert (begun.writer, begun.why) == (None, "a layer is not quantized")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bitquilt.models.linear import QuantizedLinear
+from bitquilt.ops.decode import Angles, Shape
 from bitquilt.ops.gpu import body
+from bitquilt.ops.gpu.decode import Fused
 from tests.weights import make_weight
 
 
@@ -41,7 +43,17 @@ def main() -> None:
         module = QuantizedLinear.from_weight(make_weight(kind), torch.zeros(12))
         x = torch.zeros(tokens, module.in_features, dtype=dtype)
         body.quantized_matmul(x, *module._stored(), module.bias, 12)
+    _decode()
     print(*compiled)
+
+
+def _decode() -> None:
+    x, table = (torch.zeros(rows, 64, dtype=torch.bfloat16) for rows in (1, 200))
+    cache, angles = torch.zeros(2, 1, 200, 32), Angles(table, table, torch.zeros(1, dtype=torch.int64))
+    glue = Fused(Shape(2, 1, 32, 0.2, 1e-5), 200, torch.device("cpu"))
+    glue.add_norm(x, x, x[0])
+    glue.attend(glue.place(x, x, x, (x, x), angles, cache), cache.bfloat16(), angles.position)
+    glue.gated(x, x)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from bitquilt import ops
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import gpu, kernels, reference
@@ -369,6 +371,58 @@ def test_a_compiled_module_prepares_its_weight_once(monkeypatch):
     assert len(made) == 1
 
 
+class ReadBack(TorchDispatchMode):
+    """Refuses what would wait for a GPU."""
+
+    WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique", "repeat_interleave")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        elsewhere = (kwargs or {}).get("device") not in (None, torch.device(DEVICE))
+        if name.startswith(self.WAITS) or masks or elsewhere:
+            raise AssertionError(f"{func} reads back from a GPU")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "everything", "quads", "mx_with_inputs"])
+@pytest.mark.parametrize("tokens", [1, MAX_FUSED + 1])
+def test_a_product_reads_nothing_back(kind, tokens, monkeypatch):
+    """In one launch. The kernels themselves are left out; that they compute is tested elsewhere."""
+    own = {"everything": everything, "quads": lambda: QuantizedWeight((codebook_segment(3, 256, 1, rows=ROWS),))}
+    module = QuantizedLinear.from_weight(own[kind]() if kind in own else make_weight(kind)).to(DEVICE)
+    if not GPU:
+        module.arrange()
+    launched = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(self.name)
+
+    monkeypatch.setattr(body, "interpreted", lambda: not GPU)
+    for name in ("product_kernel", "dense_kernel", "outlier_kernel"):
+        monkeypatch.setattr(body, name, Kernel(name))
+    x = torch.zeros(tokens, module.in_features, dtype=torch.bfloat16, device=DEVICE)
+    module(x)  # checks the weight: that may wait
+    launched.clear()
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} reads back from a GPU"))
+    with ReadBack():
+        module(x)
+    outlying = ["outlier_kernel"] if module.layout.outliers else []
+    assert launched == (["product_kernel"] if tokens == 1 else ["dense_kernel", *outlying])
+
+
+def test_reading_back_would_be_noticed():
+    x = torch.ones(3, device=DEVICE)
+    for read in (lambda: x.sum().item(), lambda: x[x > 0], lambda: torch.equal(x, x), lambda: x.to("meta")):
+        with pytest.raises(AssertionError, match="reads back"), ReadBack():
+            read()
+
+
 @on_gpu
 def test_a_graph_replays_on_new_inputs():
     module = QuantizedLinear.from_weight(everything()).to(DEVICE)
@@ -508,7 +562,8 @@ def test_launches_bind_and_compile():
     ran = subprocess.run([sys.executable, "-m", "tests.ops.launched"], capture_output=True, text=True, timeout=300,
                          env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel"]
+    decode = ["add_norm_kernel", "place_kernel", "attend_kernel", "gated_kernel"]
+    assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel", *decode]
 
 
 def test_the_operator_on_a_gpu_is_this_body():

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 from rich import box
 from rich.table import Table
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from typer import Argument, Option
 
+from bitquilt.cli.machines import Gpu, Host
+from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
 from bitquilt.errors import UserError
 from bitquilt.evaluation.loading import as_model, context_length, vocabulary
-from bitquilt.integrations.decoding import Decoder
+from bitquilt.integrations.llama import prompt_logits
+from bitquilt.integrations.static import captured
+from bitquilt.integrations.writing import begin
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.embedding import SharedHead
 from bitquilt.models.linear import QuantizedLinear, replace_module
-from bitquilt.ops import kernels, reference
+from bitquilt.ops import gpu, kernels, reference
+from bitquilt.runtime.devices import choose_device, free_bytes
 
 _SPARE = 2**30  # bytes that must stay free beside a model unpacked for comparison
-_READ = 2**31  # memory of the read loop: more than caches hold
 
 
 def bench(
@@ -34,15 +38,17 @@ def bench(
     tokens: Annotated[int, Option(min=2, help="Tokens to write.")] = 64,
     prompt: Annotated[int, Option(min=2, help="Tokens of the prompt.")] = 512,
     compare: Annotated[bool, Option(help="Measure the bf16 model and the reference body too.")] = True,
+    device: WhereDevice = "cpu",
     json_output: Json = False,
 ) -> None:
     """Tokens per second of prompt and text, share of the memory's speed, peak memory; random token ids."""
+    where = choose_device(device)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         with calm(), torch.no_grad():
-            figures = _measure(folder, tokens, prompt, compare)
+            figures = _measure(folder, tokens, prompt, compare, where)
     finally:
         torch.set_num_threads(before)
     if json_output:
@@ -51,12 +57,14 @@ def bench(
         _print(folder, figures)
 
 
-def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, Any]:
-    if not kernels.built():
-        raise UserError("the package was installed without its kernels: nothing to measure; install it with a compiler")
+def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.device) -> dict[str, Any]:
+    if not (kernels.built() if where.type == "cpu" else gpu.has_triton()):
+        raise UserError(
+            f"there are no kernels for {where}, so nothing to measure: install with a compiler, or Triton for a GPU"
+        )
     checkpoint = open_checkpoint(folder)
-    start = _reset_peak()
-    model = as_model(checkpoint.folder, "cpu", "auto")
+    machine = Host() if where.type == "cpu" else Gpu(where)
+    model = as_model(checkpoint.folder, where, "auto")
     layers = [(name, m) for name, m in model.named_modules() if type(m) is QuantizedLinear]
     if not layers:
         raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` has written")
@@ -67,27 +75,30 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, 
     started = time.perf_counter()
     for _, layer in layers:
         layer.settle()
-    ready = time.perf_counter() - started
-    ids = torch.randint(0, vocabulary(model) or 2, (prompt,), generator=torch.Generator().manual_seed(0))
-    prefill, decode, native = _speeds(model, ids, tokens)
-    peak = psutil.Process().memory_info().rss if start is None else _peak() - start
-    matmuls = _sum_of_products(model)
-    bandwidth = kernels.read_bandwidth(_READ, torch.get_num_threads())
+    settled = time.perf_counter() - started
+    ids = torch.randint(0, vocabulary(model) or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
+    speeds = _speeds(model, ids, tokens, machine)
+    peak = machine.peak()
+    matmuls = _sum_of_products(model, machine, recorded=speeds.writer == "graph")
+    bandwidth = machine.bandwidth()
     read = _bytes_per_token(model)
     figures: dict[str, Any] = {
+        "device": str(where),
+        "machine": machine.title,
         "threads": torch.get_num_threads(),
-        "isa": kernels.level(),
+        "isa": kernels.level() if where.type == "cpu" else "triton",
         "activations": kernels.activations(),
-        "decoder": "native" if native else "transformers",
+        "decoder": speeds.writer,
+        "why_transformers": speeds.why or None,
         "prompt_tokens": prompt,
         "written_tokens": tokens,
-        "decode_tokens_per_s": 1 / decode,
-        "prefill_tokens_per_s": prompt / prefill,
+        "decode_tokens_per_s": 1 / speeds.token,
+        "prefill_tokens_per_s": prompt / speeds.prompt,
         "bytes_per_token": read,
         "read_bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_share": read / decode / bandwidth,
-        "share_of_matmuls": matmuls / decode,
-        "ready_seconds": ready,
+        "bandwidth_share": read / speeds.token / bandwidth,
+        "share_of_matmuls": matmuls / speeds.token,
+        "ready_seconds": settled if where.type == "cpu" else speeds.first,
         "peak_bytes": peak,
         "file_bytes": sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
         "kv_cache_bytes": _cache_bytes(model, prompt + tokens),
@@ -96,35 +107,54 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool) -> dict[str, 
         "bf16_prefill_tokens_per_s": None,
     }
     if compare:
-        figures |= _comparison(model, layers, ids, tokens)
+        figures |= _comparison(model, layers, ids, tokens, machine)
     return figures
 
 
-def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[float, float, bool]:
-    """Seconds of the prompt, seconds per token written, and whether the native decoder wrote them."""
-    decoder = Decoder.of(model, len(ids) + tokens)
-    logits = None if decoder is None else decoder.begin(ids[:2])
+@dataclass(frozen=True)
+class _Speeds:
+    """Seconds: of the first prompt with all that is made once, of a prompt, of a token written; who wrote, and why
+    nobody but transformers."""
+
+    first: float
+    prompt: float
+    token: float
+    writer: str
+    why: str
+
+
+def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gpu) -> _Speeds:
     started = time.perf_counter()
-    cache, times = DynamicCache(config=model.config), []
-    if decoder is not None and logits is not None:
-        decoder.read(ids, cache)
-        prefill = time.perf_counter() - started
+    begun = begin(model, ids, len(ids) + tokens)
+    machine.done()
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    cache = DynamicCache(config=model.config)
+    if begun.writer is not None:
+        logits = prompt_logits(model, ids, cache)
+    else:
+        logits = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    machine.done()
+    prompt = time.perf_counter() - started
+    if begun.writer is not None:
+        assert begun.logits is not None
         del cache
-        logits = decoder.begin(ids)
-        assert logits is not None, "the decoder agreed on two tokens and not on all"
-        for _ in range(tokens):
-            started = time.perf_counter()
-            logits = decoder.step(int(logits.argmax()))
-            times.append(time.perf_counter() - started)
-        return prefill, _typical(times), True
-    out = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - started
-    token = out.logits[:, -1:].argmax(-1)
+        logits, step = begun.logits, begun.writer.step
+    else:
+
+        def step(token: int) -> Tensor:
+            found = model(ids.new_tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
+            assert isinstance(found, Tensor)
+            return found
+
+    times = []
     for _ in range(tokens):
         started = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        logits = step(int(logits.argmax()))
+        machine.done()
         times.append(time.perf_counter() - started)
-    return prefill, _typical(times), False
+    name = "transformers" if begun.writer is None else begun.writer.name
+    return _Speeds(first, prompt, _typical(times), name, begun.why)
 
 
 def _typical(times: list[float]) -> float:
@@ -132,12 +162,17 @@ def _typical(times: list[float]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _sum_of_products(model: PreTrainedModel) -> float:
-    """Seconds of all linear layers for one token, each called once in their order, the best of five rounds."""
-    dtype = model.dtype
+def _sum_of_products(model: PreTrainedModel, machine: Host | Gpu, recorded: bool) -> float:
+    """Seconds of all linear layers for one token, each called once in their order, the best of five rounds. `recorded`:
+    in a CUDA graph."""
     layers = _products(model)
-    inputs = {m.in_features: torch.randn(1, m.in_features).to(dtype) for m in layers}
-    return _best(lambda: [layer(inputs[layer.in_features]) for layer in layers])
+    inputs = {m.in_features: torch.randn(1, m.in_features).to(machine.device, model.dtype) for m in layers}
+
+    def every() -> None:
+        for layer in layers:
+            layer(inputs[layer.in_features])
+
+    return _best(captured(every, machine.device) if recorded else every, machine)
 
 
 def _products(model: PreTrainedModel) -> list[Any]:
@@ -145,11 +180,12 @@ def _products(model: PreTrainedModel) -> list[Any]:
     return [m for m in model.modules() if type(m) in (QuantizedLinear, SharedHead, nn.Linear)]
 
 
-def _best(work: Callable[[], Any], rounds: int = 5) -> float:
+def _best(work: Callable[[], Any], machine: Host | Gpu, rounds: int = 5) -> float:
     best = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
         work()
+        machine.done()
         best = min(best, time.perf_counter() - started)
     return best
 
@@ -172,19 +208,19 @@ def _cache_bytes(model: PreTrainedModel, length: int) -> int:
 
 
 def _comparison(
-    model: PreTrainedModel, layers: list[tuple[str, QuantizedLinear]], ids: Tensor, tokens: int
+    model: PreTrainedModel, layers: list[tuple[str, QuantizedLinear]], ids: Tensor, tokens: int, machine: Host | Gpu
 ) -> dict[str, Any]:
     """The reference body, one token; then the same weights in bf16 through torch, where they fit."""
     figures: dict[str, Any] = {}
-    x = {layer.in_features: torch.randn(1, layer.in_features, dtype=model.dtype) for _, layer in layers}
+    x = {layer.in_features: torch.randn(1, layer.in_features).to(machine.device, model.dtype) for _, layer in layers}
 
     def through_reference() -> None:
         for _, layer in layers:
             reference.quantized_matmul(x[layer.in_features], *layer._stored(), None, layer.out_features)
 
-    figures["reference_decode_tokens_per_s"] = 1 / _best(through_reference, 1)
+    figures["reference_decode_tokens_per_s"] = 1 / _best(through_reference, machine, 1)
     needed = sum(2 * layer.in_features * layer.out_features for _, layer in layers) + _SPARE
-    if psutil.virtual_memory().available < needed:
+    if free_bytes(machine.device) < needed:
         stderr.print(f"the bf16 model needs {size_text(needed)} of memory, more than is free: not measured")
         return figures
     for name, layer in layers:
@@ -195,22 +231,11 @@ def _comparison(
         replace_module(model, name, dense)
     layers.clear()
     model.to(torch.bfloat16)
-    prefill, decode, _ = _speeds(model, ids, min(tokens, 16))
-    return figures | {"bf16_decode_tokens_per_s": 1 / decode, "bf16_prefill_tokens_per_s": len(ids) / prefill}
-
-
-def _reset_peak() -> int | None:
-    """Bytes resident now, the peak counted from here; None where the system does not count one."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _peak()
-    except OSError:
-        return None
-
-
-def _peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    speeds = _speeds(model, ids, min(tokens, 16), machine)
+    return figures | {
+        "bf16_decode_tokens_per_s": 1 / speeds.token,
+        "bf16_prefill_tokens_per_s": len(ids) / speeds.prompt,
+    }
 
 
 def _print(folder: str, figures: dict[str, Any]) -> None:
@@ -224,7 +249,8 @@ def _print(folder: str, figures: dict[str, Any]) -> None:
     read = figures["bytes_per_token"] * figures["decode_tokens_per_s"]
     table.add_row("weights read", f"{size_text(read)}/s", f"{100 * share:.0f} % of the memory's "
                   f"{size_text(figures['read_bandwidth_bytes_per_s'])}/s")  # fmt: skip
-    table.add_row("first use", f"{figures['ready_seconds']:.2f} s", "moving the layers into large pages")
+    first = "moving the layers into large pages" if figures["device"] == "cpu" else "checks, compiling, a graph made"
+    table.add_row("first use", f"{figures['ready_seconds']:.2f} s", first)
     table.add_row("peak memory", size_text(figures["peak_bytes"]), f"files {size_text(figures['file_bytes'])}, "
                   f"cache {size_text(figures['kv_cache_bytes'])}")  # fmt: skip
     for key, name in (("bf16", "bf16"), ("reference", "reference body")):
@@ -232,6 +258,7 @@ def _print(folder: str, figures: dict[str, Any]) -> None:
         if speed is not None:
             times = figures["decode_tokens_per_s"] / speed
             table.add_row(f"{name}, writing", f"{speed:.3g} tokens/s", f"{times:.1f} times slower")
-    stdout.print(f"{folder}, {figures['threads']} threads, {figures['isa']}, {figures['activations']} activations",
-                 style="bold", markup=False)  # fmt: skip
+    stdout.print(f"{folder}, {figures['machine']}", style="bold", markup=False)
     stdout.print(table)
+    if figures["why_transformers"]:
+        stdout.print(f"transformers wrote: {figures['why_transformers']}", markup=False)

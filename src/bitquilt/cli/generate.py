@@ -14,12 +14,16 @@ from transformers import (
 from typer import Argument, Option
 
 from bitquilt.cli.eval import DtypeOption
+from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import calm, stderr
 from bitquilt.errors import UserError
 from bitquilt.evaluation.loading import as_model, check_causal, context_length
-from bitquilt.integrations.decoding import Decoder
+from bitquilt.integrations.writing import Begun, Writer, begin
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.runtime.calibration import load_tokenizer
+from bitquilt.runtime.devices import choose_device
+
+_NOT_PLAIN = Begun(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
 
 
 def generate(
@@ -29,14 +33,16 @@ def generate(
     temperature: Annotated[float, Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     seed: Annotated[int, Option(help="The same seed writes the same text.")] = 0,
     dtype: DtypeOption = None,
+    device: WhereDevice = "auto",
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
+    where = choose_device(device)
     with calm():
         checkpoint = open_checkpoint(folder)
         tokenizer = load_tokenizer(checkpoint.folder)
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer; put the tokenizer files of the model beside its weights")
-        model = as_model(checkpoint.folder, None, None if dtype is None else dtype.value)
+        model = as_model(checkpoint.folder, where, None if dtype is None else dtype.value)
         write_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
@@ -65,11 +71,13 @@ def write_text(
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         check_causal(model, ids[0])
         torch.manual_seed(seed)
-        decoder = Decoder.of(model, ids.shape[1] + max_new_tokens) if _plain(model) else None
-        logits = None if decoder is None else decoder.begin(ids[0])
-        if decoder is not None and logits is not None:
-            written = _decode(decoder, logits, ids[0], max_new_tokens, _choice(model, temperature), streamer)
+        begun = begin(model, ids[0], ids.shape[1] + max_new_tokens) if _plain(model) else _NOT_PLAIN
+        if begun.writer is not None and begun.logits is not None:
+            choose = _choice(model, temperature)
+            written = _decode(begun.writer, begun.logits, ids[0], max_new_tokens, choose, streamer)
             return str(tokenizer.decode(written, skip_special_tokens=True))
+        if model.device.type != "cpu":
+            stderr.print(f"transformers' own loop writes, which is slower: {begun.why}")
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         written = model.generate(
@@ -107,11 +115,11 @@ def _choice(model: Any, temperature: float) -> Callable[[torch.Tensor], int]:
 
 
 def _decode(
-    decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, most: int, choose: Callable[[torch.Tensor], int],
+    writer: Writer, logits: torch.Tensor, ids: torch.Tensor, most: int, choose: Callable[[torch.Tensor], int],
     streamer: TextStreamer | None,
 ) -> list[int]:  # fmt: skip
     """The prompt's tokens and up to `most` more, until one that ends a text."""
-    ends = decoder.model.generation_config.eos_token_id
+    ends = writer.model.generation_config.eos_token_id
     stop = {ends} if isinstance(ends, int) else set(ends or ())
     written = ids.tolist()
     if streamer is not None:
@@ -122,7 +130,7 @@ def _decode(
             streamer.put(torch.tensor(written[-1:]))
         if written[-1] in stop or i == most - 1:
             break
-        logits = decoder.step(written[-1])
+        logits = writer.step(written[-1])
     if streamer is not None:
         streamer.end()
     return written

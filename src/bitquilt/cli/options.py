@@ -21,6 +21,7 @@ HeadBits = Annotated[
     Option(help="Round the layer that makes logits to N bits, where it is not tied.", metavar="N", show_default=False),
 ]
 Device = Annotated[str, Option(help="Where blocks are computed: cpu, cuda, cuda:N, or auto: a GPU where there is one.")]
+WhereDevice = Annotated[str, Option("--device", help="Where the model runs: cpu, cuda, cuda:N, or auto.")]
 Published = Annotated[bool, Option("--published", help="The settings of the public implementation.")]
 Settings = Annotated[
     list[str] | None, Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")

@@ -214,6 +214,7 @@ def _print_prediction(prediction: dict[str, Any]) -> None:
     if prediction.get("ppl_range"):
         low, high = prediction["ppl_range"]
         text += f"; perplexity {low:.4g} to {high:.4g}, in full precision {prediction['perplexity_full_precision']:.4g}"
+        text += ", on the calibration text"
     if without := prediction.get("without"):
         text += f"; without {without}"
     print_fact(stdout, "loss", text)

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Sequence
 from io import FileIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +81,8 @@ def let_go(tensors: Sequence[Tensor]) -> None:
 def _of_files(pages: FileIO, first: int, last: int) -> bool:
     """Whether whatever is in memory of pages `first` to `last` is a file's: bit 63 of an entry says that the page is in
     memory, 62 that it was swapped out, 61 that a file has it (Linux, Documentation/admin-guide/mm/pagemap.rst)."""
+    import numpy as np  # here: PyTorch, and with it the GPU's kernels, does without
+
     found = np.frombuffer(os.pread(pages.fileno(), 8 * (last - first), 8 * first), np.uint64)
     return len(found) == last - first and not ((found >> 62 != 0) & (found >> 61 & 1 == 0)).any()
 

@@ -81,7 +81,7 @@ def dense(weight: StoredWeight, found: Prepared, dtype: torch.dtype) -> Tensor:
         (p.start, p.width, p.sizes(0)[2] if p.read >= QUADS else p.row_bytes, 0, p.groups, p.zero_bytes, p.first_chunk)
         for p in found.parts
     )
-    with _on(found.device):
+    with on(found.device):
         dense_kernel[(triton.cdiv(found.rows, _DENSE_ROWS), found.chunks)](
             out, out if found.channels is None else found.channels, found.stored(weight, "codes"),
             found.stored(weight, "scales"), found.stored(weight, "zeros"), sizes, found.rows, found.columns,
@@ -114,7 +114,7 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
         gathered = x.index_select(1, found.channels)
     codes = found.codes(weight)
     sizes = tuple(part.sizes(planes[0].numel()) for part, planes in zip(found.parts, codes, strict=True))
-    with _on(found.device):
+    with on(found.device):
         partial = torch.empty((config.parts, *out.shape), device=x.device) if shared else out
         counters = found.counter(tiles[0] * tiles[1]) if shared else out
         product_kernel[(tiles[0] * config.parts, tiles[1])](
@@ -131,7 +131,7 @@ def _product(x: Tensor, weight: StoredWeight, found: Prepared, bias: Tensor | No
 def cut(found: Prepared, tokens: int) -> Config:
     """How a product of a weight is cut into programs."""
     if tokens <= tuned.MAX_TOKENS and (measured := tuned.cuts(found.device)):
-        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens, found.quads))
+        known = measured.get(tuned.key(found.rows, found.chunks, found.bits, tokens, found.kind))
         if known is not None:
             return known
     return choose(found.rows, found.chunks, tokens, processors(found.device), found.quads)
@@ -164,6 +164,6 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

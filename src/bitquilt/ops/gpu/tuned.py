@@ -24,9 +24,8 @@ from bitquilt.ops.gpu.config import Config
 MAX_TOKENS = 64  # more are compute bound: one cut for all
 
 
-def key(rows: int, chunks: int, bits: float, tokens: int, quads: bool = False) -> str:
-    """What a cut is remembered under."""
-    kind = "codebook" if quads else "bits"
+def key(rows: int, chunks: int, bits: float, tokens: int, kind: str = "bits") -> str:
+    """What a cut is remembered under. `kind`: bits (uniform), codebook or mx."""
     return f"{rows}x{chunks} {round(bits)} {kind}, {1 << max(0, tokens - 1).bit_length()} tokens"
 
 

@@ -79,6 +79,8 @@ class Prepared:
         _check_devices(weight, self.device)
         self.parts = self._describe(weight)
         self.quads = any(part.read >= QUADS for part in self.parts)
+        rounds_mx = any(part.form[0] == reference.GRID_MX for part in self.parts)
+        self.kind = "codebook" if self.quads else "mx" if rounds_mx else "bits"  # of products that are cut alike
         self._tables: dict[torch.dtype, tuple[Tensor | None, ...]] = {}
         self.chunks = sum(-(-part.width // CHUNK) for part in self.parts)
         self.bits = sum(part.form[1] * part.width for part in self.parts) / self.columns  # mean of the codes
