@@ -2,14 +2,16 @@
 
     python -m benchmarks.allocation                                   # three models, four recipes, five budgets
     python -m benchmarks.allocation --models stories260k --recipes gptq
+    python -m benchmarks.allocation --models stories260k --recipes slim-llm+ mg-ptq micromix
     python -m benchmarks.allocation --models                          # tables of what was measured before
 
 Columns: `published` = the recipe's own rule, layer by layer, at the most bits it can use within the budget; `global` =
 column groups (channels) of the whole model at exactly the bits per weight that `published` took; `uniform` = every
 layer the same, wider groups evenly spread. GPTQ's published rule is `uniform`. Group sizes of slim-llm are those with
-which its rule comes close to the budget: a layer of 256 inputs has two groups of 128, its mean moves in steps of half
-a bit. Calibration and sensitivities are the same for all columns. Every row is kept as soon as it is measured; the same
-command continues. `benchmarks.prediction` compares predicted and measured KL over all rows.
+which its rule comes close to the budget: a layer of 256 inputs has two groups of 128, its mean moves in steps of half a
+bit. The budgets of slim-llm+ and mg-ptq are nominal bits, the only ones that their own rule takes. Calibration and
+sensitivities are the same for all columns. Every row is kept as soon as it is measured; the same command continues.
+`benchmarks.prediction` compares predicted and measured KL over all rows.
 """
 
 import argparse
@@ -34,6 +36,13 @@ from bitquilt.types import LayerPlan
 BPW = (2.5, 3.0, 2.25, 3.5, 4.0)
 MORE = (2.75, 3.25, 3.75, 4.25, 4.5)  # for the law: ten budgets of one recipe
 SLIM_GROUPS = {2.25: 128, 2.5: 64, 3.0: 32, 3.5: 32, 4.0: 32}
+# options and budgets of recipes with two sizes; slim-llm+ trains 5 epochs where the publication has 50
+SHORT: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "slim-llm+": ({"group_size": 32, "epochs": 5}, (2, 3)),
+    "mg-ptq": ({"group_size": 32}, (2.3, 3)),
+    "micromix": ({"alignment": 32}, (5.75, 7.75)),
+}
+NOMINAL = ("slim-llm+", "mg-ptq")
 NO_OUTLIERS = {"error_outliers": 0.0, "act_outliers": 0.0}  # they cost more than they bring on these models
 DATA: dict[str, Any] = {"samples": 32, "seed": 0}
 TOKENS = 15_000
@@ -72,6 +81,11 @@ def runs(model: str, recipe: str) -> Iterator[Run]:
         for budget in BPW:
             yield from (Run(model, recipe, {"group_size": 64}, column, budget) for column in ("global", "uniform"))
         return
+    if recipe in SHORT:
+        options, budgets = SHORT[recipe]
+        for budget in budgets:
+            yield from (Run(model, recipe, options, column, budget) for column in ("published", "global", "uniform"))
+        return
     for budget in BPW:
         options = {"group_size": SLIM_GROUPS[budget]} if recipe == "slim-llm" else NO_OUTLIERS
         yield from (Run(model, recipe, options, column, budget) for column in ("published", "global", "uniform"))
@@ -85,7 +99,8 @@ def measure(run: Run, target: float) -> dict[str, Any]:
     recipe: Any = make_recipe(run.recipe, **run.options)
     options: dict[str, Any] = {"budget": Budget("bpw", target), "scope": run.column, "sensitivities": run.tables}
     if run.column == "published":
-        recipe, options = make_recipe(run.recipe, **run.options, bpw=target), {}
+        unit = "bits" if run.recipe in NOMINAL else "bpw"
+        recipe, options = make_recipe(run.recipe, **run.options, **{unit: target}), {}
     try:
         found = quantize_and_score(run.model, recipe, tokens=TOKENS, **DATA, **options)
     except UserError as error:
@@ -167,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(TEXTS), choices=list(TEXTS), help="none: tables only")
     recipes = ["slim-llm", "gptq", "cmpq", "quilt"]
-    parser.add_argument("--recipes", nargs="+", default=recipes, choices=recipes)
+    parser.add_argument("--recipes", nargs="+", default=recipes, choices=[*recipes, *SHORT])
     parser.add_argument("--rows", type=int, help="of each model; the same command continues after them")
     arguments = parser.parse_args()
     OUTPUT.mkdir(exist_ok=True)

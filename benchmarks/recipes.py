@@ -21,7 +21,6 @@ from benchmarks.rows import Run, measured
 from benchmarks.scored import TEXTS
 from benchmarks.shapes import layer_shapes
 from bitquilt.packing import storage_bits
-from bitquilt.protocols import Plannable
 from bitquilt.recipes import make_recipe
 from bitquilt.types import Format, Layout, uniform_plan
 
@@ -57,8 +56,8 @@ def predicted_bpw(shapes: dict[str, tuple[int, int]], row: str, bits: float, gro
     stored = weights = 0.0
     for rows, columns in shapes.values():
         low = int(bits)
-        recipe = make_recipe(name, **options)
-        if isinstance(recipe, Plannable):
+        recipe: Any = make_recipe(name, **options)
+        if bits == low:
             stored += storage_bits(recipe.layout(rows, columns, uniform_plan(columns, low, group_size)))
         else:
             ends = [

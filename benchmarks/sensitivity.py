@@ -2,9 +2,15 @@
 
     python -m benchmarks.sensitivity                       # three models, slim-llm, group size 32
     python -m benchmarks.sensitivity --models demo --widths 2 3 --layers 14 --windows 16     # drawn at random
+    python -m benchmarks.sensitivity --cost --models stories260k demo block                  # seconds, no correlations
 
 Truth: one layer quantized by the recipe at one width, everything else in full precision, KL on held-out text. Reported
 are Spearman's rank correlation over the layers at each width, and the ratio of the sums (1 = the unit is right).
+
+`--cost`: processor seconds of measuring the tables, and of quantizing with them, one after the other in one process, by
+the recipes of COSTS, with 64 x 256 tokens to calibrate on; `quantize` takes sixteen times as many by itself, of which no
+more than these are measured. `block`: one block as wide as in a Llama of 1.1 billion parameters, random weights, 8,192
+tokens.
 """
 
 import argparse
@@ -16,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
+from bitquilt import Budget
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.models.structure import open_skeleton, quiet_transformers
@@ -34,6 +43,17 @@ from bitquilt.text import token_stream, windows
 from bitquilt.types import Layer, uniform_plan
 
 METHODS = ("kfac", "activation")
+COSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "gptq": ("gptq", {}),
+    "gptq, scale search": ("gptq", {"scale_search": True}),
+    "slim-llm": ("slim-llm", {}),
+    "mg-ptq": ("mg-ptq", {}),
+    "cmpq": ("cmpq", {}),
+    "cmpq+": ("cmpq+", {}),
+    "quilt": ("quilt", {}),
+}
+BLOCK = "block"
 WINDOWS = 48
 
 
@@ -115,15 +135,69 @@ def compare(
     return rows
 
 
+def one_block(folder: Path) -> tuple[Path, Path]:
+    """A Llama of one block, 2048 wide, and 16 x 512 token ids."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=512, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / BLOCK)
+    save_file({"input_ids": torch.randint(3, 512, (16, 512))}, folder / "ids.safetensors")
+    return folder / BLOCK, folder / "ids.safetensors"
+
+
+def cost(model: str, row: str, folder: Path) -> dict[str, Any]:
+    """Processor seconds of measuring and of quantizing to one bit above the least that the recipe reaches."""
+    name, options = COSTS[row]
+    data: dict[str, Any] = {"samples": 64, "seq_len": 256}
+    if model == BLOCK:
+        source, calibration = one_block(folder)
+        data = {"samples": 16, "seq_len": 512}
+    else:
+        source, calibration = SHARED / "models" / model, SHARED / "text" / TEXTS[model][0]
+    started = time.process_time()
+    bitquilt.measure_model(source, folder / "tables", name, calibration, **data, **options)
+    measured = time.process_time() - started
+    least = bitquilt.plan(source, name, budget=Budget("size", 1e15), **options).summary["reachable_bytes"][0]
+    found = bitquilt.plan(source, name, budget=Budget("size", least), **options).summary["bpw"]
+    recipe = make_recipe(name, **options)
+    started = time.process_time()
+    bitquilt.quantize(source, recipe, calibration, folder / "out", budget=Budget("bpw", found + 1),
+                      sensitivities=folder / "tables", **data)  # fmt: skip
+    quantized = time.process_time() - started
+    return {"model": model, "recipe": row, "measuring": round(measured, 1), "quantizing": round(quantized, 1),
+            "measuring / quantizing": round(measured / quantized, 2)}  # fmt: skip
+
+
+def costs(models: list[str], recipes: list[str]) -> None:
+    """A line per model and recipe, kept as soon as it is there."""
+    path, rows = OUTPUT / "sensitivity-cost.json", list[dict[str, Any]]()
+    torch.set_num_threads(1)
+    for model in models:
+        for row in recipes:
+            with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+                rows.append(cost(model, row, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
+            OUTPUT.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"stamp": stamp(), "results": rows}, indent=1))
+    print(markdown_table(list(rows[0]), rows))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=[*TEXTS, BLOCK])
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--recipes", nargs="+", default=list(COSTS), choices=list(COSTS), help="with --cost")
     parser.add_argument("--recipe", default="slim-llm")
     parser.add_argument("--widths", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--layers", type=int, help="so many, drawn at random (default: all)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 256 tokens")
     arguments = parser.parse_args()
+    if arguments.cost:
+        costs(arguments.models, arguments.recipes)
+        return
     rows = []
     with quiet_transformers():
         for model in arguments.models:

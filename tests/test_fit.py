@@ -18,11 +18,11 @@ from bitquilt.allocation.scopes import SCOPES
 from bitquilt.models.checkpoint import open_checkpoint
 from bitquilt.models.structure import open_skeleton
 from bitquilt.models.ties import tied_layers
-from bitquilt.recipes import make_recipe
+from bitquilt.recipes import make_recipe, takes_option
 from bitquilt.runtime import planning
 from bitquilt.runtime.job import all_targets, shapes
 from bitquilt.runtime.planning import Planner, UnreachableError, predicted_losses
-from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.plans import OuterBits, PlanFile, plan_json, read_plan
 from bitquilt.runtime.progress import BlockDone, Stage
 from bitquilt.runtime.report import recipe_json
 from bitquilt.runtime.tables import Sensitivities, read_sensitivities
@@ -31,6 +31,11 @@ from bitquilt.wish import wish
 MakeModel = Callable[..., Path]
 Quantize = Callable[..., Result]
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+
+def options_of(recipe: str) -> dict[str, Any]:
+    own: dict[str, Any] = {"epochs": 1} if recipe == "slim-llm+" else {}
+    return own | ({"group_size": 8} if takes_option(recipe, "group_size") else {})
 
 
 def folder_bytes(folder: Path) -> int:
@@ -47,9 +52,8 @@ def measured(
     def make(recipe: str = "slim-llm") -> tuple[Path, Path]:
         if recipe not in made:
             path = tmp_path_factory.mktemp("sensitivities") / recipe
-            options = {} if recipe.startswith("cmpq") else {"group_size": 8}
             model = make_model(**WIDE)
-            bitquilt.measure_model(model, path, recipe, token_file, samples=6, seq_len=16, **options)
+            bitquilt.measure_model(model, path, recipe, token_file, samples=6, seq_len=16, **options_of(recipe))
             made[recipe] = (model, path)
         return made[recipe]
 
@@ -58,7 +62,7 @@ def measured(
 
 def planner(model: Path, path: Path | None, recipe: str = "slim-llm", **options: Any) -> Planner:
     skeleton = open_skeleton(open_checkpoint(model))
-    made: Any = make_recipe(recipe, **({} if recipe.startswith("cmpq") else {"group_size": 8}))
+    made: Any = make_recipe(recipe, **options_of(recipe))
     layers = shapes(all_targets(skeleton, (), False))
     known = None if path is None else read_sensitivities(path)
     ties = tied_layers(skeleton.model, layers) if options.pop("tie", False) else []
@@ -92,7 +96,7 @@ MONOTONE = [scope for scope in SCOPES if scope != "pairs"]
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), tie=st.booleans(), scope=st.sampled_from(MONOTONE))
-def test_more_bytes_never_predict_a_worse_loss(
+def test_more_bytes_never_predict_a_worse_loss_ties_hold_and_plans_come_back(
     shares: tuple[float, float], tie: bool, scope: Any, measured: Callable[..., tuple[Path, Path]]
 ) -> None:
     made = planner(*measured(), tie=tie)
@@ -100,6 +104,10 @@ def test_more_bytes_never_predict_a_worse_loss(
     found = [made.plan(Budget("size", int(least + share * (most - least))), scope) for share in sorted(shares)]
     for one, share in zip(found, sorted(shares), strict=True):
         assert one.spent <= int(least + share * (most - least))
+        assert all(len({one.plans[name] for name in tied}) == 1 for tied in made.units.members.values())
+        again = plan_json({"name": "slim-llm"}, one.plans, OuterBits())
+        assert PlanFile.model_validate(json.loads(json.dumps(again))).plans == one.plans
+    assert len(made.units.members) == (2 * 4 if tie else 2 * 7)
     assert found[0].loss is not None
     assert found[1].loss is not None
     assert found[1].loss <= found[0].loss * (1 + 2e-5)  # the exact solver's gap is 1e-5
@@ -178,7 +186,10 @@ def test_an_unreachable_budget_names_the_reach(measured: Callable[..., tuple[Pat
         made.plan(Budget("bits", 9.0))
 
 
-@pytest.mark.parametrize(("recipe", "bpw"), [("gptq", 6.0), ("rtn", 6.0), ("cmpq", 9.0), ("cmpq+", 9.0)])
+PLANNED = {"gptq": 6, "rtn": 6, "cmpq": 9, "cmpq+": 9, "slim-llm+": 6, "mg-ptq": 5, "aptq": 5.5, "micromix": 6}
+
+
+@pytest.mark.parametrize(("recipe", "bpw"), PLANNED.items())
 def test_every_recipe_can_be_planned(recipe: str, bpw: float, measured: Callable[..., tuple[Path, Path]]) -> None:
     made = planner(*measured(recipe), recipe)
     found = made.plan(Budget("bpw", bpw))
@@ -192,17 +203,19 @@ def test_every_recipe_can_be_planned(recipe: str, bpw: float, measured: Callable
 # Quantizing to a budget
 
 
-@pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "rtn", "cmpq"])
+@pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "rtn", "cmpq", "slim-llm+", "mg-ptq", "aptq", "micromix"])
 def test_the_folder_takes_what_was_promised(
     recipe: str, measured: Callable[..., tuple[Path, Path]], quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
     model, path = measured(recipe)
-    options = {} if recipe.startswith("cmpq") else {"group_size": 8}
-    least, most = bitquilt.plan(model, recipe, **options).summary["reachable_bytes"]
+    options = options_of(recipe)
+    bits = {"bits": 5.0} if recipe == "micromix" else {}  # it has none of its own
+    least, most = bitquilt.plan(model, recipe, **bits, **options).summary["reachable_bytes"]
     target = (least + most) // 2
     budget = Budget.of(size=target)
     found = bitquilt.plan(model, recipe, budget=budget, sensitivities=path, **options)
     made: Any = make_recipe(recipe, **options)
+    assert found.planned.scope == ("layers" if recipe == "aptq" else "global")
     result = quantize_tiny(model, tmp_path / "out", made, budget=budget, sensitivities=path)
     assert folder_bytes(result.folder) == found.summary["bytes"]
     assert 0.995 * target <= found.summary["bytes"] <= target
@@ -363,12 +376,11 @@ def test_settings_that_would_break_a_plans_promise_are_refused(
     assert not (tmp_path / "out.work").exists()
 
 
-@pytest.mark.parametrize("recipe", [{}, {"name": "mg-ptq", "bits": 3.0, "group_size": 8}])
 def test_a_plan_whose_recipe_promises_no_bytes_is_followed(
-    recipe: dict[str, Any], planned: tuple[Path, Path, int], quantize_tiny: Quantize, tmp_path: Path
+    planned: tuple[Path, Path, int], quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
     value = json.loads(planned[1].read_text())
-    planned[1].write_text(json.dumps({"recipe": recipe, "layers": value["layers"]}))
+    planned[1].write_text(json.dumps({"recipe": {}, "layers": value["layers"]}))
     result = quantize_tiny(planned[0], tmp_path / "out", make_recipe("gptq", group_size=8), plan=planned[1])
     assert json.loads((result.folder / "plan.json").read_text())["layers"] == value["layers"]
 
@@ -497,6 +509,12 @@ def test_every_family_can_be_measured(family: str, make_model: MakeModel, token_
         ("mg-ptq", {"bits": 2.2}, None, None, None),
         ("aptq", {"bits": 3.3, "allocation": "hawq2"}, None, None, None),
         ("micromix", {"bits": 4.7}, None, None, None),
+        ("slim-llm+", {"bits": 2.5}, None, None, Budget("bits", 2.5)),
+        ("slim-llm+", {"allocation": "global"}, None, None, Budget("bits", 2.0)),
+        ("mg-ptq", {"bpw": 2.5}, None, None, Budget("bpw", 2.5)),
+        ("mg-ptq", {"bits": 2.2, "allocation": "global"}, None, None, Budget("bits", 2.2)),
+        ("aptq", {"bpw": 3.3, "allocation": "layers"}, None, None, Budget("bpw", 3.3)),
+        ("micromix", {"bpw": 5.0, "allocation": "global"}, None, None, Budget("bpw", 5.0)),
     ],
 )
 def test_who_gives_out_the_bits(

@@ -13,8 +13,25 @@ class Handle:
         """x `[tokens, columns]` times the weight, plus fp32 bias (address 0: none), into out; x and out are of type
         0 fp32, 1 fp16, 2 bf16. `digits`: bytes of a fixed-point activation, 1 to 3."""
 
-    def dequantize(self, first: int, last: int, out: int, type: int, threads: int) -> None:
-        """Rows first..last of the weight into out `[last - first, columns]`."""
+    @property
+    def reordered(self) -> bool:
+        """Whether the columns are stored in another order than their channels'."""
+
+    def reorder(self, x: int, item: int, tokens: int, out: int, threads: int) -> None:
+        """x `[tokens, columns]` of `item` bytes each into out, in stored order."""
+
+    def dequantize(self, first: int, last: int, as_stored: bool, out: int, type: int, threads: int) -> None:
+        """Rows first..last of the weight into out `[last - first, columns]`, the columns as stored or as they were."""
+
+    def prefill_bytes(self, tokens: int, threads: int) -> int:
+        """Of the memory that `prefill` works in."""
+
+    def prefill(self, x: int, tokens: int, columns: int, bias: int, out: int, memory: int, threads: int) -> None:
+        """`matmul` of any number of tokens on the matrix units, x in stored order, x and out bf16. Only where
+        `matrix_units()`; memory begins at a cache line."""
+
+def matrix_units() -> bool:
+    """Whether processor and system let this process use bf16 matrix tiles (AMX)."""
 
 def use_team(address: int) -> None:
     """GOMP_parallel of the OpenMP library that torch uses: unpacking for torch's products runs on its threads."""
@@ -24,7 +41,9 @@ class Decoder:
 
     def __init__(self, sizes: list[int], epsilon: float, scale: float) -> None: ...
     def add_layer(self, products: list[Handle], arrays: list[int], cache_type: int) -> None: ...
-    def set_ends(self, norm: int, head: int, head_type: int, cosines: int, sines: int) -> None: ...
+    def set_ends(self, norm: int, cosines: int, sines: int) -> None: ...
+    def set_head(self, head: int, type: int) -> None: ...
+    def set_product_head(self, head: Handle, gains: int) -> None: ...
     def step(self, x: int, position: int, logits: int, digits: int, threads: int) -> None: ...
 
 def read_bandwidth(bytes: int, threads: int, rounds: int) -> float:

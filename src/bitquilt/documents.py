@@ -70,6 +70,11 @@ def read_documents(source: str | Path) -> Iterator[Document]:
             yield from _read_plain(file)
 
 
+def check_source(source: str | Path) -> None:
+    """Raise UserError if `source` is nowhere on this machine and cannot be a hub id, or a folder without texts."""
+    _files(source)
+
+
 def content_hash(source: str | Path) -> str:
     """SHA-256 (hex) of what `source` holds: of the file's bytes; for a folder, of its files' hashes and
     paths in it. For a hub id, of the id as it resolves: only `#revision` pins what lies behind it."""

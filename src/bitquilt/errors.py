@@ -10,9 +10,9 @@ class VerificationError(RuntimeError):
     """A finished result that does not equal what the run computed. The command line exits with 3."""
 
 
-def decides_itself(recipe: str) -> UserError:
-    """For a budget or a plan asked of a recipe whose bits nobody else can give out."""
+def not_plannable(recipe: str) -> UserError:
+    """For a budget or a plan asked of a recipe, somebody's own, that lacks the methods which a plan needs."""
     return UserError(
-        f"recipe {recipe} decides its own bits, from calibration data: nothing can be planned before; give quantize a "
-        "number of bits (or bpw, where the recipe has it), and edit the plan.json that it writes"
+        f"recipe {recipe} has no widths, layout, rounded and column_cost (bitquilt.protocols.Plannable), so no budget "
+        "can be shared out before it runs; add them, or leave out the budget"
     )

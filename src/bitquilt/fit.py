@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from bitquilt.allocation.budget import Budget
-from bitquilt.errors import UserError, decides_itself
+from bitquilt.allocation.scopes import Scope
+from bitquilt.errors import UserError, not_plannable
 from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.outline import open_outline
 from bitquilt.models.remote import RemoteCheckpoint, open_headers
@@ -24,7 +25,7 @@ from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.models.ties import tied_layers
 from bitquilt.packing import bits_per_weight, storage_bits
 from bitquilt.protocols import Plannable, Recipe
-from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.calibration import SELF, check_calibration, clip_to_context, make_calibration
 from bitquilt.runtime.devices import choose_device
 from bitquilt.runtime.job import Job, all_targets
 from bitquilt.runtime.job import shapes as shapes_of
@@ -41,7 +42,7 @@ from bitquilt.runtime.tabulate import has_one_bit
 from bitquilt.runtime.tune import training_bytes
 from bitquilt.sensitivity.together import perplexity_range
 from bitquilt.types import Layout
-from bitquilt.wish import Wish, wish
+from bitquilt.wish import Wish, own_budget, wish
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
 # What the tables do not depend on: how many bits there are, and who gives them out.
@@ -98,7 +99,8 @@ def plan(
     ties = tied_layers(skeleton.model, shapes) if tie else []
     planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, outer=outer)
     own = wanted.budget is None
-    planned = planner.plan(wanted.budget or _own_budget(wanted.recipe), "uniform" if own else wanted.scope)
+    shared: Scope = getattr(wanted.recipe, "scope", "uniform") if own else wanted.scope
+    planned = planner.plan(wanted.budget or own_budget(wanted.recipe), shared)
     untouched = survey(skeleton, {*layers, *(table.path for table in planner.tables)})
     seq_len, _ = clip_to_context(seq_len, checkpoint)
     measures = not own and wanted.scope != "uniform" and known is None
@@ -107,7 +109,8 @@ def plan(
     outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
     trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
     outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains, training_bytes=trains)
-    memory = planner.memory(planned.layouts, ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX)
+    ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
+    memory = planner.memory(planned.layouts, ctx)
     least, most = planner.reach(Budget("size", 1.0))
     budget_value = wanted.values.get("budget")
     summary = {
@@ -121,7 +124,7 @@ def plan(
         "nominal_bits": planned.nominal_bits,
         "reachable_bytes": [int(least), int(most)],
         "reachable": list(planned.reach),
-        "memory": {**asdict(memory), "total": memory.total},
+        "memory": {**asdict(memory), "total": memory.total, "ctx": ctx},
         "estimate": asdict(outlook),
         "layers": {
             name: {
@@ -166,6 +169,10 @@ def measure_model(
     """
     where = choose_device(device)
     recipe = wish(recipe, options).recipe
+    if not isinstance(recipe, Plannable):
+        raise not_plannable(recipe.name)
+    check_calibration(calibration)
+    _check_writable(Path(path))
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     skeleton = open_skeleton(checkpoint)
@@ -183,17 +190,24 @@ def measure_model(
     return found
 
 
+def _check_writable(path: Path) -> None:
+    """Before what is to be written there has been measured for minutes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write the sensitivities to {path}: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"cannot write the sensitivities to {path}: it is a folder")
+
+
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise UserError for a model that is quantized already."""
     entry = checkpoint.config.get("quantization_config")
     if entry:
         method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else entry
         raise UserError(f"{checkpoint.name} is already quantized ({method}); give the full-precision model")
-
-
-def _own_budget(recipe: Recipe) -> Budget:
-    bpw = getattr(recipe, "bpw", None)
-    return Budget("bpw", bpw) if bpw is not None else Budget("bits", float(getattr(recipe, "bits")))  # noqa: B009
 
 
 def _one_width(layout: Layout) -> list[int]:
@@ -236,7 +250,7 @@ def open_planner(
     """A planner for these layers, and embedding and head if they are to take few bits. Raises UserError for a recipe
     that cannot be planned, or an embedding or a head that has to stay as it is."""
     if not isinstance(recipe, Plannable):
-        raise decides_itself(recipe.name)
+        raise not_plannable(recipe.name)
     tables = tables_to_be(skeleton, outer, shapes)
     return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, tables=tables)
 

@@ -127,7 +127,7 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
     if layout.ordering != "identity":
         channels = expand_permutation(tensors["permutation"], layout.block, len(layout.segments), layout.in_features)
         starts = channels[channels % layout.block == 0]
-        permutation = Permutation(starts // layout.block, layout.block)
+        permutation = Permutation(starts // layout.block, layout.block, full=layout.ordering == "order")
     if layout.outliers:
         outliers = Outliers(tensors["outlier_values"], tensors["outlier_columns"], tensors["outlier_rows"])
     return QuantizedWeight(tuple(segments), permutation, outliers, tensors.get("row_gains"))

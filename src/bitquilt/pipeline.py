@@ -27,12 +27,12 @@ from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.models.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.protocols import ChecksLayers
 from bitquilt.request import Request, Result
-from bitquilt.runtime.calibration import SELF, clip_to_context, make_calibration
+from bitquilt.runtime.calibration import SELF, check_calibration, clip_to_context, make_calibration
 from bitquilt.runtime.disk import check_disk
 from bitquilt.runtime.job import Job, all_targets, shapes
 from bitquilt.runtime.outer import tables_to_be
 from bitquilt.runtime.planning import Planned, predicted_losses
-from bitquilt.runtime.plans import check_plan, plan_to_json
+from bitquilt.runtime.plans import check_plan, columns_of_a_unit, plan_to_json
 from bitquilt.runtime.progress import BlockDone, Observer, Stage, StageClock, Started, Untouched
 from bitquilt.runtime.report import add_prediction, build_report, fingerprint_of, recipe_json
 from bitquilt.runtime.size import folder_bytes
@@ -113,6 +113,8 @@ def _check(request: Request) -> None:
     for name, value in (("samples", request.samples), ("seq_len", request.seq_len), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; wanted at least 1")
+    if request.calibrates:
+        check_calibration(request.calibration)
     if request.self_samples < 0:
         raise UserError(f"self_samples is {request.self_samples}; wanted 0 or more")
     if request.self_samples and str(request.calibration) == SELF:
@@ -150,8 +152,7 @@ def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tup
     tables = tables_to_be(skeleton, request.outer, layers)
     check_memory(recipe, skeleton, layers, request.seq_len, request.device)
     if file is not None:
-        columns = getattr(recipe, "channelwise", False) or getattr(recipe, "plans_columns", False)
-        check_plan(file.plans, layers, channels=columns)
+        check_plan(file.plans, layers, channels=columns_of_a_unit(recipe) == 1)
         check_bytes(file.recipe, recipe, layers, file.plans)
     elif budget is not None:
         open_planner(skeleton, recipe, layers, outer=request.outer).check(budget)

@@ -118,6 +118,20 @@ class Plannable(Protocol):
 
 
 @runtime_checkable
+class RoundsInputs(Protocol):
+    """A plannable recipe whose layers round their inputs too, and whose plans count the columns in an order that the
+    inputs give. While its tables are made `LayerStats.sample` is there."""
+
+    def column_order(self, layer: Layer, prepared: Any) -> Tensor:
+        """The columns `[in]` in the order in which a plan's groups hold them."""
+        ...
+
+    def input_error(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
+        """E[(x_j - x_j rounded at `bits`)^2] of each column `[in]`."""
+        ...
+
+
+@runtime_checkable
 class PlansModel(Protocol):
     """A recipe that plans all layers together: each is looked at in a first pass over the full-precision model."""
 

@@ -92,10 +92,12 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """Order of the input channels in storage: stored block i holds original block `order[i]` of `block` channels."""
+    """Order of the input channels in storage: stored block i holds original block `order[i]` of `block` channels.
+    `full`: stored as an order even where the segment of each block would say it all: its size is then known before."""
 
     order: Tensor
     block: int
+    full: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class QuantizedWeight:
     def _ordering(self) -> Ordering:
         if self.permutation is None:
             return "identity"
-        return "map" if self.segment_of_block() is not None else "order"
+        return "map" if not self.permutation.full and self.segment_of_block() is not None else "order"
 
     def segment_of_block(self) -> list[int] | None:
         """The segment each block of channels is stored in, by original block; None where that does not say it all:

@@ -3,14 +3,14 @@ model where there is one. The recipe's own allocation stands where it decides la
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from bitquilt.allocation.budget import Budget
 from bitquilt.allocation.scopes import SCOPES, Scope
-from bitquilt.errors import UserError, decides_itself
+from bitquilt.errors import UserError, not_plannable
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable, Recipe
-from bitquilt.recipes import make_recipe, own_allocations, takes_fractions
+from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option
 from bitquilt.runtime.plans import OuterBits
 from bitquilt.types import LayerPlan
 
@@ -39,8 +39,8 @@ def wish(
     recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
 ) -> Wish:
     """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
-    recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own); `allocation="global"` makes it
-    one there too.
+    recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own); `allocation="global"`, or any
+    other scope that is no allocation of the recipe's own, makes it one there too.
 
     Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
     """
@@ -48,23 +48,37 @@ def wish(
         raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
     options = dict(options)
     if isinstance(recipe, str):
+        allocation = options.get("allocation")
+        if allocation in SCOPES and allocation not in own_allocations(recipe):
+            scope = scope or options.pop("allocation")
         given = [key for key in ("bits", "bpw") if options.get(key) is not None]
         if budget is not None and given:
             raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
         layerwise = options.get("bpw") is not None and options.get("allocation") in own_allocations(recipe)[:-1]
-        if not takes_fractions(recipe) and not layerwise:
+        aims = takes_fractions(recipe) and (takes_option(recipe, "bpw") or options.get("bpw") is None)
+        if not aims and not layerwise:
             budget = budget or _budget_in(options)
         recipe = make_recipe(recipe, **options)
     elif options:
         raise UserError(_NOT_BOTH.format(sorted(options)))
     if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
-        bpw = getattr(recipe, "bpw", None)
-        budget = Budget("bpw", bpw) if bpw is not None else Budget("bits", float(recipe.bits))  # type: ignore[attr-defined]
+        budget = own_budget(recipe)
     if budget is not None and getattr(recipe, "bpw", None) is not None:
         recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
     if budget is not None and not isinstance(recipe, Plannable):
-        raise decides_itself(recipe.name)
-    return Wish(recipe, budget, scope or "global")
+        raise not_plannable(recipe.name)
+    return Wish(recipe, budget, cast(Scope, scope or getattr(recipe, "scope", "global")))
+
+
+def own_budget(recipe: Recipe) -> Budget:
+    """The bits that the recipe is set to. Raises UserError where only calibration data say how many these are."""
+    bits, bpw = getattr(recipe, "bits", None), getattr(recipe, "bpw", None)
+    if bits is None and bpw is None:
+        raise UserError(
+            f"how many bits recipe {recipe.name} takes by itself only calibration data say; give it bits, bpw, size or "
+            "vram"
+        )
+    return Budget("bits", float(bits)) if bpw is None else Budget("bpw", float(bpw))  # type: ignore[arg-type]
 
 
 def wish_for_plan(

@@ -26,7 +26,7 @@ def test_json_for_scripts_and_a_table_for_people(command: Command, tiny: Path, t
     assert value["permits"]["compressed-tensors, packed 4 or 8 bits"]["layers"] == 0
     ran = command("plan", tiny, "--size", str((least + most) // 2), *GROUPS)
     assert ran.code == 0
-    for text in ("up_proj", "in the whole folder", "not measured", "outside the blocks", "cpu kernels", "reach"):
+    for text in ("up_proj", "in the whole folder", "not measured", "outside the blocks", "cpu kernels", "2048 tokens"):
         assert text in ran.out
 
 
@@ -87,6 +87,12 @@ def test_measure_once_plan_often_quantize_the_plan(
     assert (tmp_path / "tiny-slim-llm.sensitivities").is_file()
     first = json.loads(ran.out)
     assert 5.4 < first["bpw"] <= 5.5
+    ran = command("plan", tiny, "--bpw", "9", "--group-size", "8", "--out", "p.json", "--skip", "*.up_proj", *data)
+    assert "tiny-slim-llm.sensitivities lies here but is not used" in ran.err
+    assert "shared out evenly" in ran.out
+    assert f"OUT --plan p.json --calibration {text} --samples 4 --seq-len 16 --skip '*.up_proj'" in ran.out
+    ran = command("plan", tiny, "--bpw", "9", "--group-size", "8", "--sensitivities", "tiny-slim-llm.sensitivities")
+    assert ran.code == 2
     assert first["prediction"]["kl"] > 0
     assert sum(layer["predicted_loss"] for layer in first["layers"].values()) == pytest.approx(
         first["prediction"]["kl"]
@@ -129,6 +135,10 @@ def test_the_flags_of_quantize(command: Command, tiny: Path, text: Path, tmp_pat
         (["--allocation", "everywhere"], "unknown allocation 'everywhere'"),
         (["--sensitivities", "missing"], "no sensitivities at missing"),
         (["--bits", "9"], "bits is 9"),
+        (["--measure", "--calibration", "none.txt"], "none.txt does not exist"),
+        (["--measure", "--sensitivities", "/proc/none/s"], "cannot write the sensitivities to /proc/none/s"),
+        (["--out", "nowhere/plan.json"], "cannot write the plan to nowhere/plan.json: there is no folder nowhere"),
+        (["--recipe", "micromix"], "only calibration data say; give it bits, bpw, size or vram"),
     ],
 )
 def test_mistakes(command: Command, tiny: Path, flags: list[str], message: str) -> None:

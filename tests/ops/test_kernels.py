@@ -73,6 +73,17 @@ def test_uniform_grids(level, bits, width, group_size, symmetric):
     check(weight, inputs(1, width))
 
 
+@pytest.mark.parametrize(
+    ("width", "group_size"), [(512, 32), (1000, 32), (1000, 64), (1480, 128), (700, 700), (1100, 512), (2048, 1024)]
+)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_three_bits_in_wide_rows(level, width, group_size, tokens):
+    """512 columns at a time, whole and cut short, groups smaller and larger than that; a segment that is behind."""
+    parts = (uniform_segment(2, 64, 32, 1, rows=ROWS), uniform_segment(3, width, group_size, 2, rows=ROWS))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(QuantizedWeight(parts), inputs(tokens, width + 64, dtype))
+
+
 @pytest.mark.parametrize("tokens", range(1, 18))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tokens_and_dtypes(level, tokens, dtype):

@@ -1,9 +1,12 @@
 """What every recipe promises, on bare tensors: exact storage, bounded bits, invariances, named errors, determinism."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from bitquilt.errors import UserError
+from bitquilt.grids.uniform import OneBitRule
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.packing import bits_per_weight, pack, unpack
 from bitquilt.protocols import Plannable
@@ -189,12 +192,28 @@ def test_more_bits_in_a_layer_are_less_error_and_out_of_reach_is_refused():
         make_recipe("slim-llm", bpw=2.5, group_size=16).check_layers({"block": (256, 128)})
 
 
-@pytest.mark.parametrize("name", [name for name in GROUPED if isinstance(make_recipe(name), Plannable)])
-def test_what_a_plan_stores_is_known_before(name):
-    recipe = make_recipe(name, bits=3, group_size=8)
+PLANNED = [
+    *((name, {}) for name in GROUPED),
+    *(("slim-llm+", {"one_bit": rule}) for rule in get_args(OneBitRule)),
+    ("mg-ptq", {}),
+    ("mg-ptq", {"one_bit": "two_level"}),
+    ("aptq", {}),
+]
+
+
+def test_every_recipe_can_share_a_budget():
+    assert all(isinstance(make_recipe(name), Plannable) for name in RECIPES)
+
+
+@pytest.mark.parametrize(("name", "options"), PLANNED)
+def test_what_a_plan_stores_is_known_before(name, options):
+    recipe = make_recipe(name, bits=3, group_size=8, **options)
     layer = make_layer(out=20, width=44)
     prepared = recipe.prepare(layer.stats)
-    for bits in [(2, 3, 4, 2, 3, 8), (2, 2, 3, 3, 3, 4), (5,) * 6]:
+    maps = [(2, 3, 4, 2, 3, 8), (2, 2, 3, 3, 3, 4), (5,) * 6]
+    if min(recipe.widths(20)) == 1:
+        maps += [(1, 2, 1, 8, 1, 1), (1,) * 6]
+    for bits in maps:
         plan = LayerPlan(bits, 8)
         assert recipe.layout(20, 44, plan) == recipe.quantize(layer, plan, prepared).weight.layout
     for bits in recipe.widths(20):

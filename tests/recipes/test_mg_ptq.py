@@ -122,6 +122,15 @@ def test_columns_keep_their_own_bits():
     assert by_column.loss < 0.5 * by_group.loss
 
 
+@pytest.mark.parametrize("bits", [(2,) * 44, (4, 1, 3, 1) * 11, (4,) * 30 + (2,) * 14, (1,) * 40 + (3,) * 4])
+def test_what_a_plan_of_columns_stores_is_known_before(bits):
+    layer, plan = make_layer(out=20, width=44), LayerPlan(bits, 1)
+    for rule in ("symmetric", "two_level"):
+        recipe = make_recipe("mg-ptq", group_size=8, granularity="column", one_bit=rule)
+        stored = recipe.quantize(layer, plan, recipe.prepare(layer.stats)).weight
+        assert recipe.layout(20, 44, plan) == stored.layout
+
+
 def test_a_column_group_alone_and_dead_channels():
     layer = make_layer(width=20)
     plan, _ = run(make_recipe("mg-ptq", bits=2.5, group_size=32, **QUICK), layer)

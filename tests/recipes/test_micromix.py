@@ -11,6 +11,7 @@ from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops.mx import E2M1, E3M2, E4M3, quantize_blocks
 from bitquilt.packing import bits_per_weight, layout_from_json, layout_to_json, pack, unpack
 from bitquilt.recipes import make_recipe
+from bitquilt.sensitivity.kfac import width_losses
 from bitquilt.types import Format, Layer, LayerPlan, LayerStats, Layout
 from tests.recipes.test_contract import make_layer, run
 from tests.weights import naive_dense
@@ -55,8 +56,9 @@ def test_contract(options, width):
     plan, solution = run(recipe, layer)
     layout = solution.weight.layout
     assert (layout.out_features, layout.in_features) == (20, width)
-    assert plan.group_size == 1
-    assert layout.nominal_bits == pytest.approx(sum(plan.bits) / width)
+    assert layout.nominal_bits == pytest.approx(
+        sum(w * b for w, b in zip(plan.widths(width), plan.bits, strict=True)) / width
+    )
     tensors = pack(solution.weight)
     assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
     assert torch.equal(naive_dense(unpack(tensors, layout)), naive_dense(solution.weight))
@@ -98,7 +100,7 @@ def test_without_quantized_inputs_the_product_is_the_plain_one():
 @pytest.mark.parametrize(("bits", "element"), [(4, E2M1), (8, E4M3)])
 def test_one_part_is_plain_mx(bits, element):
     layer = wide_layer(128)
-    plan = LayerPlan((bits,) * 128, 1)
+    plan = LayerPlan((bits,) * 4, 32)
     recipe = make_recipe("micromix")
     prepared = recipe.prepare(layer.stats)
     module = QuantizedLinear.from_weight(recipe.quantize(layer, plan, prepared).weight)
@@ -120,6 +122,54 @@ def test_storage_of_the_worked_example():
     assert layout.nominal_bits == 5.125
     assert bits_per_weight(layout) == pytest.approx(5.375 + 16 / 4096)
     assert bits_per_weight(Layout(64, 64, ((part(4), 64),))) == 4.25
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [("886644", 32), ("444444", 32), ("468846", 32), ("864", 64)])
+def test_what_a_plan_stores_is_known_before(bits, group_size, sampled):
+    """Whatever the order of the channels comes to, even where it is no order at all."""
+    layer, recipe = wide_layer(172), make_recipe("micromix")
+    plan = LayerPlan(tuple(map(int, bits)), group_size)
+    prepared = recipe.prepare(layer.stats) if sampled else None
+    stored = recipe.quantize(layer, plan, prepared).weight
+    assert recipe.layout(20, 172, plan) == stored.layout == unpack(pack(stored), stored.layout).layout
+    # the plan's first group holds the loudest channels
+    loudest = recipe.column_order(layer, prepared)[:group_size]
+    order, start = stored.permutation.order, 0
+    for form, width in stored.layout.segments:
+        inside = set(order[start : start + width].tolist())
+        assert (set(loudest.tolist()) <= inside) == (form.bits == plan.bits[0])
+        start += width
+
+
+def test_tables_count_what_rounding_the_input_costs():
+    """The loss of a group at a width is that of the layer's own product, on the sampled tokens, errors squared."""
+    layer = wide_layer(96)
+    layer = Layer(layer.name, layer.weight, None, LayerStats(layer.stats.sample.t() @ layer.stats.sample, 300,
+                                                            layer.stats.sample))  # fmt: skip
+    recipe = make_recipe("micromix")
+    prepared = recipe.prepare(layer.stats)
+    order, x = recipe.column_order(layer, prepared), layer.stats.sample
+    table = width_losses(
+        layer.weight,
+        lambda bits: recipe.rounded(layer, prepared, bits),
+        torch.ones(20),
+        recipe.column_cost(layer, prepared),
+        recipe.widths(20),
+        32,
+        inputs=lambda bits: recipe.input_error(layer, prepared, bits),
+        order=order,
+    )
+    for i, element in enumerate((E2M1, E3M2, E4M3)):
+        for k, channels in enumerate(order.split(32)):
+            wrong = quantize_blocks(layer.weight[:, channels], element, "ceil") - layer.weight[:, channels]
+            noise = quantize_blocks(x[:, channels], element, "ceil") - x[:, channels]
+            weights = (wrong.square() @ x[:, channels].square().mean(dim=0)).sum()
+            inputs = (layer.weight[:, channels].square() @ noise.square().mean(dim=0)).sum()
+            assert float(table[k, i]) == pytest.approx(0.5 * float(weights + inputs), rel=1e-4)
+    assert not recipe.input_error(layer, None, 4).any()
+    still = make_recipe("micromix", quantize_activations=False)
+    assert not still.input_error(layer, prepared, 4).any()
 
 
 def test_layers_of_one_input_share_the_parts():

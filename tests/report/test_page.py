@@ -197,7 +197,7 @@ def many_layers(blocks: int, channels: int) -> Iterator[LayerFacts]:
             error = chance.uniform(1e-4, 1e-1)
             yield LayerFacts(
                 f"model.layers.{block}.mlp.{kind}", channels, channels, runs[kind], True, drawn[kind], 1,
-                {2: 1, 3: 1, 4: 1}, 3.0, 3.2, 0, error, error, 1e3 * error, 2 * error, 1.5,
+                {2: 1, 3: 1, 4: 1}, 3.0, 3.2, 0, False, error, error, 1e3 * error, 2 * error, 1.5,
             )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import bitquilt
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.recipes import make_recipe
+from bitquilt.runtime.sensitivities import _subset
 from bitquilt.runtime.stats import collect
 from bitquilt.types import Layer, uniform_plan
 
@@ -49,3 +50,22 @@ def test_one_bit_is_what_solving_the_layer_at_one_bit_costs(
     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     wanted = max(0.5 * made / ids.numel(), float(found.losses[name][:, 1].sum()))
     assert float(found.losses[name][:, 0].sum()) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "widest", "shape"),
+    [
+        (128, 2048, 4096, (32, 512)),  # at most 16 k tokens
+        (64, 256, 64, (16, 256)),  # a quarter
+        (64, 256, 11008, (43, 256)),  # as many as the widest layer has inputs
+        (8, 256, 64, (8, 256)),  # few: all
+        (1, 4096, 64, (1, 512)),
+    ],
+)
+def test_how_many_tokens_are_measured(samples: int, length: int, widest: int, shape: tuple[int, int]) -> None:
+    """Sequences from first to last: the model's own text stands at the end."""
+    ids = torch.arange(samples)[:, None].expand(samples, length)
+    found = _subset(ids, widest)
+    assert found.shape == shape
+    assert found[:, 0].tolist() == sorted(set(found[:, 0].tolist()))
+    assert (int(found[0, 0]), int(found[-1, 0])) == (0, samples - 1)

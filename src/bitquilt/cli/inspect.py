@@ -76,6 +76,7 @@ def _quantized(checkpoint: Checkpoint) -> dict[str, Any]:
         "folder": str(checkpoint.folder),
         "quantized": True,
         "recipe": fingerprint.get("recipe"),
+        "planned": bool(fingerprint.get("plan") or fingerprint.get("budget")),
         "calibration": fingerprint.get("calibration"),
         "seed": fingerprint.get("seed"),
         **asdict(facts.size),
@@ -95,6 +96,7 @@ def _layer(layer: LayerFacts) -> dict[str, Any]:
         "shape": [layer.out_features, layer.in_features],
         "bits": {str(bits): count for bits, count in layer.counts.items()},
         **{key: value[key] for key in ("groups", "group_size", "nominal_bits", "bpw", "outliers", "output_error")},
+        "loudest_first": layer.loudest_first,
         **{key: value[key] for key in ("weight_error", "loss", "predicted_loss", "seconds")},
     }
 
@@ -137,7 +139,8 @@ def _print_quantized(value: dict[str, Any], bit_map: bool) -> None:
         _print_layers(value["layers"])
     stdout.print(value["folder"], style="bold", markup=False)
     if value["recipe"]:
-        print_fact(stdout, "recipe", _settings(_chosen(value["recipe"])))
+        text = _settings(_chosen(value["recipe"], value["planned"]))
+        print_fact(stdout, "recipe", f"{text}; bits by a plan for the whole model" if value["planned"] else text)
     if value["calibration"]:
         print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
     _print_sparse(value["layers"])
@@ -191,7 +194,13 @@ def _print_map(layers: dict[str, Any]) -> None:
     for name, layer in zip(names, layers.values(), strict=True):
         bar = group_bar(layer["groups"] or "", max(_LEAST_BAR, stdout.width - indent))
         stdout.print(Text.assemble(f"{name:<{indent}}", bar if layer["groups"] else "(order unknown)"), soft_wrap=True)
-    stdout.print("  a digit per column group, or the mean of neighbours where there are more groups than room\n")
+    blocks = "block of channels, the largest inputs first" if loudest_first(layers) else "column group"
+    stdout.print(f"  a digit is the bits of a {blocks}; of neighbours, the mean, where there are more than room\n")
+
+
+def loudest_first(layers: dict[str, Any]) -> bool:
+    """Whether groups are counted in the order of their inputs' size."""
+    return any(layer["loudest_first"] for layer in layers.values())
 
 
 def _print_sparse(layers: dict[str, Any]) -> None:
@@ -205,10 +214,11 @@ def _print_sparse(layers: dict[str, Any]) -> None:
 def _print_layers(layers: dict[str, Any]) -> None:
     rows = []
     for name, layer in layers.items():
-        counts = " ".join(f"{bits}x{count}" for bits, count in layer["bits"].items())
+        counts = "  ".join(f"{bits}: {count}" for bits, count in layer["bits"].items())
         error = "" if layer["output_error"] is None else f"{layer['output_error']:.5f}"
         rows.append([_short(name), _shape(layer), counts, f"{layer['bpw']:.3f}", error])
-    headers = ["layer", "out x in", "bits x groups", "bpw", "error"]
+    single = any(layer["group_size"] == 1 for layer in layers.values())
+    headers = ["layer", "out x in", f"bits: {'channels' if single else 'groups'}", "bpw", "error"]
     used = sum(max(len(row[i]) for row in [*rows, headers]) + _GAP for i in range(len(headers)))
     longest = max(len(layer["groups"] or "") for layer in layers.values())
     bar = min(longest, _BAR, stdout.width - used - _GAP) if stdout.is_terminal else 0
@@ -253,8 +263,9 @@ def _print_untouched(untouched: Iterable[dict[str, Any]], total: int) -> None:
         print_fact(stdout, "as is", f"{share}, {item['reason']}: {example}{item['example']}")
 
 
-def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Its size, and what differs from the recipe's defaults."""
+def _chosen(recipe: dict[str, Any], planned: bool) -> dict[str, Any]:
+    """Its size, and what differs from the recipe's defaults. `planned`: its own bits do not count."""
+    recipe = {key: value for key, value in recipe.items() if not planned or key not in ("bits", "bpw", "allocation")}
     size: dict[str, Any] = {key: recipe[key] for key in ("bits", "bpw", "group_size") if key in recipe}
     kind = RECIPES.get(recipe.get("name", ""))
     usual = {} if kind is None else json.loads(json.dumps(asdict(kind())))

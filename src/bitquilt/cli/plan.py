@@ -1,6 +1,7 @@
 """`bitquilt plan MODEL`: what would a budget buy? From headers alone; with --measure, what each bit is worth."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +31,16 @@ from bitquilt.cli.quantize import chosen
 from bitquilt.errors import UserError
 from bitquilt.fit import Outlook, measure_model
 from bitquilt.fit import plan as run
+from bitquilt.recipes import RECIPES, own_allocations, takes_fractions
 from bitquilt.runtime.planning import UnreachableError
 
 EXIT_DOES_NOT_FIT = 4
+_SAMPLES, _SEQ_LEN = 128, 2048  # what `quantize` takes by itself
 
 
 def plan(
     model: Model,
-    recipe: Annotated[str, Option("--recipe", "-r", help="rtn, gptq, slim-llm, cmpq, cmpq+ or quilt.")] = "slim-llm",
+    recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
     bits: Bits = None,
     bpw: Bpw = None,
     size: Size = None,
@@ -60,10 +63,11 @@ def plan(
         bool, Option("--measure", help="Measure what each width costs first; minutes, not seconds.")
     ] = False,
     calibration: Annotated[
-        str, Option(help="With --measure: text, jsonl, parquet, a folder, a hub data set, token ids, or self.")
+        str,
+        Option(help="For --measure, and to quantize: text, jsonl, parquet, a folder, a hub data set, token ids; self."),
     ] = "self",
-    samples: Samples = 128,
-    seq_len: SeqLen = 2048,
+    samples: Samples = _SAMPLES,
+    seq_len: SeqLen = _SEQ_LEN,
     seed: Seed = 0,
     work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
     device: Device = "cpu",
@@ -81,6 +85,8 @@ def plan(
 ) -> None:
     """Say what a budget buys before anything is quantized. Exit code 0: it fits; 4: no plan is within the budget."""
     budget = size_budget(bits, bpw, size, vram, None if vram is None else ctx)
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"cannot write the plan to {out}: there is no folder {out.parent}")
     wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
     path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe}.sensitivities")
     with calm(quiet, models=measure):
@@ -91,12 +97,22 @@ def plan(
                     skip=skip or [], include_head=include_head, work_dir=work_dir, device=device, observer=observer,
                 )  # fmt: skip
         used = path if sensitivities is not None or path.is_file() else None
-        try:
-            found = run(
+
+        def outlook(known: Path | None) -> Outlook:
+            return run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
-                sensitivities=used, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
+                sensitivities=known, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
                 embedding_bits=embedding_bits, head_bits=head_bits, samples=samples, seq_len=seq_len,
             )  # fmt: skip
+
+        try:
+            try:
+                found = outlook(used)
+            except UserError as error:
+                if used is None or sensitivities is not None or measure or isinstance(error, UnreachableError):
+                    raise
+                found = outlook(None)  # a file that nobody asked for; another mistake is raised again
+                stderr.print(f"[yellow]{escape(str(path))} lies here but is not used:[/] {escape(str(error))}")
         except UnreachableError as error:
             if json_output:
                 print_json(_refusal(model, error))
@@ -111,7 +127,18 @@ def plan(
     if json_output:
         print_json(found.summary)
     elif not quiet:
-        _print(found, out)
+        again = {
+            "--calibration": None if calibration == "self" else calibration,
+            "--samples": None if samples == _SAMPLES else samples,
+            "--seq-len": None if seq_len == _SEQ_LEN else seq_len,
+            "--seed": seed or None,
+            "--device": None if device == "cpu" else device,
+        }
+        then = ["bitquilt", "quantize", model, "OUT", "--plan", str(out)]
+        then += [str(part) for flag, given in again.items() if given is not None for part in (flag, given)]
+        then += [part for pattern in skip or () for part in ("--skip", pattern)]
+        then += ["--include-head"] if include_head else []
+        _print(found, None if out is None else shlex.join(then))
 
 
 def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
@@ -126,13 +153,17 @@ def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
     }
 
 
-def _print(found: Outlook, out: Path | None) -> None:
+def _print(found: Outlook, then: str | None) -> None:
+    """`then`: the command that quantizes by the plan that was written."""
     value = found.summary
+    shown = value["layers"].values()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layer", "out x in", "bits x groups", "bpw", "size", "predicted loss"):
+    single = any(sum(layer["bits"].values()) == layer["shape"][1] for layer in shown)
+    counted = "channels" if single else "groups"
+    for name in ("layer", "out x in", f"bits: {counted}", "bpw", "size", "predicted loss"):
         table.add_column(name, justify="right" if name in ("bpw", "size", "predicted loss") else "left", no_wrap=True)
     for name, layer in value["layers"].items():
-        counts = " ".join(f"{bits}x{count}" for bits, count in layer["bits"].items())
+        counts = "  ".join(f"{bits}: {count}" for bits, count in layer["bits"].items())
         loss = "" if layer["predicted_loss"] is None else f"{layer['predicted_loss']:.2g}"
         shape = "x".join(map(str, layer["shape"]))
         table.add_row(name, shape, counts, f"{layer['bpw']:.3f}", size_text(layer["bytes"]), loss)
@@ -147,7 +178,7 @@ def _print(found: Outlook, out: Path | None) -> None:
     print_fact(stdout, "reach", f"{least} to {most} bytes ({size_text(least)} to {size_text(most)}) with this recipe")
     memory = value["memory"]
     parts = ", ".join(f"{key} {size_text(memory[key])}" for key in ("weights", "cache", "workspace"))
-    print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it: {parts}")
+    print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it with {memory['ctx']} tokens: {parts}")
     todo = value["estimate"]
     needed = f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory"
     training = f", {size_text(todo['training_bytes'])} of it to train (with --device there)"
@@ -155,14 +186,27 @@ def _print(found: Outlook, out: Path | None) -> None:
     if value["prediction"]:
         _print_prediction(value["prediction"])
     else:
-        print_fact(stdout, "worth", "not measured: every layer gets the same; --measure tells what each bit is worth")
+        print_fact(stdout, "worth", _unmeasured(found))
     for item in value["untouched"]:
         print_fact(stdout, "as is", f"{size_text(item['nbytes'])}, {item['reason']}: such as {item['example']}")
     for title, taken in value["permits"].items():
         why = f"; {taken['why_not']}" if taken["why_not"] else ""
-        print_fact(stdout, "takes", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
-    if out is not None:
-        stdout.print(f"  [cyan]bitquilt quantize {value['model']} OUT --plan {out}[/]", soft_wrap=True)
+        print_fact(stdout, "permits", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
+    if then is not None:
+        stdout.print(f"  [cyan]{escape(then)}[/]", soft_wrap=True)
+
+
+def _unmeasured(found: Outlook) -> str:
+    """Who gives the bits out, where this plan only says what they take."""
+    name = found.wish.recipe.name
+    if found.wish.budget is not None:
+        return (
+            "not measured, so the bits are shared out evenly, for the size alone: --measure tells what each is worth "
+            "(`quantize` with a budget does so first, with a plan it does not)"
+        )
+    if own_allocations(name) or takes_fractions(name):
+        return f"the bits are shared out evenly here, for the size alone; `quantize` gives them out as {name} does"
+    return "every layer gets the same; a budget (--size, --bpw) goes where a bit is worth most: --measure"
 
 
 def _print_prediction(prediction: dict[str, Any]) -> None:
@@ -170,6 +214,7 @@ def _print_prediction(prediction: dict[str, Any]) -> None:
     if prediction.get("ppl_range"):
         low, high = prediction["ppl_range"]
         text += f"; perplexity {low:.4g} to {high:.4g}, in full precision {prediction['perplexity_full_precision']:.4g}"
+        text += ", on the calibration text"
     if without := prediction.get("without"):
         text += f"; without {without}"
     print_fact(stdout, "loss", text)

@@ -163,8 +163,6 @@ def chosen(
     made_for = None if plan is None else read_plan(plan).recipe
     name = recipe or (made_for or {}).get("name") or "slim-llm"
     fractions = takes_fractions(name)
-    if bpw is not None and fractions and not takes_option(name, "bpw"):
-        raise UserError(f"recipe {name} cannot aim at {bpw:g} true bits per weight; give it --bits")
     if group_size is not None and fractions and not takes_option(name, "group_size"):
         raise UserError(f"recipe {name} has no groups of columns to size; leave out --group-size")
     given = {"bits": bits, "bpw": bpw, "group_size": group_size, "published": published or None}

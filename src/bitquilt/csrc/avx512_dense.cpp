@@ -52,6 +52,22 @@ void group_values(const Level& level, int bits, const uint8_t* codes, int64_t co
     }
 }
 
+// Steps, and zeros or lower levels, of up to 16 groups of a row. Packed zeros of a row stand at the same bit of each group.
+void group_numbers(const Segment& s, int64_t row, int64_t group, int64_t count, float* steps, float* bases) {
+    for (int64_t i = 0; i < count; ++i) steps[i] = load(s.scale, s.scale_type, row * s.groups + group + i);
+    if (s.offset) {
+        for (int64_t i = 0; i < count; ++i) bases[i] = load(s.offset, s.scale_type, row * s.groups + group + i);
+    } else if (s.zero) {
+        const int64_t bit = row * s.bits, shift = bit % 8, behind = shift + s.bits > 8 ? 1 : 0;
+        const uint8_t* at = s.zero + group * s.zero_bytes + bit / 8;
+        for (int64_t i = 0; i < count; ++i, at += s.zero_bytes) {
+            bases[i] = static_cast<float>((at[0] | at[behind] << 8) >> shift & ((1 << s.bits) - 1));
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i) bases[i] = zero_point(s, row, group + i);
+    }
+}
+
 template <Type type>
 void segment_values(const Segment& s, int64_t row, const uint8_t* codes, uint16_t* out) {
     if (s.grid == Grid::codebook) {
@@ -66,14 +82,15 @@ void segment_values(const Segment& s, int64_t row, const uint8_t* codes, uint16_
         }
         return;
     }
-    for (int64_t g = 0; g < s.groups; ++g) {
-        const int64_t first = g * s.group_size, left = s.width - first;
-        const int64_t entry = row * s.groups + g;
-        Level level;
-        level.step = _mm512_set1_ps(load(s.scale, s.scale_type, entry));
-        level.offset = s.offset != nullptr;
-        level.base = _mm512_set1_ps(s.offset ? load(s.offset, s.scale_type, entry) : zero_point(s, row, g));
-        group_values<type>(level, s.bits, codes + first, left < s.group_size ? left : s.group_size, out + first);
+    for (int64_t g = 0; g < s.groups; g += 16) {
+        alignas(64) float steps[16], bases[16];
+        const int64_t count = s.groups - g < 16 ? s.groups - g : 16;
+        group_numbers(s, row, g, count, steps, bases);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t first = (g + i) * s.group_size, left = s.width - first;
+            const Level level{_mm512_set1_ps(steps[i]), _mm512_set1_ps(bases[i]), s.offset != nullptr};
+            group_values<type>(level, s.bits, codes + first, left < s.group_size ? left : s.group_size, out + first);
+        }
     }
 }
 

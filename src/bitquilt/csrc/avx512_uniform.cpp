@@ -41,8 +41,14 @@ void coefficients(const Segment& s, const Inputs& in, int64_t row, int token, co
     }
 }
 
-template <class U, int T, int D, int k = 0>
-inline void add_planes(const U& unpack, __m512i raw, const int8_t* x, int64_t token_bytes, __m512i (*sums)[D]) {
+template <class U>
+inline void fetch_chunk(const U& unpack, const uint8_t* at) {
+    fetch(at + ahead);
+    for (int64_t b = wide_bytes; b < unpack.step; b += wide_bytes) fetch(at + ahead + b);
+}
+
+template <class U, int T, int D, int k = 0, class Raw>
+inline void add_planes(const U& unpack, const Raw& raw, const int8_t* x, int64_t token_bytes, __m512i (*sums)[D]) {
     const __m512i codes = unpack.template plane<k>(raw);
     for (int t = 0; t < T; ++t) {
         for (int d = 0; d < D; ++d) {
@@ -53,10 +59,35 @@ inline void add_planes(const U& unpack, __m512i raw, const int8_t* x, int64_t to
     if constexpr (k + 1 < U::planes) add_planes<U, T, D, k + 1>(unpack, raw, x, token_bytes, sums);
 }
 
+template <class U, int k = 0, class Raw>
+inline void unpack_planes(const U& unpack, const Raw& raw, __m512i* codes) {
+    codes[k] = unpack.template plane<k>(raw);
+    if constexpr (k + 1 < U::planes) unpack_planes<U, k + 1>(unpack, raw, codes);
+}
+
+// Products of `count` registers of codes, per token and lane. A chain of dependent products waits 6 cycles for each of
+// them and fills the processor's queue: at most four stand in one.
+template <int T, int D, int count>
+inline void few_products(const __m512i* codes, const int8_t* x, int64_t token_bytes, __m512* values) {
+    constexpr int chains = count > 4 ? 2 : 1;
+    for (int t = 0; t < T; ++t, x += token_bytes) {
+        __m512i sums[chains][D];
+        for (auto& chain : sums) for (auto& sum : chain) sum = _mm512_setzero_si512();
+        for (int i = 0; i < count; ++i) {
+            for (int d = 0; d < D; ++d) {
+                __m512i& sum = sums[i % chains][d];
+                sum = _mm512_dpbusd_epi32(sum, codes[i], _mm512_loadu_si512(x + (i * D + d) * wide_bytes));
+            }
+        }
+        for (int d = 0; d < D && chains == 2; ++d) sums[0][d] = _mm512_add_epi32(sums[0][d], sums[chains - 1][d]);
+        values[t] = to_float<D>(sums[0]);
+    }
+}
+
 // Groups of `per_group` chunks (a constant if it is not 0) that need no checks.
 template <class U, int T, int D, int constant>
 void whole_groups(const U& unpack, const uint8_t* at, const int8_t* x, int64_t token_bytes, int64_t per_group,
-                         int64_t groups, const float* factors, int64_t stride, __m512* y) {
+                  int64_t groups, const float* factors, int64_t stride, __m512* y) {
     constexpr int64_t chunk_bytes = wide_bytes * U::planes * D;
     const int64_t chunks = constant ? constant : per_group;
     __m512 totals[T];
@@ -65,7 +96,7 @@ void whole_groups(const U& unpack, const uint8_t* at, const int8_t* x, int64_t t
         __m512i sums[T][D];
         for (int t = 0; t < T; ++t) for (int d = 0; d < D; ++d) sums[t][d] = _mm512_setzero_si512();
         for (int64_t c = 0; c < chunks; ++c, at += unpack.step, x += chunk_bytes) {
-            fetch(at + ahead);
+            fetch_chunk(unpack, at);
             add_planes<U, T, D>(unpack, unpack.raw(at), x, token_bytes, sums);
         }
         for (int t = 0; t < T; ++t) {
@@ -118,22 +149,29 @@ void segment_row(const Segment& s, const Inputs& in, int64_t row, int token, con
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(4 * U::planes)));
     const __m512 half = _mm512_add_ps(lanes, _mm512_set1_ps(0.5f));
     __m512i lane_group = _mm512_cvttps_epi32(_mm512_mul_ps(half, inverse));
-    const auto add = [&](__m512i raw, int64_t first) {
-        __m512i sums[T][D];
-        for (int t = 0; t < T; ++t) for (int d = 0; d < D; ++d) sums[t][d] = _mm512_setzero_si512();
-        add_planes<U, T, D>(unpack, raw, x, in.plane_bytes, sums);
+    const auto add = [&](const auto& raw, int64_t first) {
+        __m512i codes[U::planes];
+        __m512 values[T];
+        unpack_planes(unpack, raw, codes);
+        few_products<T, D, U::planes>(codes, x, in.plane_bytes, values);
         for (int t = 0; t < T; ++t) {
             const __m512 factor = _mm512_permutexvar_ps(lane_group, _mm512_loadu_ps(factors + t * stride + first));
-            y[t] = _mm512_fmadd_ps(to_float<D>(sums[t]), factor, y[t]);
+            y[t] = _mm512_fmadd_ps(values[t], factor, y[t]);
         }
     };
     int64_t c = 0;
     if (chunk % s.group_size == 0) {  // the same lanes for every chunk; no checks while loads stay inside the tensor
         const int64_t groups = chunk / s.group_size, room = s.codes_end - at - U::bytes_read + unpack.step;
         const int64_t whole = room > 0 ? (room / unpack.step < chunks ? room / unpack.step : chunks) : 0;
-        for (; c < whole; ++c, at += unpack.step, x += chunk_bytes) {
-            fetch(at + ahead);
-            add(unpack.raw(at), c * groups);
+        if (whole > 0) {  // the next chunk is loaded and sorted before this one's products: 10 % at 3 bits
+            auto next = unpack.raw(at);
+            for (; c < whole; ++c, x += chunk_bytes) {
+                const auto raw = next;
+                fetch_chunk(unpack, at);
+                at += unpack.step;
+                if (c + 1 < whole) next = unpack.raw(at);
+                add(raw, c * groups);
+            }
         }
     }
     for (; c < chunks; ++c, at += unpack.step, x += chunk_bytes) {
@@ -148,7 +186,7 @@ using SegmentRow = void (*)(const Segment&, const Inputs&, int64_t, int, const u
 
 template <int T, int D>
 SegmentRow choose(const Segment& s) {
-    if (plane_count(s) == 8) return segment_row<Planes<1>, T, D>;
+    if (plane_count(s) == 8) return s.bits == 1 ? segment_row<Planes<1>, T, D> : segment_row<Triplets, T, D>;
     if (plane_count(s) == 4) return segment_row<Planes<2>, T, D>;
     if (plane_count(s) == 2) return segment_row<Planes<4>, T, D>;
     if (s.bits <= 2) return segment_row<Words<16>, T, D>;

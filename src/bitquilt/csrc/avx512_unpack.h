@@ -1,8 +1,11 @@
 // How stored codes become bytes in AVX-512 registers.
 //
-// Codes become bytes in one of two ways, always 16 lanes of 4 bytes:
+// Codes become bytes in one of three ways, always 16 lanes of 4 bytes:
 //   planes  1, 2, 4 bits: one GFNI bit matrix product (shift and mask at once) turns 64 stored bytes into 64 codes,
 //           every 8/bits-th column of the chunk; the activations are stored in that order once per call.
+//   triplets 3 bits: eight codes are three bytes, of which six lie inside a byte. The first, second and third bytes of
+//           64 triplets are put into a register each; then every code is one GFNI product, of two merged registers for
+//           the two that lie astride. 19 operations per 512 codes, every eighth column of the chunk.
 //   words   any width: a byte permutation gives each 64-bit word its 8 codes, `vpmultishiftqb` shifts each to its
 //           byte, a mask. 3 operations per 64 codes, columns in order.
 #pragma once
@@ -13,9 +16,11 @@ namespace bitquilt {
 namespace avx512 {
 namespace {
 
-// Planes of a chunk: a lane adds 4 * planes neighbouring columns, which must share a group.
+// Planes of a chunk: a lane adds 4 * planes neighbouring columns, which must share a group. Triplets are worth it where
+// no more than a third of their columns is padding.
 [[maybe_unused]] inline int plane_count(const Segment& s) {
-    const int planes = s.bits == 1 || s.bits == 2 || s.bits == 4 ? 8 / s.bits : 1;
+    const bool triplets = s.bits == 3 && 2 * up(s.width, 8 * wide_bytes) <= 3 * s.width;
+    const int planes = s.bits == 1 || s.bits == 2 || s.bits == 4 ? 8 / s.bits : triplets ? 8 : 1;
     return s.groups == 1 || s.group_size % (4 * planes) == 0 ? planes : 1;
 }
 
@@ -106,6 +111,80 @@ struct Planes {
     __m512i plane(__m512i raw) const {
         if constexpr (k == 0) return _mm512_and_si512(raw, _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
         return _mm512_gf2p8affine_epi64_epi8(raw, _mm512_set1_epi64(bit_field(k * bits, bits)), 0);
+    }
+};
+
+// Where byte `part` of triplet i is found: byte 3 i + part of three registers one after the other.
+struct TripletTables {
+    alignas(64) uint8_t place[3][64];
+    uint64_t from_second[3], from_third[3];
+};
+
+constexpr TripletTables make_triplet_tables() {
+    TripletTables tables{};
+    for (int part = 0; part < 3; ++part) {
+        for (int i = 0; i < 64; ++i) {
+            const int at = 3 * i + part;
+            tables.place[part][i] = static_cast<uint8_t>(at % 64);
+            if (at >= 64) tables.from_second[part] |= 1ull << i;
+            if (at >= 128) tables.from_third[part] |= 1ull << i;
+        }
+    }
+    return tables;
+}
+
+constexpr TripletTables triplet_tables = make_triplet_tables();
+
+// Codes a to h of eight columns, as three bytes hold them: c c b b b a a a, f e e e d d d c, h h h g g g f f.
+struct Triplets {
+    static constexpr int planes = 8;
+    static constexpr int64_t step = 3 * wide_bytes;
+    static constexpr int64_t bytes_read = step;
+    struct Raw {
+        __m512i first, second, third;
+    };
+    __m512i place[3];
+    explicit Triplets(int) {
+        for (int part = 0; part < 3; ++part) place[part] = _mm512_load_si512(triplet_tables.place[part]);
+    }
+    __m512i sorted(int part, __m512i a, __m512i b, __m512i c) const {
+        const __m512i one = _mm512_permutexvar_epi8(place[part], a);
+        const __m512i two = _mm512_mask_permutexvar_epi8(one, triplet_tables.from_second[part], place[part], b);
+        return _mm512_mask_permutexvar_epi8(two, triplet_tables.from_third[part], place[part], c);
+    }
+    Raw sorted(__m512i a, __m512i b, __m512i c) const {
+        return {sorted(0, a, b, c), sorted(1, a, b, c), sorted(2, a, b, c)};
+    }
+    Raw raw(const uint8_t* at, int64_t left) const {
+        return sorted(load_bytes(at, left), load_bytes(at + 64, left - 64), load_bytes(at + 128, left - 128));
+    }
+    Raw raw(const uint8_t* at) const {
+        __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64), c = _mm512_loadu_si512(at + 128);
+        asm("" : "+v"(a), "+v"(b), "+v"(c));  // gcc 12 would load each three times
+        return sorted(a, b, c);
+    }
+    template <int k>
+    __m512i plane(const Raw& raw) const {
+        // Bits 6 and 7 of the first byte and bit 0 of the second; bit 7 of the second and bits 0 and 1 of the third.
+        constexpr long long third_code = 0x4080010000000000, sixth_code = static_cast<long long>(0x8001020000000000);
+        constexpr int select = 0xca;  // the second argument's bits where the first has ones, else the third's
+        if constexpr (k == 0) return _mm512_and_si512(raw.first, _mm512_set1_epi8(7));
+        if constexpr (k == 1) return field(raw.first, bit_field(3, 3));
+        if constexpr (k == 2) {
+            const __m512i high = _mm512_set1_epi8(static_cast<char>(0xc0));
+            return field(_mm512_ternarylogic_epi64(high, raw.first, raw.second, select), third_code);
+        }
+        if constexpr (k == 3) return field(raw.second, bit_field(1, 3));
+        if constexpr (k == 4) return field(raw.second, bit_field(4, 3));
+        if constexpr (k == 5) {
+            const __m512i high = _mm512_set1_epi8(static_cast<char>(0x80));
+            return field(_mm512_ternarylogic_epi64(high, raw.second, raw.third, select), sixth_code);
+        }
+        if constexpr (k == 6) return field(raw.third, bit_field(2, 3));
+        return field(raw.third, bit_field(5, 3));
+    }
+    static __m512i field(__m512i bytes, long long matrix) {
+        return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(matrix), 0);
     }
 };
 

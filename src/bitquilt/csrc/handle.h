@@ -39,6 +39,12 @@ class Handle {
     // Rows first..last of the weight into out [last - first, columns], the columns as stored or as they were.
     void dequantize(int64_t first, int64_t last, bool as_stored, void* out, Type type, int threads) const;
 
+    // The same product for many tokens, x in stored order and both of bf16, on the matrix units; only where
+    // amx::usable(). memory: prefill_bytes(tokens, threads), at a cache line.
+    void prefill(const void* x, int64_t tokens, int64_t columns, const float* bias, void* out, void* memory,
+                 int threads) const;
+    int64_t prefill_bytes(int64_t tokens, int threads) const;
+
   private:
     static constexpr int most_digits = 3;
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "amx.h"
 #include "bandwidth.h"
 #include "decoder.h"
 #include "handle.h"
@@ -31,6 +32,12 @@ void dequantize(const Handle& handle, int64_t first, int64_t last, bool as_store
     handle.dequantize(first, last, as_stored, reinterpret_cast<void*>(out), checked_type("output", type), threads);
 }
 
+void prefill(const Handle& handle, uintptr_t x, int64_t tokens, int64_t columns, uintptr_t bias, uintptr_t out,
+             uintptr_t memory, int threads) {
+    handle.prefill(reinterpret_cast<const void*>(x), tokens, columns, reinterpret_cast<const float*>(bias),
+                   reinterpret_cast<void*>(out), reinterpret_cast<void*>(memory), threads);
+}
+
 void kmeans_at(uintptr_t x, uintptr_t w, int64_t columns, int64_t n, int64_t k, uintptr_t centroids,
                uintptr_t boundaries, int threads) {
     check_threads(threads);
@@ -44,6 +51,7 @@ NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);  // modules that live until the interpreter ends hold their handles: no leak, no message
     m.def("levels", &level_names);
     m.def("use_team", &use_team);
+    m.def("matrix_units", &amx::usable);
     m.def("read_bandwidth", &read_bandwidth, Released());
     m.def("kmeans", &kmeans_at, Released());
     nb::class_<Handle>(m, "Handle")
@@ -51,7 +59,9 @@ NB_MODULE(_kernels, m) {
         .def("matmul", &matmul, Released())
         .def_prop_ro("reordered", &Handle::reordered)
         .def("reorder", &reorder, Released())
-        .def("dequantize", &dequantize, Released());
+        .def("dequantize", &dequantize, Released())
+        .def("prefill", &prefill, Released())
+        .def("prefill_bytes", &Handle::prefill_bytes);
     nb::class_<Decoder>(m, "Decoder")
         .def(nb::init<const std::vector<int64_t>&, double, double>())
         .def("add_layer", &Decoder::add_layer, nb::keep_alive<1, 2>())

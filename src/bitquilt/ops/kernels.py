@@ -32,6 +32,8 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # thread 53 ms in parts of 1024 rows, 55 in parts of 512 or 2048, 57 of 256; on two 28 ms in parts of 2048 rows, 29 of
 # 1024, 51 of 512, which torch does not share out (bf16 itself: 47 and 24).
 _TILE_ROWS, _MOST_ROWS = 1024, 4096
+# On the matrix units, at a time: they are copied, 22 KB each at 11008 columns. Unpacking the weight again costs 3 %.
+_MOST_TOKENS = 2048
 # Bytes of a fixed-point activation (avx512): 16 bits per group exceed what bf16 and fp16 hold of all but its smallest.
 _DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 _local = threading.local()
@@ -189,6 +191,8 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
     unpacked whole costs 22 000 page faults, as long again as its product with 512 tokens."""
     rows = handle.out_features
     x = in_stored_order(x, handle)  # some tokens are fewer than the rows of a weight
+    if x.dtype == torch.bfloat16 and handle.level == "avx512" and _kernels.matrix_units():
+        return _on_matrix_units(x.contiguous(), handle, bias)
     parts = []
     part = min(_TILE_ROWS * torch.get_num_threads(), _MOST_ROWS)
     for first in range(0, max(rows, 1), part):  # one part, empty, of a layer without outputs
@@ -197,6 +201,21 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
         tile = dense(handle, out, first, as_stored=True)
         parts.append(torch.nn.functional.linear(x, tile, None if bias is None else bias[first : first + count]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _on_matrix_units(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
+    """`_linear` by csrc/amx.cpp: x bf16, in stored order."""
+    flat, threads = x.reshape(-1, handle.in_features), torch.get_num_threads()
+    out = torch.empty((*x.shape[:-1], handle.out_features), dtype=x.dtype)
+    shift = None if bias is None else bias.float().contiguous()
+    parts = zip(flat.split(_MOST_TOKENS), out.view(len(flat), handle.out_features).split(_MOST_TOKENS), strict=True)
+    for part, to in parts if handle.out_features else ():
+        memory = _tile(handle.native.prefill_bytes(len(part), threads), torch.uint8)
+        handle.native.prefill(
+            part.data_ptr(), len(part), handle.in_features, 0 if shift is None else shift.data_ptr(), to.data_ptr(),
+            memory.data_ptr(), threads,
+        )  # fmt: skip
+    return out
 
 
 def _tile(count: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,8 @@ Published: the loss at the attention output, a Levenberg-Marquardt Hessian, its 
 Ours: the estimator, feed-forward layers at their sub-block's output (`measure_at="layer"`: at their own, the literal
 reading), the trace per weight, damp, group size, min-max ranges (`scale_search` searches them).
 `allocation="hawq2"`: least sum of trace per weight times |W - Q_b(W)|^2, exact, over any palette.
+A budget for the whole model (`--size`, `--vram`, `--allocation layers`) gives the palette's widths to layers by the
+tables of loss that all recipes share, instead of by the trace.
 """
 
 from collections.abc import Mapping
@@ -20,18 +22,20 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.by_trace import by_trace, by_weighted_error
+from bitquilt.allocation.scopes import Scope
 from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.hessian import Factor, factorize
 from bitquilt.packing import storage_bits
 from bitquilt.recipes.clipping import TrainedClipping
-from bitquilt.solvers.layouts import grouped_layout
-from bitquilt.solvers.solve import solve
+from bitquilt.solvers.layouts import COARSE, grouped_layout, round_groups
+from bitquilt.solvers.solve import live_weight, solve
 from bitquilt.types import (
     MAX_BITS,
     Cost,
     Layer,
     LayerPlan,
     LayerStats,
+    Layout,
     Solution,
     check_finite,
     group_slices,
@@ -50,6 +54,7 @@ class APTQ(TrainedClipping):
 
     name: ClassVar[str] = "aptq"
     fractional: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "layers"  # of a budget for the whole model: one width a layer, as published
 
     bits: float = 3.8
     bpw: float | None = None
@@ -150,6 +155,23 @@ class APTQ(TrainedClipping):
             return self._fit(weight, bits, prepared.importance[columns], scale_dtype)
 
         return solve(layer, plan, prepared, fit_group, damp=self.damp)
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """The palette."""
+        return self.palette
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores."""
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size)
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`."""
+        search = COARSE if self.scale_search else MIN_MAX
+        return round_groups(live_weight(layer, prepared), bits, self.group_size, prepared.importance, search)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
 
     def _costs(self, sensed: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, dict[int, int]], float]:
         """By layer and width what is counted, and the budget: bits of the codes, or with `bpw` all that is stored."""

@@ -9,6 +9,7 @@
 
 Why "-style": sizes, losses and tables of the publication were not reachable and there is no public code. Published: a
 graph network over columns, edges of second order, an average-bit constraint, gradients through the rounding of bits.
+Beyond it: one budget for the whole model, in groups or columns, by the tables of loss that all recipes share.
 Deviations: column groups by default (`granularity="column"` for columns), because kernels need groups; an exact
 gradient by way of the table; an exact budget; a network per layer, because the loop holds one block in memory; the
 exact allocator is the default, since on the table no network can beat it.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from bitquilt.hessian import Factor, factorize
 from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.sensitivity.column_graph import adjacency, column_features
 from bitquilt.solvers.gptq import Sweep, sweep
+from bitquilt.solvers.layouts import grouped_layout, round_groups
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.types import (
     MAX_BITS,
@@ -38,6 +41,7 @@ from bitquilt.types import (
     Layer,
     LayerPlan,
     LayerStats,
+    Layout,
     Permutation,
     QuantizedWeight,
     Segment,
@@ -150,6 +154,33 @@ class MGPTQ(TrainedClipping):
         stored, loss = self._solved(layer, plan, prepared)
         scale_dtype = scale_dtype_for(live_weight(layer, prepared))
         return Solution(stored, loss, layer_events(layer, scale_dtype, prepared, self.damp))
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """The palette."""
+        return self.palette
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores: of columns, groups are cut inside each width, the widest first."""
+        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        if plan.group_size != _COLUMNS:
+            return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+        bits = np.asarray(plan.bits)
+        counts = np.bincount(bits)
+        segments = tuple(
+            (Format(b, self.group_size, symmetric=b in symmetric), int(counts[b]))
+            for b in np.flatnonzero(counts)[::-1].tolist()
+        )
+        mixed = bool((np.diff(bits) > 0).any())
+        return Layout(out_features, in_features, segments, "map" if mixed else "identity", int(mixed))
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`; columns as if their neighbours were their group."""
+        weight = live_weight(layer, prepared)
+        return round_groups(weight, bits, self.group_size, prepared.importance, one_bit=self.one_bit)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """1 / U_jj^2: later columns compensate."""
+        return prepared.importance
 
     def _plan_size(self) -> int:
         return _COLUMNS if self.plans_columns else self.group_size

@@ -11,17 +11,21 @@ blocks than the paper's); shares and order come from an even sample of 4096 toke
 channels where 128 does not divide the layer, and padded elements are not stored. Layers of one input share the parts.
 Beyond the paper: `thresholds="exact"`, from the formats' true worst errors (the published T(4) is 1.9 times stricter
 than its own criterion needs, T(6) 1.6 % too loose); `bits`, a mean reached by scaling both thresholds, per input,
-because one block is in memory at a time. Not offered: smoothing, a quantized KV cache.
+because one block is in memory at a time; one budget for the whole model, blocks of 32 channels by what they cost it.
+A plan counts blocks of channels from the loudest on, not columns: which channels these are calibration says. Not
+offered: smoothing, a quantized KV cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bitquilt.grids.mx import element_for, fit_mx, worst_ratio
-from bitquilt.ops.mx import BLOCK, ScaleRule
+from bitquilt.ops.mx import BLOCK, ScaleRule, quantize_blocks
 from bitquilt.packing import bits_per_weight
 from bitquilt.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
 from bitquilt.types import (
@@ -38,6 +42,7 @@ from bitquilt.types import (
     Segment,
     Solution,
     check_finite,
+    uniform_plan,
 )
 
 _WIDTHS = (4, 6, 8)
@@ -55,7 +60,7 @@ class MicroMix:
     name: ClassVar[str] = "micromix"
     needs: ClassVar[frozenset[str]] = frozenset({"sample"})
     fractional: ClassVar[bool] = True
-    plans_columns: ClassVar[bool] = True
+    group_size: ClassVar[int] = BLOCK  # of a plan
 
     bits: float | None = None
     bpw: float | None = None
@@ -87,8 +92,8 @@ class MicroMix:
         self.check()
         for name, (rows, columns) in shapes.items() if self.bpw is not None else ():
             assert self.bpw is not None
-            if (least := self._bpw(rows, (columns, 0, 0), ordered=True)) > self.bpw:
-                low = max(self._bpw(out, (width, 0, 0), ordered=True) for out, width in shapes.values())
+            if (least := bits_per_weight(self._layout(rows, (columns, 0, 0)))) > self.bpw:
+                low = max(bits_per_weight(self._layout(out, (width, 0, 0))) for out, width in shapes.values())
                 raise ValueError(
                     f"bpw is {self.bpw:g}; {name} ({rows} x {columns}) takes {least:.3f} with 4 bits everywhere, its "
                     f"scales and its order; all layers together reach {low:.3f} and more"
@@ -108,11 +113,11 @@ class MicroMix:
     def measure(self, layer: Layer, prepared: Partition | None) -> Cost:
         """One way to spend the bits; all FP8 where nothing is known about the input."""
         if prepared is None:
-            return Cost((LayerPlan((_WIDTHS[-1],) * layer.weight.shape[1], 1),), (0.0,))
+            return Cost((uniform_plan(layer.weight.shape[1], _WIDTHS[-1], BLOCK),), (0.0,))
         prepared = self._within(prepared, layer.weight.shape[0])
         shares = dict(zip(("4", "6", "8"), prepared.shares, strict=True))
         details = {"shares": shares, "multiplier": prepared.multiplier}
-        return Cost((LayerPlan(prepared.bits, 1),), (0.0,), details)
+        return Cost((LayerPlan(prepared.bits(BLOCK), BLOCK),), (0.0,), details)
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
         """The one plan."""
@@ -126,8 +131,11 @@ class MicroMix:
         check_finite(layer.name, weight=layer.weight)
         if unknown := set(plan.bits) - set(_WIDTHS):
             raise ValueError(f"{layer.name}: the plan gives channels {min(unknown)} bits; MX elements have 4, 6 or 8")
-        bits = torch.tensor(plan.bits, device=layer.weight.device)
-        ranked = torch.arange(len(bits), device=bits.device) if prepared is None else prepared.order
+        loudest = self.column_order(layer, prepared)
+        repeats = torch.tensor(plan.widths(len(loudest)), device=loudest.device)
+        bits = torch.empty_like(loudest)
+        bits[loudest] = torch.tensor(plan.bits, device=loudest.device).repeat_interleave(repeats)
+        ranked = loudest.flip(0)
         order = ranked[torch.argsort(bits[ranked], stable=True)]
         segments = []
         for width in sorted(set(plan.bits)):
@@ -135,12 +143,50 @@ class MicroMix:
             element = element_for(width, self.six)
             codes, scale = fit_mx(layer.weight[:, channels], element, self.scale_rule)
             segments.append(Segment(self._format(width), codes, scale))
-        in_place = bool((order.diff() > 0).all())
-        stored = QuantizedWeight(tuple(segments), None if in_place else Permutation(order, 1))
+        stored = QuantizedWeight(tuple(segments), Permutation(order, 1, full=True))
         events: tuple[Event, ...] = ()
         if prepared is None:
             events = (Event(layer.name, "no token sample", "nothing is known about the input: 8 bits unless planned"),)
         return Solution(stored, None, events)
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """4, 6 and 8 bits."""
+        return _WIDTHS
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores: a part for each width, and the order of the channels."""
+        sizes = np.bincount(plan.bits, plan.widths(in_features), minlength=_WIDTHS[-1] + 1)
+        return self._layout(out_features, [int(sizes[width]) for width in _WIDTHS])
+
+    def rounded(self, layer: Layer, prepared: Partition | None, bits: int) -> Tensor:
+        """Every block at `bits`."""
+        return self._in_blocks(layer.weight, self.column_order(layer, prepared), bits)
+
+    def column_cost(self, layer: Layer, prepared: Partition | None) -> Tensor:
+        """E[x_j^2]: nothing compensates an error."""
+        assert layer.stats is not None
+        return layer.stats.hessian.diagonal() / layer.stats.tokens
+
+    def column_order(self, layer: Layer, prepared: Partition | None) -> Tensor:
+        """The loudest channels first; as they are where nothing is known about the input."""
+        if prepared is None:
+            return torch.arange(layer.weight.shape[1], device=layer.weight.device)
+        return prepared.order.flip(0)
+
+    def input_error(self, layer: Layer, prepared: Partition | None, bits: int) -> Tensor:
+        """What rounding the input adds to each column, on the sampled tokens."""
+        if prepared is None or not self.quantize_activations:
+            return layer.weight.new_zeros(layer.weight.shape[1])
+        assert layer.stats is not None
+        assert layer.stats.sample is not None
+        sample = layer.stats.sample
+        return (sample - self._in_blocks(sample, self.column_order(layer, prepared), bits)).square_().mean(dim=0)
+
+    def _in_blocks(self, values: Tensor, order: Tensor, bits: int) -> Tensor:
+        """`[n, in]` rounded in blocks along `order`, at their own places."""
+        element = element_for(bits, self.six)
+        rounded = quantize_blocks(values[:, order], element, self.scale_rule)
+        return torch.empty_like(values).index_copy_(1, order, rounded)
 
     def _within(self, found: Partition, out_features: int) -> Partition:
         """The largest partition of at most `bpw`. Layers of one input have one order; one of few rows, which pays more
@@ -149,15 +195,13 @@ class MicroMix:
             return found
         for sizes, multiplier in ((found.sizes, found.multiplier), *found.smaller):
             found = replace(found, sizes=sizes, multiplier=multiplier)
-            if self._bpw(out_features, sizes, ordered=True) <= self.bpw:
+            if bits_per_weight(self._layout(out_features, sizes)) <= self.bpw:
                 break
         return found
 
-    def _bpw(self, out_features: int, sizes: tuple[int, int, int], *, ordered: bool) -> float:
+    def _layout(self, out_features: int, sizes: Sequence[int]) -> Layout:
         segments = tuple((self._format(width), size) for width, size in zip(_WIDTHS, sizes, strict=True) if size)
-        return bits_per_weight(
-            Layout(out_features, sum(sizes), segments, "order" if ordered else "identity", int(ordered))
-        )
+        return Layout(out_features, sum(sizes), segments, "order", 1)
 
     def _format(self, width: int) -> Format:
         grid: Grid = "mx_e2m3" if element_for(width, self.six).name == "e2m3" else "mx"

@@ -26,6 +26,7 @@ from bitquilt.recipes.pairing import paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import SalienceRule, group_salience, salience
 from bitquilt.solvers.blockwise import train
+from bitquilt.solvers.layouts import GROUP_WIDTHS, grouped_layout, round_groups
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.solvers.target import layer_factor
 from bitquilt.solvers.trainable import Clipping
@@ -36,6 +37,7 @@ from bitquilt.types import (
     Layer,
     LayerPlan,
     LayerStats,
+    Layout,
     Solution,
     TrainedLayers,
     group_slices,
@@ -48,8 +50,9 @@ _BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
 @dataclass(frozen=True)
 class SlimLLMPlus:
     """`epochs`, `rate`, `batch`, `augmented`, `initial` (the logit training starts from: a factor of 0.982) are the
-    publication's. `allocation`: "uniform" = N bits everywhere, the baseline that is trained alike. `patience`: epochs
-    without a gain on held-out samples before a block stops."""
+    publication's. `allocation`: "uniform" = N bits everywhere, the baseline that is trained alike; "global" = groups of
+    the whole model share one budget, which needs a plan (`bitquilt.quantize` makes it). `patience`: epochs without a
+    gain on held-out samples before a block stops."""
 
     name: ClassVar[str] = "slim-llm+"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "sample", "full"})
@@ -58,7 +61,7 @@ class SlimLLMPlus:
     group_size: int = 128
     damp: float = 0.01
     bit_map: Literal["own", "from_slim_llm"] = "own"
-    allocation: Literal["sba", "uniform"] = "sba"
+    allocation: Literal["sba", "uniform", "global"] = "sba"
     objective: Objective = "kl"
     one_bit: OneBitRule = "two_level"
     epochs: int = 50
@@ -87,6 +90,8 @@ class SlimLLMPlus:
 
     def measure(self, layer: Layer, prepared: Factor) -> Cost:
         """KL at the layer's output for every pairing of column groups, ranges searched, no error feedback."""
+        if self.allocation == "global":
+            raise ValueError("a global allocation is a plan for the whole model: give this layer's part of it")
         in_features = layer.weight.shape[1]
         groups = group_slices(in_features, self.group_size)
         unseen = layer.stats is None or layer.stats.sample is None
@@ -115,6 +120,24 @@ class SlimLLMPlus:
         part = self._part(weight, plan)
         stored = assemble(part.export(part.start), plan, part.scale_dtype)
         return Solution(stored, None, layer_events(layer, part.scale_dtype, prepared, self.damp), {"weight": weight})
+
+    def widths(self, out_features: int) -> tuple[int, ...]:
+        """1 to 8 bits."""
+        return (1, *GROUP_WIDTHS)
+
+    def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
+        """What a plan stores: training moves ranges, never bytes."""
+        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
+
+    def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
+        """Every group at `bits`, its range searched: about what training starts from and improves on."""
+        return round_groups(live_weight(layer, prepared), bits, self.group_size, one_bit=self.one_bit)
+
+    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
+        """E[x_j^2]: nothing compensates an error."""
+        assert layer.stats is not None
+        return layer.stats.hessian.diagonal() / layer.stats.tokens
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""

@@ -26,7 +26,8 @@ _PARTS = {"codes": "codes", "zero": "zeros", "permutation": "order of channels",
 @dataclass(frozen=True)
 class LayerFacts:
     """One quantized layer. `runs`: (bits, channels) from the first input channel to the last; in stored order where
-    no report or plan says which channel went where (`in_order` False). `groups`: one digit per column group."""
+    no report or plan says which channel went where (`in_order` False). `groups`: one digit per column group.
+    `loudest_first`: what is counted from first to last are MX blocks, those with the largest inputs first."""
 
     name: str
     out_features: int
@@ -39,6 +40,7 @@ class LayerFacts:
     nominal_bits: float
     bpw: float
     outliers: int
+    loudest_first: bool
     output_error: float | None = None
     weight_error: float | None = None
     loss: float | None = None
@@ -164,9 +166,10 @@ def _layer(name: str, layout: Layout, solved: Mapping[str, Any]) -> LayerFacts:
         groups, size = None, layout.segments[0][0].group_size
         runs = [(form.bits, columns) for form, columns in layout.segments]
         counts = Counter({bits: -(-columns // size) for bits, columns in stored.items()})
+    loudest_first = known and any(form.grid.startswith("mx") for form, _ in layout.segments)
     return LayerFacts(
         name, layout.out_features, width, runs, known, groups, size, {bits: counts[bits] for bits in sorted(counts)},
-        layout.nominal_bits, bits_per_weight(layout), layout.outliers,
+        layout.nominal_bits, bits_per_weight(layout), layout.outliers, loudest_first,
         *(number(solved.get(key)) for key in ("output_error", "weight_error", "loss", "predicted_loss", "seconds")),
     )  # fmt: skip
 

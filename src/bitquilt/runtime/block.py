@@ -25,7 +25,7 @@ from bitquilt.runtime.train import keep, train_block
 from bitquilt.runtime.workdir import Activations, write_tensors
 from bitquilt.types import Event, LayerStats
 
-_SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
+SAMPLE_TOKENS = 4096  # for objectives that need outputs (SliM-LLM: "a token subsample is enough")
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def paired_statistics(job: Job, stage: Stage, passes: Iterable[tuple[Seen, Seen]
 
 
 def _kept_tokens(job: Job) -> int:
-    return _SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
+    return SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
 
 
 def _through(job: Job, flow: Flow, i: int, block: nn.Module, inputs: Activations | None) -> Iterator[Tensor] | None:

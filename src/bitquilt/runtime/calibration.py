@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from bitquilt.documents import content_hash
+from bitquilt.documents import check_source, content_hash
 from bitquilt.errors import UserError
 from bitquilt.models.checkpoint import Checkpoint
 from bitquilt.models.structure import quiet_transformers
@@ -40,6 +40,12 @@ def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | No
     if limit is not None and seq_len > limit:
         return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
     return seq_len, None
+
+
+def check_calibration(source: str | Path) -> None:
+    """Raise UserError for a source that is not there, before a model is fetched or built."""
+    if str(source) != SELF:
+        check_source(source)
 
 
 def describe_source(source: str | Path) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def permits(layouts: Mapping[str, Layout]) -> dict[str, dict[str, Any]]:
 
 
 def _cpu_kernel(layout: Layout) -> str | None:
+    if any(form.grid in ("mx", "mx_e2m3") for form, _ in layout.segments):
+        return "MX numbers, which the reference computes"
     if layout.in_features > _MAX_COLUMNS:
         return f"{layout.in_features} columns, at most {_MAX_COLUMNS}"
     return next(
@@ -121,5 +123,5 @@ def _plain(layout: Layout) -> str | None:
     if len(layout.segments) > 1:
         return f"{len(layout.segments)} widths in one layer"
     if layout.segments[0][0].grid != "uniform":
-        return "codebooks"
+        return "codebooks" if layout.segments[0][0].grid == "codebook" else "MX numbers"
     return None

@@ -158,9 +158,11 @@ class Planner:
     def plan(self, budget: Budget, scope: Scope = "global") -> Planned:
         """The plan of least predicted loss within the budget. Raises UnreachableError where there is none."""
         reach = self.check(budget)
-        units = self.units
-        if self.sensitivities is None:
+        units, losses = self.units, self.units.losses
+        if self.sensitivities is None and scope != "layers":
             scope = "uniform"
+        elif self.sensitivities is None:
+            losses = units.alike()
         costs = units.nominal() if budget.kind == "bits" else units.costs
         unit = 1.0 / self._weights() if budget.kind in ("bits", "bpw") else 1 / 8
         base = float(costs[:, 0].sum(dtype=np.float64))
@@ -179,7 +181,7 @@ class Planner:
             enough = exact(choices) >= _NEAR * budget.value
             return choices if enough else spend_rest(choices, units.losses, costs, exact, budget.value)
 
-        choices = within(order_steps(scope, units.losses, costs, units.members_units, units.weights))
+        choices = within(order_steps(scope, losses, costs, units.members_units, units.weights))
         if scope == "global":
             choices = filled(self._refine(choices, costs, budget, base, unit, exact))
             few = budget.kind != "bits" and units.count <= _FEW_UNITS

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitquilt.errors import UserError, decides_itself
+from bitquilt.errors import UserError, not_plannable
 from bitquilt.models.linear import linear_weight
-from bitquilt.protocols import Plannable
+from bitquilt.protocols import Plannable, RoundsInputs
+from bitquilt.runtime.block import SAMPLE_TOKENS
 from bitquilt.runtime.calls import check_order, embed, finish, learn_extras, record_calls
-from bitquilt.runtime.job import Job, head_path, targets
+from bitquilt.runtime.job import Job, all_targets, head_path, shapes, targets
 from bitquilt.runtime.layers import check_weights
-from bitquilt.runtime.plans import read_plan
+from bitquilt.runtime.plans import columns_of_a_unit, read_plan
 from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.squares import squared_gradients
 from bitquilt.runtime.standin import StandIn
@@ -37,8 +38,10 @@ from bitquilt.runtime.tabulate import Tables
 from bitquilt.runtime.workdir import Activations
 from bitquilt.types import LayerStats
 
-# Tokens of the pass: 16 k keep the inputs of 80 blocks 8192 wide at 43 GB of disk.
-MAX_TOKENS, MAX_SEQUENCE = 16_384, 512
+# Tokens of the pass: at most 16 k, which keep the inputs of 80 blocks 8192 wide at 43 GB of disk; and a quarter of
+# those that calibrate: a token costs twice what it does in a quantization, and fewer do as well (docs/benchmarks.md),
+# down to the rank that the widest layer's Hessian needs.
+MAX_TOKENS, MAX_SEQUENCE, SHARE, LEAST_TOKENS = 16_384, 512, 0.25, 2048
 
 
 def measure(
@@ -57,8 +60,11 @@ def measure(
     """
     assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
-        raise decides_itself(job.recipe.name)
-    ids = _subset(job.ids)
+        raise not_plannable(job.recipe.name)
+    widest = max(
+        (width for _, width in shapes(all_targets(job.skeleton, job.skip, job.include_head)).values()), default=0
+    )
+    ids = _subset(job.ids, widest)
     first = None if at is None else read_plan(at / "plan.json").plans
     tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
@@ -68,13 +74,15 @@ def measure(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
-    group_size = int(getattr(job.recipe, "group_size", 1))
-    return Sensitivities(losses, tables.widths, group_size, method, perplexity, about or {})
+    return Sensitivities(losses, tables.widths, columns_of_a_unit(job.recipe), method, perplexity, about or {})
 
 
-def _subset(ids: Tensor) -> Tensor:
+def _subset(ids: Tensor, widest: int) -> Tensor:
+    """Of `[samples, tokens]` as many as are measured, sequences drawn evenly; `widest`: inputs of a layer."""
     length = min(ids.shape[1], MAX_SEQUENCE)
-    return ids[: max(1, MAX_TOKENS // length), :length]
+    tokens = min(MAX_TOKENS, max(int(SHARE * ids.numel()), LEAST_TOKENS, widest))
+    count = min(len(ids), -(-tokens // length))
+    return ids[torch.linspace(0, len(ids) - 1, count).long(), :length]
 
 
 class _Pass:
@@ -227,7 +235,8 @@ class _Pass:
 
     def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
         try:
-            return collect(linears, passes, hessian=True, sample=0, tokens=self.ids.numel())
+            sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
+            return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
         except ValueError as error:
             raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
 

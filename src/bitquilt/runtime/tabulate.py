@@ -3,7 +3,8 @@
 Also what solving the layers at one bit really does to them, which is in none of the statistics.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.models.linear import QuantizedLinear
-from bitquilt.protocols import Plannable
+from bitquilt.protocols import Plannable, RoundsInputs
 from bitquilt.runtime.job import Job
 from bitquilt.runtime.layers import preparing
+from bitquilt.runtime.plans import columns_of_a_unit
 from bitquilt.runtime.tables import Method
 from bitquilt.sensitivity.kfac import activation_rows, corrected, tried_at_one_bit, width_losses
 from bitquilt.types import Layer, LayerPlan, LayerStats, uniform_plan
@@ -63,10 +65,8 @@ class Tables:
                 # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
                 rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
             widths = self.recipe.widths(len(weight))
-            group_size = int(getattr(self.job.recipe, "group_size", 1))
             try:
-                rounding = self._rounding(layer, prepared)
-                table = width_losses(weight, rounding, rows, columns, widths, group_size).cpu().numpy()
+                table = self._table(layer, prepared, rows, columns).cpu().numpy()
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             cost = [0.5 * value / self.tokens for value in made.get(name, ())]
@@ -83,7 +83,7 @@ class Tables:
         """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
         reached the layer."""
         prepare = preparing(self.job.recipe)
-        errors, group_size = {}, int(getattr(self.recipe, "group_size", 1))
+        errors, group_size = {}, columns_of_a_unit(self.recipe)
         for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0 or min(self.recipe.widths(len(weight))) > 1:
@@ -97,5 +97,11 @@ class Tables:
             errors[name] = solved_weight.to(weight.device) - weight
         return errors
 
-    def _rounding(self, layer: Layer, prepared: Any) -> Callable[[int], Tensor]:
-        return lambda bits: self.recipe.rounded(layer, prepared, bits)
+    def _table(self, layer: Layer, prepared: Any, rows: Tensor, columns: Tensor) -> Tensor:
+        recipe, weight = self.recipe, layer.weight
+        rounded, widths = partial(recipe.rounded, layer, prepared), recipe.widths(len(weight))
+        group_size = columns_of_a_unit(recipe)
+        if not isinstance(recipe, RoundsInputs):
+            return width_losses(weight, rounded, rows, columns, widths, group_size)
+        inputs, order = partial(recipe.input_error, layer, prepared), recipe.column_order(layer, prepared)
+        return width_losses(weight, rounded, rows, columns, widths, group_size, inputs=inputs, order=order)

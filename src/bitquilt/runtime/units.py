@@ -13,6 +13,7 @@ from bitquilt.allocation.path import Ints
 from bitquilt.errors import UserError
 from bitquilt.packing import storage_bits
 from bitquilt.protocols import Plannable
+from bitquilt.runtime.plans import columns_of_a_unit
 from bitquilt.runtime.tables import Sensitivities
 from bitquilt.sensitivity.together import together
 from bitquilt.types import LayerPlan, Layout
@@ -34,7 +35,7 @@ class Units:
         """`shapes`: `[out, in]` by path. Raises UserError if the sensitivities do not fit the layers, or layers of
         different widths are tied."""
         self.recipe, self.shapes, self.sensitivities = recipe, dict(shapes), sensitivities
-        self.group_size = int(getattr(recipe, "group_size", 1))
+        self.group_size = columns_of_a_unit(recipe)
         self._group(ties)
         self.palette = tuple(sorted({bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}))
         self._tabulate()
@@ -126,6 +127,12 @@ class Units:
                 bits = np.minimum(self.palette, max(self.recipe.widths(self.shapes[name][0])))
                 costs[self.slices[head]] += self.shapes[name][0] * columns[:, None] * bits[None, :]
         return costs
+
+    def alike(self) -> NDArray[np.float32]:
+        """Losses `[units, palette]` for when none were measured: all weights alike, a quarter left with each bit."""
+        left = 0.25 ** np.asarray(self.palette, dtype=np.float32)
+        weights = self.nominal()[:, :1] / np.float32(self.palette[0])
+        return np.asarray(weights * left, dtype=np.float32)
 
     def layouts(self, choices: Ints) -> dict[str, Layout]:
         """Of every layer. Layers of one shape and the same bits share theirs: most do while a plan is sought."""

@@ -28,14 +28,11 @@ class Partition:
     multiplier: float
     smaller: tuple[tuple[tuple[int, int, int], float], ...] = ()
 
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """Bits per channel, in original order."""
-        found = [0] * len(self.order)
-        widths = [width for width, size in zip(_WIDTHS, self.sizes, strict=True) for _ in range(size)]
-        for channel, width in zip(self.order.tolist(), widths, strict=True):
-            found[channel] = width
-        return tuple(found)
+    def bits(self, block: int) -> tuple[int, ...]:
+        """Bits of every `block` channels, the loudest first; the parts but the last are multiples of it."""
+        four, six, eight = self.sizes
+        starts = range(0, four + six + eight, block)
+        return tuple(8 if start < eight else 6 if start < eight + six else 4 for start in starts)
 
 
 def published_threshold(bits: int, largest: float, exponent: int) -> float:

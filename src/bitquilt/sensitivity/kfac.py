@@ -33,24 +33,32 @@ def width_losses(
     columns: Tensor,
     widths: Sequence[int],
     group_size: int,
+    *,
+    inputs: Callable[[int], Tensor] | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Losses fp32 `[groups, len(widths)]`, `widths` ascending, never rising with the width.
 
     `weight` `[out, in]`; `rounded(bits)`: the same, every group rounded at these bits without compensation; `rows`
-    `[out]` E[g_i^2]; `columns` `[in]` c_j.
+    `[out]` E[g_i^2]; `columns` `[in]` c_j. Where inputs are rounded too, `inputs(bits)` is their mean squared error
+    `[in]`, which the weights multiply; every width is then measured. `order`: the columns as groups count them.
     """
     starts = [group.start for group in group_slices(weight.shape[1], group_size)]
     places = torch.arange(weight.shape[1], device=weight.device)
     index = torch.bucketize(places, torch.tensor(starts, device=weight.device), right=True) - 1
+    if order is not None:
+        index = torch.empty_like(index).index_copy_(0, order, index)
     measured: dict[int, Tensor] = {}
 
     def at(bits: int) -> Tensor:
-        if bits > MEASURED_WIDTHS:
+        if bits > MEASURED_WIDTHS and inputs is None:
             steps = (2**MEASURED_WIDTHS - 1) / (2**bits - 1)
             return at(MEASURED_WIDTHS) * steps**2
         if bits not in measured:
             error = (weight - rounded(bits)).square_()
             per_column = 0.5 * (rows @ error).double() * columns.double()
+            if inputs is not None:
+                per_column += 0.5 * (rows @ weight.square()).double() * inputs(bits).double()
             measured[bits] = torch.zeros(len(starts), dtype=torch.float64, device=weight.device).index_add_(
                 0, index, per_column
             )

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitquilt.grids.uniform import RangeSearch, fit, scale_dtype_for
+from bitquilt.grids.uniform import OneBitRule, RangeSearch, fit, scale_dtype_for
 from bitquilt.solvers.codebooks import Tables
 from bitquilt.types import MAX_BITS, Format, Layout, group_slices
 
@@ -60,6 +60,7 @@ def round_groups(
     importance: Tensor | None = None,
     search: RangeSearch = COARSE,
     symmetric: bool = False,
+    one_bit: OneBitRule = "symmetric",
 ) -> Tensor:
     """`weight` `[out, in]` with every column group rounded at `bits`; `importance` `[in]` weighs the range search."""
     dtype = scale_dtype_for(weight)
@@ -67,6 +68,6 @@ def round_groups(
     for group in group_slices(weight.shape[1], group_size):
         weights = None if importance is None else importance[group]
         columns = weight[:, group]
-        grid = fit(columns, bits, weights, search=search, symmetric=symmetric, scale_dtype=dtype)
+        grid = fit(columns, bits, weights, search=search, one_bit=one_bit, symmetric=symmetric, scale_dtype=dtype)
         parts.append(grid.quantize(columns))
     return torch.cat(parts, dim=1)
