@@ -53,7 +53,8 @@ _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 @dataclass(frozen=True)
 class Quilt(Feedback):
     """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
-    `levels`: "auto" = symmetric at 1 and 2 bits, "symmetric" everywhere, "zero" from 2 bits on. `passes`: of coordinate descent.
+    `levels`: "auto" = symmetric at 1 and 2 bits, "symmetric" everywhere, "zero" from 2 bits on. `passes`: of coordinate
+    descent.
     `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time, in which
     each weight can move by half a step in all; "best" = then `tune_epochs` passes through the whole model. `rounding`:
     how a block's offsets move, by "adam" or by the "sign" of their gradient. `scale_rate`: of the scales in a block;
