@@ -1,5 +1,7 @@
 """Many tokens on the matrix units, against the reference and against torch's own product."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -54,6 +56,13 @@ def test_every_grid_on_one_thread_and_two(tokens):
         assert torch.equal(module(x.view(2, -1, 797)).view(tokens, -1) if tokens % 2 == 0 else module(x), alone)
     finally:
         torch.set_num_threads(1)
+
+
+def test_several_python_threads_at_once():
+    module, x = QuantizedLinear.from_weight(mixed()), inputs(40, 797, torch.bfloat16)
+    expected = module(x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(output, expected) for output in pool.map(lambda _: module(x), range(12)))
 
 
 def test_some_tokens_at_a_time(monkeypatch):

@@ -18,6 +18,7 @@ from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
 from bitquilt.errors import UserError
 from bitquilt.evaluation.loading import as_model, context_length, vocabulary
+from bitquilt.integrations.llama import prompt_logits
 from bitquilt.integrations.static import captured
 from bitquilt.integrations.writing import begin
 from bitquilt.models.checkpoint import open_checkpoint
@@ -129,7 +130,10 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gp
     first = time.perf_counter() - started
     started = time.perf_counter()
     cache = DynamicCache(config=model.config)
-    logits = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    if begun.writer is not None:
+        logits = prompt_logits(model, ids, cache)
+    else:
+        logits = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
     machine.done()
     prompt = time.perf_counter() - started
     if begun.writer is not None:

@@ -153,7 +153,9 @@ def _body(device: str) -> str:
     if not own:
         return f"{_REFERENCE}; the package was installed without its kernels"
     level = kernels.level()
-    return f"{_REFERENCE}; BITQUILT_ISA asks for it" if level == kernels.REFERENCE else f"native kernels, {level}"
+    if level == kernels.REFERENCE:
+        return f"{_REFERENCE}; BITQUILT_ISA asks for it"
+    return f"native kernels, {level}{' with matrix units' if kernels.matrix_units(level) else ''}"
 
 
 def _print(facts: dict[str, Any]) -> None:

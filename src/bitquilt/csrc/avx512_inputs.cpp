@@ -48,41 +48,70 @@ inline void next_digit(int32_t* q, int8_t* to) {
     _mm512_store_si512(q, _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8));
 }
 
+// What a unit of each group is worth; `sum` is set to what its activations are multiplied by.
+void set_units(const Segment& s, const float* x, float largest, float* unit, float* sum) {
+    for (int64_t g = 0; g < s.groups; ++g) {
+        const int64_t first = g * s.group_size, left = s.width - first;
+        unit[g] = from_bits(magnitude(x + first, s.groups == 1 || left < s.group_size ? left : s.group_size));
+    }
+    const __m512 most = _mm512_set1_ps(largest);
+    for (int64_t g = 0; g < s.groups; g += 16) {
+        const __m512 value = _mm512_loadu_ps(unit + g);
+        const __mmask16 bad = _mm512_cmpge_epu32_mask(_mm512_castps_si512(value), _mm512_set1_epi32(0x7f800000));
+        // Below 1e-30 the inverse would leave fp32: such activations count as zero.
+        const __mmask16 usable = _mm512_cmp_ps_mask(value, _mm512_set1_ps(1e-30f), _CMP_GE_OQ) & ~bad;
+        const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+        _mm512_storeu_ps(unit + g, _mm512_mask_mov_ps(_mm512_div_ps(value, most), bad, nan));
+        _mm512_storeu_ps(sum + g, _mm512_maskz_div_ps(usable, most, value));
+    }
+}
+
+// A sum of fixed-point numbers, in two parts that 32 bits hold for 2^20 of them.
+struct Total {
+    __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
+    void add(__m512i fixed) {
+        low = _mm512_add_epi32(low, _mm512_and_si512(fixed, _mm512_set1_epi32(4095)));
+        high = _mm512_add_epi32(high, _mm512_srai_epi32(fixed, 12));
+    }
+    float value() const { return static_cast<float>(lanes(low) + 4096 * lanes(high)); }
+    static int64_t lanes(__m512i a) {
+        return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)),
+                                                        _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1))));
+    }
+};
+
 // Fixed-point activations of one segment and token. Digits are signed: q = d0 + 256 d1 + 65536 d2.
 void prepare_segment(const Segment& s, const float* x, int digits, float* unit, float* sum, int8_t* planes) {
-    const float largest = largest_of(digits);
+    set_units(s, x, largest_of(digits), unit, sum);
     const int64_t count = plane_count(s), chunk = wide_bytes * count;
+    const int64_t step = s.groups == 1 || s.group_size % 16 == 0 ? 16 : 8;  // columns that share a group
     int64_t group_end = 0, g = -1;
-    float inverse = 0.0f;
-    __m512i total = _mm512_setzero_si512();
-    alignas(64) int32_t q[512];
-    alignas(64) int8_t bytes[512];
+    Total total;
+    alignas(64) int8_t bytes[3][512 + wide_bytes];  // with 8 columns at a time 8 more are written
     for (int64_t start = 0; start < s.width; start += chunk, planes += chunk * digits) {
-        for (int64_t j = 0; j < chunk; j += 8) {  // 8 columns share a group
-            const int64_t column = start + j;
-            if (column >= group_end && column < s.width) {
-                if (g >= 0) sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
+        for (int64_t j = 0; j < chunk; j += step) {
+            const int64_t column = start + j, left = s.width - column;
+            if (column >= group_end && left > 0) {
+                if (g >= 0) sum[g] = unit[g] * total.value();
                 ++g;
-                total = _mm512_setzero_si512();
-                group_end = s.groups == 1 || column + s.group_size > s.width ? s.width : column + s.group_size;
-                const uint32_t bits = magnitude(x + column, group_end - column);
-                unit[g] = bits >= 0x7f800000u ? from_bits(0x7fc00000u) : from_bits(bits) / largest;
-                // Below 1e-30 the inverse would leave fp32: such activations count as zero.
-                inverse = bits >= 0x7f800000u || from_bits(bits) < 1e-30f ? 0.0f : largest / from_bits(bits);
+                total = Total();
+                group_end = s.groups == 1 || left < s.group_size ? s.width : column + s.group_size;
             }
-            const int64_t left = s.width - column;
-            const int used = left <= 0 || inverse == 0.0f ? 0 : left >= 8 ? 0xff : (1 << left) - 1;
-            const __m256 value = _mm256_maskz_loadu_ps(static_cast<__mmask8>(used), x + column);
-            const __m256i fixed = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(inverse)));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(q + j), fixed);
-            total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(fixed));
+            const int used = left <= 0 ? 0 : left >= step ? (1 << step) - 1 : (1 << left) - 1;
+            const __mmask16 keep = static_cast<__mmask16>(sum[g] == 0.0f ? 0 : used);
+            const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(keep, x + column), _mm512_set1_ps(sum[g]));
+            __m512i fixed = _mm512_cvtps_epi32(value);
+            total.add(fixed);
+            for (int d = 0; d < digits; ++d) {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes[d] + j), _mm512_cvtepi32_epi8(fixed));
+                fixed = _mm512_srai_epi32(_mm512_add_epi32(fixed, _mm512_set1_epi32(128)), 8);
+            }
         }
         for (int d = 0; d < digits; ++d) {
-            for (int64_t j = 0; j < chunk; j += 16) next_digit(q + j, bytes + j);
-            for (int64_t k = 0; k < count; ++k) store_plane(bytes, count, k, planes + (k * digits + d) * wide_bytes);
+            for (int64_t k = 0; k < count; ++k) store_plane(bytes[d], count, k, planes + (k * digits + d) * wide_bytes);
         }
     }
-    sum[g] = unit[g] * static_cast<float>(_mm512_reduce_add_epi64(total));
+    sum[g] = unit[g] * total.value();
 }
 
 // 16 levels times the activations of their columns; zeros past `left` levels.

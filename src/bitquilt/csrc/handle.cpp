@@ -92,16 +92,19 @@ float* scratch_of(Use use, int64_t floats) {
     return memory[use].floats(floats);
 }
 
+BITQUILT_EVERY_ISA void widen_bfloat(const uint16_t* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat(from[i]);
+}
+
+BITQUILT_EVERY_ISA void widen_half(const uint16_t* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from_half(from[i]);
+}
+
 // Any of the three types as fp32; the given memory itself where it is fp32.
 const float* widen(const void* from, Type type, int64_t count, Use use) {
     if (type == Type::f32) return static_cast<const float*>(from);
     float* to = scratch_of(use, count);
-    const auto* half = static_cast<const uint16_t*>(from);
-    if (type == Type::bf16) {
-        for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat(half[i]);
-    } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = from_half(half[i]);
-    }
+    (type == Type::bf16 ? widen_bfloat : widen_half)(static_cast<const uint16_t*>(from), count, to);
     return to;
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.integrations.llama import agrees, body, epsilon, products, read_prompt, want
-from bitquilt.models.embedding import SharedHead
+from bitquilt.models.embedding import SharedHead, lookup
 from bitquilt.models.linear import QuantizedLinear
 from bitquilt.ops import kernels
 from bitquilt.ops.pages import place
@@ -67,7 +67,7 @@ class Decoder:
     def step(self, token: int) -> Tensor:
         """See `writing.Writer`."""
         with torch.no_grad():
-            x = self._embed(torch.tensor([token]))[0].float().contiguous()
+            x = lookup(self._embed, torch.tensor([token]))[0].float().contiguous()
         digits = 1 if kernels.activations() == "int8" else self._digits
         self._native.step(x.data_ptr(), self.position, self._logits.data_ptr(), digits, torch.get_num_threads())
         self.position += 1

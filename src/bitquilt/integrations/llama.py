@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from bitquilt.models.embedding import lookup
+
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -55,9 +57,17 @@ def read_prompt(model: Any, ids: Tensor, caches: Tensor) -> Tensor:
     """The model reads `ids` int64 `[tokens]`; keys and values go into `caches` `[layers, 2, kv heads, length, head
     width]`. Returns the last token's logits fp32 `[vocabulary]`."""
     cache = DynamicCache(config=model.config)
-    logits = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+    logits = prompt_logits(model, ids, cache)
     for own, layer in zip(caches, cache.layers, strict=True):
         own[0, :, : len(ids)], own[1, :, : len(ids)] = layer.keys[0], layer.values[0]
+    return logits
+
+
+def prompt_logits(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """What `read_prompt` returns; fills a cache of transformers'."""
+    embedded = lookup(model.get_input_embeddings(), ids)[None]
+    out = model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: Tensor = out.logits[0, -1].float()
     return logits
 
 

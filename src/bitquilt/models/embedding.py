@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from bitquilt.models.linear import QuantizedLinear, replace_linears, replace_module
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.pages import let_go
 from bitquilt.ops.reference import decode_uniform
 from bitquilt.types import Layout
+
+_AROUND = 2**21  # bytes that Linux maps around a page of a file at most: the largest piece that files are cached in
+_AT_ONCE = 8
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -83,6 +87,24 @@ class SharedHead(nn.Module):
         """x `[..., width]` -> logits `[..., vocabulary]`."""
         logits = self.table.project(x)
         return logits if self.bias is None else logits + self.bias
+
+
+def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """`embedding(ids)` of ids int64 `[tokens]`; on a CPU some at a time, and what was mapped for them given back.
+
+    Where the table is mapped from a checkpoint's file, reading one row maps up to 2 MB around it: a prompt of 512
+    random tokens made 126 MB of a 131 MB table count as this process's memory."""
+    if ids.device.type != "cpu":
+        found: Tensor = embedding(ids)
+        return found
+    tables = [t for t in (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False)) if t.dim() == 2]
+    parts = []
+    for part in ids.split(_AT_ONCE):
+        parts.append(embedding(part))
+        for table in tables:
+            around = _AROUND // max(1, table.stride(0) * table.itemsize) + 1
+            let_go([table.detach()[max(0, row - around) : row + around + 1] for row in part.tolist()])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def embedding_path(model: Any) -> str | None:

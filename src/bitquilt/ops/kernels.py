@@ -59,6 +59,11 @@ def level() -> str:
     return _choice("BITQUILT_ISA", here, "this processor has" if built() else "the kernels are not built; there is")
 
 
+def matrix_units(level: str) -> bool:
+    """Whether products of many bf16 tokens are computed on the processor's matrix tiles."""
+    return level == "avx512" and _kernels.matrix_units()
+
+
 @functools.cache
 def _mode_of_environment() -> str:
     return _choice("BITQUILT_ACTIVATIONS", list(MODES), "known are")
@@ -191,7 +196,7 @@ def _linear(x: Tensor, handle: Handle, bias: Tensor | None) -> Tensor:
     unpacked whole costs 22 000 page faults, as long again as its product with 512 tokens."""
     rows = handle.out_features
     x = in_stored_order(x, handle)  # some tokens are fewer than the rows of a weight
-    if x.dtype == torch.bfloat16 and handle.level == "avx512" and _kernels.matrix_units():
+    if x.dtype == torch.bfloat16 and matrix_units(handle.level):
         return _on_matrix_units(x.contiguous(), handle, bias)
     parts = []
     part = min(_TILE_ROWS * torch.get_num_threads(), _MOST_ROWS)

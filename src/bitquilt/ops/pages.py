@@ -54,11 +54,11 @@ def place(tensors: Sequence[Tensor]) -> list[Tensor]:
             tensor if own is None else own.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
             for tensor, own in zip(tensors, places, strict=True)
         ]
-    _let_go(tensors)
+    let_go(tensors)
     return copies
 
 
-def _let_go(tensors: Sequence[Tensor]) -> None:
+def let_go(tensors: Sequence[Tensor]) -> None:
     """Give back the memory of pages mapped from a file (a checkpoint as transformers loads it): the file still has
     them, and as long as any of its tensors lives they would be held twice. Nothing is lost if they are read again.
 
