@@ -8,8 +8,9 @@ Truth: one layer quantized by the recipe at one width, everything else in full p
 are Spearman's rank correlation over the layers at each width, and the ratio of the sums (1 = the unit is right).
 
 `--cost`: processor seconds of measuring the tables, and of quantizing with them, one after the other in one process, by
-the recipes of COSTS, with 16,384 tokens to calibrate on; `quantize` takes sixteen times as many by itself, of which no
-more than these are measured. `block`: one block as wide as in a Llama of 1.1 billion parameters, random weights.
+the recipes of COSTS, with 16,384 tokens to calibrate on; `quantize` takes up to sixteen times as many by itself
+(`--samples`), of which no more than these are measured. `block`: one block as wide as in a Llama of 1.1 billion
+parameters, random weights.
 """
 
 import argparse
@@ -146,13 +147,13 @@ def one_block(folder: Path) -> tuple[Path, Path]:
     return folder / BLOCK, folder / "ids.safetensors"
 
 
-def cost(model: str, row: str, folder: Path) -> dict[str, Any]:
+def cost(model: str, row: str, folder: Path, samples: int) -> dict[str, Any]:
     """Processor seconds of measuring and of quantizing to one bit above the least that the recipe reaches."""
     name, options = COSTS[row]
-    data: dict[str, Any] = {"samples": 64, "seq_len": 256}
+    data: dict[str, Any] = {"samples": samples, "seq_len": 256}
     if model == BLOCK:
         source, calibration = one_block(folder)
-        data = {"samples": 32, "seq_len": 512}
+        data = {"samples": min(samples // 2, 32), "seq_len": 512}
     else:
         source, calibration = SHARED / "models" / model, SHARED / "text" / TEXTS[model][0]
     started = time.process_time()
@@ -165,18 +166,18 @@ def cost(model: str, row: str, folder: Path) -> dict[str, Any]:
     bitquilt.quantize(source, recipe, calibration, folder / "out", budget=Budget("bpw", found + 1),
                       sensitivities=folder / "tables", **data)  # fmt: skip
     quantized = time.process_time() - started
-    return {"model": model, "recipe": row, "measuring": round(measured, 1), "quantizing": round(quantized, 1),
-            "measuring / quantizing": round(measured / quantized, 2)}  # fmt: skip
+    return {"model": model, "recipe": row, "samples": samples, "measuring": round(measured, 1),
+            "quantizing": round(quantized, 1), "measuring / quantizing": round(measured / quantized, 2)}  # fmt: skip
 
 
-def costs(models: list[str], recipes: list[str]) -> None:
+def costs(models: list[str], recipes: list[str], samples: int) -> None:
     """A line per model and recipe, kept as soon as it is there."""
     path, rows = OUTPUT / "sensitivity-cost.json", list[dict[str, Any]]()
     torch.set_num_threads(1)
     for model in models:
         for row in recipes:
             with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-                rows.append(cost(model, row, Path(folder)))
+                rows.append(cost(model, row, Path(folder), samples))
             print(json.dumps(rows[-1]), flush=True)
             OUTPUT.mkdir(exist_ok=True)
             path.write_text(json.dumps({"stamp": stamp(), "results": rows}, indent=1))
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=[*TEXTS, BLOCK])
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=list(COSTS), choices=list(COSTS), help="with --cost")
+    parser.add_argument("--samples", type=int, default=64, help="with --cost: of 256 tokens, to calibrate on")
     parser.add_argument("--recipe", default="slim-llm")
     parser.add_argument("--widths", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of 256 tokens")
     arguments = parser.parse_args()
     if arguments.cost:
-        costs(arguments.models, arguments.recipes)
+        costs(arguments.models, arguments.recipes, arguments.samples)
         return
     rows = []
     with quiet_transformers():

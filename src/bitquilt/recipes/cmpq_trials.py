@@ -29,14 +29,25 @@ class Trial:
 
     def protected(self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int]) -> Tensor:
         """O_act and O_q of these sizes together, bool `[out, in]`: O_q is ranked by tables fitted without O_act."""
-        act, error = counts
-        chosen = torch.zeros_like(weight, dtype=torch.bool)
-        if act:
-            chosen = activation_outliers(weight, self.norms, act / weight.numel(), self.act_rule)
-        if not error:
-            return chosen
+        if counts[1]:
+            return self.tried(weight, bits, tables, counts)[0]
+        return self._contributing(weight, counts[0])
+
+    def tried(
+        self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """What would be protected, and the weight rounded by tables fitted without O_act, both `[out, in]`."""
+        chosen = self._contributing(weight, counts[0])
         rounded = round_channels(weight, bits, tables, chosen, self.importance)[1]
-        return chosen | error_outliers(weight, rounded, self.norms, error, chosen)
+        if counts[1]:
+            chosen = chosen | error_outliers(weight, rounded, self.norms, counts[1], chosen)
+        return chosen, rounded
+
+    def _contributing(self, weight: Tensor, count: int) -> Tensor:
+        """O_act of this size."""
+        if not count:
+            return torch.zeros_like(weight, dtype=torch.bool)
+        return activation_outliers(weight, self.norms, count / weight.numel(), self.act_rule)
 
     def loss(self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int] = (0, 0)) -> float:
         """Sum of cost_j (w - Q(w))^2 over what is not among the outliers."""
