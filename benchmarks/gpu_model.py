@@ -25,7 +25,8 @@ class LlamaShape:
     """Embedding and head in bf16; `make(rows, columns, seed)` -> (a linear layer, its bytes)."""
 
     def __init__(self, sizes: Sizes, device: torch.device, make: Callable[[int, int, int], tuple[Layer, int]]) -> None:
-        self.context = sizes.context
+        self.context, self._device = sizes.context, device
+        self._before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         width, head_width = sizes.width, sizes.width // sizes.heads
         shapes = [(width, width)] * 4 + [(sizes.inner, width)] * 2 + [(width, sizes.inner)]
         norm = torch.ones(width, device=device, dtype=_DTYPE)  # shared: its bytes are nothing
@@ -45,6 +46,12 @@ class LlamaShape:
         ends = Ends(partial(_look_up, tables[0]), norm, partial(_times, tables[1]), cosines, sines)
         shape = Shape(sizes.heads, sizes.heads, head_width, head_width**-0.5, 1e-5)
         self.step = Step(blocks, ends, shape, sizes.vocabulary, _DTYPE, greedy=True)
+
+    def in_memory(self) -> int:
+        """Bytes of the weights; on a GPU, before the first step, what was allocated for all but the cache."""
+        if self._device.type == "cpu":
+            return self.nbytes
+        return torch.cuda.memory_allocated(self._device) - self._before - self.step.cache.nbytes
 
     def write(self, replay: Callable[[], None], count: int) -> list[int]:
         """`count` tokens after token 1."""

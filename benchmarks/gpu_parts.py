@@ -82,7 +82,7 @@ def decode(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, make in (("bf16_", _dense_maker(device)), ("", _packed_maker(device))):
         model = LlamaShape(sizes, device, make)
-        found[f"{name}bytes"] = model.nbytes
+        found[f"{name}bytes"] = model.in_memory()
         found[f"{name}tokens_per_second"] = decode_rate(model, setting)
         del model
         if device.type == "cuda":

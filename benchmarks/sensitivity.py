@@ -8,9 +8,8 @@ Truth: one layer quantized by the recipe at one width, everything else in full p
 are Spearman's rank correlation over the layers at each width, and the ratio of the sums (1 = the unit is right).
 
 `--cost`: processor seconds of measuring the tables, and of quantizing with them, one after the other in one process, by
-the recipes of COSTS, with 64 x 256 tokens to calibrate on; `quantize` takes sixteen times as many by itself, of which no
-more than these are measured. `block`: one block as wide as in a Llama of 1.1 billion parameters, random weights, 8,192
-tokens.
+the recipes of COSTS, with 16,384 tokens to calibrate on; `quantize` takes sixteen times as many by itself, of which no
+more than these are measured. `block`: one block as wide as in a Llama of 1.1 billion parameters, random weights.
 """
 
 import argparse
@@ -136,14 +135,14 @@ def compare(
 
 
 def one_block(folder: Path) -> tuple[Path, Path]:
-    """A Llama of one block, 2048 wide, and 16 x 512 token ids."""
+    """A Llama of one block, 2048 wide, and 32 x 512 token ids."""
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4,
         vocab_size=512, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder / BLOCK)
-    save_file({"input_ids": torch.randint(3, 512, (16, 512))}, folder / "ids.safetensors")
+    save_file({"input_ids": torch.randint(3, 512, (32, 512))}, folder / "ids.safetensors")
     return folder / BLOCK, folder / "ids.safetensors"
 
 
@@ -153,7 +152,7 @@ def cost(model: str, row: str, folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = {"samples": 64, "seq_len": 256}
     if model == BLOCK:
         source, calibration = one_block(folder)
-        data = {"samples": 16, "seq_len": 512}
+        data = {"samples": 32, "seq_len": 512}
     else:
         source, calibration = SHARED / "models" / model, SHARED / "text" / TEXTS[model][0]
     started = time.process_time()

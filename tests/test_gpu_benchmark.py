@@ -60,7 +60,7 @@ from benchmarks import gpu
 from bitquilt.ops.gpu import body, decode
 gpu.OUTPUT = Path(sys.argv[1])
 assert gpu.PARTS.keys() >= {"layers", "decode", "tune"}
-gpu.main(["--device", "cpu", "--tiny", "--only", "copy"])
+gpu.main(["--device", "cpu", "--tiny", "--only", "copy", "slim"])
 """
 
 
@@ -71,6 +71,7 @@ def test_pytorch_and_triton_suffice(tmp_path):
                          text=True, timeout=120, env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "bf16 product" in ran.stdout
+    assert "slim: left out, safetensors is not installed; pip install ." in ran.stdout
     assert json.loads((tmp_path / "gpu-tiny.json").read_text()).keys() == {"copy"}
 
 

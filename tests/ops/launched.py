@@ -52,7 +52,7 @@ def _decode() -> None:
     cache, angles = torch.zeros(2, 1, 200, 32), Angles(table, table, torch.zeros(1, dtype=torch.int64))
     glue = Fused(Shape(2, 1, 32, 0.2, 1e-5), 200, torch.device("cpu"))
     glue.add_norm(x, x, x[0])
-    glue.attend(glue.place(x, x, x, (x, x), angles, cache), cache.bfloat16(), angles.position)
+    glue.attend(x, x, x, (x, x), angles, cache.bfloat16())
     glue.gated(x, x)
 
 

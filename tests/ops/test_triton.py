@@ -90,6 +90,18 @@ def test_whole_chunks(bits):
     check(QuantizedWeight((uniform_segment(bits, 256, 256, symmetric=not symmetric, rows=ROWS),)), inputs(3, 256))
 
 
+@pytest.mark.parametrize("bits", [1, 5, 6, 7, 8])
+def test_codebooks_of_other_widths(bits):
+    """As they are stored."""
+    check(QuantizedWeight((codebook_segment(bits, 136, 1, rows=ROWS),)), inputs(2, 136, torch.bfloat16), arranged=True)
+
+
+@pytest.mark.parametrize("tokens", [33, 64])
+def test_up_to_64_tokens(tokens):
+    parts = uniform_segment(3, 128, 128, 1, rows=ROWS), codebook_segment(2, 128, 2, rows=ROWS)
+    check(QuantizedWeight(parts), inputs(tokens, 256, torch.float16), arranged=True)
+
+
 @pytest.mark.parametrize("bits", [3, 7])
 def test_planes_written_out(monkeypatch, bits):
     """Among other segments, and next to one that has no planes."""
@@ -562,7 +574,7 @@ def test_launches_bind_and_compile():
     ran = subprocess.run([sys.executable, "-m", "tests.ops.launched"], capture_output=True, text=True, timeout=300,
                          env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    decode = ["add_norm_kernel", "place_kernel", "attend_kernel", "gated_kernel"]
+    decode = ["add_norm_kernel", "attend_kernel", "gated_kernel"]
     assert ran.stdout.split() == ["product_kernel", "dense_kernel", "outlier_kernel", *decode]
 
 

@@ -83,8 +83,8 @@ class Step:
             gate_and_up, down = block.mlp[:-1], block.mlp[-1]
             x, y = glue.add_norm(x, more, block.norms[0])
             q, k, v = self.together(inputs, y)
-            q = glue.place(q, k, v, block.head_norms, angles, cache)
-            x, y = glue.add_norm(x, o(glue.attend(q, cache, angles.position)), block.norms[1])
+            seen = glue.attend(q, k, v, block.head_norms, angles, cache)
+            x, y = glue.add_norm(x, o(seen), block.norms[1])
             more = down(glue.gated(*self.together(gate_and_up, y)))
         _, y = glue.add_norm(x, more, self.ends.norm)
         self.logits.copy_(self.ends.head(y).view(-1))

@@ -38,18 +38,15 @@ HeadNorms = tuple[Tensor, Tensor] | None
 
 
 class Glue(Protocol):
-    """The four steps."""
+    """The three steps."""
 
     def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(x + more, its RMS norm times `weight` `[width]`)."""
         ...
 
-    def place(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
-        """Turn q and k by their position; k and v go into `cache` `[2, kv heads, length, head width]`; returns q."""
-        ...
-
-    def attend(self, q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
-        """What q `[1, heads x head width]` sees up to `position`, of the same shape."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
+        """Turn q and k by their position, put k and v into `cache` `[2, kv heads, length, head width]`; returns what q
+        sees up to its own place, `[1, heads x head width]`."""
         ...
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -68,21 +65,17 @@ class Plain:
         x = x if more is None else x + more
         return x, rms_norm(x, weight.shape, weight, self.shape.epsilon)
 
-    def place(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
         """See `Glue`."""
         q, k, v = (t.view(-1, 1, self.shape.head_width) for t in (q, k, v))
         if norms is not None:
             q, k = (rms_norm(t, w.shape, w, self.shape.epsilon) for t, w in zip((q, k), norms, strict=True))
         cache[0].index_copy_(1, angles.position, _turned(k, angles).to(cache.dtype))
         cache[1].index_copy_(1, angles.position, v.to(cache.dtype))
-        return _turned(q, angles).view(1, -1)
-
-    def attend(self, q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
-        """See `Glue`."""
-        seen = (torch.arange(cache.shape[2], device=q.device) <= position).view(1, 1, 1, -1)
+        seen = (torch.arange(cache.shape[2], device=q.device) <= angles.position).view(1, 1, 1, -1)
         found = scaled_dot_product_attention(
-            q.view(1, -1, 1, self.shape.head_width), cache[0][None], cache[1][None], attn_mask=seen,
-            scale=self.shape.scaling, enable_gqa=self.shape.heads != self.shape.kv_heads,
+            _turned(q, angles)[None], cache[0][None], cache[1][None], attn_mask=seen, scale=self.shape.scaling,
+            enable_gqa=self.shape.heads != self.shape.kv_heads,
         )  # fmt: skip
         return found.reshape(1, -1)
 

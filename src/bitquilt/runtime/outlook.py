@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitquilt.models.structure import Skeleton
+from bitquilt.runtime.tables import measured_tokens
 from bitquilt.types import Layout
 
 _FLOAT = 4
@@ -40,8 +41,9 @@ def estimate(
 ) -> Estimate:
     """Of quantizing with `tokens` calibration tokens (`data`), a range search, and sensitivities measured first."""
     weights = sum(rows * width for rows, width in shapes.values())
-    passes = (2 if data else 0) + (4 if measures else 0)
-    work = 2.0 * weights * tokens * passes
+    widest = max((width for _, width in shapes.values()), default=0)
+    passed = (2 * tokens if data else 0) + (4 * measured_tokens(tokens, widest) if measures else 0)
+    work = 2.0 * weights * passed
     inputs = {(name.rsplit(".", 1)[0], width): width for name, (_, width) in shapes.items()}
     if data or measures:
         work += sum(2.0 * tokens * width**2 + width**3 / _SOLVER_SHARE for width in inputs.values())
@@ -77,6 +79,7 @@ def permits(layouts: Mapping[str, Layout]) -> dict[str, dict[str, Any]]:
     checks = {
         "bitquilt reference (any device)": lambda _: None,
         "bitquilt cpu kernels": _cpu_kernel,
+        "bitquilt gpu kernels (Triton)": lambda _: None,
         "gptq format, one width per layer": _gptq,
         "compressed-tensors, packed 4 or 8 bits": _compressed,
     }

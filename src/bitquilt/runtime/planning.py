@@ -34,7 +34,8 @@ from bitquilt.types import LayerPlan, Layout
 # up to here every widest width is tried. cmpq at 2.96 bpw on stories260k (3,600 channels of 64 and 172): nothing beyond
 # 4 bits is predicted to lose 5 % less than channels of up to 8; on the demo model it is 2 %.
 _FEW_UNITS = 30_000
-_NEAR = 0.998  # of a budget: below, single steps fill it; larger models never are
+# Of a budget: below, single steps fill it; larger models never are. Where layers have one width, below the second only.
+_NEAR, _NEAR_LAYERS = 0.998, 0.995
 
 
 class UnreachableError(UserError):
@@ -178,8 +179,8 @@ class Planner:
             return after(cut(path, lambda steps: exact(after(steps)), budget.value, base, unit, units.count))
 
         def filled(choices: Ints) -> Ints:
-            enough = exact(choices) >= _NEAR * budget.value
-            return choices if enough else spend_rest(choices, units.losses, costs, exact, budget.value)
+            enough = exact(choices) >= (_NEAR_LAYERS if scope == "layers" else _NEAR) * budget.value
+            return choices if enough else spend_rest(choices, losses, costs, exact, budget.value)
 
         choices = within(order_steps(scope, losses, costs, units.members_units, units.weights))
         if scope == "global":
@@ -188,6 +189,8 @@ class Planner:
             for widest in range(int(choices.max()) - 1 if few else 0, 0, -1):
                 other = filled(within(steepest_up_to(widest, units.losses, costs)))
                 choices = min(choices, other, key=self._loss)
+        elif scope == "layers":
+            choices = filled(choices)
         return self._planned(choices, budget, reach, scope)
 
     def _loss(self, choices: Ints) -> float:

@@ -33,15 +33,12 @@ from bitquilt.runtime.progress import Observer, Stage
 from bitquilt.runtime.squares import squared_gradients
 from bitquilt.runtime.standin import StandIn
 from bitquilt.runtime.stats import collect
-from bitquilt.runtime.tables import Method, Sensitivities
+from bitquilt.runtime.tables import Method, Sensitivities, measured_tokens
 from bitquilt.runtime.tabulate import Tables
 from bitquilt.runtime.workdir import Activations
 from bitquilt.types import LayerStats
 
-# Tokens of the pass: at most 16 k, which keep the inputs of 80 blocks 8192 wide at 43 GB of disk; and a quarter of
-# those that calibrate: a token costs twice what it does in a quantization, and fewer do as well (docs/benchmarks.md),
-# down to the rank that the widest layer's Hessian needs.
-MAX_TOKENS, MAX_SEQUENCE, SHARE, LEAST_TOKENS = 16_384, 512, 0.25, 2048
+MAX_SEQUENCE = 512
 
 
 def measure(
@@ -80,8 +77,7 @@ def measure(
 def _subset(ids: Tensor, widest: int) -> Tensor:
     """Of `[samples, tokens]` as many as are measured, sequences drawn evenly; `widest`: inputs of a layer."""
     length = min(ids.shape[1], MAX_SEQUENCE)
-    tokens = min(MAX_TOKENS, max(int(SHARE * ids.numel()), LEAST_TOKENS, widest))
-    count = min(len(ids), -(-tokens // length))
+    count = min(len(ids), -(-measured_tokens(ids.numel(), widest) // length))
     return ids[torch.linspace(0, len(ids) - 1, count).long(), :length]
 
 

@@ -16,6 +16,15 @@ from bitquilt.errors import UserError
 
 Method = Literal["kfac", "activation"]
 FORMAT = 1
+# Tokens of the pass: at most 16 k, which keep the inputs of 80 blocks 8192 wide at 43 GB of disk; and a quarter of
+# those that calibrate: a token costs twice what it does in a quantization, and fewer do as well (docs/benchmarks.md),
+# down to the rank that the widest layer's Hessian needs.
+_MOST, _SHARE, _LEAST = 16_384, 0.25, 2048
+
+
+def measured_tokens(tokens: int, widest: int) -> int:
+    """Of `tokens` that calibrate, how many are measured where the widest layer has `widest` inputs."""
+    return min(tokens, _MOST, max(int(_SHARE * tokens), _LEAST, widest))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""`ops.decode`'s four steps in one Triton kernel each: torch's operators would be twenty launches a layer, and a launch
+"""`ops.decode`'s three steps in one Triton kernel each: torch's operators would be twenty launches a layer, and each
 costs as much as reading 4 MB. Sums in fp32; what torch rounds in between is not rounded here.
 """
 
@@ -35,28 +35,18 @@ class Fused:
             )  # fmt: skip
         return total, normed
 
-    def place(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
-        """See `Glue`."""
-        shape, turned = self.shape, torch.empty_like(q)
-        queries, keys = norms or (q, q)
-        with on(self.device):
-            place_kernel[(shape.heads + 2 * shape.kv_heads,)](
-                q, k, v, queries, keys, angles.cosines, angles.sines, angles.position, turned, cache[0], cache[1],
-                cache.shape[2], shape.epsilon, HEADS=shape.heads, KV=shape.kv_heads, WIDTH=shape.head_width,
-                HALF=triton.next_power_of_2(shape.head_width // 2), NORMS=norms is not None, num_warps=1,
-            )  # fmt: skip
-        return turned
-
-    def attend(self, q: Tensor, cache: Tensor, position: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms, angles: Angles, cache: Tensor) -> Tensor:
         """See `Glue`."""
         shape, out = self.shape, torch.empty_like(q)
-        wide = triton.next_power_of_2(shape.head_width)
-        partial = torch.empty(shape.heads, self.parts, wide + 2, device=self.device)
+        half, stride = triton.next_power_of_2(shape.head_width // 2), cache.shape[2]
+        partial = torch.empty(shape.heads, self.parts, 2 * half + 2, device=self.device)
+        queries, keys = norms or (q, q)
         with on(self.device):
             attend_kernel[(shape.heads, self.parts)](
-                q, cache[0], cache[1], position, out, partial, self.counters, cache.shape[2], shape.scaling,
-                GROUP=shape.heads // shape.kv_heads, WIDTH=shape.head_width, WIDE=wide, PLACES=_PLACES,
-                PARTS=self.parts, SLOTS=triton.next_power_of_2(self.parts), num_warps=4,
+                q, k, v, queries, keys, angles.cosines, angles.sines, angles.position, cache[0], cache[1], out, partial,
+                self.counters, stride, shape.scaling, shape.epsilon, GROUP=shape.heads // shape.kv_heads,
+                WIDTH=shape.head_width, HALF=half, PLACES=_PLACES, PARTS=self.parts,
+                SLOTS=triton.next_power_of_2(self.parts), NORMS=norms is not None, num_warps=4,
             )  # fmt: skip
         return out
 
@@ -84,32 +74,91 @@ def add_norm_kernel(x, more, weight, total, normed, width, epsilon, ADDS: tl.con
 
 
 @triton.jit
-def place_kernel(q, k, v, query_norm, key_norm, cosines, sines, position, turned, keys, values, length, epsilon,
-                 HEADS: tl.constexpr, KV: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-                 NORMS: tl.constexpr):  # fmt: skip
-    """A program for each head of q, of k, of v."""
+def attend_kernel(q, k, v, query_norm, key_norm, cosines, sines, position, keys, values, out, partial, counters, length,
+                  scaling, epsilon, GROUP: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PLACES: tl.constexpr,
+                  PARTS: tl.constexpr, SLOTS: tl.constexpr, NORMS: tl.constexpr):  # fmt: skip
+    """A program for each head and part of the places before `position`; the last of a head to arrive adds them up, in
+    their order. The place itself is the first part's, from k and v as they come: nobody reads it from the cache, into
+    which the first head of its group writes it. Heads in two halves, as positions turn them.
+    `partial` `[heads, PARTS, 2 HALF + 2]`: weighted values, the largest score, the sum of the weights."""
     head = tl.program_id(0)
-    place = tl.load(position)
+    part = tl.program_id(1)
+    place = tl.load(position).to(tl.int32)
     low = tl.arange(0, HALF)
-    keep = low < WIDTH // 2
+    inside = low < WIDTH // 2
     high = low + WIDTH // 2
-    if head >= HEADS + KV:
-        number = head - HEADS - KV
-        to = values + (number.to(tl.int64) * length + place) * WIDTH
-        one = tl.load(v + number * WIDTH + low, mask=keep, other=0.0).to(tl.float32)
-        other = tl.load(v + number * WIDTH + high, mask=keep, other=0.0).to(tl.float32)
-        tl.store(to + low, one.to(values.dtype.element_ty), mask=keep)
-        tl.store(to + high, other.to(values.dtype.element_ty), mask=keep)
-    elif head >= HEADS:
-        number = head - HEADS
-        one, other = _turn(k + number * WIDTH, key_norm, cosines, sines, place, low, high, keep, epsilon, WIDTH, NORMS)
-        to = keys + (number.to(tl.int64) * length + place) * WIDTH
-        tl.store(to + low, one.to(keys.dtype.element_ty), mask=keep)
-        tl.store(to + high, other.to(keys.dtype.element_ty), mask=keep)
+    one, other = _turn(q + head * WIDTH, query_norm, cosines, sines, place, low, high, inside, epsilon, WIDTH, NORMS)
+    one *= scaling * 1.4426950408889634
+    other *= scaling * 1.4426950408889634
+    group = head // GROUP
+    base = group.to(tl.int64) * length
+    top = tl.full([1], float("-inf"), tl.float32)
+    weights = tl.zeros([1], tl.float32)
+    total = tl.zeros([HALF], tl.float32)
+    across = tl.zeros([HALF], tl.float32)
+    if part == 0:
+        kind = keys.dtype.element_ty
+        key, key_across = _turn(k + group * WIDTH, key_norm, cosines, sines, place, low, high, inside, epsilon, WIDTH,
+                                NORMS)  # fmt: skip
+        key, key_across = key.to(kind), key_across.to(kind)
+        value = tl.load(v + group * WIDTH + low, mask=inside, other=0.0).to(kind)
+        value_across = tl.load(v + group * WIDTH + high, mask=inside, other=0.0).to(kind)
+        first_of_group = inside & (head % GROUP == 0)
+        to = (base + place) * WIDTH
+        tl.store(keys + to + low, key, mask=first_of_group)
+        tl.store(keys + to + high, key_across, mask=first_of_group)
+        tl.store(values + to + low, value, mask=first_of_group)
+        tl.store(values + to + high, value_across, mask=first_of_group)
+        top = tl.zeros([1], tl.float32) + tl.sum(key.to(tl.float32) * one + key_across.to(tl.float32) * other, 0)
+        weights += 1.0
+        total += value.to(tl.float32)
+        across += value_across.to(tl.float32)
+    share = tl.cdiv(tl.cdiv(place, PLACES), PARTS) * PLACES
+    first = part * share
+    last = tl.minimum(first + share, place)
+    for start in range(first, last, PLACES):
+        places = start + tl.arange(0, PLACES)
+        keep = places < last
+        every = keep[:, None] & inside[None, :]
+        at = (base + places)[:, None] * WIDTH + low[None, :]
+        near = tl.load(keys + at, mask=every, other=0.0).to(tl.float32)
+        far = tl.load(keys + at + WIDTH // 2, mask=every, other=0.0).to(tl.float32)
+        scores = tl.where(keep, tl.sum(near * one[None, :] + far * other[None, :], 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        weight = tl.exp2(scores - higher)
+        fade = tl.exp2(top - higher)
+        near = tl.load(values + at, mask=every, other=0.0).to(tl.float32)
+        far = tl.load(values + at + WIDTH // 2, mask=every, other=0.0).to(tl.float32)
+        total = total * fade + tl.sum(weight[:, None] * near, 0)
+        across = across * fade + tl.sum(weight[:, None] * far, 0)
+        weights = weights * fade + tl.sum(weight, 0)
+        top = higher
+    to = out + head * WIDTH
+    if PARTS == 1:
+        tl.store(to + low, (total / weights).to(out.dtype.element_ty), mask=inside)
+        tl.store(to + high, (across / weights).to(out.dtype.element_ty), mask=inside)
     else:
-        one, other = _turn(q + head * WIDTH, query_norm, cosines, sines, place, low, high, keep, epsilon, WIDTH, NORMS)
-        tl.store(turned + head * WIDTH + low, one.to(turned.dtype.element_ty), mask=keep)
-        tl.store(turned + head * WIDTH + high, other.to(turned.dtype.element_ty), mask=keep)
+        size: tl.constexpr = 2 * HALF + 2
+        mine = partial + (head * PARTS + part) * size
+        tl.store(mine + low, total)
+        tl.store(mine + HALF + low, across)
+        tl.store(mine + 2 * HALF + tl.arange(0, 1), top)
+        tl.store(mine + 2 * HALF + 1 + tl.arange(0, 1), weights)
+        tl.debug_barrier()  # every thread's sums, before one of them counts
+        if tl.atomic_add(counters + head, 1, sem="acq_rel") == PARTS - 1:
+            slots = tl.arange(0, SLOTS)
+            there = slots < PARTS
+            theirs = partial + (head * PARTS + slots) * size
+            tops = tl.load(theirs + 2 * HALF, mask=there, other=float("-inf"), cache_modifier=".cg")
+            fades = tl.exp2(tops - tl.max(tops, 0))
+            sums = tl.sum(tl.load(theirs + 2 * HALF + 1, mask=there, other=0.0, cache_modifier=".cg") * fades, 0)
+            fades = fades[:, None] / sums
+            at = theirs[:, None] + low[None, :]
+            near = tl.load(at, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            far = tl.load(at + HALF, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            tl.store(to + low, tl.sum(near * fades, 0).to(out.dtype.element_ty), mask=inside)
+            tl.store(to + high, tl.sum(far * fades, 0).to(out.dtype.element_ty), mask=inside)
+            tl.store(counters + head, 0)
 
 
 @triton.jit
@@ -126,60 +175,6 @@ def _turn(x, norm, cosines, sines, place, low, high, keep, epsilon, WIDTH: tl.co
     across = other * tl.load(cosines + row + high, mask=keep, other=0.0).to(tl.float32)
     across += one * tl.load(sines + row + high, mask=keep, other=0.0).to(tl.float32)
     return turned, across
-
-
-@triton.jit
-def attend_kernel(q, keys, values, position, out, partial, counters, length, scaling, GROUP: tl.constexpr,
-                  WIDTH: tl.constexpr, WIDE: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr,
-                  SLOTS: tl.constexpr):  # fmt: skip
-    """A program for each head and part of the places up to `position`; the last of a head to arrive adds them up, in
-    their order. `partial` `[heads, PARTS, WIDE + 2]`: weighted values, the largest score, the sum of the weights."""
-    head = tl.program_id(0)
-    part = tl.program_id(1)
-    count = tl.load(position) + 1
-    dims = tl.arange(0, WIDE)
-    inside = dims < WIDTH
-    query = tl.load(q + head * WIDTH + dims, mask=inside, other=0.0).to(tl.float32) * (scaling * 1.4426950408889634)
-    base = (head // GROUP).to(tl.int64) * length
-    share = tl.cdiv(tl.cdiv(count, PLACES), PARTS) * PLACES
-    first = part * share
-    last = tl.minimum(first + share, count)
-    top = tl.full([1], float("-inf"), tl.float32)
-    weights = tl.zeros([1], tl.float32)
-    total = tl.zeros([WIDE], tl.float32)
-    for start in range(first, last, PLACES):
-        places = start + tl.arange(0, PLACES)
-        keep = places < last
-        at = (base + places)[:, None] * WIDTH + dims[None, :]
-        every = keep[:, None] & inside[None, :]
-        key = tl.load(keys + at, mask=every, other=0.0).to(tl.float32)
-        scores = tl.where(keep, tl.sum(key * query[None, :], 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 0))
-        weight = tl.exp2(scores - higher)
-        fade = tl.exp2(top - higher)
-        value = tl.load(values + at, mask=every, other=0.0).to(tl.float32)
-        total = total * fade + tl.sum(weight[:, None] * value, 0)
-        weights = weights * fade + tl.sum(weight, 0)
-        top = higher
-    if PARTS == 1:
-        tl.store(out + head * WIDTH + dims, (total / weights).to(out.dtype.element_ty), mask=inside)
-    else:
-        mine = partial + (head * PARTS + part) * (WIDE + 2)
-        tl.store(mine + dims, total)
-        tl.store(mine + WIDE + tl.arange(0, 1), top)
-        tl.store(mine + WIDE + 1 + tl.arange(0, 1), weights)
-        tl.debug_barrier()  # every thread's sums, before one of them counts
-        if tl.atomic_add(counters + head, 1, sem="acq_rel") == PARTS - 1:
-            slots = tl.arange(0, SLOTS)
-            there = slots < PARTS
-            theirs = partial + (head * PARTS + slots) * (WIDE + 2)
-            tops = tl.load(theirs + WIDE, mask=there, other=float("-inf"), cache_modifier=".cg")
-            fades = tl.exp2(tops - tl.max(tops, 0))
-            sums = tl.sum(tl.load(theirs + WIDE + 1, mask=there, other=0.0, cache_modifier=".cg") * fades, 0)
-            found = tl.load(theirs[:, None] + dims[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg")
-            seen = tl.sum(found * fades[:, None], 0) / sums
-            tl.store(out + head * WIDTH + dims, seen.to(out.dtype.element_ty), mask=inside)
-            tl.store(counters + head, 0)
 
 
 @triton.jit
