@@ -490,6 +490,21 @@ def test_every_family_can_be_measured(family: str, make_model: MakeModel, token_
     assert outlook.planned.bpw <= 5.5
 
 
+def test_channels_in_an_order_that_only_calibration_knows_keep_the_promise(
+    make_model: MakeModel, quantize_tiny: Quantize, token_file: Path, tmp_path: Path
+) -> None:
+    """micromix, head and all: sizes are known before the order is, whatever the widths."""
+    model, few = make_model("gpt2", tie_word_embeddings=False), {"samples": 3, "seq_len": 16, "include_head": True}
+    bitquilt.measure_model(model, tmp_path / "s", "micromix", token_file, **few)
+    budget = Budget("bpw", 7.0)
+    found = bitquilt.plan(model, "micromix", budget=budget, sensitivities=tmp_path / "s", include_head=True)
+    recipe = make_recipe("micromix")
+    result = quantize_tiny(model, tmp_path / "out", recipe, budget=budget, sensitivities=tmp_path / "s", **few)
+    assert folder_bytes(result.folder) == found.summary["bytes"]
+    assert 0.99 * 7.0 < result.report["bpw"] == found.planned.bpw <= 7.0
+    assert len({layer["bits"] for layer in result.report["layers"].values()}) > 2
+
+
 # Wishes
 
 

@@ -128,6 +128,29 @@ def test_who_writes_is_decided_by_the_device(monkeypatch):
     assert writing.begin(model, ids, 8).why == "CUDA out of memory."
 
 
+def test_what_is_captured_was_called_once_before(monkeypatch):
+    """The order of CUDA's own part, by stand-ins that only take notes."""
+    notes = []
+
+    class Graph:
+        def replay(self):
+            notes.append("replay")
+
+    @contextmanager
+    def inside(what):
+        notes.append(f"{type(what).__name__} begins")
+        yield
+        notes.append("ends")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", inside)
+    monkeypatch.setattr(torch.cuda, "device", inside)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: notes.append("wait"))
+    replay = static.captured(lambda: notes.append("work"), torch.device("cuda", 0))
+    replay()
+    assert notes == ["work", "device begins", "wait", "Graph begins", "work", "ends", "ends", "replay"]
+
+
 def test_branches_wait_for_their_input_and_are_waited_for(monkeypatch):
     """The order of launches and waits, by streams that only take notes."""
     notes = []

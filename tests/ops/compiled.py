@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitquilt.ops.gpu.decode import attend_kernel
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
 from bitquilt.ops.gpu.unpack import has_ptx, plane_sizes
@@ -74,6 +75,17 @@ def dense(segments: list[tuple[int, int, int, bool, int]], dtype: str) -> Any:
 def outlier(dtype: str) -> Any:
     signature = {"out": POINTERS[dtype], "values": "*fp16", "columns": "*i16", "pointers": "*i32", "in_features": "i32"}
     return build(outlier_kernel, signature, {}, 4, 3)
+
+
+def attention(dtype: str = "bf16") -> Any:
+    """Of LLaMA-7B's heads."""
+    names = ("q", "k", "v", "query_norm", "key_norm", "cosines", "sines", "keys", "values", "out")
+    signature = dict.fromkeys(names, POINTERS[dtype]) | {
+        "position": "*i64", "partial": "*fp32", "counters": "*i32", "length": "i32", "scaling": "fp32",
+        "epsilon": "fp32",
+    }  # fmt: skip
+    constants = {"GROUP": 1, "WIDTH": 128, "HALF": 64, "PLACES": 64, "PARTS": 8, "SLOTS": 8, "NORMS": True}
+    return build(attend_kernel, signature, constants, 4, 3)
 
 
 def build(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int, stages: int) -> Any:
@@ -173,6 +185,7 @@ def every() -> dict[str, Any]:
             [(0, 3, 128, False, 1), (1, 3, 1, True, 2), (2, 6, 32, False, 0), (0, 3, 24, True, 0)], "bf16"
         ),
         "outliers": lambda: outlier("bf16"),
+        "attention": attention,
     }
 
 

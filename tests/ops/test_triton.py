@@ -548,16 +548,17 @@ def test_the_kernels_compile_for_hopper():
     half precision, and the loads of the weight under way while the chunk before is multiplied."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     names = ["2 bits, 1 token", "2 bits, 16 tokens", "3 bits, 1 token", "mixed, everything", "codebook", "dense",
-             "outliers"]  # fmt: skip
+             "outliers", "attention"]  # fmt: skip
     command = [sys.executable, "-m", "tests.ops.compiled", *names]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500,
                          env=environment, check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     for name, use in found.items():
-        if name not in ("fp32", "dense", "outliers"):
+        if name not in ("fp32", "dense", "outliers", "attention"):
             assert use["HMMA"] or use["HGMMA"], (name, use)
     assert set(found) == set(names)
+    assert found["attention"]["stack"] == found["attention"]["local"] == 0
     for name in ("2 bits, 1 token", "2 bits, 16 tokens", "3 bits, 1 token", "codebook"):
         use = found[name]
         assert use["stack"] == use["local"] == 0, (name, use)

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from bitquilt.ops import gpu, kernels
+from bitquilt.runtime.devices import free_bytes
 
 _READ = 2**31  # memory of the read loop: more than caches hold
 _ROUNDS = 20
@@ -63,7 +64,8 @@ class Gpu:
 
     def bandwidth(self) -> float:
         """Bytes per second that a copy reads and writes."""
-        source = torch.zeros(_READ, dtype=torch.uint8, device=self.device)
+        size = min(_READ, free_bytes(self.device) // 4)
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         target.copy_(source)
         self.done()
@@ -71,7 +73,7 @@ class Gpu:
         for _ in range(_ROUNDS):
             target.copy_(source)
         self.done()
-        return 2 * _READ * _ROUNDS / (time.perf_counter() - started)
+        return 2 * size * _ROUNDS / (time.perf_counter() - started)
 
 
 def _resident() -> int:

@@ -4,8 +4,8 @@ Without gradients (`effort="fast"`), per layer, in the order in which a block co
 1. the target is not the weight but the weight that repairs what earlier layers did to the layer's input and to the
    residual stream it writes into (`solvers.target`; after arXiv 2504.02692, the stream is ours);
 2. columns are swept group by group, the groups with the largest inputs first (group-aware order: nothing to store);
-3. each group's range is searched when it is reached, at 2 bits on levels symmetric around zero, which store no zero,
-   above with the zeros beside the nearest;
+3. each group's range is searched when it is reached, at 1 and 2 bits on levels symmetric around zero, which store no
+   zero, above with the zeros beside the nearest;
 4. coordinate descent over the codes after the sweep (`solvers.descent`).
 With gradients (`effort="normal"`), per block, all its layers together:
 5. an offset per weight decides which way it is rounded, scales beside (after arXiv 2309.05516, which moves the offsets
@@ -45,6 +45,7 @@ from bitquilt.types import (
     uniform_plan,
 )
 
+_WIDTHS = (1, *GROUP_WIDTHS)
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, because each is tried with three zeros
 _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 
@@ -52,7 +53,8 @@ _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 @dataclass(frozen=True)
 class Quilt(Feedback):
     """`alpha`, `stream_alpha`: share of the earlier error that a layer repairs, at its input and in the stream.
-    `levels`: "auto" = symmetric at 2 bits, "symmetric" or "zero" everywhere. `passes`: of coordinate descent.
+    `levels`: "auto" = symmetric at 1 and 2 bits, "symmetric" everywhere, "zero" from 2 bits on. `passes`: of coordinate
+    descent.
     `effort`: "fast" = no training; "normal" = `epochs` passes over the samples per block, `batch` at a time, in which
     each weight can move by half a step in all; "best" = then `tune_epochs` passes through the whole model. `rounding`:
     how a block's offsets move, by "adam" or by the "sign" of their gradient. `scale_rate`: of the scales in a block;
@@ -132,8 +134,8 @@ class Quilt(Feedback):
         return fit_group
 
     def widths(self, out_features: int) -> tuple[int, ...]:
-        """2 to 8 bits."""
-        return GROUP_WIDTHS
+        """1 to 8 bits: where layers share a budget of 2.25 bits, groups of one bit take a third off the KL."""
+        return _WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
@@ -147,7 +149,7 @@ class Quilt(Feedback):
 
     def _symmetric(self) -> tuple[int, ...]:
         """The widths that store no zero."""
-        return {"auto": (2,), "symmetric": GROUP_WIDTHS, "zero": ()}[self.levels]
+        return {"auto": (1, 2), "symmetric": _WIDTHS, "zero": (1,)}[self.levels]
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""

@@ -38,6 +38,7 @@ class Tables:
     ) -> None:
         self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
         self.first, self.tries = first, method == "kfac" and has_one_bit(recipe)
+        self._prepare = preparing(job.recipe)
         self.losses: dict[str, NDArray[np.float32]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
 
@@ -50,13 +51,13 @@ class Tables:
     ) -> None:
         """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
         `made`, the square of the loss's first order in the error that a stand-in made, then in that of one bit."""
-        prepare = preparing(self.job.recipe)
-        for name, weight in weights.items():
+        # backwards: what was prepared last to try one bit, as a rule for the widest input of a block, is still there
+        for name, weight in reversed(list(weights.items())):
             seen = stats[name]
             if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
                 seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
             layer = Layer(name, weight, None, seen)
-            prepared = prepare(seen)
+            prepared = self._prepare(seen)
             columns = self.recipe.column_cost(layer, prepared)
             if self.method == "activation":
                 rows = activation_rows(weight, columns)
@@ -77,12 +78,12 @@ class Tables:
             if not np.isfinite(table).all():
                 raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
             self.losses[name], self.widths[name] = table, widths
+        self._prepare = preparing(self.job.recipe)  # nothing of this block stays
 
     @torch.no_grad()
     def one_bit_errors(self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> dict[str, Tensor]:
         """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
         reached the layer."""
-        prepare = preparing(self.job.recipe)
         errors, group_size = {}, columns_of_a_unit(self.recipe)
         for name, weight in weights.items():
             seen = stats[name]
@@ -90,7 +91,7 @@ class Tables:
                 continue
             plan = uniform_plan(weight.shape[1], 1, group_size)
             try:
-                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, prepare(seen))
+                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, self._prepare(seen))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             solved_weight = QuantizedLinear.from_weight(solved.weight).dequantize()
