@@ -193,7 +193,8 @@ def test_one_bit_groups_are_trained_too(
     options = {**PLUS, "bits": 2, "plan": tmp_path / "plan.json"}
     told = kept_work(lambda out, **o: quantize_tiny(source, out, **options, **o), tmp_path / "out")
     assert any(training["loss"] < training["start_loss"] for training in told)
-    mixed = {**NORMAL, "plan": tmp_path / "plan.json"}
+    (tmp_path / "map.json").write_text(json.dumps({**plan, "recipe": {}}))  # another recipe, other bytes
+    mixed = {**NORMAL, "plan": tmp_path / "map.json"}
     assert quantize_tiny(source, tmp_path / "mixed", **mixed).report["logit_difference"] < 1e-4
 
 

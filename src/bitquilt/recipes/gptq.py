@@ -85,7 +85,7 @@ class GPTQ(TrainedClipping, Feedback):
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        symmetric = GROUP_WIDTHS if self.symmetric else ()
+        symmetric = (1, *GROUP_WIDTHS) if self.symmetric else (1,)
         count = protected_count((out_features, in_features), self.act_outliers, self.error_outliers)
         return grouped_layout(
             out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count

@@ -139,7 +139,7 @@ class Quilt(Feedback):
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._symmetric())
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=(1, *self._symmetric()))
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, fitted as the sweep fits it with fewer candidates."""
