@@ -82,7 +82,8 @@ int64_t no_scratch(const Weight&, const Inputs&) { return 0; }
 }  // namespace
 
 const Isa avx2_isa = {
-    "avx2", false, no_planes, float_prepare, float_matmul<unpack_words, dot>, no_scratch, dequantize_rows<unpack_words>, pick_halves,
+    "avx2", false, no_planes, float_prepare, float_matmul<unpack_words, dot>, no_scratch,
+    dequantize_rows<unpack_words>, pick_halves, nullptr,
 };
 
 }  // namespace bitquilt

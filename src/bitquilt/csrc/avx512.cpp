@@ -41,10 +41,26 @@ void pick(const uint16_t* from, const int32_t* order, int64_t count, bool beyond
     pick_halves(from, order + j, count - j, beyond, to + j);
 }
 
+// 55 of a row of 11008: 0.07 us by plain loops, which finish the last seven one by one.
+float outliers(const Outliers& o, int64_t row, const float* x) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t e = o.rows[row]; e < o.rows[row + 1]; e += 16) {
+        const int64_t left = o.rows[row + 1] - e;
+        const __mmask16 keep = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+        const __m512i column =
+            o.wide ? _mm512_maskz_loadu_epi32(keep, static_cast<const int32_t*>(o.columns) + e)
+                   : _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(keep, static_cast<const int16_t*>(o.columns) + e));
+        const __m512 value = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(keep, o.values + e));
+        sum = _mm512_fmadd_ps(value, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), keep, column, x, 4), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 }  // namespace
 
 const Isa avx512_isa = {
     "avx512", true, avx512::plane_bytes, avx512::prepare, matmul, avx512::uniform_scratch, avx512::dequantize, pick,
+    outliers,
 };
 
 }  // namespace bitquilt

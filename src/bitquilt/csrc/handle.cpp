@@ -153,13 +153,15 @@ float outlier_sum(const Outliers& outliers, int64_t row, const float* x) {
     return outlier_sum(values, static_cast<const int16_t*>(outliers.columns) + first, count, x);
 }
 
-void add_outliers_and_bias(const Weight& w, const Inputs& in, int64_t begin, int64_t end, const float* bias,
-                           float* out) {
+void add_outliers_and_bias(const Isa& isa, const Weight& w, const Inputs& in, int64_t begin, int64_t end,
+                           const float* bias, float* out) {
+    float (*sum)(const Outliers&, int64_t, const float*) = outlier_sum;
+    if (isa.outliers) sum = isa.outliers;
     for (int t = 0; t < in.tokens; ++t) {
         const float* x = in.x + t * w.columns;
         float* y = out + t * w.rows;
         for (int64_t row = begin; row < end; ++row) {
-            y[row] += (bias ? bias[row] : 0.0f) + (w.outliers.values ? outlier_sum(w.outliers, row, x) : 0.0f);
+            y[row] += (bias ? bias[row] : 0.0f) + (w.outliers.values ? sum(w.outliers, row, x) : 0.0f);
         }
     }
 }
@@ -221,7 +223,7 @@ void Handle::matmul(const void* x, Type type, int64_t tokens, int64_t columns, c
     parallel_for(pieces, threads, [&](int piece) {
         const int64_t begin = int64_t{piece} * row_block, end = std::min<int64_t>(begin + row_block, w.rows);
         isa_.matmul(w, in, begin, end, scratch_of(of_rows, isa_.scratch_floats(w, in)), y);
-        add_outliers_and_bias(w, in, begin, end, bias, y);
+        add_outliers_and_bias(isa_, w, in, begin, end, bias, y);
         if (type == Type::f32) return;
         for (int64_t t = 0; t < tokens; ++t) {
             store(y + t * w.rows + begin, end - begin, type, out, t * w.rows + begin);

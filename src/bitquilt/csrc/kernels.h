@@ -90,6 +90,8 @@ struct Isa {
     void (*dequantize)(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
     // to[j] = from[order[j]]; beyond: whether one more entry may be read behind the last.
     void (*pick_halves)(const uint16_t* from, const int32_t* order, int64_t count, bool beyond, uint16_t* to);
+    // Sum of one row's outliers times their activations, in original order; null: plain loops serve as well.
+    float (*outliers)(const Outliers&, int64_t row, const float* x);
 };
 
 extern const Isa portable_isa;

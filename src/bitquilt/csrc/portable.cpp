@@ -30,7 +30,7 @@ int64_t no_scratch(const Weight&, const Inputs&) { return 0; }
 
 const Isa portable_isa = {
     "portable", false, no_planes, float_prepare, float_matmul<unpack_words, dot>, no_scratch,
-    dequantize_rows<unpack_words>, pick_halves,
+    dequantize_rows<unpack_words>, pick_halves, nullptr,
 };
 
 }  // namespace bitquilt

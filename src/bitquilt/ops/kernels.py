@@ -28,9 +28,9 @@ except ImportError:
 REFERENCE, TRITON = "reference", "triton"
 MODES = ("exact", "int8")
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Rows unpacked at a time when there are many tokens, per thread and at most. 512 tokens, 4096 x 11008, 3 bits: on one
-# thread 53 ms in parts of 1024 rows, 55 in parts of 512 or 2048, 57 of 256; on two 28 ms in parts of 2048 rows, 29 of
-# 1024, 51 of 512, which torch does not share out (bf16 itself: 47 and 24).
+# Rows unpacked at a time for torch's product of many tokens (fp32, fp16, or no matrix tiles), per thread and at most.
+# 512 tokens, 4096 x 11008, 3 bits: on one thread 53 ms in parts of 1024 rows, 55 in parts of 512 or 2048, 57 of 256;
+# on two 28 ms in parts of 2048 rows, 29 of 1024, 51 of 512, which torch does not share out (bf16 itself: 47 and 24).
 _TILE_ROWS, _MOST_ROWS = 1024, 4096
 # On the matrix units, at a time: they are copied, 22 KB each at 11008 columns. Unpacking the weight again costs 3 %.
 _MOST_TOKENS = 2048
