@@ -136,10 +136,30 @@ class Table:
             draft.write_text(json.dumps(rows, indent=1))
             draft.replace(self.path)
 
+    def beside_autoround(self) -> list[dict[str, Any]]:
+        """By model, bits and group size: KL of AutoRound's presets and of ours with one budget of its bits, over the
+        layers that it rounds there."""
+        rows, found = self.rows(), []
+        for name, row in rows.items():
+            model, title, *rest = name.split(" | ")
+            if title != "auto-round default, sym":
+                continue
+            some = "" if len(set(row["linears"].split(" of "))) == 1 else ", attention only"
+            titles = {f"AutoRound {preset}": f"auto-round {preset}, sym" for preset in ("default", "best")}
+            titles |= {
+                ours: f"{ours}, one budget{some}" for ours in ("quilt fast", "quilt normal", "quilt best", "cmpq+")
+            }
+            scored = {column: rows.get(" | ".join([model, title, *rest])) for column, title in titles.items()}
+            size = {key: row[key] for key in ("model", "bits", "group_size", "linears", "bpw")}
+            found.append(size | {column: kept and kept["kl_mean"] for column, kept in scored.items()})
+        return sorted(found, key=lambda r: (r["model"], r["bits"], r["group_size"]))
+
     def write(self) -> None:
         """Print everything as a table, and keep that too."""
         rows = sorted(self.rows().values(), key=lambda r: (r["model"], r["bits"], r["group_size"], -r["kl_mean"]))
         table = markdown_table(COLUMNS, rows)
+        if beside := self.beside_autoround():
+            table += "\n" + markdown_table(list(beside[0]), beside)
         self.path.with_suffix(".md").write_text(table)
         print(table)
 
