@@ -93,11 +93,13 @@ def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
     """`embedding(ids)` of ids int64 `[tokens]`; on a CPU some at a time, and what was mapped for them given back.
 
     Where the table is mapped from a checkpoint's file, reading one row maps up to 2 MB around it: a prompt of 512
-    random tokens made 126 MB of a 131 MB table count as this process's memory."""
-    if ids.device.type != "cpu":
+    random tokens made 126 MB of a 131 MB table count as this process's memory. A smaller table would be mapped whole
+    again at once: it is left alone, for asking takes 0.1 ms a token, as long as such a model's own step."""
+    held = (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False))
+    tables = [t for t in held if t.dim() == 2 and t.numel() * t.itemsize > _AROUND]
+    if ids.device.type != "cpu" or not tables:
         found: Tensor = embedding(ids)
         return found
-    tables = [t for t in (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False)) if t.dim() == 2]
     parts = []
     for part in ids.split(_AT_ONCE):
         parts.append(embedding(part))

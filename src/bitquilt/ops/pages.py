@@ -6,12 +6,14 @@ pages out on request only, and never to files mapped into memory.
 """
 
 import ctypes
+import functools
 import math
 import mmap
 import os
 import threading
 from collections.abc import Sequence
 from io import FileIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def let_go(tensors: Sequence[Tensor]) -> None:
     the disk instead (MADV_PAGEOUT) loses nothing either, but took 1.4 s per GB, and the next reader waits for the disk.
     """
     try:
-        advise = ctypes.CDLL(None).madvise
+        advise = _madvise()
         with open("/proc/self/pagemap", "rb", buffering=0) as pages:
             for tensor in tensors:
                 start, size = tensor.data_ptr(), tensor.numel() * tensor.itemsize
@@ -76,6 +78,12 @@ def let_go(tensors: Sequence[Tensor]) -> None:
                     advise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
     except (OSError, AttributeError):
         return  # not Linux, or a system that does not show the pages
+
+
+@functools.cache
+def _madvise() -> Any:
+    """The system's own: AttributeError where it has none."""
+    return ctypes.CDLL(None).madvise
 
 
 def _of_files(pages: FileIO, first: int, last: int) -> bool:
