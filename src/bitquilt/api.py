@@ -65,8 +65,7 @@ def quantize(
     made there cost, plan and quantize again: twice the time, less loss where a first plan trusts its tables too far.
     `device`: "cuda", "cuda:N", or "auto" (a GPU where there is one) computes the blocks there, one at a time, the next
     one's weights being read meanwhile; embedding and head stay on the processor, but where all blocks are trained
-    together. Sums are rounded differently, so a few
-    codes in ten thousand may differ.
+    together. Sums are rounded differently, so a few codes in ten thousand may differ.
     Raises UserError for anything the caller can mend, VerificationError if the reloaded checkpoint disagrees.
     """
     where = choose_device(device)

@@ -167,6 +167,11 @@ def fit_symmetric(
     return UniformGrid(bits, best_scale.to(scale_dtype), None)
 
 
+def symmetric_widths(rule: OneBitRule) -> set[int]:
+    """The widths whose groups store no offset by this rule: one bit, or none."""
+    return {1} if rule in ("symmetric", "paper") else set()
+
+
 def fit_two_levels(
     weight: Tensor,
     importance: Tensor | None = None,
@@ -181,7 +186,7 @@ def fit_two_levels(
     two_level: the split of the sorted row and the two means with the least sum of importance * error^2, exact.
     centered: mean +- mean |w - mean|.  code (public implementation): mean +- mean |w|.
     """
-    if rule in ("symmetric", "paper"):
+    if symmetric_widths(rule):
         size = weight.abs()
         if importance is None or rule == "paper":
             level = size.mean(dim=1, keepdim=True)

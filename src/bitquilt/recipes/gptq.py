@@ -15,7 +15,7 @@ from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.hessian import Factor
 from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.recipes.feedback import Feedback
-from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout, round_groups
 from bitquilt.solvers.protect import check_protection, protected_count
 from bitquilt.solvers.solve import FitColumns, live_weight
 from bitquilt.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
@@ -85,7 +85,7 @@ class GPTQ(TrainedClipping, Feedback):
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        symmetric = (1, *GROUP_WIDTHS) if self.symmetric else (1,)
+        symmetric = WIDTHS_FROM_ONE if self.symmetric else (1,)
         count = protected_count((out_features, in_features), self.act_outliers, self.error_outliers)
         return grouped_layout(
             out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count

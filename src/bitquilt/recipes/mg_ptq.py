@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitquilt.allocation.graph import Training, graph_bits
 from bitquilt.allocation.lagrange import best_bits, lagrangian, repair, table_error
-from bitquilt.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for, symmetric_widths
 from bitquilt.hessian import Factor, factorize
 from bitquilt.recipes.clipping import TrainedClipping
 from bitquilt.sensitivity.column_graph import adjacency, column_features
@@ -161,7 +161,7 @@ class MGPTQ(TrainedClipping):
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores: of columns, groups are cut inside each width, the widest first."""
-        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        symmetric = symmetric_widths(self.one_bit)
         if plan.group_size != _COLUMNS:
             return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
         bits = np.asarray(plan.bits)

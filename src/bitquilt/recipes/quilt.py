@@ -28,7 +28,7 @@ from bitquilt.hessian import Factor
 from bitquilt.recipes.feedback import Feedback
 from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.gptq import Sweep
-from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.layouts import COARSE, WIDTHS_FROM_ONE, grouped_layout, round_groups
 from bitquilt.solvers.solve import FitColumns, assemble, disassemble, live_weight
 from bitquilt.solvers.trainable import Rounding
 from bitquilt.solvers.training import Link, Rule, Samples, Schedule, Trained, Training
@@ -45,7 +45,6 @@ from bitquilt.types import (
     uniform_plan,
 )
 
-_WIDTHS = (1, *GROUP_WIDTHS)
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, because each is tried with three zeros
 _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
 
@@ -135,11 +134,11 @@ class Quilt(Feedback):
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits: where layers share a budget of 2.25 bits, groups of one bit take a third off the KL."""
-        return _WIDTHS
+        return WIDTHS_FROM_ONE
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=(1, *self._symmetric()))
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._symmetric())
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """Every group at `bits`, fitted as the sweep fits it with fewer candidates."""
@@ -149,7 +148,7 @@ class Quilt(Feedback):
 
     def _symmetric(self) -> tuple[int, ...]:
         """The widths that store no zero."""
-        return {"auto": (1, 2), "symmetric": _WIDTHS, "zero": (1,)}[self.levels]
+        return {"auto": (1, 2), "symmetric": WIDTHS_FROM_ONE, "zero": (1,)}[self.levels]
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""

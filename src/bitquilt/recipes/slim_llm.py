@@ -26,7 +26,16 @@ from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within, raised_map, spread_evenly, within_budget
 from bitquilt.allocation.knapsack import least_error
-from bitquilt.grids.uniform import MIN_MAX, PUBLISHED_SEARCH, OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.grids.uniform import (
+    MIN_MAX,
+    PUBLISHED_SEARCH,
+    OneBitRule,
+    RangeSearch,
+    UniformGrid,
+    fit,
+    scale_dtype_for,
+    symmetric_widths,
+)
 from bitquilt.hessian import Factor
 from bitquilt.packing import bits_per_weight
 from bitquilt.recipes.clipping import TrainedClipping
@@ -34,7 +43,7 @@ from bitquilt.recipes.feedback import Feedback
 from bitquilt.recipes.pairing import RoundGroup, paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
-from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout
+from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.solvers.protect import check_protection, protected_count
 from bitquilt.solvers.solve import live_weight
 from bitquilt.solvers.target import corrected
@@ -172,11 +181,11 @@ class SlimLLM(TrainedClipping, Feedback):
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
-        return (1, *GROUP_WIDTHS)
+        return WIDTHS_FROM_ONE
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores."""
-        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        symmetric = symmetric_widths(self.one_bit)
         if self.symmetric:
             symmetric |= set(GROUP_WIDTHS)
         count = protected_count((out_features, in_features), self.act_outliers, self.error_outliers)

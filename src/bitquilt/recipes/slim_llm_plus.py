@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within
-from bitquilt.grids.uniform import OneBitRule, RangeSearch, fit, scale_dtype_for
+from bitquilt.grids.uniform import OneBitRule, RangeSearch, fit, scale_dtype_for, symmetric_widths
 from bitquilt.hessian import Factor
 from bitquilt.recipes.pairing import paired_menu
 from bitquilt.sensitivity.divergence import Objective
 from bitquilt.sensitivity.salience import SalienceRule, group_salience, salience
 from bitquilt.solvers.blockwise import train
-from bitquilt.solvers.layouts import GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.solvers.layouts import WIDTHS_FROM_ONE, grouped_layout, round_groups
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.solvers.target import layer_factor
 from bitquilt.solvers.trainable import Clipping
@@ -123,11 +123,11 @@ class SlimLLMPlus:
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
-        return (1, *GROUP_WIDTHS)
+        return WIDTHS_FROM_ONE
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """What a plan stores: training moves ranges, never bytes."""
-        symmetric = {1} if self.one_bit in ("symmetric", "paper") else set()
+        symmetric = symmetric_widths(self.one_bit)
         return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric)
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:

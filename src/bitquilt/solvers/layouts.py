@@ -14,6 +14,7 @@ from bitquilt.solvers.codebooks import Tables
 from bitquilt.types import MAX_BITS, Format, Layout, group_slices
 
 GROUP_WIDTHS = tuple(range(2, MAX_BITS + 1))
+WIDTHS_FROM_ONE = (1, *GROUP_WIDTHS)
 # For tables, which need an error and not the best grid: 7 ranges instead of 72, a tenth of the time.
 COARSE = RangeSearch(taus=(1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95))
 Widths = Sequence[int] | NDArray[np.integer[Any]]
