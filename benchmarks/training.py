@@ -42,10 +42,14 @@ ROWS: dict[str, Row] = {
     "quilt best": ("quilt", {"effort": "best"}, {}),
     "quilt best, self-samples": ("quilt", {"effort": "best"}, SELF),
 }
+# as published, with SliM-LLM's search and one-bit groups as they train best
+FROM_WEIGHT = {"start": "weight", "salience": "inverse_diag", "weighting": "none", "one_bit": "two_level"}
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
 SIGN = {"rounding": "sign", "scale_rate": 3e-3, "batch": 8}  # as AutoRound moves them
 OPTIONS: dict[str, Row] = {
     "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
+    "slim-llm+ from the weight": ("slim-llm+", FROM_WEIGHT, {}),
+    "slim-llm+ from the weight, 10 epochs": ("slim-llm+", {**FROM_WEIGHT, "epochs": 10}, {}),
     "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
     "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
     "fast, self-samples": ("quilt", {}, SELF),

@@ -24,7 +24,8 @@ VARIANTS = [
     ("gptq", {"scale_search": True, "group_order": True, "symmetric": True, "alpha": 0.75, "stream_alpha": 0.75}),
     ("quilt", {}),
     ("slim-llm+", {}),
-    ("slim-llm+", {"bit_map": "from_slim_llm", "allocation": "uniform"}),
+    ("slim-llm+", {"start": "weight", "allocation": "uniform"}),
+    ("slim-llm+", {"published": True}),
     ("slim-llm", {}),
     ("slim-llm", {"group_order": True, "symmetric": True, "alpha": 0.5}),
     ("slim-llm", {"published": True}),
@@ -194,7 +195,7 @@ def test_more_bits_in_a_layer_are_less_error_and_out_of_reach_is_refused():
 
 PLANNED = [
     *((name, {}) for name in GROUPED),
-    *(("slim-llm+", {"one_bit": rule}) for rule in get_args(OneBitRule)),
+    *(("slim-llm+", {"start": "weight", "one_bit": rule}) for rule in get_args(OneBitRule)),
     ("mg-ptq", {}),
     ("mg-ptq", {"one_bit": "two_level"}),
     ("aptq", {}),

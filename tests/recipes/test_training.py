@@ -17,7 +17,8 @@ from bitquilt.recipes.quilt import Quilt
 from bitquilt.runtime.progress import BlockDone, Epoch, Stage
 from bitquilt.types import BlockProblem, TrainedLayers
 
-PLUS: dict[str, Any] = {"recipe": "slim-llm+", "epochs": 6, "rate": 5e-2, "batch": 2}
+PLUS: dict[str, Any] = {"recipe": "slim-llm+", "start": "weight", "epochs": 6, "rate": 5e-2, "batch": 2}
+SWEPT: dict[str, Any] = {**PLUS, "start": "gptq"}
 NORMAL: dict[str, Any] = {"recipe": "quilt", "bits": 2, "effort": "normal", "epochs": 8, "batch": 2}
 BEST: dict[str, Any] = {**NORMAL, "effort": "best", "epochs": 2, "batch": 4, "tune_epochs": 4, "tune_rate": 5e-3}
 CLIPPING: dict[str, Any] = {"recipe": "gptq", "bits": 2, "clipping": "trained", "epochs": 2, "batch": 4}
@@ -41,7 +42,11 @@ def kept_work(run: Callable[..., Any], out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("options", [PLUS, NORMAL, {**NORMAL, "bits": 3}], ids=["slim-llm+", "quilt", "quilt-3-bits"])
+@pytest.mark.parametrize(
+    "options",
+    [PLUS, SWEPT, NORMAL, {**NORMAL, "bits": 3}],
+    ids=["slim-llm+", "slim-llm+-swept", "quilt", "quilt-3-bits"],
+)
 def test_blocks_get_better_and_the_checkpoint_is_what_was_trained(
     family: str,
     options: dict[str, Any],
@@ -242,6 +247,8 @@ def test_one_sample_is_too_few(
         ("slim-llm+", {"batch": 3}, "batch is 3; wanted a power of two"),
         ("slim-llm+", {"epochs": -1}, "epochs is -1"),
         ("slim-llm+", {"rate": -0.1}, r"rate is -0\.1"),
+        ("slim-llm+", {"clipping": "solved"}, "option 'clipping': got 'solved'"),
+        ("slim-llm+", {"start": "weight", "passes": 2}, "passes is 2; it is of the sweep, and start=weight has none"),
         ("quilt", {"effort": "hard"}, "option 'effort': got 'hard'"),
         ("quilt", {"alpha": 2.0}, r"alpha is 2\.0"),
         ("quilt", {"passes": -1}, "passes is -1"),
@@ -299,7 +306,6 @@ def test_trained_clipping_is_never_worse_and_takes_the_bytes_planned(
         ("cmpq+", "free levels"),
         ("micromix", "powers of two"),
         ("quilt", "effort=normal"),
-        ("slim-llm+", "trains the clipping anyway"),
     ],
 )
 def test_recipes_without_a_range_to_train_say_why(name: str, why: str) -> None:

@@ -23,7 +23,6 @@ RECIPES: dict[str, type[Any]] = {
 }
 # why `clipping` is no option of the others
 _NOT_CLIPPED = {
-    "slim-llm+": "trains the clipping anyway: epochs, rate",
     "cmpq": "has free levels, which no range holds together: nothing to clip",
     "cmpq+": "has free levels, which no range holds together: nothing to clip",
     "quilt": "trains scales and rounding: effort=normal",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.ranges import Ranges
-from bitquilt.solvers.training import Link, Samples, Training
+from bitquilt.solvers.training import Link, Read, Samples, Training
 from bitquilt.types import BlockProblem, Solution, TrainedLayers
 
 
@@ -39,10 +39,13 @@ class TrainedClipping:
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         parts = {name: Ranges(solution.weight, self.rate) for name, solution in problem.solutions.items()}
-        samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
+        samples = Samples(problem.count, problem.inputs, self._targets(problem))
         trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
         solutions = {name: Solution(part.export(trained.values[name])) for name, part in parts.items()}
         return trained.layers(problem.name, solutions)
+
+    def _targets(self, problem: BlockProblem) -> tuple[Read, ...]:
+        return (problem.full_outputs,)
 
     def _training(self) -> Training:
         return Training(self.epochs, self.batch, seed=self.train_seed)
