@@ -79,9 +79,14 @@ LIKE_AUTOROUND: dict[str, Row] = {
 SYMMETRIC = "symmetric grid"
 SHARED_BITS: dict[str, Row] = {
     "cmpq+, one budget": ("cmpq+", {}, {"budget": SYMMETRIC}),
+    "cmpq+ normal, one budget": ("cmpq+", NORMAL, {"budget": SYMMETRIC}),
+    "cmpq+ best, one budget": ("cmpq+", BEST, {"budget": SYMMETRIC}),
     "quilt fast, one budget": ("quilt", {"group_size": 64}, {"budget": SYMMETRIC}),
     "quilt normal, one budget": ("quilt", {"group_size": 64, **NORMAL}, {"budget": SYMMETRIC}),
     "quilt best, one budget": ("quilt", {"group_size": 64, **BEST}, {"budget": SYMMETRIC}),
+    "quilt fast, one budget, groups of 128": ("quilt", {"group_size": 128}, {"budget": SYMMETRIC}),
+    "quilt normal, one budget, groups of 128": ("quilt", {"group_size": 128, **NORMAL}, {"budget": SYMMETRIC}),
+    "quilt best, one budget, groups of 128": ("quilt", {"group_size": 128, **BEST}, {"budget": SYMMETRIC}),
 }
 ONE_BUDGET = SHARED_BITS | {
     f"{name}, attention only": (r, o, {**settings, **ATTENTION}) for name, (r, o, settings) in SHARED_BITS.items()
@@ -151,7 +156,8 @@ class Table:
             some = "" if len(set(row["linears"].split(" of "))) == 1 else ", attention only"
             titles = {f"AutoRound {preset}": f"auto-round {preset}, sym" for preset in ("default", "best")}
             titles |= {
-                ours: f"{ours}, one budget{some}" for ours in ("quilt fast", "quilt normal", "quilt best", "cmpq+")
+                ours: f"{ours}, one budget{some}"
+                for ours in ("quilt fast", "quilt normal", "quilt best", "cmpq+", "cmpq+ normal", "cmpq+ best")
             }
             scored = {column: rows.get(" | ".join([model, title, *rest])) for column, title in titles.items()}
             size = {key: row[key] for key in ("model", "bits", "group_size", "linears", "bpw")}

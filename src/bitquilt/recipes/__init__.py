@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from bitquilt.errors import UserError
 from bitquilt.protocols import Recipe
 from bitquilt.recipes.aptq import APTQ
-from bitquilt.recipes.cmpq import CMPQ, CMPQPlus
+from bitquilt.recipes.cmpq import CMPQ
+from bitquilt.recipes.cmpq_plus import CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.mg_ptq import MGPTQ
 from bitquilt.recipes.micromix import MicroMix

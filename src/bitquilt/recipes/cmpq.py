@@ -189,16 +189,18 @@ class CMPQ:
             events += unprotected
             act = error = 0
         if prepared.factor is None:
-            protected, loss = trial.protected(layer.weight, bits, budget.tables, (act, error)), None
+            protected, loss, aim = trial.protected(layer.weight, bits, budget.tables, (act, error)), None, None
             stored, _ = round_channels(layer.weight, bits, budget.tables, protected, trial.importance)
         else:
-            aim, notes = corrected(layer, prepared.factor, self.alpha, self.stream_alpha)
+            target, notes = corrected(layer, prepared.factor, self.alpha, self.stream_alpha)
             events += notes
-            weight = aim.weight.masked_fill(prepared.factor.dead, 0.0)
+            weight = target.weight.masked_fill(prepared.factor.dead, 0.0)
             protected = trial.protected(weight, bits, budget.tables, (act, error))
-            stored, loss = sweep_channels(weight, bits, budget.tables, protected, trial.importance, prepared.factor)
+            stored, loss, aim = sweep_channels(
+                weight, bits, budget.tables, protected, trial.importance, prepared.factor
+            )
         events += layer_events(layer, budget.tables.dtype, prepared.factor, self.damp)
-        return Solution(stored, loss, tuple(events))
+        return Solution(stored, loss, tuple(events), {} if aim is None else {"aim": aim})
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """The palette; with a table per channel without widths of more levels than rows."""
@@ -282,20 +284,3 @@ class CMPQ:
             return budget.least_error(table, widths, out_features, total, prepared.norms.tolist())
         norms = [0.0] * in_features if self.allocation == "first" else prepared.norms.tolist()
         return budget.spread(norms, out_features, total)
-
-
-@dataclass(frozen=True)
-class CMPQPlus(CMPQ):
-    """`cmpq` with error compensation between channels, in descending norm, bits by what they save, and layers that
-    repair what the layers before them broke, as in `quilt`: each of the three is measured in docs/benchmarks.md. No
-    outliers unless asked: where errors are compensated their bytes are worth more as bits (0.067 against 0.094 with
-    the published amount on babyllama, 0.034 against 0.039 on the demo model, one budget of 2.6 bits per weight)."""
-
-    name: ClassVar[str] = "cmpq+"
-
-    error_outliers: float = 0.0
-    act_outliers: float = 0.0
-    allocation: Literal["norm", "first", "error_table", "global"] = "error_table"
-    compensation: bool = True
-    alpha: float = 0.75
-    stream_alpha: float = 0.75

@@ -94,9 +94,10 @@ def sweep_channels(
     protected: Tensor,
     importance: Tensor | None,
     factor: Factor,
-) -> tuple[QuantizedWeight, float]:
+) -> tuple[QuantizedWeight, float, Tensor]:
     """The GPTQ sweep in the factor's order: a channel's own levels, or its gain, are fitted when the sweep reaches it,
-    a shared table to the weights as they were. Also returns the loss."""
+    a shared table to the weights as they were. Also returns the loss, and what the codes were rounded from `[out, in]`,
+    over the row gains."""
     upper, order = factor.upper, factor.order
     if order is None:
         order = torch.arange(weight.shape[1], device=weight.device)
@@ -119,7 +120,8 @@ def sweep_channels(
     outliers = None
     if swept.remainder is not None:
         outliers = sparse_remainder(swept.remainder, torch.zeros(()), protected)
-    return assemble_codebooks(swept.codes, bits, grids, tables, outliers, row_gains), loss
+    aim = swept.weight if swept.compensated is None else swept.compensated
+    return assemble_codebooks(swept.codes, bits, grids, tables, outliers, row_gains), loss, aim
 
 
 def _loss(swept: Sweep[CodebookGrid], upper: Tensor, row_gains: Tensor) -> float:

@@ -77,7 +77,8 @@ def solve(
     stored = assemble(swept, plan, scale_dtype)
     if protected is not None and swept.remainder is not None:
         stored = replace(stored, outliers=sparse_remainder(swept.remainder, torch.zeros(()), protected))
-    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"swept": swept})
+    aim = swept.weight if swept.compensated is None else swept.compensated
+    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"aim": aim})
 
 
 def live_weight(layer: Layer, factor: Factor) -> Tensor:
