@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import bitquilt
 from bitquilt import UserError
 from bitquilt.recipes import make_recipe
+from bitquilt.recipes.cmpq_plus import CMPQPlus
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.runtime.progress import BlockDone, Epoch, Stage
 from bitquilt.types import BlockProblem, TrainedLayers
@@ -21,6 +23,8 @@ PLUS: dict[str, Any] = {"recipe": "slim-llm+", "start": "weight", "epochs": 6, "
 SWEPT: dict[str, Any] = {**PLUS, "start": "gptq"}
 NORMAL: dict[str, Any] = {"recipe": "quilt", "bits": 2, "effort": "normal", "epochs": 8, "batch": 2}
 BEST: dict[str, Any] = {**NORMAL, "effort": "best", "epochs": 2, "batch": 4, "tune_epochs": 4, "tune_rate": 5e-3}
+LEVELS: dict[str, Any] = {"recipe": CMPQPlus(bits=2.5, effort="normal", epochs=4, batch=2)}
+LEVELS_BEST: dict[str, Any] = {"recipe": replace(LEVELS["recipe"], effort="best", tune_epochs=4, tune_rate=5e-3)}
 CLIPPING: dict[str, Any] = {"recipe": "gptq", "bits": 2, "clipping": "trained", "epochs": 2, "batch": 4}
 
 
@@ -44,8 +48,8 @@ def kept_work(run: Callable[..., Any], out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     "options",
-    [PLUS, SWEPT, NORMAL, {**NORMAL, "bits": 3}],
-    ids=["slim-llm+", "slim-llm+-swept", "quilt", "quilt-3-bits"],
+    [PLUS, SWEPT, NORMAL, {**NORMAL, "bits": 3}, LEVELS],
+    ids=["slim-llm+", "slim-llm+-swept", "quilt", "quilt-3-bits", "cmpq+"],
 )
 def test_blocks_get_better_and_the_checkpoint_is_what_was_trained(
     family: str,
@@ -132,7 +136,7 @@ def test_no_memory_for_the_whole_model_is_said_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [NORMAL, BEST, CLIPPING], ids=["normal", "best", "clipping"])
+@pytest.mark.parametrize("options", [NORMAL, BEST, LEVELS_BEST, CLIPPING], ids=["normal", "best", "levels", "clipping"])
 def test_training_continues_with_the_same_bytes_after_every_interruption(
     options: dict[str, Any],
     make_model: Callable[..., Path],
@@ -155,7 +159,7 @@ def test_training_continues_with_the_same_bytes_after_every_interruption(
 
     whole = quantize_tiny(make_model(), tmp_path / "whole", **options, self_samples=4).folder
     interrupt(lambda event: isinstance(event, BlockDone))
-    if options is BEST:
+    if options in (BEST, LEVELS_BEST):
         interrupt(lambda event: isinstance(event, Epoch) and event.where == "the whole model" and event.done == 2)
         interrupt(lambda event: isinstance(event, Stage) and event.text == "writing the trained layers of block 2 of 2")
     interrupt(
@@ -250,6 +254,13 @@ def test_one_sample_is_too_few(
         ("slim-llm+", {"clipping": "solved"}, "option 'clipping': got 'solved'"),
         ("slim-llm+", {"start": "weight", "passes": 2}, "passes is 2; it is of the sweep, and start=weight has none"),
         ("quilt", {"effort": "hard"}, "option 'effort': got 'hard'"),
+        ("quilt", {"effort": "normal", "reach": -1.0}, r"reach is -1\.0"),
+        ("cmpq+", {"effort": "normal", "error_outliers": 0.01}, r"error_outliers is 0\.01; effort=normal trains codes"),
+        (
+            "cmpq+",
+            {"effort": "best", "compensation": False, "alpha": 0.0, "stream_alpha": 0.0},
+            "the result of a sweep",
+        ),
         ("quilt", {"alpha": 2.0}, r"alpha is 2\.0"),
         ("quilt", {"passes": -1}, "passes is -1"),
         ("quilt", {"tune_rate": -1.0}, r"tune_rate is -1\.0"),
