@@ -102,7 +102,7 @@ def quantize(
     effort: Annotated[
         str | None,
         Option(
-            help="quilt: fast; normal, which trains each block; best, then the whole model (default: fast).",
+            help="quilt, cmpq+: fast; normal, which trains each block; best, then the whole model (default: fast).",
             metavar="LEVEL",
         ),
     ] = None,

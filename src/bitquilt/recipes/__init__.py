@@ -25,7 +25,7 @@ RECIPES: dict[str, type[Any]] = {
 # why `clipping` is no option of the others
 _NOT_CLIPPED = {
     "cmpq": "has free levels, which no range holds together: nothing to clip",
-    "cmpq+": "has free levels, which no range holds together: nothing to clip",
+    "cmpq+": "has free levels, which no range holds together: effort=normal trains these",
     "quilt": "trains scales and rounding: effort=normal",
     "micromix": "has powers of two for scales: no range between them to train",
 }

@@ -13,13 +13,15 @@ from bitquilt.types import BlockProblem, Solution, TrainedLayers
 class TrainedClipping:
     """`clipping`: "trained" = once a block's layers are solved, the ranges of all their groups are trained against the
     full-precision block's output in the full-precision model; codes and bytes stay. `epochs`, `rate` (linear, to zero),
-    `batch`, `train_seed`: of that training."""
+    `batch`, `train_seed`: of that training. `autocast`: its products in bfloat16, for processors that are faster at
+    it."""
 
     clipping: Literal["solved", "trained"] = "solved"
     epochs: int = 8
     rate: float = 1e-2
     batch: int = 8
     train_seed: int = 0
+    autocast: bool = False
 
     @property
     def train_batch(self) -> int:
@@ -48,4 +50,4 @@ class TrainedClipping:
         return (problem.full_outputs,)
 
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, seed=self.train_seed)
+        return Training(self.epochs, self.batch, seed=self.train_seed, autocast=self.autocast)

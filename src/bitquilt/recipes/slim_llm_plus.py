@@ -116,4 +116,4 @@ class SlimLLMPlus(SlimLLM):
         return (problem.full_outputs, problem.outputs) if self.augmented else (problem.full_outputs,)
 
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, "constant", patience=self.patience, seed=self.train_seed)
+        return replace(super()._training(), schedule="constant", patience=self.patience)
