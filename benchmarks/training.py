@@ -45,6 +45,7 @@ ROWS: dict[str, Row] = {
 # as published, with SliM-LLM's search and one-bit groups as they train best
 FROM_WEIGHT = {"start": "weight", "salience": "inverse_diag", "weighting": "none", "one_bit": "two_level"}
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
+LAST = {"kept_epoch": "last"}
 SIGN = {"rounding": "sign", "scale_rate": 3e-3, "batch": 8}  # as AutoRound moves them
 OPTIONS: dict[str, Row] = {
     "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
@@ -80,9 +81,11 @@ SYMMETRIC = "symmetric grid"
 SHARED_BITS: dict[str, Row] = {
     "cmpq+, one budget": ("cmpq+", {}, {"budget": SYMMETRIC}),
     "cmpq+ normal, one budget": ("cmpq+", NORMAL, {"budget": SYMMETRIC}),
+    "cmpq+ normal, one budget, last epoch": ("cmpq+", {**NORMAL, **LAST}, {"budget": SYMMETRIC}),
     "cmpq+ best, one budget": ("cmpq+", BEST, {"budget": SYMMETRIC}),
     "quilt fast, one budget": ("quilt", {"group_size": 64}, {"budget": SYMMETRIC}),
     "quilt normal, one budget": ("quilt", {"group_size": 64, **NORMAL}, {"budget": SYMMETRIC}),
+    "quilt normal, one budget, last epoch": ("quilt", {"group_size": 64, **NORMAL, **LAST}, {"budget": SYMMETRIC}),
     "quilt best, one budget": ("quilt", {"group_size": 64, **BEST}, {"budget": SYMMETRIC}),
     "quilt fast, one budget, groups of 128": ("quilt", {"group_size": 128}, {"budget": SYMMETRIC}),
     "quilt normal, one budget, groups of 128": ("quilt", {"group_size": 128, **NORMAL}, {"budget": SYMMETRIC}),

@@ -89,6 +89,26 @@ def test_patience_stops_early():
     assert len(held_right.losses) == 2
 
 
+def test_the_last_epoch_is_kept_on_request_and_every_sample_trained_on():
+    """Targets that lie but on the samples that would be held out: these are seen now, and what comes of it is kept."""
+    training = Training(6, 4, kept_epoch="last")
+    held = torch.randperm(16, generator=torch.Generator().manual_seed(0))[: training.kept(16)]
+    lying = -TARGETS.clone()
+    lying[held] = INPUTS[held] @ WEIGHT.t()
+    seen: list[int] = []
+
+    def watched(chosen):
+        seen.extend(chosen)
+        return INPUTS[list(chosen)]
+
+    data = Samples(16, watched, (lambda chosen: lying[list(chosen)],))
+    trained = run(training, data=data)
+    assert trained.best_loss == trained.losses[-1] > trained.start_loss
+    assert bool((trained.values["layer"][0] < 1).all())
+    assert set(seen) == set(range(16))
+    assert training.trained(16) == 16
+
+
 def test_a_loss_that_is_not_finite_falls_back_to_the_start():
     calls = []
 

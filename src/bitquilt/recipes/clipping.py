@@ -5,7 +5,7 @@ from typing import Literal
 
 from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.ranges import Ranges
-from bitquilt.solvers.training import Link, Read, Samples, Training
+from bitquilt.solvers.training import KeptEpoch, Link, Read, Samples, Training
 from bitquilt.types import BlockProblem, Solution, TrainedLayers
 
 
@@ -14,7 +14,7 @@ class TrainedClipping:
     """`clipping`: "trained" = once a block's layers are solved, the ranges of all their groups are trained against the
     full-precision block's output in the full-precision model; codes and bytes stay. `epochs`, `rate` (linear, to zero),
     `batch`, `train_seed`: of that training. `autocast`: its products in bfloat16, for processors that are faster at
-    it."""
+    it. `kept_epoch`: the "best" on samples not trained on, or the "last", trained on all."""
 
     clipping: Literal["solved", "trained"] = "solved"
     epochs: int = 8
@@ -22,6 +22,7 @@ class TrainedClipping:
     batch: int = 8
     train_seed: int = 0
     autocast: bool = False
+    kept_epoch: KeptEpoch = "best"
 
     @property
     def train_batch(self) -> int:
@@ -50,4 +51,6 @@ class TrainedClipping:
         return (problem.full_outputs,)
 
     def _training(self) -> Training:
-        return Training(self.epochs, self.batch, seed=self.train_seed, autocast=self.autocast)
+        return Training(
+            self.epochs, self.batch, seed=self.train_seed, autocast=self.autocast, kept_epoch=self.kept_epoch
+        )

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from bitquilt.solvers.blockwise import train
-from bitquilt.solvers.training import Link, Part, Rule, Samples, Schedule, Trained, Training, Values
+from bitquilt.solvers.training import KeptEpoch, Link, Part, Rule, Samples, Schedule, Trained, Training, Values
 from bitquilt.types import BlockProblem, LayerPlan, ModelProblem, Solution, TrainedLayers
 
 P = TypeVar("P", bound=Part)
@@ -27,7 +27,9 @@ class Effort(Generic[P]):
     which each weight can move by `reach` steps in all; "best" = then `tune_epochs` passes through the whole model.
     `rounding`: how a block's offsets move, by "adam" or by the "sign" of their gradient. `scale_rate`: of the scales in
     a block; 0 = they stay. `tune_rate`, `tune_scale_rate`: of offsets and scales in the model; 0 = codes stay, scales
-    stay. `autocast`: products in bfloat16 while training, for processors that are faster at it.
+    stay. `kept_epoch`: the "best" on samples not trained on, or the "last", trained on all: the sweep that training
+    starts from has seen all samples, so those held out judge the start kindly. `autocast`: products in bfloat16 while
+    training, for processors that are faster at it.
 
     A recipe's solutions keep in `details["aim"]` what their codes were rounded from `[out, in]`."""
 
@@ -42,6 +44,7 @@ class Effort(Generic[P]):
     tune_epochs: int = 8
     tune_rate: float = 2e-2
     patience: int = 0
+    kept_epoch: KeptEpoch = "best"
     autocast: bool = False
     train_seed: int = 0
 
@@ -126,4 +129,9 @@ class Effort(Generic[P]):
         return Training(self.tune_epochs, max(1, self.tune_batch), "cosine", betas=(0.9, 0.98), **self._same())
 
     def _same(self) -> dict[str, Any]:
-        return {"patience": self.patience, "seed": self.train_seed, "autocast": self.autocast}
+        return {
+            "patience": self.patience,
+            "kept_epoch": self.kept_epoch,
+            "seed": self.train_seed,
+            "autocast": self.autocast,
+        }

@@ -1,7 +1,8 @@
 """How are all the quantized weights of a block trained together? train(links, parts, samples, training) -> Trained.
 
 The loss is the squared error of the output against one or more targets, in units of the first target's mean square, or
-whatever the samples say. What is returned is never worse than the start on samples that were not trained on.
+whatever the samples say. What is returned is never worse than the start on samples that were not trained on, unless the
+last epoch is asked for.
 """
 
 import math
@@ -35,7 +36,7 @@ def train(
     order = torch.randperm(samples.count, generator=generator).tolist()
     kept = training.kept(samples.count)
     run = _Run(links, samples, training.batch, told, training.autocast)
-    return run.fit(order[:kept], order[kept:], training, generator)
+    return run.fit(order[:kept], order[-training.trained(samples.count) :], training, generator)
 
 
 @dataclass(eq=False)
@@ -83,7 +84,7 @@ class _Run:
             if self.told is not None:
                 self.told(epoch + 1, training.epochs, losses[-1])
             since += 1
-            if losses[-1] < best_loss:
+            if losses[-1] < best_loss or training.kept_epoch == "last":
                 best_loss, since = losses[-1], 0
                 best = _copied(values, best)
             if training.patience and since >= training.patience:

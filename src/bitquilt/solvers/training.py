@@ -22,6 +22,7 @@ Read = Callable[[Sequence[int]], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, target) -> the mean over samples and tokens."""
 Schedule = Literal["constant", "linear", "cosine"]
+KeptEpoch = Literal["best", "last"]
 _FACTORS: dict[Schedule, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1 - done,
@@ -69,8 +70,10 @@ class Link:
 class Training:
     """`batch`: samples per step, a power of two; the block is called with that many samples, or a power of two fewer.
     `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples never trained on, at least
-    one; they are asked after every epoch. `patience`: epochs without a gain before it stops, 0 = never. `autocast`: the
-    links' products in bfloat16, for training alone: the held-out samples are asked in fp32."""
+    one; they are asked after every epoch. `kept_epoch`: "best" = the one that they find best, the start included;
+    "last" = they are trained on too, and what the last epoch left is kept. `patience`: epochs without a gain before it
+    stops, 0 = never. `autocast`: the links' products in bfloat16, for training alone: the held-out samples are asked in
+    fp32."""
 
     epochs: int
     batch: int = 8
@@ -80,6 +83,7 @@ class Training:
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     autocast: bool = False
+    kept_epoch: KeptEpoch = "best"
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.batch & (self.batch - 1):
@@ -95,7 +99,7 @@ class Training:
 
     def trained(self, count: int) -> int:
         """How many of `count` samples are trained on."""
-        return count - self.kept(count)
+        return count if self.kept_epoch == "last" else count - self.kept(count)
 
 
 @dataclass(frozen=True, eq=False)
