@@ -211,7 +211,7 @@ def searched_factors(model: str, bits: int, group_size: int) -> torch.Tensor:
 
 
 def draw_clipping(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Learned clipping factors (slim-llm+) over the searched ones, a panel per model and bits."""
+    """Learned clipping factors (slim-llm+ from the weight) over the searched ones, a panel per model and bits."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -229,12 +229,11 @@ def draw_clipping(rows: dict[str, dict[str, Any]], path: Path) -> None:
         bins = torch.linspace(0, 1.1, 56)
         panel.stairs(searched / searched.sum(), bins, label="searched, one per group", fill=True, alpha=0.4)
         panel.stairs(learned / learned.sum(), edges, label="learned, both ends")
-        panel.set(
-            title=f"{model}, {bits} bits, groups of {row['group_size']}", xlabel=f"share of the range ({row['row']})"
-        )
+        panel.set_title(f"{model}, {bits} bits, groups of {row['group_size']}\n{row['row']}", fontsize=10)
+        panel.set_xlabel("share of the range")
         panel.set_xlim(0.3, 1.1)
     panels[0][0].set_ylabel("share of the groups")
-    panels[0][0].legend(fontsize=7, loc="upper right")
+    panels[0][0].legend(fontsize=7, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
