@@ -23,12 +23,12 @@ from bitquilt.runtime.devices import choose_device, stays_on_device, to_device
 
 CPU = torch.device("cpu")
 COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # as in tests.runtime.on_second_device
+BEST = {"effort": "best", "epochs": 1, "batch": 2, "tune_epochs": 1}
 RECIPES = {
     "slim-llm": {"bits": 2, "group_size": 8, "error_outliers": 0.01, "act_outliers": 0.01},
     "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1},
-    "cmpq+": {"bits": 2.5},
-    "quilt": {"bits": 2, "group_size": 8, "effort": "best", "epochs": 1, "batch": 2, "tune_epochs": 1,
-              "embedding_bits": 8, "head_bits": 6},
+    "cmpq+": {"bits": 2.5, **BEST},
+    "quilt": {"bits": 2, "group_size": 8, **BEST, "embedding_bits": 8, "head_bits": 6},
     "gptq": {"bpw": 6, "group_size": 8},  # a plan by what every width costs, measured there
 }  # fmt: skip
 

@@ -9,7 +9,8 @@
 Deviations from the publication, undone by `SlimLLMPlus.published()`, which undoes those of SliM-LLM too:
 - training starts from the sweep, whose codes stay, each group's range between 1/4 and 4 times the searched one. The
   publication trains instead of sweeping (LWC, arXiv 2308.13137: codes follow the range) and so gives up the error
-  feedback: on babyllama at 2 bits that is worse than SliM-LLM without any training (KL 0.661 against 0.514).
+  feedback: on babyllama at 2 bits that is worse than SliM-LLM without any training (KL 0.661 against 0.514). From the
+  weight, `salience="inverse_diag"` and `weighting="none"` make a map that no order of columns went into.
 Never reproduced: ranges that do not pass through zero, whose zero does not fit its bits; scales cut at 1e-5 instead of
 relative to the layer; one of LLaMA's layers left at N bits; a loss that is not finite as an error instead of an event.
 The epoch with the least loss on held-out samples is kept, the start included.

@@ -99,7 +99,7 @@ class LevelRounding:
         """The trained weight as it is stored, and what its codes were rounded from, as `of` takes it."""
         with torch.no_grad():
             place = self.place + values[0]
-            codes = torch.clamp(torch.round(place), min=torch.zeros(()), max=self.top)
+            codes = torch.minimum(place.round().clamp_min(0), self.top)
             table, gains = self._table(values), self._gains(values)
             below = torch.minimum(place.floor().clamp_min(0), self.top - 1)
             low, high = (table.take(self.base + (below + step).long()) for step in (0, 1))
