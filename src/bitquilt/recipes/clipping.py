@@ -1,11 +1,12 @@
 """Trained clipping after any recipe on uniform grids: `clipping="trained"`, block by block (`solvers.ranges`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.ranges import Ranges
-from bitquilt.solvers.training import KeptEpoch, Link, Read, Samples, Training
+from bitquilt.solvers.training import KeptEpoch, Link, Part, Read, Samples, Trained, Training
 from bitquilt.types import BlockProblem, Solution, TrainedLayers
 
 
@@ -42,10 +43,13 @@ class TrainedClipping:
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         parts = {name: Ranges(solution.weight, self.rate) for name, solution in problem.solutions.items()}
-        samples = Samples(problem.count, problem.inputs, self._targets(problem))
-        trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
+        trained = self._trained(problem, parts)
         solutions = {name: Solution(part.export(trained.values[name])) for name, part in parts.items()}
         return trained.layers(problem.name, solutions)
+
+    def _trained(self, problem: BlockProblem, parts: Mapping[str, Part]) -> Trained:
+        samples = Samples(problem.count, problem.inputs, self._targets(problem))
+        return train((Link(problem.forward, parts),), samples, self._training(), problem.told)
 
     def _targets(self, problem: BlockProblem) -> tuple[Read, ...]:
         return (problem.full_outputs,)

@@ -105,4 +105,4 @@ class Quilt(Feedback, Effort[Rounding]):
     def solution_of(self, part: Rounding, values: Values, plan: LayerPlan) -> Solution:
         """The layer with these values."""
         swept = part.export(values)
-        return Solution(assemble(swept, plan, part.scale_dtype), None, (), {"aim": swept.compensated})
+        return Solution(assemble(swept, plan, part.scale_dtype), None, (), {"aim": swept.aim})

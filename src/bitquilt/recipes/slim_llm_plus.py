@@ -25,11 +25,10 @@ from torch import Tensor
 from bitquilt.grids.uniform import scale_dtype_for
 from bitquilt.hessian import Factor
 from bitquilt.recipes.slim_llm import SlimLLM
-from bitquilt.solvers.blockwise import train
 from bitquilt.solvers.layouts import round_groups
 from bitquilt.solvers.solve import assemble, layer_events, live_weight
 from bitquilt.solvers.trainable import Clipping
-from bitquilt.solvers.training import Link, Read, Samples, Training
+from bitquilt.solvers.training import Read, Training
 from bitquilt.types import BlockProblem, Layer, LayerPlan, Solution, TrainedLayers, group_slices
 
 _BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
@@ -92,8 +91,7 @@ class SlimLLMPlus(SlimLLM):
         if self.start == "gptq":
             return super().train_block(problem)
         parts = {n: self._part(s.details["weight"], problem.plans[n]) for n, s in problem.solutions.items()}
-        samples = Samples(problem.count, problem.inputs, self._targets(problem))
-        trained = train((Link(problem.forward, parts),), samples, self._training(), problem.told)
+        trained = self._trained(problem, parts)
         solutions = {}
         for name, part in parts.items():
             stored = assemble(part.export(trained.values[name]), problem.plans[name], part.scale_dtype)

@@ -120,8 +120,7 @@ def sweep_channels(
     outliers = None
     if swept.remainder is not None:
         outliers = sparse_remainder(swept.remainder, torch.zeros(()), protected)
-    aim = swept.weight if swept.compensated is None else swept.compensated
-    return assemble_codebooks(swept.codes, bits, grids, tables, outliers, row_gains), loss, aim
+    return assemble_codebooks(swept.codes, bits, grids, tables, outliers, row_gains), loss, swept.aim
 
 
 def _loss(swept: Sweep[CodebookGrid], upper: Tensor, row_gains: Tensor) -> float:

@@ -48,6 +48,11 @@ class Sweep(Generic[G]):
     remainder: Tensor | None = None
     compensated: Tensor | None = None
 
+    @property
+    def aim(self) -> Tensor:
+        """`compensated`, or where that is not known what the codes stand for."""
+        return self.weight if self.compensated is None else self.compensated
+
 
 def sweep(
     weight: Tensor, upper: Tensor, groups: Sequence[slice], fit: FitGroup[G], protected: Tensor | None = None

@@ -77,8 +77,7 @@ def solve(
     stored = assemble(swept, plan, scale_dtype)
     if protected is not None and swept.remainder is not None:
         stored = replace(stored, outliers=sparse_remainder(swept.remainder, torch.zeros(()), protected))
-    aim = swept.weight if swept.compensated is None else swept.compensated
-    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"aim": aim})
+    return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"aim": swept.aim})
 
 
 def live_weight(layer: Layer, factor: Factor) -> Tensor:

@@ -63,7 +63,7 @@ class Rounding:
         split = Groups.of(groups)
         scale = torch.cat([grid.scale.float() for grid in swept.grids], dim=1).unsqueeze(2)
         return cls(
-            split.split(swept.compensated if swept.compensated is not None else swept.weight) / scale,
+            split.split(swept.aim) / scale,
             scale,
             torch.cat(zeros, dim=1).unsqueeze(2),
             torch.tensor([[float(2**grid.bits - 1)] for grid in swept.grids], device=device),
