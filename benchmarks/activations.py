@@ -20,11 +20,11 @@ from transformers import DynamicCache
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
-from bitquilt.evaluation.loading import as_model
-from bitquilt.models.structure import quiet_transformers
+from bitquilt.data.calibration import load_tokenizer
+from bitquilt.data.tokens import token_stream, windows
+from bitquilt.model.structure import quiet_transformers
 from bitquilt.ops import kernels
-from bitquilt.runtime.calibration import load_tokenizer
-from bitquilt.text import token_stream, windows
+from bitquilt.report.evaluation.loading import as_model
 
 WINDOW, STEP = 256, 16
 

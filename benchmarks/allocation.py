@@ -27,11 +27,11 @@ import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import SEQ_LEN, TEXTS, quantize_and_score
 from bitquilt import Budget
+from bitquilt.core.types import LayerPlan
 from bitquilt.errors import UserError
-from bitquilt.models.structure import quiet_transformers
+from bitquilt.model.structure import quiet_transformers
+from bitquilt.planning.sensitivities import Sensitivities, read_sensitivities
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.tables import Sensitivities, read_sensitivities
-from bitquilt.types import LayerPlan
 
 BPW = (2.5, 3.0, 2.25, 3.5, 4.0)
 MORE = (2.75, 3.25, 3.75, 4.25, 4.5)  # for the law: ten budgets of one recipe

@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.layer import realistic_inputs, timed
-from bitquilt.packing import bits_per_weight, pack
+from bitquilt.core.packing import bits_per_weight, pack
+from bitquilt.core.types import Layer, LayerStats
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Layer, LayerStats
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq": ("cmpq", {}),

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.cli.demo import DEMO_MODEL
-from bitquilt.grids.codebook import fit_codebook
-from bitquilt.grids.kmeans import exact_kmeans, kmeans_reference, lloyd, squared_error
-from bitquilt.grids.shared import fit_table
+from bitquilt.layer.grids.codebook import fit_codebook
+from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd, squared_error
+from bitquilt.layer.grids.shared_levels import fit_table
 
 Method = Callable[[Tensor, int], Tensor]  # sorted fp64 [n], k -> centroids [k]
 

@@ -1,6 +1,6 @@
 """A decoder of LLaMA's shape around given linear layers, for `benchmarks.gpu`: greedy, static cache, one graph.
 
-Both models of a comparison run the package's own step (`bitquilt.integrations.static`), so that what differs is the
+Both models of a comparison run the package's own step (`bitquilt.serve.decoder_step`), so that what differs is the
 layers. From a token to the next it is one CUDA graph that feeds itself: nothing passes the host until the text is done.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from benchmarks.gpu_setup import Setting, Sizes
-from bitquilt.integrations.static import Block, Ends, Step, captured
-from bitquilt.ops.decode import Shape
+from bitquilt.ops.decoder_ops import Shape
+from bitquilt.serve.decoder_step import Block, Ends, Step, captured
 
 Layer = Callable[[Tensor], Tensor]
 _DTYPE = torch.bfloat16

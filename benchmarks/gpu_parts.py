@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu_model import LlamaShape, decode_rate
 from benchmarks.gpu_setup import Packed, Setting, codebook, mx, seconds_each, uniform
 from benchmarks.gpu_slim import run_slim
-from bitquilt.types import Layout
+from bitquilt.core.types import Layout
 
 BITS = (2, 3, 4)
 MX_BITS = (4, 6, 8)
@@ -112,8 +112,8 @@ def tune_mx(setting: Setting) -> dict[str, Any]:
 
 
 def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], Layout]]) -> dict[str, Any]:
-    from bitquilt.ops.gpu import tuned
-    from bitquilt.ops.gpu.config import Config
+    from bitquilt.ops.gpu import tuned_tilings as tuned
+    from bitquilt.ops.gpu.tiling import Config
 
     found: list[dict[str, Any]] = []
     file = tuned.path(setting.device)
@@ -132,7 +132,7 @@ def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], 
 def _descent(setting: Setting, layout: Layout, tokens: int, timed: dict[Any, float], quads: bool) -> tuple[Any, Any]:
     """The cut to begin with and the best one; `timed`: seconds of all that were tried."""
     from bitquilt.ops.gpu import body
-    from bitquilt.ops.gpu.config import Config, choose, for_quads, neighbours
+    from bitquilt.ops.gpu.tiling import Config, choose, for_quads, neighbours
 
     works = _works(setting, layout, tokens)
 

@@ -21,9 +21,9 @@ except ImportError:  # a bare machine: the package's rooms without its front doo
     sys.modules["bitquilt"] = package
 
 from bitquilt import ops
+from bitquilt.core.packing import op_layout, storage_bits, tensor_specs
+from bitquilt.core.types import Format, Layout
 from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
-from bitquilt.packing import op_layout, storage_bits, tensor_specs
-from bitquilt.types import Format, Layout
 
 GROUP_SIZE = 128
 

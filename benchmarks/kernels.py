@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from bitquilt.models import linear
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.core.packing import storage_bits, tensor_specs
+from bitquilt.core.types import Format, Layout
+from bitquilt.model import linear
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import kernels
-from bitquilt.ops.pages import reserve
-from bitquilt.packing import storage_bits, tensor_specs
-from bitquilt.types import Format, Layout
+from bitquilt.ops.large_pages import reserve
 
 ROWS, COLUMNS, GROUP_SIZE, PREFILL = 4096, 11008, 128, 512
 FORMATS = ["u2", "u3", "u4", "u2g32", "c2", "c3", "c4", "cmpq"]

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.allocation.double_pointer import pair_candidates, pairs
-from bitquilt.grids.uniform import RangeSearch, fit
-from bitquilt.hessian import factorize
-from bitquilt.packing import pack
-from bitquilt.recipes.slim_llm import SlimLLM
-from bitquilt.sensitivity.divergence import pair_losses
-from bitquilt.sensitivity.salience import group_salience, salience
-from bitquilt.types import Layer, LayerStats, group_slices
+from bitquilt.core.packing import pack
+from bitquilt.core.types import Layer, LayerStats, group_slices
+from bitquilt.layer.grids.uniform import RangeSearch, fit
+from bitquilt.layer.hessian import factorize
+from bitquilt.layer.sensitivity.output_divergence import pair_losses
+from bitquilt.layer.sensitivity.salience import group_salience, salience
+from bitquilt.recipes.slim_llm.slim_llm import SlimLLM
 
 SEQUENCES, TOKENS, SAMPLE = 8, 2048, 4096
 

@@ -29,11 +29,11 @@ import bitquilt
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.gguf_files import bits_per_weight, block_layers, bytes_read, quantize_gguf, rivals, write_gguf
 from benchmarks.memory import make_model
-from bitquilt.evaluation.loading import as_model
-from bitquilt.integrations.decoding import Decoder
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import kernels
+from bitquilt.report.evaluation.loading import as_model
+from bitquilt.serve.cpu_decoder import Decoder
 
 TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}  # llama_ftype
 # The format of ours nearest in bits per weight of the layers: bits, group size.

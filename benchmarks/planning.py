@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import OUTPUT, markdown_table, stamp
-from bitquilt.fit import about
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.structure import open_skeleton
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.structure import open_skeleton
+from bitquilt.planning.plan_model import about
+from bitquilt.planning.sensitivities import Sensitivities
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.job import all_targets, shapes
-from bitquilt.runtime.tables import Sensitivities
+from bitquilt.stream.job import all_targets, shapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,

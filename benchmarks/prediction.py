@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.allocation import read_rows
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.scored import TEXTS
-from bitquilt.sensitivity.together import RANGE, together
+from bitquilt.planning.interaction import RANGE, together
 
 
 def unscaled(row: dict[str, Any]) -> float:

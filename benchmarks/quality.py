@@ -16,7 +16,7 @@ from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.scored import TEXTS, quantize_and_score
 from benchmarks.shapes import grid_bpw, layer_shapes
 from bitquilt import Budget
-from bitquilt.protocols import Recipe
+from bitquilt.core.recipe import Recipe
 from bitquilt.recipes import make_recipe
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {

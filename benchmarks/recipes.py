@@ -20,9 +20,9 @@ from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.rows import Run, measured
 from benchmarks.scored import TEXTS
 from benchmarks.shapes import layer_shapes
-from bitquilt.packing import storage_bits
+from bitquilt.core.packing import storage_bits
+from bitquilt.core.types import Format, Layout, uniform_plan
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Format, Layout, uniform_plan
 
 TARGETS = (2.3, 2.6, 3.1, 4.2)
 WHOLE, FRACTIONS = (2, 3, 4), tuple(round(2 + 0.1 * i, 1) for i in range(21))

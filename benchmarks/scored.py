@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitquilt
 from benchmarks.common import SHARED
-from bitquilt.evaluation import Evaluation
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.structure import open_skeleton, quiet_transformers, vocabulary_size
-from bitquilt.protocols import Recipe
-from bitquilt.runtime.calibration import make_calibration
-from bitquilt.runtime.plans import read_plan
-from bitquilt.types import LayerPlan
+from bitquilt.core.plan_file import read_plan
+from bitquilt.core.recipe import Recipe
+from bitquilt.core.types import LayerPlan
+from bitquilt.data.calibration import make_calibration
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.structure import open_skeleton, quiet_transformers, vocabulary_size
+from bitquilt.report.evaluation import Evaluation
 
 SEQ_LEN = 256
 # Calibration and evaluation: different files of the text that each model knows.

@@ -31,16 +31,16 @@ import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
 from bitquilt import Budget
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.models.structure import open_skeleton, quiet_transformers
+from bitquilt.core.types import Layer, uniform_plan
+from bitquilt.data.calibration import load_tokenizer, make_calibration
+from bitquilt.data.tokens import token_stream, windows
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.structure import open_skeleton, quiet_transformers
+from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.calibration import load_tokenizer, make_calibration
-from bitquilt.runtime.job import Job, all_targets
-from bitquilt.runtime.sensitivities import measure
-from bitquilt.runtime.stats import collect
-from bitquilt.text import token_stream, windows
-from bitquilt.types import Layer, uniform_plan
+from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.statistics import collect
 
 METHODS = ("kfac", "activation")
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from benchmarks.common import SHARED
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.linear import linear_weight
-from bitquilt.models.structure import open_skeleton
-from bitquilt.packing import storage_bits
-from bitquilt.runtime.job import targets
-from bitquilt.types import Format, Layout
+from bitquilt.core.packing import storage_bits
+from bitquilt.core.types import Format, Layout
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.linear import linear_weight
+from bitquilt.model.structure import open_skeleton
+from bitquilt.stream.job import targets
 
 Shapes = dict[str, tuple[int, int]]
 

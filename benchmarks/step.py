@@ -19,12 +19,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from benchmarks.common import stamp
-from bitquilt.grids.uniform import fit
-from bitquilt.solvers.blockwise import train
-from bitquilt.solvers.rtn import round_to_nearest
-from bitquilt.solvers.trainable import Rounding
-from bitquilt.solvers.training import Link, Rule, Samples, Training
-from bitquilt.types import group_slices
+from bitquilt.core.types import group_slices
+from bitquilt.layer.gptq_sweep import round_to_nearest
+from bitquilt.layer.grids.uniform import fit
+from bitquilt.train.problem import Link, Rule, Samples, Training
+from bitquilt.train.rounding import Rounding
+from bitquilt.train.trainer import train
 
 
 def seconds(width: int, mlp: int, tokens: int, autocast: bool, steps: int) -> float:

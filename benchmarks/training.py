@@ -22,13 +22,13 @@ from benchmarks.common import OUTPUT, ROOT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS, quantize_and_score
 from benchmarks.shapes import grid_bpw, layer_shapes
 from bitquilt import Budget
-from bitquilt.grids.uniform import RangeSearch, fit
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.linear import linear_weight
-from bitquilt.models.structure import open_skeleton
+from bitquilt.core.types import group_slices
+from bitquilt.layer.grids.uniform import RangeSearch, fit
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.linear import linear_weight
+from bitquilt.model.structure import open_skeleton
 from bitquilt.recipes import make_recipe
-from bitquilt.runtime.job import targets
-from bitquilt.types import group_slices
+from bitquilt.stream.job import targets
 
 SAMPLES, EVALUATED = 64, 60_000
 SELF = {"self_samples": 192}

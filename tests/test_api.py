@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bitquilt
 from bitquilt import Result, UserError
+from bitquilt.core.events import LayerDone, Stage
 from bitquilt.recipes.gptq import GPTQ
-from bitquilt.runtime.progress import LayerDone, Stage
 
 MakeModel = Callable[..., Path]
 Quantize = Callable[..., Result]

@@ -14,8 +14,9 @@ from benchmarks import gpu, gpu_parts, gpu_setup, gpu_slim
 from benchmarks.common import ROOT
 
 from bitquilt.ops import kernels
-from bitquilt.ops.gpu import body, tuned
-from bitquilt.ops.gpu.config import choose
+from bitquilt.ops.gpu import body
+from bitquilt.ops.gpu import tuned_tilings as tuned
+from bitquilt.ops.gpu.tiling import choose
 from bitquilt.ops.gpu.weight import prepared
 from bitquilt.ops.handles import StoredWeight
 
@@ -57,7 +58,8 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 from pathlib import Path
 from benchmarks import gpu
-from bitquilt.ops.gpu import body, decode
+from bitquilt.ops.gpu import decoder_kernels as decode
+from bitquilt.ops.gpu import body
 gpu.OUTPUT = Path(sys.argv[1])
 assert gpu.PARTS.keys() >= {"layers", "decode", "tune"}
 gpu.main(["--device", "cpu", "--tiny", "--only", "copy", "slim"])

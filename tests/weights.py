@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.types import Format, Outliers, Permutation, QuantizedWeight, Segment
+from bitquilt.core.types import Format, Outliers, Permutation, QuantizedWeight, Segment
 
 KINDS = (
     "one_bit",

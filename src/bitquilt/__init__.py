@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from bitquilt._lazy import lazy_names
 from bitquilt._version import __version__
-from bitquilt.integrations.registration import register
+from bitquilt.serve.registration import register
 
 if TYPE_CHECKING:
-    from bitquilt.allocation.budget import Budget
     from bitquilt.api import Result, load, quantize
+    from bitquilt.core.budget import Budget
     from bitquilt.errors import UserError, VerificationError
-    from bitquilt.evaluation import Evaluation, evaluate
-    from bitquilt.fit import Outlook, measure_model, plan
+    from bitquilt.planning.plan_model import Outlook, measure_model, plan
+    from bitquilt.report.evaluation import Evaluation, evaluate
 
 __all__ = [
     "Budget",
@@ -41,16 +41,16 @@ register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Budget": "bitquilt.allocation.budget",
-        "Evaluation": "bitquilt.evaluation",
-        "Outlook": "bitquilt.fit",
+        "Budget": "bitquilt.core.budget",
+        "Evaluation": "bitquilt.report.evaluation",
+        "Outlook": "bitquilt.planning.plan_model",
         "Result": "bitquilt.api",
         "UserError": "bitquilt.errors",
         "VerificationError": "bitquilt.errors",
-        "evaluate": "bitquilt.evaluation",
+        "evaluate": "bitquilt.report.evaluation",
         "load": "bitquilt.api",
-        "measure_model": "bitquilt.fit",
-        "plan": "bitquilt.fit",
+        "measure_model": "bitquilt.planning.plan_model",
+        "plan": "bitquilt.planning.plan_model",
         "quantize": "bitquilt.api",
     },
 )

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitquilt.allocation.budget import Budget
+from bitquilt.core.budget import Budget
+from bitquilt.core.events import Observer, silent
+from bitquilt.core.plan_file import OuterBits, read_plan
+from bitquilt.core.recipe import Recipe
+from bitquilt.data.calibration import SELF
 from bitquilt.errors import UserError
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.config import QUANT_METHOD
-from bitquilt.pipeline import run
-from bitquilt.protocols import Recipe
-from bitquilt.request import Request, Result
-from bitquilt.runtime.calibration import SELF
-from bitquilt.runtime.devices import choose_device
-from bitquilt.runtime.plans import OuterBits, read_plan
-from bitquilt.runtime.progress import Observer, silent
-from bitquilt.wish import same_outer, wish, wish_for_plan
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.config import QUANT_METHOD
+from bitquilt.request import Request, Result, same_outer, wish, wish_for_plan
+from bitquilt.run import run
+from bitquilt.stream.devices import choose_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +106,7 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
     """
     from transformers import AutoModelForCausalLM
 
-    from bitquilt.models.build import architecture
+    from bitquilt.model.transformers_model import architecture
 
     checkpoint = open_checkpoint(folder)
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")

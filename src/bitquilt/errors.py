@@ -13,6 +13,6 @@ class VerificationError(RuntimeError):
 def not_plannable(recipe: str) -> UserError:
     """For a budget or a plan asked of a recipe, somebody's own, that lacks the methods which a plan needs."""
     return UserError(
-        f"recipe {recipe} has no widths, layout, rounded and column_cost (bitquilt.protocols.Plannable), so no budget "
-        "can be shared out before it runs; add them, or leave out the budget"
+        f"recipe {recipe} lacks widths, layout, rounded and column_cost (bitquilt.core.recipe.Plannable), so a budget "
+        "cannot be allocated before it runs; add these methods, or leave out the budget"
     )

@@ -1,13 +1,40 @@
-"""What a run is asked for, and what comes of it: two values between `api.quantize` and the pipeline."""
+"""A request to quantize: `wish` reads recipe, options and budget once; `Request` and `Result` are its two ends."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from bitquilt.runtime.plans import OuterBits, PlanFile
-from bitquilt.wish import Wish
+from bitquilt.allocation.scopes import SCOPES, Scope
+from bitquilt.core.budget import Budget
+from bitquilt.core.packing import storage_bits
+from bitquilt.core.plan_file import OuterBits, PlanFile
+from bitquilt.core.recipe import Plannable, Recipe
+from bitquilt.core.types import LayerPlan
+from bitquilt.errors import UserError, not_plannable
+from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option
+
+_NOT_BOTH = "options {} go with a recipe's name; set them on the recipe itself"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to make: a recipe, and the budget and scope of a plan for the whole model; `budget` None where the recipe
+    gives every layer its own bits."""
+
+    recipe: Recipe
+    budget: Budget | None = None
+    scope: Scope = "global"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The budget for a fingerprint; empty without."""
+        if self.budget is None:
+            return {}
+        return {"budget": {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx,
+                           "scope": self.scope}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,3 +83,148 @@ class Request:
     def calibrates(self) -> bool:
         """Whether the run reads calibration text at all."""
         return bool(self.wanted.recipe.needs) or self.measures or self.rounds == 2
+
+
+def wish(
+    recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
+) -> Wish:
+    """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
+    recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own); `allocation="global"`, or any
+    other scope that is no allocation of the recipe's own, makes it one there too.
+
+    Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
+    """
+    if scope is not None and scope not in SCOPES:
+        raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
+    options = dict(options)
+    if isinstance(recipe, str):
+        allocation = options.get("allocation")
+        if allocation in SCOPES and allocation not in own_allocations(recipe):
+            scope = scope or options.pop("allocation")
+        given = [key for key in ("bits", "bpw") if options.get(key) is not None]
+        if budget is not None and given:
+            raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
+        layerwise = options.get("bpw") is not None and options.get("allocation") in own_allocations(recipe)[:-1]
+        aims = takes_fractions(recipe) and (takes_option(recipe, "bpw") or options.get("bpw") is None)
+        if not aims and not layerwise:
+            budget = budget or _budget_in(options)
+        recipe = make_recipe(recipe, **options)
+    elif options:
+        raise UserError(_NOT_BOTH.format(sorted(options)))
+    if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
+        budget = own_budget(recipe)
+    if budget is not None and getattr(recipe, "bpw", None) is not None:
+        recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
+    if budget is not None and not isinstance(recipe, Plannable):
+        raise not_plannable(recipe.name)
+    return Wish(recipe, budget, cast(Scope, scope or getattr(recipe, "scope", "global")))
+
+
+def own_budget(recipe: Recipe) -> Budget:
+    """The bits that the recipe is set to. Raises UserError where only calibration data say how many these are."""
+    bits, bpw = getattr(recipe, "bits", None), getattr(recipe, "bpw", None)
+    if bits is None and bpw is None:
+        raise UserError(
+            f"how many bits recipe {recipe.name} takes by itself only calibration data say; give it bits, bpw, size or "
+            "vram"
+        )
+    return Budget("bits", float(bits)) if bpw is None else Budget("bpw", float(bpw))  # type: ignore[arg-type]
+
+
+def wish_for_plan(
+    made_for: Mapping[str, Any],
+    recipe: str | Recipe | None,
+    options: Mapping[str, Any],
+    budget: Budget | None = None,
+    scope: str | None = None,
+) -> Wish:
+    """A plan says where the bits go: a recipe without a budget. `made_for`: the plan's recipe as plan.json has it; its
+    settings stand where `recipe` and `options` do not say otherwise.
+
+    Raises UserError for a budget beside the plan, and for whatever `make_recipe` refuses.
+    """
+    options = dict(options)
+    name: Any = made_for.get("name") if recipe is None else recipe
+    budgets = [str(budget)] if budget is not None else [f"{options['bpw']} bpw"] if options.get("bpw") else []
+    bits = options.get("bits")
+    fraction = isinstance(bits, float) and not bits.is_integer()
+    if fraction and not takes_fractions(name or "slim-llm"):
+        budgets.append(f"{bits} bits")
+    if budgets or scope is not None:
+        what = f"budget {budgets[0]}" if budgets else f"allocation {scope}"
+        raise UserError(f"a plan and the {what} both say where the bits go; give one")
+    if isinstance(recipe, str) or recipe is None:
+        if name == made_for.get("name"):
+            kept = {key: value for key, value in made_for.items() if key != "name"}
+            if kept.get("bpw") is not None:
+                kept.pop("bits", None)
+            options = {**kept, **options}
+        recipe = make_recipe(name or "slim-llm", **options)
+    elif options:
+        raise UserError(_NOT_BOTH.format(sorted(options)))
+    return Wish(recipe)
+
+
+def same_outer(made_for: OuterBits, asked: OuterBits) -> OuterBits:
+    """The bits of embedding and head: the plan's. Raises UserError if the run asks for others."""
+    for name, bits in asked.given.items():
+        planned = made_for.given.get(name)
+        if bits != planned:
+            raise UserError(
+                f"{name} bits is {bits}, the plan was made for {planned or 'none'}: it would take other bytes; leave "
+                f"out {name} bits, plan again with them, or set {name}_bits in the plan"
+            )
+    return made_for
+
+
+def check_bytes(
+    made_for: Mapping[str, Any],
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, int]],
+    plans: Mapping[str, LayerPlan],
+) -> None:
+    """Raise UserError if `recipe` would store a plan in other bytes than the recipe that the plan was made for does.
+
+    A plan that names no recipe, or one that cannot be planned, promises no bytes.
+    """
+    if "name" not in made_for or not isinstance(recipe, Plannable):
+        return
+    planned = wish_for_plan(made_for, None, {}).recipe
+    if not isinstance(planned, Plannable):
+        return
+    for name, plan in plans.items():
+        one, other = planned.layout(*shapes[name], plan), recipe.layout(*shapes[name], plan)
+        if one != other:
+            raise UserError(
+                f"the plan was made for {_told(planned, recipe)}: {name} would take {storage_bits(other) // 8} bytes "
+                f"instead of {storage_bits(one) // 8}; leave the recipe to the plan, plan again, or empty "
+                "the plan's recipe: a map alone is for any"
+            )
+
+
+def _told(planned: Recipe, recipe: Recipe) -> str:
+    """What tells two recipes apart, in words."""
+    if planned.name != recipe.name:
+        return f"recipe {planned.name}, not {recipe.name}"
+    names = [f.name for f in fields(planned)]  # type: ignore[arg-type]
+    differ = [n for n in names if n not in ("bits", "bpw") and getattr(planned, n) != getattr(recipe, n)]
+    return f"{planned.name} with " + ", ".join(f"{n}={getattr(planned, n)}, not {getattr(recipe, n)}" for n in differ)
+
+
+def _budget_in(options: dict[str, Any]) -> Budget | None:
+    """Take a budget out of a recipe's options, for recipes with whole bits in every layer."""
+    bits, bpw = options.get("bits"), options.get("bpw")
+    if bits is not None and bpw is not None:
+        raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
+    try:
+        if bpw is not None:
+            del options["bpw"]
+            return Budget("bpw", float(bpw))
+        if isinstance(bits, float) and not bits.is_integer():
+            del options["bits"]
+            return Budget("bits", bits)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    if isinstance(bits, float):
+        options["bits"] = int(bits)
+    return None

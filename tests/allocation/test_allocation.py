@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bitquilt.allocation.double_pointer import cheapest_within, pair_candidates
 from bitquilt.allocation.knapsack import least_error
-from bitquilt.types import Cost, LayerPlan
+from bitquilt.core.types import Cost, LayerPlan
 
 
 def test_pairing_examples():

@@ -9,9 +9,9 @@ import torch
 
 import bitquilt
 from bitquilt.cli import bench, machines
-from bitquilt.integrations import writing
-from bitquilt.integrations.graphed import GraphDecoder
 from bitquilt.ops import kernels
+from bitquilt.serve import decoder as writing
+from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
 from .conftest import Command
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitquilt.integrations import writing
-from bitquilt.integrations.graphed import GraphDecoder
+from bitquilt.serve import decoder as writing
+from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
 from .conftest import Command
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from bitquilt.cli import output, progress
 from bitquilt.cli.app import VERBS, load_verb
 from bitquilt.cli.output import print_json, ratio_text, size_text, time_text
-from bitquilt.runtime.progress import BlockDone, LayerDone, Stage, Started, Untouched
+from bitquilt.core.events import BlockDone, LayerDone, Stage, Started, Untouched
 
 from .conftest import Command
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from bitquilt.cli import progress
 from bitquilt.cli.progress import watching
-from bitquilt.runtime.progress import Epoch
+from bitquilt.core.events import Epoch
 
 EPOCHS = [Epoch("model.layers.0", done, 3, 0.5, loss, 60.0 * (3 - done)) for done, loss in enumerate((0.5, 0.4, 0.3))]
 LAST = Epoch("model.layers.0", 3, 3, 0.5, 0.25, 0.0)

@@ -11,7 +11,7 @@ import pytest
 import bitquilt
 from bitquilt.cli.quantize import parse_setting, print_events
 from bitquilt.cli.quantize import quantize as package_verb
-from bitquilt.runtime.progress import BlockDone
+from bitquilt.core.events import BlockDone
 
 from .conftest import FLAGS, Command
 

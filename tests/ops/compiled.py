@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitquilt.ops.gpu.decode import attend_kernel
+from bitquilt.ops.gpu.decoder_kernels import attend_kernel
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
 from bitquilt.ops.gpu.unpack import has_ptx, plane_sizes

@@ -8,10 +8,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.ops.decode import Angles, Shape
+from bitquilt.model.linear import QuantizedLinear
+from bitquilt.ops.decoder_ops import Angles, Shape
 from bitquilt.ops.gpu import body
-from bitquilt.ops.gpu.decode import Fused
+from bitquilt.ops.gpu.decoder_kernels import Fused
 from tests.weights import make_weight
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from bitquilt import ops
+from bitquilt.core.types import Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.errors import UserError
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import kernels, reference
 from bitquilt.ops.handles import StoredWeight, describe
-from bitquilt.types import Outliers, Permutation, QuantizedWeight, Segment
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, uniform_segment
 
 pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.core.types import Permutation, QuantizedWeight
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import kernels
-from bitquilt.types import Permutation, QuantizedWeight
 from tests.ops.test_kernels import ROWS, check, inputs, outliers
 from tests.weights import codebook_segment, uniform_segment
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitquilt import ops
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.model.linear import QuantizedLinear
 from tests.weights import KINDS, make_weight, naive_dense
 
 FLOAT8 = ("shared_table",)

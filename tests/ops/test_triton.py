@@ -19,14 +19,15 @@ pytest.importorskip("triton")
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitquilt import ops
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.core.types import Outliers, Permutation, QuantizedWeight
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu, kernels, reference
-from bitquilt.ops.gpu import body, tuned, weight
-from bitquilt.ops.gpu.config import MAX_FUSED, Config, choose, neighbours
+from bitquilt.ops.gpu import body, weight
+from bitquilt.ops.gpu import tuned_tilings as tuned
 from bitquilt.ops.gpu.quads import lookup_constraints, lookup_ptx
+from bitquilt.ops.gpu.tiling import MAX_FUSED, Config, choose, neighbours
 from bitquilt.ops.gpu.unpack import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
 from bitquilt.ops.handles import StoredWeight
-from bitquilt.types import Outliers, Permutation, QuantizedWeight
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, mx_segment, uniform_segment
 
 GPU = torch.cuda.is_available()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import bitquilt
+from bitquilt.core.packing import pack, storage_bits
+from bitquilt.core.types import Layer
 from bitquilt.errors import UserError
-from bitquilt.packing import pack, storage_bits
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Layer
 from tests.recipes.test_contract import make_layer
 from tests.weights import naive_dense
 
@@ -162,8 +162,8 @@ def test_the_head_takes_the_highest_width(make_model, quantize_tiny, tmp_path):
 
 def test_a_killed_run_looks_once(make_model, quantize_tiny, tmp_path, monkeypatch):
     """Stopped after the first block: what the first pass found is read, and the result is that of one run."""
-    from bitquilt.runtime import firstpass
-    from bitquilt.runtime.flow import Flow
+    from bitquilt.stream import first_pass as firstpass
+    from bitquilt.stream.activations import Flow
 
     calls = []
     original = firstpass.collect_gradients

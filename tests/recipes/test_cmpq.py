@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import bitquilt
+from bitquilt.core.packing import bits_per_weight, pack, storage_bits, unpack
+from bitquilt.core.recipe import ChecksLayers
+from bitquilt.core.types import Layer, LayerStats
 from bitquilt.errors import UserError
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.packing import bits_per_weight, pack, storage_bits, unpack
-from bitquilt.protocols import ChecksLayers
+from bitquilt.layer.codebook_weight import Tables
+from bitquilt.layer.layouts import channel_layout
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import make_recipe
-from bitquilt.solvers.codebooks import Tables
-from bitquilt.solvers.layouts import channel_layout
-from bitquilt.types import Layer, LayerStats
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
 

@@ -5,13 +5,13 @@ from typing import get_args
 import pytest
 import torch
 
+from bitquilt.core.packing import bits_per_weight, pack, unpack
+from bitquilt.core.recipe import Plannable
+from bitquilt.core.types import Layer, LayerPlan, LayerStats
 from bitquilt.errors import UserError
-from bitquilt.grids.uniform import OneBitRule
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.packing import bits_per_weight, pack, unpack
-from bitquilt.protocols import Plannable
+from bitquilt.layer.grids.uniform import OneBitRule
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import RECIPES, make_recipe, takes_fractions
-from bitquilt.types import Layer, LayerPlan, LayerStats
 from tests.weights import naive_dense
 
 GROUPED = [name for name in RECIPES if not takes_fractions(name)]  # the others have a file of their own

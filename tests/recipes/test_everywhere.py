@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from bitquilt import Result
-from bitquilt.models.config import read_layouts
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.packing import storage_bits
-from bitquilt.protocols import Plannable
+from bitquilt.core.packing import storage_bits
+from bitquilt.core.plan_file import read_plan
+from bitquilt.core.recipe import Plannable
+from bitquilt.model.config import read_layouts
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import RECIPES, make_recipe, takes_option
-from bitquilt.runtime.plans import read_plan
 from tests.conftest import FAMILIES
-from tests.models.test_families import linear_names, load, logits, with_quantized_weights
+from tests.model.test_families import linear_names, load, logits, with_quantized_weights
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "micromix": {},  # its elements have 4, 6 and 8 bits

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import bitquilt
+from bitquilt.core.packing import pack, unpack
+from bitquilt.core.types import Cost, Layer, LayerPlan, LayerStats
 from bitquilt.errors import UserError
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.packing import pack, unpack
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Cost, Layer, LayerPlan, LayerStats
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
 

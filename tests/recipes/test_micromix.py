@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import bitquilt
+from bitquilt.core.packing import bits_per_weight, layout_from_json, layout_to_json, pack, unpack
+from bitquilt.core.types import Format, Layer, LayerPlan, LayerStats, Layout
 from bitquilt.errors import UserError
-from bitquilt.models.linear import QuantizedLinear
-from bitquilt.ops.mx import E2M1, E3M2, E4M3, quantize_blocks
-from bitquilt.packing import bits_per_weight, layout_from_json, layout_to_json, pack, unpack
+from bitquilt.layer.sensitivity.kfac import width_losses
+from bitquilt.model.linear import QuantizedLinear
+from bitquilt.ops.microscaling import E2M1, E3M2, E4M3, quantize_blocks
 from bitquilt.recipes import make_recipe
-from bitquilt.sensitivity.kfac import width_losses
-from bitquilt.types import Format, Layer, LayerPlan, LayerStats, Layout
 from tests.recipes.test_contract import make_layer, run
 from tests.weights import naive_dense
 

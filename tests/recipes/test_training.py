@@ -13,11 +13,11 @@ from torch import Tensor
 
 import bitquilt
 from bitquilt import UserError
+from bitquilt.core.events import BlockDone, Epoch, Stage
+from bitquilt.core.types import BlockProblem, TrainedLayers
 from bitquilt.recipes import make_recipe
-from bitquilt.recipes.cmpq_plus import CMPQPlus
+from bitquilt.recipes.cmpq.cmpq_plus import CMPQPlus
 from bitquilt.recipes.quilt import Quilt
-from bitquilt.runtime.progress import BlockDone, Epoch, Stage
-from bitquilt.types import BlockProblem, TrainedLayers
 
 PLUS: dict[str, Any] = {"recipe": "slim-llm+", "start": "weight", "epochs": 6, "rate": 5e-2, "batch": 2}
 SWEPT: dict[str, Any] = {**PLUS, "start": "gptq"}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import bitquilt
-from bitquilt.evaluation import evaluate
-from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import describe_evaluation, remember
+from bitquilt.report.evaluation import evaluate
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from bitquilt.errors import UserError
-from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import read_facts, remember
-from bitquilt.report.evaluations import read_records
 from bitquilt.report.facts import section
+from bitquilt.report.remembered import read_records
 
 
 def test_facts_are_those_of_the_files(measured: Path) -> None:

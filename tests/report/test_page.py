@@ -13,7 +13,8 @@ from xml.etree.ElementTree import Element
 import html5lib
 import pytest
 
-from bitquilt.report import compare, compare_page, read_facts, report_page
+from bitquilt.report import compare_page, read_facts, report_page
+from bitquilt.report import pareto as compare
 from bitquilt.report.facts import LayerFacts
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"

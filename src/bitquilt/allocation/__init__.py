@@ -1,1 +1,1 @@
-"""Where the bits go: from costs and a budget to a plan. Pure Python."""
+"""Where the bits go: numbers only."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
-from bitquilt.allocation.lagrange import best_bits
+from bitquilt.allocation.knapsack import best_bits
 from bitquilt.allocation.path import fill, steepest
 
 Costs = Mapping[str, Mapping[int, int]]

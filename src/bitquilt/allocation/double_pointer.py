@@ -6,7 +6,7 @@ one bit to the p most salient ones, the mean stays. Pure Python: no tensors.
 
 from collections.abc import Sequence
 
-from bitquilt.types import MAX_BITS, MIN_BITS, Cost, LayerPlan
+from bitquilt.core.types import MAX_BITS, MIN_BITS, Cost, LayerPlan
 
 
 def pairs(salience: Sequence[float]) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ reach every mean exactly; which channels get the wider one is a ranking. Pure Py
 import math
 from collections.abc import Callable, Sequence
 
-from bitquilt.types import MAX_BITS, MIN_BITS
+from bitquilt.core.types import MAX_BITS, MIN_BITS
 
 FULL_PALETTE = tuple(range(MIN_BITS, MAX_BITS + 1))
 

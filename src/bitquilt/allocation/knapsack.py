@@ -88,3 +88,163 @@ def least_error_relaxed(table: Sequence[Sequence[float]], costs: Sequence[int], 
         best = int(np.where(fits, gain, -1.0).argmax())
         spent += float(price[best])
         choice[best] = raised[best]
+
+
+Table = Sequence[Sequence[float]]
+# units x choices x budget states of the exact program: 4096 columns at 3 bits and 4 widths take 2e8 and 0.6 s.
+_EXACT_STEPS = 10**9
+
+
+def best_bits(
+    table: Table, palette: Sequence[int], widths: Sequence[int], budget: int, exact: bool | None = None
+) -> tuple[int, ...]:
+    """Bits per unit with the least total error within `budget`; `exact` None = wherever that is affordable.
+
+    Raises ValueError if an error is not finite or the budget is below the smallest width everywhere.
+    """
+    errors = non_increasing(table, palette)
+    steps = len(errors) * len(palette) * (budget // gcd(*widths) + 1)
+    if exact or (exact is None and steps <= _EXACT_STEPS):
+        return least_error(errors.tolist(), palette, widths, budget)
+    return repair(lagrangian(table, palette, widths, budget)[0], table, palette, widths, budget)
+
+
+def non_increasing(table: Table, palette: Sequence[int]) -> np.ndarray:
+    """Running minimum over ascending bits, fp64 `[units, choices]`: more bits never hurt, at worst they stay unused.
+
+    Raises ValueError naming the unit whose error is not finite.
+    """
+    errors = np.asarray(table, dtype=np.float64)
+    if list(palette) != sorted(set(palette)):
+        raise ValueError(f"palette is {tuple(palette)}; wanted ascending bits, each once")
+    if not np.isfinite(errors).all():
+        unit, choice = np.argwhere(~np.isfinite(errors))[0]
+        raise ValueError(f"error of unit {unit} at {palette[choice]} bits is {errors[unit, choice]}")
+    return np.minimum.accumulate(errors, axis=1)
+
+
+def at_multiplier(table: Table, palette: Sequence[int], widths: Sequence[int], multiplier: float) -> tuple[int, ...]:
+    """argmin_b e_j(b) + multiplier * n_j * b per unit; fewer bits win a tie. The optimum for the bits it spends."""
+    prices = np.outer(widths, palette)
+    chosen = (np.asarray(table, dtype=np.float64) + multiplier * prices).argmin(axis=1)
+    return tuple(palette[i] for i in chosen)
+
+
+def lagrangian(
+    table: Table, palette: Sequence[int], widths: Sequence[int], budget: int
+) -> tuple[tuple[int, ...], float]:
+    """The map of the smallest multiplier that stays within `budget`, and that multiplier, by bisection.
+
+    Where the table is not convex it may leave budget unspent: no multiplier gives some totals. `repair` spends it.
+    Raises ValueError if an error is not finite or the budget is below the smallest width everywhere.
+    """
+    errors = non_increasing(table, palette)
+    _check_budget(palette, widths, budget)
+
+    def spent(multiplier: float) -> int:
+        return _spent(at_multiplier(errors.tolist(), palette, widths, multiplier), widths)
+
+    if spent(0.0) <= budget or len(palette) == 1:
+        return at_multiplier(errors.tolist(), palette, widths, 0.0), 0.0
+    # per bit and column no step can gain more than this
+    low, high = 0.0, 1.0 + float((errors[:, 0] - errors[:, -1]).max()) / min(widths)
+    for _ in range(80):
+        middle = (low + high) / 2
+        if spent(middle) > budget:
+            low = middle
+        else:
+            high = middle
+    return at_multiplier(errors.tolist(), palette, widths, high), high
+
+
+def repair(
+    bits: Sequence[int],
+    table: Table,
+    palette: Sequence[int],
+    widths: Sequence[int],
+    budget: int,
+    *,
+    exchange: bool = True,
+) -> tuple[int, ...]:
+    """The map brought within `budget` and its rest spent: single moves, then exchanges of one up for one down.
+
+    While over budget, the move down of least error per bit freed; then the best drop per bit that fits; then, with
+    `exchange`, pairs until none lowers the error: that forgets most of the map it is given.
+    The first unit wins a tie. Raises ValueError as `lagrangian`.
+    """
+    errors = non_increasing(table, palette)
+    _check_budget(palette, widths, budget)
+    prices = np.outer(widths, palette)
+    choice = np.asarray([list(palette).index(b) for b in bits])
+    spare = budget - _spent(bits, widths)
+    while spare < 0:
+        rise, cost = _moves(errors, prices, choice)
+        unit, target = _first_best(np.where(cost < 0, rise / np.maximum(-cost, 1), np.inf))
+        spare -= int(cost[unit, target])
+        choice[unit] = target
+    while True:
+        rise, cost = _moves(errors, prices, choice)
+        rate = np.where((cost > 0) & (cost <= spare) & (rise < 0), rise / np.maximum(cost, 1), np.inf)
+        unit, target = _first_best(rate)
+        if not np.isfinite(rate[unit, target]):
+            if not (exchange and _exchange(rise, cost, choice, spare)):
+                return tuple(palette[i] for i in choice)
+            spare = budget - int(prices[np.arange(len(choice)), choice].sum())
+            continue
+        spare -= int(cost[unit, target])
+        choice[unit] = target
+
+
+def table_error(table: Table, palette: Sequence[int], bits: Sequence[int]) -> float:
+    """What a map costs by the table."""
+    position = {b: i for i, b in enumerate(palette)}
+    return float(sum(row[position[b]] for row, b in zip(table, bits, strict=True)))
+
+
+def _exchange(rise: np.ndarray, cost: np.ndarray, choice: np.ndarray, spare: int) -> bool:
+    """Make the pair of moves that lowers the error most, if there is one; at each price only the two best count."""
+    least = -1e-12 * float(np.abs(rise).max(initial=0.0))
+    pair: tuple[tuple[int, int], ...] = ()
+    ups, downs = _candidates(rise, cost, cost > 0), _candidates(rise, cost, cost < 0)
+    for up_cost, up_moves in ups.items():
+        for down_cost, down_moves in downs.items():
+            if up_cost + down_cost > spare:
+                continue
+            for up in up_moves:
+                for down in down_moves:
+                    change = float(rise[up] + rise[down])
+                    if up[0] != down[0] and change < least:
+                        least, pair = change, (up, down)
+    for unit, target in pair:
+        choice[unit] = target
+    return bool(pair)
+
+
+def _candidates(rise: np.ndarray, cost: np.ndarray, allowed: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+    """By price, the two units whose error changes best: two, because a pair needs different units."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for price in np.unique(cost[allowed]).tolist():
+        places = np.argwhere(allowed & (cost == price))
+        order = np.argsort(rise[places[:, 0], places[:, 1]], kind="stable")[:2]
+        found[price] = [(int(places[i, 0]), int(places[i, 1])) for i in order]
+    return found
+
+
+def _moves(errors: np.ndarray, prices: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Change of error and of bits for every unit and choice `[units, choices]`."""
+    units = np.arange(len(errors))
+    return errors - errors[units, choice][:, None], prices - prices[units, choice][:, None]
+
+
+def _first_best(values: np.ndarray) -> tuple[int, int]:
+    unit, target = np.unravel_index(int(values.argmin()), values.shape)
+    return int(unit), int(target)
+
+
+def _spent(bits: Sequence[int], widths: Sequence[int]) -> int:
+    return sum(width * b for width, b in zip(widths, bits, strict=True))
+
+
+def _check_budget(palette: Sequence[int], widths: Sequence[int], budget: int) -> None:
+    if budget < min(palette) * sum(widths):
+        raise ValueError(f"budget {budget} is below {min(palette)} bits for each of {sum(widths)} columns")

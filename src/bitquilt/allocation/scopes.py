@@ -77,3 +77,30 @@ def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -
     price = (costs[unit, choice] - costs[unit, before]).astype(np.float64)
     gains = losses[unit, before] - losses[unit, choice]
     return Path(np.zeros(count, dtype=np.int8), unit, choice, np.cumsum(price), gains)
+
+
+def paired(choices: Ints, losses: Floats, costs: Floats, members: Sequence[Ints]) -> Ints:
+    """`choices` `[units]`, `losses`, `costs` `[units, widths]`; `members[l]`: the units of layer l. The p of least loss
+    that costs no more; the smallest wins a tie."""
+    found = choices.copy()
+    for units in members:
+        low, high = _ranked(units, choices, losses)
+        here, there = choices[low], choices[high]
+        room = (here > 0) & (there < losses.shape[1] - 1)
+        last = len(room) if room.all() else int(room.argmin())
+        low, high, here, there = low[:last], high[:last], here[:last], there[:last]
+        change = losses[low, here - 1] - losses[low, here] + losses[high, there + 1] - losses[high, there]
+        price = costs[low, here - 1] - costs[low, here] + costs[high, there + 1] - costs[high, there]
+        total = np.concatenate([[0.0], np.cumsum(change, dtype=np.float64)])
+        total[1:][np.cumsum(price, dtype=np.float64) > 0] = np.inf
+        count = int(total.argmin())
+        found[low[:count]] -= 1
+        found[high[:count]] += 1
+    return found
+
+
+def _ranked(units: Ints, choices: Ints, losses: Floats) -> tuple[Ints, Ints]:
+    """The units that lose least, and those that lose most, each from the outside in."""
+    order = units[np.argsort(losses[units, choices[units]], kind="stable")]
+    half = len(units) // 2
+    return order[:half], order[::-1][:half]

@@ -17,15 +17,15 @@ from bitquilt.cli.machines import Gpu, Host
 from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
 from bitquilt.errors import UserError
-from bitquilt.evaluation.loading import as_model, context_length, vocabulary
-from bitquilt.integrations.llama import prompt_logits
-from bitquilt.integrations.static import captured
-from bitquilt.integrations.writing import begin
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.models.embedding import SharedHead
-from bitquilt.models.linear import QuantizedLinear, replace_module
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.embedding import SharedHead
+from bitquilt.model.linear import QuantizedLinear, replace_module
 from bitquilt.ops import gpu, kernels, reference
-from bitquilt.runtime.devices import choose_device, free_bytes
+from bitquilt.report.evaluation.loading import as_model, context_length, vocabulary
+from bitquilt.serve.decoder import begin
+from bitquilt.serve.decoder_step import captured
+from bitquilt.serve.llama_check import prompt_logits
+from bitquilt.stream.devices import choose_device, free_bytes
 
 _SPARE = 2**30  # bytes that must stay free beside a model unpacked for comparison
 

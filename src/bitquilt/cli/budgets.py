@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bitquilt.allocation.budget import Budget
 from bitquilt.allocation.scopes import SCOPES
+from bitquilt.core.budget import Budget
 from bitquilt.errors import UserError
 
 Bits = Annotated[

@@ -12,15 +12,15 @@ from typer import Argument, Option
 from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
 from bitquilt.cli.pages import check_target, write_page
 from bitquilt.cli.progress import scoring
+from bitquilt.data.calibration import describe_source, load_tokenizer
 from bitquilt.errors import UserError
-from bitquilt.evaluation import evaluate
-from bitquilt.evaluation.loading import as_model
-from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import Facts, compare, compare_page, describe_evaluation, read_facts, remember
-from bitquilt.report.compare import Panel
-from bitquilt.report.evaluations import Record, protocol
+from bitquilt.report.evaluation import evaluate
+from bitquilt.report.evaluation.loading import as_model
 from bitquilt.report.facts import section
-from bitquilt.runtime.calibration import describe_source, load_tokenizer
+from bitquilt.report.pareto import Panel
+from bitquilt.report.remembered import Record, protocol
 
 
 def compare_checkpoints(

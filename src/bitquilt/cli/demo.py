@@ -18,14 +18,14 @@ import bitquilt
 from bitquilt.cli.generate import write_text
 from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
 from bitquilt.cli.pages import check_target, write_page
+from bitquilt.core.events import BlockDone
+from bitquilt.data.calibration import load_tokenizer, sample_from_model
 from bitquilt.errors import UserError
-from bitquilt.evaluation import Evaluation, evaluate, model_size
-from bitquilt.evaluation.loading import as_model
-from bitquilt.models.checkpoint import open_checkpoint
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import compare, compare_page, describe_evaluation, read_facts, remember
-from bitquilt.runtime.calibration import load_tokenizer, sample_from_model
-from bitquilt.runtime.progress import BlockDone
-from bitquilt.runtime.workdir import write_tensors
+from bitquilt.report.evaluation import Evaluation, evaluate, model_size
+from bitquilt.report.evaluation.loading import as_model
+from bitquilt.stream.workdir import write_tensors
 
 DEMO_MODEL = Path(bitquilt.__file__).parent / "demo"
 _RECIPES = ("rtn", "gptq", "slim-llm", "quilt")  # the same bits in every layer

@@ -16,12 +16,12 @@ from typer import Exit
 
 from bitquilt._version import __version__
 from bitquilt.cli.output import EXIT_WRONG_RESULT, Json, print_json, size_text, stdout
-from bitquilt.models.linear import QuantizedLinear
+from bitquilt.core.packing import pack, unpack
+from bitquilt.core.types import Layer, LayerPlan
+from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import kernels
 from bitquilt.ops.reference import decode_uniform
-from bitquilt.packing import pack, unpack
 from bitquilt.recipes import make_recipe
-from bitquilt.types import Layer, LayerPlan
 
 # What kernels on packed codes live from, as /proc/cpuinfo spells it (x86, then ARM).
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",

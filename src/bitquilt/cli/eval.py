@@ -9,13 +9,13 @@ from typer import Argument, Option
 
 from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
 from bitquilt.cli.progress import scoring
+from bitquilt.data.calibration import load_tokenizer
 from bitquilt.errors import UserError
-from bitquilt.evaluation import Evaluation, model_size, run_tasks
-from bitquilt.evaluation import evaluate as measure
-from bitquilt.evaluation.loading import as_model
-from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.report import Record, describe_evaluation, remember
-from bitquilt.runtime.calibration import load_tokenizer
+from bitquilt.report.evaluation import Evaluation, model_size, run_tasks
+from bitquilt.report.evaluation import evaluate as measure
+from bitquilt.report.evaluation.loading import as_model
 
 
 class Dtype(StrEnum):

@@ -16,12 +16,12 @@ from typer import Argument, Option
 from bitquilt.cli.eval import DtypeOption
 from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import calm, stderr
+from bitquilt.data.calibration import load_tokenizer
 from bitquilt.errors import UserError
-from bitquilt.evaluation.loading import as_model, check_causal, context_length
-from bitquilt.integrations.writing import Begun, Writer, begin
-from bitquilt.models.checkpoint import open_checkpoint
-from bitquilt.runtime.calibration import load_tokenizer
-from bitquilt.runtime.devices import choose_device
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.report.evaluation.loading import as_model, check_causal, context_length
+from bitquilt.serve.decoder import Begun, Writer, begin
+from bitquilt.stream.devices import choose_device
 
 _NOT_PLAIN = Begun(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
 

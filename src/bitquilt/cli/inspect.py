@@ -16,15 +16,15 @@ from typer import Argument, Option
 from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout, time_text
 from bitquilt.cli.quantize import print_bits_and_size, print_events
 from bitquilt.errors import UserError
-from bitquilt.evaluation import fp16_bytes, model_size
-from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
-from bitquilt.models.config import QUANT_METHOD
-from bitquilt.models.outline import open_outline
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.config import QUANT_METHOD
+from bitquilt.model.outline import open_outline
+from bitquilt.planning.untouched import survey
 from bitquilt.recipes import RECIPES
-from bitquilt.report.evaluations import Record, newest, number, protocol_text
+from bitquilt.report.evaluation import fp16_bytes, model_size
 from bitquilt.report.facts import LayerFacts, items, read_facts, section
-from bitquilt.runtime.job import all_targets
-from bitquilt.runtime.survey import survey
+from bitquilt.report.remembered import Record, newest, number, protocol_text
+from bitquilt.stream.job import all_targets
 
 # From few bits, red, to many, blue: terminal colours of the digits 1 to 8.
 _COLOURS = ("red", "red", "dark_orange", "yellow", "green", "cyan", "blue", "blue", "magenta")

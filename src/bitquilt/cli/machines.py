@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from bitquilt.ops import gpu, kernels
-from bitquilt.runtime.devices import free_bytes
+from bitquilt.stream.devices import free_bytes
 
 _READ = 2**31  # memory of the read loop: more than caches hold
 _ROUNDS = 20

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.errors import UserError, VerificationError
-from bitquilt.words import ratio_text, size_text, time_text
 
 __all__ = ["EXIT_USER_ERROR", "EXIT_WRONG_RESULT", "Json", "Quiet", "calm", "print_fact", "print_json", "ratio_text",
            "run_cli", "size_text", "stderr", "stdout", "time_text"]  # fmt: skip
@@ -89,7 +89,7 @@ def calm(quiet: bool = False, *, models: bool = True) -> Iterator[None]:
             disable_progress_bars()
             stack.callback(enable_progress_bars)
         if models:
-            from bitquilt.models.structure import quiet_transformers
+            from bitquilt.model.structure import quiet_transformers
 
             stack.enter_context(quiet_transformers())
         yield

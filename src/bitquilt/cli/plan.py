@@ -29,10 +29,10 @@ from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
 from bitquilt.errors import UserError
-from bitquilt.fit import Outlook, measure_model
-from bitquilt.fit import plan as run
+from bitquilt.planning.plan_model import Outlook, measure_model
+from bitquilt.planning.plan_model import plan as run
+from bitquilt.planning.planner import UnreachableError
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions
-from bitquilt.runtime.planning import UnreachableError
 
 EXIT_DOES_NOT_FIT = 4
 _SAMPLES, _SEQ_LEN = 128, 2048  # what `quantize` takes by itself

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 from bitquilt.cli.output import print_fact, size_text, stderr, time_text
-from bitquilt.runtime.progress import BlockDone, Epoch, Event, LayerDone, Observer, Stage, Started, silent
+from bitquilt.core.events import BlockDone, Epoch, Event, LayerDone, Observer, Stage, Started, silent
 
 # Lines of a log while text is scored: one in so many seconds.
 _LOG_EVERY = 10.0

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from rich.markup import escape
 from typer import Argument, Option
 
-from bitquilt.allocation.budget import Budget
 from bitquilt.api import Result
 from bitquilt.api import quantize as run
 from bitquilt.cli.allocators import print_allocators
@@ -41,11 +40,12 @@ from bitquilt.cli.output import (
     time_text,
 )
 from bitquilt.cli.progress import watching
+from bitquilt.core.budget import Budget
+from bitquilt.core.plan_file import read_plan
 from bitquilt.errors import UserError
-from bitquilt.evaluation import fp16_bytes
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
-from bitquilt.runtime.plans import read_plan
-from bitquilt.wish import Wish, wish, wish_for_plan
+from bitquilt.report.evaluation import fp16_bytes
+from bitquilt.request import Wish, wish, wish_for_plan
 
 
 def quantize(

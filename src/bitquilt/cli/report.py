@@ -10,8 +10,8 @@ from typer import Argument, Option
 from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
 from bitquilt.cli.pages import check_target, write_page
 from bitquilt.report import compare, read_facts, report_page
-from bitquilt.report.compare import siblings
-from bitquilt.report.evaluations import newest, protocol
+from bitquilt.report.pareto import siblings
+from bitquilt.report.remembered import newest, protocol
 
 
 def report(

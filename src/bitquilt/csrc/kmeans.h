@@ -1,4 +1,4 @@
-// Exact one-dimensional k-means of many columns; `exact_kmeans` in grids/kmeans.py is the definition.
+// Exact one-dimensional k-means of many columns; `exact_kmeans` in layer/grids/kmeans.py is the definition.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ from bitquilt.laws.dcpt import DCPTLaw, Sign
 from bitquilt.laws.files import LawFile, load, save
 from bitquilt.laws.fit import Form, Goodness, Solution, goodness, solve
 from bitquilt.laws.optimise import Choice, GeneralBound, best_ratio, best_scarce_ratio, best_under_compute
-from bitquilt.laws.report import FitReport, Prediction
+from bitquilt.laws.summary import FitReport, Prediction
 from bitquilt.laws.validate import CrossValidation, cross_validate
 
 __all__ = [

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
 from bitquilt.laws.fit import HUBER_DELTA, Array, Form
-from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 NAMES = ("E", "A", "k")
 _CENTRE = 3.0  # bits: A is fitted as the excess loss there, so that one set of starts serves

@@ -24,7 +24,7 @@ from bitquilt.laws.fit import HUBER_DELTA, Array, Form
 from bitquilt.laws.formula import NAMES as BASE_NAMES
 from bitquilt.laws.formula import form as base_form
 from bitquilt.laws.formula import slopes_by_log
-from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 NAMES = (*BASE_NAMES, "F", "mu", "w1", "w2")
 EARLY = 0.05  # of the run: the window of k2

@@ -22,7 +22,7 @@ from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_drop
 from bitquilt.laws.data import Runs
 from bitquilt.laws.fit import HUBER_DELTA, Array
 from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
-from bitquilt.laws.report import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
 
 
 @dataclass(frozen=True)

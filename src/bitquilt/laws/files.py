@@ -23,7 +23,7 @@ from bitquilt.laws.cross_domain import CrossDomainLaw
 from bitquilt.laws.dcpt import DCPTLaw
 from bitquilt.laws.fit import Goodness
 from bitquilt.laws.formula import NAMES as DCPT_NAMES
-from bitquilt.laws.report import FitReport
+from bitquilt.laws.summary import FitReport
 
 FORMAT, VERSION = "bitquilt-law", 1
 Law = DCPTLaw | CrossDomainLaw | BpwLaw

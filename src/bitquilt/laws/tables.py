@@ -12,7 +12,7 @@ from bitquilt.laws.bpw import BpwLaw
 from bitquilt.laws.cross_domain import CrossDomainLaw
 from bitquilt.laws.data import BILLION, ONLY_DOMAIN, Runs, as_floats, read_points, read_table
 from bitquilt.laws.files import LawFile
-from bitquilt.laws.report import Prediction
+from bitquilt.laws.summary import Prediction
 
 Row = dict[str, Any]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitquilt.errors import UserError
 from bitquilt.ops import gpu, reference
 from bitquilt.ops.handles import Handle, StoredWeight, handle_of
-from bitquilt.ops.pages import reserve
+from bitquilt.ops.large_pages import reserve
 
 try:
     import bitquilt._kernels as _kernels

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitquilt.ops.arranged import ARRANGED, restore
 from bitquilt.ops.bits import unpack_bits
-from bitquilt.ops.mx import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
+from bitquilt.ops.microscaling import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
 
 GRID_UNIFORM, GRID_CODEBOOK, GRID_MX = 0, 1, 2
 LAYOUT_FIELDS = 4

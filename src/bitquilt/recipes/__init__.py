@@ -6,18 +6,18 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from bitquilt.core.recipe import Recipe
 from bitquilt.errors import UserError
-from bitquilt.protocols import Recipe
 from bitquilt.recipes.aptq import APTQ
-from bitquilt.recipes.cmpq import CMPQ
-from bitquilt.recipes.cmpq_plus import CMPQPlus
+from bitquilt.recipes.cmpq.cmpq import CMPQ
+from bitquilt.recipes.cmpq.cmpq_plus import CMPQPlus
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.mg_ptq import MGPTQ
 from bitquilt.recipes.micromix import MicroMix
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
-from bitquilt.recipes.slim_llm import SlimLLM
-from bitquilt.recipes.slim_llm_plus import SlimLLMPlus
+from bitquilt.recipes.slim_llm.slim_llm import SlimLLM
+from bitquilt.recipes.slim_llm.slim_llm_plus import SlimLLMPlus
 
 RECIPES: dict[str, type[Any]] = {
     recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)

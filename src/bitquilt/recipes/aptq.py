@@ -23,13 +23,8 @@ from torch import Tensor
 
 from bitquilt.allocation.by_trace import by_trace, by_weighted_error
 from bitquilt.allocation.scopes import Scope
-from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.hessian import Factor, factorize
-from bitquilt.packing import storage_bits
-from bitquilt.recipes.clipping import TrainedClipping
-from bitquilt.solvers.layouts import COARSE, grouped_layout, round_groups
-from bitquilt.solvers.solve import live_weight, solve
-from bitquilt.types import (
+from bitquilt.core.packing import storage_bits
+from bitquilt.core.types import (
     MAX_BITS,
     Cost,
     Layer,
@@ -41,6 +36,11 @@ from bitquilt.types import (
     group_slices,
     uniform_plan,
 )
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.layer.hessian import Factor, factorize
+from bitquilt.layer.layouts import COARSE, grouped_layout, round_groups
+from bitquilt.layer.uniform_weight import live_weight, solve
+from bitquilt.recipes.shared.clipping import TrainedClipping
 
 
 @dataclass(frozen=True)

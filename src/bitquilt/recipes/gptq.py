@@ -11,14 +11,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
-from bitquilt.hessian import Factor
-from bitquilt.recipes.clipping import TrainedClipping
-from bitquilt.recipes.feedback import Feedback
-from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout, round_groups
-from bitquilt.solvers.protect import check_protection, protected_count
-from bitquilt.solvers.solve import FitColumns, live_weight
-from bitquilt.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
+from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
+from bitquilt.layer.hessian import Factor
+from bitquilt.layer.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout, round_groups
+from bitquilt.layer.uniform_weight import FitColumns, check_protection, live_weight, protected_count
+from bitquilt.recipes.shared.clipping import TrainedClipping
+from bitquilt.recipes.shared.feedback import Feedback
 
 
 @dataclass(frozen=True)

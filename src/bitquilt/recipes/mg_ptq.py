@@ -24,16 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.graph import Training, graph_bits
-from bitquilt.allocation.lagrange import best_bits, lagrangian, repair, table_error
-from bitquilt.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for, symmetric_widths
-from bitquilt.hessian import Factor, factorize
-from bitquilt.recipes.clipping import TrainedClipping
-from bitquilt.sensitivity.column_graph import adjacency, column_features
-from bitquilt.solvers.gptq import Sweep, sweep
-from bitquilt.solvers.layouts import grouped_layout, round_groups
-from bitquilt.solvers.solve import assemble, layer_events, live_weight
-from bitquilt.types import (
+from bitquilt.allocation.graph_network import Training, graph_bits
+from bitquilt.allocation.knapsack import best_bits, lagrangian, repair, table_error
+from bitquilt.core.types import (
     MAX_BITS,
     MIN_BITS,
     Cost,
@@ -49,6 +42,13 @@ from bitquilt.types import (
     group_slices,
     uniform_plan,
 )
+from bitquilt.layer.gptq_sweep import Sweep, sweep
+from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for, symmetric_widths
+from bitquilt.layer.hessian import Factor, factorize
+from bitquilt.layer.layouts import grouped_layout, round_groups
+from bitquilt.layer.sensitivity.column_graph import adjacency, column_features
+from bitquilt.layer.uniform_weight import assemble, layer_events, live_weight
+from bitquilt.recipes.shared.clipping import TrainedClipping
 
 _COLUMNS = 1  # group size of a plan with bits per column
 

@@ -24,11 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.grids.mx import element_for, fit_mx, worst_ratio
-from bitquilt.ops.mx import BLOCK, ScaleRule, quantize_blocks
-from bitquilt.packing import bits_per_weight
-from bitquilt.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
-from bitquilt.types import (
+from bitquilt.core.packing import bits_per_weight
+from bitquilt.core.types import (
     Cost,
     Event,
     Format,
@@ -44,6 +41,9 @@ from bitquilt.types import (
     check_finite,
     uniform_plan,
 )
+from bitquilt.layer.grids.mx import element_for, fit_mx, worst_ratio
+from bitquilt.layer.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
+from bitquilt.ops.microscaling import BLOCK, ScaleRule, quantize_blocks
 
 _WIDTHS = (4, 6, 8)
 

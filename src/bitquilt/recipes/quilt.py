@@ -17,15 +17,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitquilt.grids.uniform import RangeSearch, UniformGrid, fit
-from bitquilt.hessian import Factor
-from bitquilt.recipes.effort import Effort
-from bitquilt.recipes.feedback import Feedback
-from bitquilt.solvers.layouts import COARSE, WIDTHS_FROM_ONE, grouped_layout, round_groups
-from bitquilt.solvers.solve import FitColumns, assemble, disassemble, live_weight
-from bitquilt.solvers.trainable import Rounding
-from bitquilt.solvers.training import Rule, Values
-from bitquilt.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices, uniform_plan
+from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices, uniform_plan
+from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit
+from bitquilt.layer.hessian import Factor
+from bitquilt.layer.layouts import COARSE, WIDTHS_FROM_ONE, grouped_layout, round_groups
+from bitquilt.layer.uniform_weight import FitColumns, assemble, disassemble, live_weight
+from bitquilt.recipes.shared.effort import Effort
+from bitquilt.recipes.shared.feedback import Feedback
+from bitquilt.train.problem import Rule, Values
+from bitquilt.train.rounding import Rounding
 
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, because each is tried with three zeros
 _TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))

@@ -8,12 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bitquilt.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.recipes.clipping import TrainedClipping
-from bitquilt.solvers.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.solvers.rtn import round_to_nearest
-from bitquilt.solvers.solve import assemble, layer_events
-from bitquilt.types import (
+from bitquilt.core.types import (
     Cost,
     Layer,
     LayerPlan,
@@ -24,6 +19,11 @@ from bitquilt.types import (
     group_slices,
     uniform_plan,
 )
+from bitquilt.layer.gptq_sweep import round_to_nearest
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.layer.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
+from bitquilt.layer.uniform_weight import assemble, layer_events
+from bitquilt.recipes.shared.clipping import TrainedClipping
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitquilt.types import run_lengths
+from bitquilt.core.types import run_lengths
 
 UNIT = 10  # height of one bit
 _FEWEST, _MOST = 24, 160  # columns of a picture

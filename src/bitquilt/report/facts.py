@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitquilt.core.packing import bits_per_weight, tensor_specs
+from bitquilt.core.types import Layout, run_lengths
 from bitquilt.errors import UserError
-from bitquilt.evaluation import ModelSize, fp16_bytes, model_size
-from bitquilt.models.checkpoint import Checkpoint, open_checkpoint
-from bitquilt.models.config import QUANT_METHOD, read_layouts
-from bitquilt.packing import bits_per_weight, tensor_specs
-from bitquilt.report.evaluations import FILE, Record, number, read_records
-from bitquilt.types import Layout, run_lengths
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.config import QUANT_METHOD, read_layouts
+from bitquilt.report.evaluation import ModelSize, fp16_bytes, model_size
+from bitquilt.report.remembered import FILE, Record, number, read_records
 
 Runs = list[tuple[int, int]]
 

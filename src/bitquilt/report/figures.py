@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from bitquilt.report.axes import Axis
-from bitquilt.report.compare import Panel
-from bitquilt.words import size_text
+from bitquilt.core.units import size_text
+from bitquilt.report.chart_axes import Axis
+from bitquilt.report.pareto import Panel
 
 _POLYGONS = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "down": (3, 180), "hexagon": (6, 0)}
 _SHAPES = ("circle", *_POLYGONS)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitquilt._version import __version__
+from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.errors import UserError
 from bitquilt.report.bitmap import UNIT, columns_for, picture
-from bitquilt.report.compare import Panel
-from bitquilt.report.evaluations import newest, number, protocol_text
 from bitquilt.report.facts import Facts, LayerFacts, items, section
-from bitquilt.report.quilt import quilt_of
+from bitquilt.report.pareto import Panel
+from bitquilt.report.remembered import newest, number, protocol_text
+from bitquilt.report.skyline import quilt_of
 from bitquilt.report.values import (
     PLOT_WIDTHS,
     budget_of,
@@ -29,7 +30,6 @@ from bitquilt.report.values import (
     tasks_of,
     weights_by_bits,
 )
-from bitquilt.words import ratio_text, size_text, time_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitquilt.report.evaluations import Record, number
 from bitquilt.report.facts import Facts, LayerFacts, items, section
-from bitquilt.report.quilt import Quilt, quilt_of
+from bitquilt.report.remembered import Record, number
+from bitquilt.report.skyline import Quilt, quilt_of
 
 PLOT_WIDTHS = (720, 330)  # for a screen and for a phone
 _EXAMPLES = 20  # events of one kind
@@ -66,7 +66,7 @@ def prediction_of(facts: Facts, record: Record | None) -> dict[str, Any] | None:
 
 def errors_of(layers: Mapping[str, LayerFacts]) -> dict[str, Any] | None:
     """Small lines of the error by block, one for each kind of layer; None for a single block or without errors."""
-    from bitquilt.report.axes import Axis
+    from bitquilt.report.chart_axes import Axis
     from bitquilt.report.figures import error_lines
 
     quilt = quilt_of(layers)

@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 
 from bitquilt.ops import reference
-from bitquilt.ops.gpu import tuned
-from bitquilt.ops.gpu.config import MAX_FUSED, MAX_QUADS, Config, choose, for_quads
+from bitquilt.ops.gpu import tuned_tilings as tuned
 from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
 from bitquilt.ops.gpu.product import product_kernel
+from bitquilt.ops.gpu.tiling import MAX_FUSED, MAX_QUADS, Config, choose, for_quads
 from bitquilt.ops.gpu.unpack import has_ptx
 from bitquilt.ops.gpu.weight import QUADS, Part, Prepared, prepared
 from bitquilt.ops.handles import StoredWeight

@@ -1,0 +1,217 @@
+"""QuantizedWeight <-> named tensors, and what they cost. The only place that knows what a bit costs: the planner,
+the report, the module and the writer all ask here, so predicted bytes are the bytes on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitquilt.core.types import Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
+from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
+from bitquilt.ops.reference import ACTIVATIONS, GRID_CODEBOOK, GRID_UNIFORM, expand_permutation, map_bits, mx_grid
+
+_GRIDS = ("uniform", "codebook", "mx", "mx_e2m3")
+_SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "uint8": torch.uint8,  # E8M0, of mx
+    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks and gains only: three digits, no room for small scales
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
+    """The stored tensors of a weight, by name, in stored order: the size model and the file layout in one."""
+    rows, columns = layout.out_features, layout.in_features
+    index = torch.int16 if columns <= 2**15 else torch.int32
+    specs: dict[str, TensorSpec] = {}
+    for i, (form, width) in enumerate(layout.segments):
+        groups = -(-width // form.group_size)
+        specs[f"codes_{i}"] = TensorSpec((rows, packed_bytes(width, form.bits)), torch.uint8)
+        if form.grid == "codebook":
+            specs[f"scale_{i}"] = TensorSpec((groups, 1 << form.bits), form.scale_dtype)
+            if form.gain_dtype is not None:
+                specs[f"gain_{i}"] = TensorSpec((width,), form.gain_dtype)
+            continue
+        specs[f"scale_{i}"] = TensorSpec((rows, groups), form.scale_dtype)
+        if form.symmetric:
+            continue
+        if form.bits == 1:
+            specs[f"zero_{i}"] = TensorSpec((rows, groups), form.scale_dtype)
+        else:  # packed along the rows: their count is a multiple of 8 far more often than the groups'
+            specs[f"zero_{i}"] = TensorSpec((groups, packed_bytes(rows, form.bits)), torch.uint8)
+    if layout.ordering == "map":
+        specs["permutation"] = TensorSpec((packed_bytes(layout.blocks, map_bits(len(layout.segments))),), torch.uint8)
+    elif layout.ordering == "order":
+        specs["permutation"] = TensorSpec((layout.blocks,), index)
+    if layout.outliers:
+        specs["outlier_values"] = TensorSpec((layout.outliers,), torch.float16)
+        specs["outlier_columns"] = TensorSpec((layout.outliers,), _index_dtype(columns - 1))
+        specs["outlier_rows"] = TensorSpec((rows + 1,), _index_dtype(layout.outliers))
+    if layout.row_gain_dtype is not None:
+        specs["row_gains"] = TensorSpec((rows,), layout.row_gain_dtype)
+    return specs
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    """The narrowest integer that holds 0 .. largest."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+
+
+def storage_bits(layout: Layout) -> int:
+    """Bits of everything stored for one weight: codes, scales, zeros, codebooks, permutation, outliers, padding."""
+    return 8 * sum(spec.nbytes for spec in tensor_specs(layout).values())
+
+
+def bits_per_weight(layout: Layout) -> float:
+    """True bits per weight (`bpw`)."""
+    return storage_bits(layout) / (layout.out_features * layout.in_features)
+
+
+def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Stored tensors, named and shaped as `tensor_specs` says."""
+    layout = weight.layout
+    tensors: dict[str, Tensor] = {}
+    for i, segment in enumerate(weight.segments):
+        bits = segment.format.bits
+        tensors[f"codes_{i}"] = pack_bits(segment.codes, bits)
+        tensors[f"scale_{i}"] = segment.scale
+        if segment.format.grid == "codebook":
+            if segment.zero is not None:
+                tensors[f"gain_{i}"] = segment.zero
+        elif segment.zero is not None:
+            tensors[f"zero_{i}"] = segment.zero if bits == 1 else pack_bits(segment.zero.t().contiguous(), bits)
+    if weight.permutation is not None:
+        tensors["permutation"] = weight.permutation.order
+        if layout.ordering == "map":
+            segments = torch.tensor([weight.segment_of_block()], dtype=torch.uint8)
+            tensors["permutation"] = pack_bits(segments, map_bits(len(layout.segments))).squeeze(0)
+    if weight.outliers is not None and layout.outliers:
+        tensors["outlier_values"] = weight.outliers.values
+        tensors["outlier_columns"] = weight.outliers.columns
+        tensors["outlier_rows"] = weight.outliers.rows
+    if weight.row_gains is not None:
+        tensors["row_gains"] = weight.row_gains
+    specs = tensor_specs(layout)
+    device = tensors["codes_0"].device  # an order of channels may have been made on the host
+    return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") -> QuantizedWeight:
+    """The inverse of `pack`. Raises ValueError naming the tensor that is missing or disagrees with `layout`."""
+    check_tensors(tensors, layout, name)
+    segments = []
+    for i, (form, width) in enumerate(layout.segments):
+        zero = tensors.get(f"gain_{i}" if form.grid == "codebook" else f"zero_{i}")
+        if zero is not None and form.grid == "uniform" and form.bits > 1:
+            zero = unpack_bits(zero, form.bits, layout.out_features).t()
+        codes = unpack_bits(tensors[f"codes_{i}"], form.bits, width)
+        segments.append(Segment(form, codes, tensors[f"scale_{i}"], zero))
+    permutation = outliers = None
+    if layout.ordering != "identity":
+        channels = expand_permutation(tensors["permutation"], layout.block, len(layout.segments), layout.in_features)
+        starts = channels[channels % layout.block == 0]
+        permutation = Permutation(starts // layout.block, layout.block, full=layout.ordering == "order")
+    if layout.outliers:
+        outliers = Outliers(tensors["outlier_values"], tensors["outlier_columns"], tensors["outlier_rows"])
+    return QuantizedWeight(tuple(segments), permutation, outliers, tensors.get("row_gains"))
+
+
+def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    """Raise ValueError naming the first tensor that is missing, or whose shape or dtype `layout` contradicts."""
+    for key, spec in tensor_specs(layout).items():
+        if key not in tensors:
+            raise ValueError(f"tensor {name}.{key} is missing; the layout wants {list(spec.shape)} {spec.dtype}")
+        got = tensors[key]
+        if tuple(got.shape) != spec.shape or got.dtype != spec.dtype:
+            raise ValueError(
+                f"tensor {name}.{key} is {list(got.shape)} {got.dtype}; "
+                f"the layout wants {list(spec.shape)} {spec.dtype}"
+            )
+
+
+def op_layout(layout: Layout) -> list[int]:
+    """The op's `layout` argument: grid, bits, group_size, width of each segment."""
+    return [v for f, width in layout.segments for v in (_grid_code(f), f.bits, f.group_size, width)]
+
+
+def _grid_code(form: Format) -> int:
+    if form.grid == "uniform":
+        return GRID_UNIFORM
+    return GRID_CODEBOOK if form.grid == "codebook" else mx_grid(form.grid == "mx_e2m3", form.activation)
+
+
+def layout_to_json(layout: Layout) -> dict[str, Any]:
+    """A layout as it stands in config.json."""
+    segments = [
+        {
+            "grid": form.grid,
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "width": width,
+            "scale_dtype": _DTYPE_NAMES[form.scale_dtype],
+            "symmetric": form.symmetric,
+            **({} if form.gain_dtype is None else {"gain_dtype": _DTYPE_NAMES[form.gain_dtype]}),
+            **({} if form.activation == "none" else {"activation": form.activation}),
+        }
+        for form, width in layout.segments
+    ]
+    return {
+        "out_features": layout.out_features,
+        "in_features": layout.in_features,
+        "segments": segments,
+        "ordering": layout.ordering,
+        "block": layout.block,
+        "outliers": layout.outliers,
+        **({} if layout.row_gain_dtype is None else {"row_gain_dtype": _DTYPE_NAMES[layout.row_gain_dtype]}),
+    }
+
+
+def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
+    """The inverse of `layout_to_json`. Raises ValueError naming the layer and the field that is wrong."""
+    try:
+        segments = []
+        for item in value["segments"]:
+            if item["grid"] not in _GRIDS:
+                raise ValueError(f"grid is {item['grid']!r}; known are {sorted(_GRIDS)}")
+            if (activation := item.get("activation", "none")) not in ACTIVATIONS:
+                raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
+            form = Format(
+                item["bits"],
+                item["group_size"],
+                item["grid"],
+                _SCALE_DTYPES[item["scale_dtype"]],
+                item["symmetric"],
+                _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
+                activation,
+            )
+            segments.append((form, int(item["width"])))
+        return Layout(
+            int(value["out_features"]),
+            int(value["in_features"]),
+            tuple(segments),
+            value["ordering"],
+            int(value["block"]),
+            int(value["outliers"]),
+            _SCALE_DTYPES[value["row_gain_dtype"]] if "row_gain_dtype" in value else None,
+        )
+    except KeyError as error:
+        raise ValueError(f"layout of {name}: field or value {error} is missing or unknown") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layout of {name}: {error}") from None

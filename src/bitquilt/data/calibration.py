@@ -1,0 +1,169 @@
+"""Which token ids does a run calibrate on? make_calibration(source, ...) -> int64 [samples, tokens].
+
+`self`, the default, lets the full-precision model write its own text by seeded sampling: nothing to download, and
+the text is in every language and format the model knows.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from bitquilt.data.documents import check_source, content_hash
+from bitquilt.data.tokens import token_stream, windows
+from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.memory import cache_bytes
+from bitquilt.model.structure import quiet_transformers
+
+SELF = "self"
+# Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
+# a token of a small model takes as long for 256 sequences as for 32.
+_CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
+
+
+def context_limit(config: dict[str, Any]) -> int | None:
+    """The longest sequence the model was built for, or None if its config does not say."""
+    text = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(text.get(key), int) and text[key] > 0:
+            return int(text[key])
+    return None
+
+
+def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | None]:
+    """A sequence length the model can take, and a notice if it is not the one asked for."""
+    limit = context_limit(checkpoint.config)
+    if limit is not None and seq_len > limit:
+        return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
+    return seq_len, None
+
+
+def check_calibration(source: str | Path) -> None:
+    """Raise UserError for a source that is not there, before a model is fetched or built."""
+    if str(source) != SELF:
+        check_source(source)
+
+
+def describe_source(source: str | Path) -> dict[str, Any]:
+    """What identifies the calibration source in a fingerprint."""
+    return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}
+
+
+def make_calibration(
+    checkpoint: Checkpoint,
+    source: str | Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    vocabulary: int,
+    progress: Callable[[str], None],
+    self_samples: int = 0,
+) -> Tensor:
+    """Return token ids `[samples + self_samples, seq_len]` from any source `bitquilt.data.tokens` reads, or from the
+    model itself (`self`); the last `self_samples` are written by the model.
+
+    Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
+    cannot sample for itself (too large for the memory, or no causal language model).
+    """
+    if str(source) == SELF:
+        return sample_from_model(
+            checkpoint, samples=samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+        )
+    progress(f"reading calibration text from {source}")
+    stream = token_stream(source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
+    ids = windows(stream, seq_len, samples, seed)
+    if not self_samples:
+        return ids
+    own = sample_from_model(
+        checkpoint, samples=self_samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+    )
+    return torch.cat([ids, own])
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside the model, or None where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def sample_from_model(
+    checkpoint: Checkpoint,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    vocabulary: int,
+    progress: Callable[[str], None],
+) -> Tensor:
+    """Sequences the full-precision model writes at temperature 1, from its BOS token (a random token without one).
+
+    Own generator: the global random state is not touched. The whole model is in memory while it writes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from bitquilt.model.transformers_model import architecture
+
+    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    if kind is not AutoModelForCausalLM and not kind.can_generate():
+        raise UserError(
+            f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
+            "own calibration text; give --calibration FILE, and no --self-samples"
+        )
+    _check_memory(checkpoint)
+    with quiet_transformers():
+        model = kind.from_pretrained(checkpoint.folder, dtype="auto")
+    if model.dtype == torch.float16:
+        model = model.float()  # half precision is slow and overflows on CPUs
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    bos = checkpoint.config.get("bos_token_id")
+    parts = []
+    text = checkpoint.config.get("text_config", checkpoint.config)
+    each = cache_bytes(text, model.config.get_text_config().num_hidden_layers, seq_len)
+    at_once = min(_SAMPLED_AT_ONCE, max(1, _CACHE_BYTES // max(1, each)))
+    for start in range(0, samples, at_once):
+        progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")
+        count = min(at_once, samples - start)
+        first = (
+            torch.full((count, 1), bos)
+            if isinstance(bos, int)
+            else torch.randint(0, vocabulary, (count, 1), generator=generator)
+        )
+        parts.append(_sample(model, first, seq_len, generator))
+    return torch.cat(parts)
+
+
+def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    ids, cache, token = [first], None, first
+    for _ in range(length - 1):
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged or overflow")
+        token = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
+        ids.append(token)
+    return torch.cat(ids, dim=1)
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    # fp16 weights become fp32 once they are loaded: twice their size
+    widened = sum(info.nbytes for info in checkpoint.tensors.values() if info.dtype == "F16")
+    wanted = int(1.2 * (checkpoint.nbytes + widened))
+    available = psutil.virtual_memory().available
+    if wanted > available:
+        raise UserError(
+            f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: it cannot write "
+            "its own calibration text; give --calibration FILE (and no --self-samples): with a text, "
+            "one block at a time is enough"
+        )

@@ -1,0 +1,124 @@
+"""How does text become one stream of token ids? `token_stream(source, tokenizer) -> int64 [tokens]`.
+
+A source is whatever `data/documents.py` reads: a file, a folder, a dataset of the hub; or token ids:
+
+    ids.safetensors      1-D or 2-D integers, named `input_ids` or the only tensor
+
+Documents are tokenized one by one with the tokenizer's own special tokens and concatenated.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitquilt.data.documents import Document, read_documents
+from bitquilt.errors import UserError
+
+
+def token_stream(
+    source: str | Path | Tensor,
+    tokenizer: Callable[..., Any] | None,
+    max_tokens: int | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The first `max_tokens` token ids of `source` (all without it) as int64 [tokens], on the CPU.
+
+    `source` is read only as far as needed, or is the ids themselves as a tensor. UserError: unreadable or
+    empty source, text without a tokenizer, ids outside `[0, vocab_size)`."""
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; wanted at least 1")
+    if isinstance(source, Tensor):
+        stream, source = _as_ids(source, "the tensor given")[:max_tokens], "the tensor given"
+    elif Path(source).suffix.lower() == ".safetensors":
+        stream = _stored_ids(Path(source))[:max_tokens]
+    elif tokenizer is None:
+        raise UserError(
+            f"{source} is text and there is no tokenizer to read it with; put the tokenizer files beside "
+            "the model, or give token ids in a .safetensors file, or calibrate on `self`"
+        )
+    else:
+        stream = _tokenize(read_documents(source), tokenizer, max_tokens, str(source))
+    _check_ids(stream, vocab_size, source)
+    return stream
+
+
+def windows(stream: Tensor, seq_len: int, count: int | None = None, seed: int | None = None) -> Tensor:
+    """`count` windows of `stream` [tokens] as [count, seq_len]: disjoint, in the order of the text.
+
+    With a seed they lie at random places (of a generator of their own), without one they follow each other
+    from the start; count=None takes all that fit. UserError: a stream too short for that many."""
+    tokens = stream.numel()
+    if seq_len < 1 or (count is not None and count < 1):
+        raise UserError(f"seq_len is {seq_len} and count is {count}; wanted at least 1 of each")
+    fit = tokens // seq_len
+    count = max(fit, 1) if count is None else count
+    if count > fit:
+        raise UserError(
+            f"the text has {tokens} tokens; {count} windows of {seq_len} need {count * seq_len}; "
+            f"give more text, or {f'at most {fit} samples' if fit else 'a shorter window'}"
+        )
+    starts = torch.arange(count) * seq_len
+    if seed is not None:
+        # The tokens left over are dealt out at random as gaps, so any set of disjoint windows can come up.
+        generator = torch.Generator().manual_seed(seed)
+        starts += torch.randint(tokens - count * seq_len + 1, (count,), generator=generator).sort().values
+    return stream[starts[:, None] + torch.arange(seq_len)]
+
+
+def _tokenize(
+    documents: Iterator[Document], tokenizer: Callable[..., Any], max_tokens: int | None, source: str
+) -> Tensor:
+    parts: list[Tensor] = []
+    total = 0
+    for document in documents:
+        if not document.text:  # an empty row is no document: it would leave a lone special token
+            continue
+        special = not document.plain
+        # verbose=False: a stream is meant to be longer than the model's context, that is no news.
+        ids = tokenizer(document.text, add_special_tokens=special, truncation=False, verbose=False)
+        parts.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
+        total += len(parts[-1])
+        if max_tokens is not None and total >= max_tokens:
+            break
+    if total == 0:
+        raise UserError(f"{source} holds no text: it gives 0 tokens; give a source with text in it")
+    return torch.cat(parts)[:max_tokens]
+
+
+def _stored_ids(path: Path) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a .safetensors file of token ids")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            name = "input_ids" if "input_ids" in names else names[0] if len(names) == 1 else None
+            if name is None:
+                raise UserError(f"{path} holds the tensors {names}; name the token ids input_ids")
+            ids: Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); write it again") from None
+    return _as_ids(ids, f"{path}: {name}")
+
+
+def _as_ids(ids: Tensor, what: str) -> Tensor:
+    no_integers = ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool
+    if no_integers or ids.ndim not in (1, 2):
+        raise UserError(f"{what} is {ids.dtype} {list(ids.shape)}; wanted integer token ids, 1-D or 2-D")
+    if ids.numel() == 0:
+        raise UserError(f"{what} is empty; give at least one token id")
+    return ids.to("cpu", torch.int64).flatten()
+
+
+def _check_ids(stream: Tensor, vocab_size: int | None, source: str | Path) -> None:
+    low, high = int(stream.min()), int(stream.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        wanted = "ids from 0" if vocab_size is None else f"0 to {vocab_size - 1}, the model's vocabulary"
+        raise UserError(
+            f"{source} gives token ids from {low} to {high}; wanted {wanted}; "
+            "use the tokenizer that belongs to the model"
+        )

@@ -1,1 +1,0 @@
-"""Fitting grids to column groups: the levels a code can stand for."""

@@ -1,1 +1,0 @@
-"""Other people's tools: how they find and load what we write."""

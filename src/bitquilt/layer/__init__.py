@@ -1,0 +1,1 @@
+"""One weight: grids, Hessian, outliers, the GPTQ sweep, sensitivity. Tensors only."""

@@ -1,0 +1,1 @@
+"""Grids: which levels represent a column group."""

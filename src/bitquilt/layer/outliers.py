@@ -1,0 +1,86 @@
+"""Which weights are kept in half precision beside the codes? Masks `[out, in]`, and the sparse remainder they leave.
+
+Two rules of CMPQ (arXiv 2410.13056, spec section 3.2): O_act by what a weight contributes to the output, O_q by what
+its rounding costs there. Neither knows the quantizer: any recipe can protect weights. A protected weight keeps a dense
+code, and the sparse part holds the difference, so that a product needs no mask.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitquilt.core.types import Outliers
+
+ActivationRule = Literal["weight", "column"]
+# An outlier takes 32 bits (value and index): at half of the weights the sparse part alone costs 16 bits per weight.
+MAX_SHARE = 0.25
+_FP16_MAX = 65504.0
+
+
+def check_share(**shares: float) -> None:
+    """Raise ValueError naming the first share that is no share, or all of them if they add up to too much."""
+    for label, share in shares.items():
+        if not 0 <= share <= MAX_SHARE:
+            raise ValueError(f"{label} is {share}; wanted a share of the weights from 0 to {MAX_SHARE}, such as 0.005")
+    if sum(shares.values()) > MAX_SHARE:
+        raise ValueError(f"{' + '.join(shares)} is {sum(shares.values())}; wanted at most {MAX_SHARE} together")
+
+
+def activation_count(share: float, out_features: int, in_features: int, rule: ActivationRule = "weight") -> int:
+    """How many weights `activation_outliers` protects."""
+    return out_features * round(share * in_features) if rule == "column" else round(share * out_features * in_features)
+
+
+def activation_outliers(weight: Tensor, norms: Tensor, share: float, rule: ActivationRule = "weight") -> Tensor:
+    """O_act, bool `[out, in]`: the share of weights with the largest a_j |w_ij|, `norms` a_j `[in]`.
+
+    column: whole columns, those with the largest a_j. The earlier index wins a tie.
+    """
+    out_features, in_features = weight.shape
+    if rule == "column":
+        columns = largest(norms.unsqueeze(0), round(share * in_features))
+        return columns.expand(out_features, -1).clone()
+    return largest(norms * weight.abs(), activation_count(share, out_features, in_features))
+
+
+def error_outliers(weight: Tensor, quantized: Tensor, norms: Tensor, count: int, taken: Tensor) -> Tensor:
+    """O_q, bool `[out, in]`: the `count` weights outside `taken` with the largest a_j^2 (w_ij - q_ij)^2.
+
+    Growing `count` only adds weights: the sets are nested.
+    """
+    score = (norms * (weight - quantized)).square().masked_fill(taken, -1.0)
+    return largest(score, min(count, int((~taken).sum())))
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Bool, shaped like `score`: its `count` largest entries; the earlier index wins a tie."""
+    chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    if count <= 0:
+        return chosen.view(score.shape)
+    flat = score.flatten()
+    limit = flat.topk(count).values[-1]
+    chosen |= flat > limit
+    ties = torch.nonzero(flat == limit).flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view(score.shape)
+
+
+def fits_half(values: Tensor) -> bool:
+    """Whether every value can be stored in float16."""
+    return values.numel() == 0 or float(values.abs().max()) <= _FP16_MAX
+
+
+def sparse_remainder(weight: Tensor, dense: Tensor, mask: Tensor) -> Outliers | None:
+    """Compressed rows of weight - dense at `mask`, all `[out, in]`, in float16; None where the mask is empty.
+
+    Raises ValueError if a difference leaves the range of float16: see `fits_half`.
+    """
+    if not bool(mask.any()):
+        return None
+    rows, columns = mask.nonzero(as_tuple=True)
+    values = (weight - dense)[rows, columns]
+    if not fits_half(values):
+        raise ValueError(f"an outlier is {float(values.abs().max()):.3g} from its code, beyond float16")
+    pointers = torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+    return Outliers(values.half(), columns, pointers.to(torch.int32))

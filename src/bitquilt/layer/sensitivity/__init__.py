@@ -1,0 +1,1 @@
+"""Sensitivity: what a rounding error in a weight or a column costs."""

@@ -1,0 +1,1 @@
+"""Checkpoints read lazily, structure found by inspection, quantized modules."""

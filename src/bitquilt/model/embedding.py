@@ -1,0 +1,154 @@
+"""A table of token embeddings in few bits, and the head that shares it.
+
+The table is stored as a `QuantizedLinear` of `[vocabulary, width]` is; a lookup unpacks only the rows that are read,
+a tied head multiplies by the same codes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitquilt.core.types import Layout
+from bitquilt.model.linear import QuantizedLinear, replace_linears, replace_module
+from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.large_pages import let_go
+from bitquilt.ops.reference import decode_uniform
+
+_AROUND = 2**21  # bytes that Linux maps around a page of a file at most: the largest piece that files are cached in
+_AT_ONCE = 8
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """Rows of one symmetric uniform segment. Input: ids `[...]`; output `[..., width]` in the model's dtype."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(layout.segments) != 1 or not layout.segments[0][0].symmetric or layout.ordering != "identity":
+            raise ValueError("a table of embeddings is one symmetric segment in the order of its columns")
+        super().__init__(layout, bias, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim = layout.out_features, layout.in_features
+        self.dtype = dtype or torch.float32
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings of `ids` `[...]` -> `[..., width]`."""
+        form, width = self.layout.segments[0]
+        flat = ids.reshape(-1)
+        codes = unpack_bits(self.get_buffer("codes_0")[flat], form.bits, width)
+        scale = self.get_buffer("scale_0")[flat]
+        rows = decode_uniform(codes, scale, scale.new_empty(0), form.bits, form.group_size)
+        return rows.to(self.dtype).view(*ids.shape, width)
+
+    def arrange(self) -> None:
+        """Nothing: rows are looked up in the stored order."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """x `[..., width]` -> x W^T `[..., vocabulary]`: what a tied head computes."""
+        return super().forward(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that looks at `embedding.weight`: dequantized on each access."""
+        return self.dequantize().to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("scale_0").device)).dtype
+        return super()._apply(fn, recurse)
+
+
+class SharedHead(nn.Module):
+    """The head of a model whose logits are products with its embeddings: no weight of its own, perhaps a bias."""
+
+    def __init__(self, embedding: QuantizedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self._shared = (embedding,)  # not a submodule: its tensors are stored once, under the embedding's name
+        self.in_features, self.out_features = embedding.in_features, embedding.out_features
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def table(self) -> QuantizedEmbedding:
+        """The embedding whose codes it multiplies by."""
+        return self._shared[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """See `QuantizedEmbedding.weight`."""
+        return self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., width]` -> logits `[..., vocabulary]`."""
+        logits = self.table.project(x)
+        return logits if self.bias is None else logits + self.bias
+
+
+def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """`embedding(ids)` of ids int64 `[tokens]`; on a CPU some at a time, and what was mapped for them given back.
+
+    Where the table is mapped from a checkpoint's file, reading one row maps up to 2 MB around it: a prompt of 512
+    random tokens made 126 MB of a 131 MB table count as this process's memory. A smaller table would be mapped whole
+    again at once: it is left alone, for asking takes 0.1 ms a token, as long as such a model's own step."""
+    held = (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False))
+    tables = [t for t in held if t.dim() == 2 and t.numel() * t.itemsize > _AROUND]
+    if ids.device.type != "cpu" or not tables:
+        found: Tensor = embedding(ids)
+        return found
+    parts = []
+    for part in ids.split(_AT_ONCE):
+        parts.append(embedding(part))
+        for table in tables:
+            around = _AROUND // max(1, table.stride(0) * table.itemsize) + 1
+            let_go([table.detach()[max(0, row - around) : row + around + 1] for row in part.tolist()])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def embedding_path(model: Any) -> str | None:
+    """The path of the token embedding where it is a plain `nn.Embedding`, which does nothing but look up; else None."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    if type(table) is not nn.Embedding or table.max_norm is not None:
+        return None
+    return next(name for name, module in model.named_modules() if module is table)
+
+
+def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
+    """Put an empty quantized module at each path of `layouts`, the embedding among them; a tied head shares it.
+
+    Raises ValueError naming the layer that does not exist, is of another kind, or has another shape.
+    """
+    path = embedding_path(model)
+    linear = dict(layouts)
+    if path is not None and path in linear:
+        table, layout = model.get_submodule(path), linear.pop(path)
+        if tuple(table.weight.shape) != (layout.out_features, layout.in_features):
+            raise ValueError(
+                f"{path} is {list(table.weight.shape)} in the model, but the checkpoint's layout says "
+                f"[{layout.out_features}, {layout.in_features}]"
+            )
+        put_embedding(
+            model, path, QuantizedEmbedding(layout, device=table.weight.device, dtype=dtype or table.weight.dtype)
+        )
+    replace_linears(model, linear, dtype)
+
+
+def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:
+    """Replace the embedding at `path`, and every module whose weight is tied to it, by ones that read `table`."""
+    tied = [name for name, source in model.all_tied_weights_keys.items() if source == f"{path}.weight"]
+    replace_module(model, path, table)
+    for name in tied:
+        owner = name.removesuffix(".weight")
+        replace_module(model, owner, SharedHead(table, getattr(model.get_submodule(owner), "bias", None)))
+        del model.all_tied_weights_keys[name]
+    # asked again, transformers would tie what is no parameter any more
+    model._tied_weights_keys = {
+        name: source for name, source in (model._tied_weights_keys or {}).items() if name not in tied
+    }

@@ -1,0 +1,80 @@
+"""What is in a model on the hub, without its weights? open_headers(source) -> Checkpoint that can be planned, not read.
+
+Fetched are config.json, the safetensors headers (by range requests) and the list of files with their sizes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, TensorInfo, is_companion, open_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteCheckpoint(Checkpoint):
+    """A `Checkpoint` whose folder holds no weights; `companion_sizes` as the hub lists them."""
+
+    companion_sizes: dict[str, int]
+
+    def companion_bytes(self) -> dict[str, int]:
+        """Sizes of the companions by name."""
+        return self.companion_sizes
+
+
+def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """A local folder as it is, or the headers of a hub id such as `org/name`.
+
+    Raises UserError as `open_checkpoint` does, and for a repository without safetensors.
+    """
+    name = str(source)
+    if Path(source).is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return open_checkpoint(source)
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+        SafetensorsParsingError,
+    )
+    from huggingface_hub.hf_api import RepoFile
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        api = HfApi(endpoint=endpoint)
+        config = Path(hf_hub_download(name, "config.json", revision=revision, endpoint=endpoint))
+        metadata = api.get_safetensors_metadata(name, revision=revision)
+        listed = [f for f in api.list_repo_tree(name, revision=revision) if isinstance(f, RepoFile)]
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"neither a folder nor a hub repository: {name!r} (private ones need `hf auth login`)"
+        ) from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise UserError(
+            f"{name} has no readable safetensors on the hub ({error}); wanted a model saved as such"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"no folder at {name!r}, and asking the hub for it failed: {error}") from None
+    except EntryNotFoundError:
+        raise UserError(f"{name} has no config.json on the hub: wanted a Hugging Face model") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"no folder at {name!r}, and asking the hub for it failed: {error}") from None
+    tensors = {
+        tensor: TensorInfo(Path(file), tuple(info.shape), info.dtype, info.data_offsets[1] - info.data_offsets[0])
+        for file, header in metadata.files_metadata.items()
+        for tensor, info in header.tensors.items()
+    }
+    try:
+        values = json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"config.json of {name} is not JSON: {error}") from None
+    companions = {f.path: f.size for f in listed if _fetched(f.path) and is_companion(f.path)}
+    return RemoteCheckpoint(config.parent, name, values, tensors, companions)
+
+
+def _fetched(path: str) -> bool:
+    return "/" not in path and any(Path(path).match(pattern) for pattern in DOWNLOADED)

@@ -1,0 +1,172 @@
+"""Which parts of a model repeat, and which of them can be quantized? Found by looking, not from a list of families.
+
+A model here is a skeleton: parameters on the meta device, buffers real. A block's weights are read from the
+checkpoint when its turn comes and dropped afterwards.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bitquilt.core.types import Layout
+from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.embedding import replace_layers
+from bitquilt.model.linear import is_linear, replace_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A model without weights, and where they are.
+
+    `blocks`: dotted paths of the repeated blocks, in order. `sources`: checkpoint names of each block's tensors, by
+    path; under "" those of the rest. `parameters`: checkpoint name -> the model's own name, where a tensor goes in
+    unchanged (it does not where a family stores tensors split or stacked).
+    """
+
+    model: "PreTrainedModel"
+    checkpoint: Checkpoint
+    blocks: tuple[str, ...]
+    sources: dict[str, list[str]]
+    parameters: dict[str, str]
+
+    def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+        """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
+
+        `tensors`: what was read of it already.
+        Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
+        """
+        from bitquilt.model.transformers_model import load_tensors
+
+        load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
+        module = self.model.get_submodule(path)
+        if not path:
+            missing = set(self.model.state_dict()) - set(self.parameters.values())
+            with quiet_transformers():  # what is stored twice with two values stays two tensors
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        inside = () if path else self.blocks
+        for name, parameter in (*module.named_parameters(), *module.named_buffers()):
+            if parameter.is_meta and not name.startswith(tuple(f"{b}." for b in inside)):
+                full = f"{path}.{name}".strip(".")
+                raise UserError(f"tensor {full} is missing in {self.checkpoint.folder}: the checkpoint is incomplete")
+        return module
+
+    def template(self, path: str) -> nn.Module:
+        """The empty block, to put back with `reset` when its weights are no longer needed; a copy takes its place.
+
+        The copy gets the weights: whoever still holds the model's first modules holds nothing then.
+        """
+        empty = self.model.get_submodule(path)
+        replace_module(self.model, path, copy.deepcopy(empty))
+        return empty
+
+    def reset(self, path: str, template: nn.Module) -> None:
+        """Drop the block's weights."""
+        replace_module(self.model, path, template)
+
+    def release_outer(self) -> None:
+        """Drop the weights outside the blocks."""
+        inside = tuple(f"{block}." for block in self.blocks)
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(inside) and not parameter.is_meta:
+                replace_parameter(self.model, name, torch.empty_like(parameter, device="meta"))
+
+
+def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None = None) -> Skeleton:
+    """Build the model of `checkpoint` without weights, computing in float32; `layouts` puts quantized layers in.
+
+    Raises UserError if the config names no known model or the model has no blocks with linear layers.
+    """
+    from bitquilt.model.transformers_model import empty_model, missing_parameters, source_names
+
+    model = empty_model(checkpoint)
+    if layouts:
+        replace_layers(model, layouts)
+    blocks = find_blocks(model)
+    sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
+    parameters: dict[str, str] = {}
+    names = source_names(model, checkpoint.tensors)
+    if missing := missing_parameters(model, {name for name, _ in names.values()}):
+        raise UserError(
+            f"tensor {missing[0]} is missing in {checkpoint.folder}: the checkpoint is incomplete, "
+            f"{len(missing)} of the model's tensors are in none of its files"
+        )
+    for source, (name, converted) in names.items():
+        home = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        sources[home].append(source)
+        if not converted:
+            parameters[source] = name
+    return Skeleton(model, checkpoint, blocks, sources, parameters)
+
+
+def vocabulary_size(model: "PreTrainedModel") -> int:
+    """Rows of the token embedding. Raises UserError if the model has none: it reads no tokens."""
+    try:
+        table = model.get_input_embeddings()
+        return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        raise UserError(f"{type(model).__name__} has no table of token embeddings: wanted a language model") from None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the repeated blocks: the members of the outermost ModuleList that holds most linear weights.
+
+    Raises UserError if no ModuleList has members with linear layers.
+    """
+    best: tuple[int, tuple[str, ...]] = (0, ())
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in inside):
+            continue
+        size = sum(p.numel() for m in module.modules() if is_linear(m) or _is_quantized(m) for p in _tensors(m))
+        if size:
+            inside.append(path)
+            best = max(best, (size, tuple(f"{path}.{i}" for i in range(len(module)))), key=lambda item: item[0])
+    if not best[1]:
+        raise UserError(
+            f"{type(model).__name__} has no blocks (a ModuleList of modules with nn.Linear): nothing to quantize"
+        )
+    return best[1]
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The block's linear layers by path inside the block, in the model's order."""
+    return {path: module for path, module in block.named_modules() if is_linear(module)}
+
+
+def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:
+    """Set the parameter at the dotted `path`."""
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent).register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+class quiet_transformers:
+    """Within the block, transformers logs errors only and draws no progress bars of its own."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._logging = logging
+        self._level, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self._logging.set_verbosity(self._level)
+        if self._bars:
+            self._logging.enable_progress_bar()
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return hasattr(module, "layout")
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -1,0 +1,150 @@
+"""What does transformers know of a model: its class, its names for stored tensors, how they are converted?
+
+Importing this file imports transformers' model code, which takes three seconds: only for what needs a model itself.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.structure import quiet_transformers
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of `checkpoint` without weights, computing in float32; buffers are real.
+
+    Raises UserError if the config names no known model, or none can be built from it.
+    """
+    config = load_config(checkpoint)
+    config.use_cache = False
+    build = _model_class(config)
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta(), quiet_transformers(), _mistakes_of(checkpoint):
+        model: PreTrainedModel = build(config, torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's config object, without any quantization settings (a skeleton loads its layers itself)."""
+    values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if "model_type" not in values:
+        raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} does not know this model: model_type is {values['model_type']!r} "
+            f"in {checkpoint.folder}/config.json"
+        )
+    with _mistakes_of(checkpoint):
+        return AutoConfig.for_model(**values)
+
+
+@contextmanager
+def _mistakes_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """What a family's own code raises over a config's values: anything at all, from KeyError to ZeroDivisionError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"no model can be built from {checkpoint.folder}/config.json ({reason})") from error
+
+
+def source_names(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Checkpoint name -> (the model's name for it, whether it is split, stacked or otherwise converted on the way).
+
+    transformers' own rules for old names, missing prefixes and stacked experts are applied.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    own = dict(model.state_dict())
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = name, None
+        found[name] = (renamed, pattern is not None)
+    return found
+
+
+def missing_parameters(model: PreTrainedModel, found: Collection[str]) -> list[str]:
+    """The parameters that none of the tensors `found` (the model's own names) fills, nor a tie to one of them."""
+    tied = model.all_tied_weights_keys
+    filled = {*found, *tied, *(source for target, source in tied.items() if target in found)}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in filled and not any(re.search(pattern, name) for pattern in optional)
+    ]
+
+
+def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Put checkpoint tensors into `model`, converted as the family demands."""
+    mapping = get_model_conversion_mapping(model)
+    load_config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
+    with quiet_transformers():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
+    if info.mismatched_keys:
+        name, *shapes = next(iter(info.mismatched_keys))
+        raise UserError(f"tensor {name} has shape {shapes[0]}, the model of this config wants {shapes[1]}")
+    if info.conversion_errors:
+        name, reason = next(iter(info.conversion_errors.items()))
+        raise UserError(f"tensor {name} could not be converted: {reason}")
+
+
+_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_})
+_INIT = "torch.nn.init"
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Within the block, `torch.empty`, from which parameters are made, takes no memory, and filling it no time.
+
+    accelerate makes each parameter first and frees it then; between the small tensors that stay the freed pages are
+    never handed out again: 16 GiB of address space for 80 blocks of a 1.1B Llama's shape, which a limit refuses.
+    Random numbers for the empty parameters of 80 blocks took 1.1 s.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FILLS or getattr(func, "__module__", None) == _INIT:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def architecture(names: Iterable[str] | None) -> Any:
+    """The first model class of config.json's `architectures` that transformers has, or None."""
+    return next((kind for name in names or () if (kind := getattr(transformers, name, None)) is not None), None)
+
+
+def _model_class(config: Any) -> Any:
+    names = getattr(config, "architectures", None)
+    kind = architecture(names)
+    if kind is not None:
+        return lambda config, dtype: kind._from_config(config, dtype=dtype)
+    for auto in (AutoModelForCausalLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            return lambda config, dtype, auto=auto: auto.from_config(config, dtype=dtype)
+    raise UserError(f"no transformers model class for config {type(config).__name__} (architectures: {names})")

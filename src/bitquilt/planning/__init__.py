@@ -1,0 +1,1 @@
+"""Where the bits of a whole model go: sizes, sensitivities, the planner."""

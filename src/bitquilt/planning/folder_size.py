@@ -1,0 +1,154 @@
+"""How large will a checkpoint be, to the byte? Sizes(skeleton, ...).of(layouts) -> bytes, from headers alone.
+
+Every file of the folder is predicted as `writer.assemble` writes it; safetensors headers are spelled out, since their
+offsets have more digits in larger files. report.json holds times and cannot be predicted: it gets a reserve, and is
+padded with blanks to fill it, so that the folder takes exactly what was promised.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitquilt.core.packing import tensor_specs
+from bitquilt.core.types import Layout
+from bitquilt.model.checkpoint import TensorInfo
+from bitquilt.model.config import quantization_config, read_layouts
+from bitquilt.model.structure import Skeleton
+from bitquilt.stream.writer import rest_shards
+
+# safetensors writes wide types first, then by name: the rank of each type, as its header spells it.
+_RANK = {name: i for i, name in enumerate(
+    ("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16",
+     "I32", "U32", "F32", "C64", "F64", "I64", "U64")
+)}  # fmt: skip
+_SPELLED = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+# Per layer of report.json: a dozen numbers of up to 24 characters and their names, with room for an event.
+_REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
+
+Stored = tuple[str, str, tuple[int, ...], int]
+"""(name, type as safetensors spells it, shape, bytes)."""
+
+
+@dataclass(frozen=True)
+class FolderSize:
+    """Bytes of the files of an output folder: safetensors with headers, all other files but the report, and what is
+    reserved for the report."""
+
+    tensors: int
+    small: int
+    report: int
+
+    @property
+    def total(self) -> int:
+        """The whole folder."""
+        return self.tensors + self.small + self.report
+
+
+def file_bytes(tensors: Iterable[Stored]) -> int:
+    """Bytes of a safetensors file written by this package."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in sorted(tensors, key=lambda t: (-_RANK[t[1]], t[0].encode())):
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + offset
+
+
+def layout_tensors(name: str, layout: Layout) -> list[Stored]:
+    """The stored tensors of the layer `name`."""
+    specs = tensor_specs(layout)
+    return [(f"{name}.{key}", _SPELLED[spec.dtype], spec.shape, spec.nbytes) for key, spec in specs.items()]
+
+
+class Sizes:
+    """The parts of a folder that do not depend on the plan are added up once; `of` adds the rest."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        layers: Sequence[str],
+        *,
+        plan_text: int,
+        digits: int,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`layers`: paths that are quantized; `plan_text`: bytes of plan.json, `digits` of them bits of groups, which
+        the report repeats; `config`: entries of config.json that differ from the source's."""
+        self._config = {**skeleton.checkpoint.config, **(config or {})}
+        infos = skeleton.checkpoint.tensors
+        replaced = {f"{name}.weight" for name in layers}
+        self._files: list[tuple[list[str], list[Stored]]] = []  # (layers, what is copied beside them)
+        for path in skeleton.blocks:
+            inside = [name for name in layers if name.startswith(f"{path}.")]
+            kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
+            self._files.append((inside, [_stored(s, infos[s]) for s in kept]))
+        blocks = tuple(f"{path}." for path in skeleton.blocks)
+        self._files += [([name], []) for name in layers if not name.startswith(blocks)]  # head, embedding
+        for names in rest_shards(skeleton, replaced):
+            self._files.append(([], [_stored(name, infos[name]) for name in names]))
+        self._copied = [file_bytes(kept) if not inside else 0 for inside, kept in self._files]
+        self._small = plan_text + sum(skeleton.checkpoint.companion_bytes().values())
+        paths = sum(map(len, layers))
+        self.report = _REPORT_BYTES + digits + paths + _REPORT_LAYER_BYTES * len(layers)
+
+    def of(self, layouts: Mapping[str, Layout]) -> FolderSize:
+        """With these layouts of all layers."""
+        total = 0
+        weight_map: dict[str, str] = {}
+        for number, ((inside, kept), copied) in enumerate(zip(self._files, self._copied, strict=True), start=1):
+            stored = kept
+            size = copied
+            if inside:
+                stored = [*kept, *(item for name in inside for item in layout_tensors(name, layouts[name]))]
+                size = file_bytes(stored)
+            total += size
+            shard = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            # as `safe_open` lists them: the order does not change the length
+            weight_map |= {item[0]: shard for item in stored}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        config = {**self._config, "quantization_config": quantization_config(dict(layouts))}
+        return FolderSize(total, self._small + json_bytes(index) + json_bytes(config), self.report)
+
+
+def folder_bytes(skeleton: Skeleton, folder: Path, plan: Mapping[str, Any]) -> int:
+    """What the finished checkpoint in `folder` is promised to take, report and all."""
+    config = json.loads((folder / "config.json").read_text())
+    layouts = read_layouts(config)
+    sizes = Sizes(skeleton, list(layouts), plan_text=json_bytes(plan), digits=_digits(plan), config=config)
+    return sizes.of(layouts).total
+
+
+def _digits(plan: Mapping[str, Any]) -> int:
+    return sum(len(entry["bits"]) for entry in plan["layers"].values())
+
+
+def json_bytes(value: Any) -> int:
+    """Bytes of a value as `workdir.write_json` writes it: indented by one blank. Counted, because Python's encoder is
+    ten times slower with an indent, and a plan of 560 layers asks eight times."""
+    return len(json.dumps(value, separators=(",", ": "))) + _indents(value, 0) + 1
+
+
+def _indents(value: Any, depth: int) -> int:
+    """A line break before each item and before the bracket that closes them, each with its indent."""
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
+        return 0
+    items = value.values() if isinstance(value, Mapping) else value
+    inside = sum(_indents(item, depth + 1) for item in items if isinstance(item, (Mapping, list, tuple)))
+    return len(value) * (2 + depth) + 1 + depth + inside
+
+
+def _stored(name: str, info: TensorInfo) -> Stored:
+    return name, info.dtype, info.shape, info.nbytes

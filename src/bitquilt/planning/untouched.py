@@ -1,0 +1,37 @@
+"""What will a run leave as it is? survey(skeleton, layers) -> reasons, each with its tensors and bytes."""
+
+from collections.abc import Container
+
+from bitquilt.core.events import Untouched
+from bitquilt.model.structure import Skeleton, linear_layers
+
+
+def survey(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
+    """Everything but the weights of `layers` (full paths), largest share first."""
+    linear = {
+        f"{path}.{name}" for path in skeleton.blocks for name in linear_layers(skeleton.model.get_submodule(path))
+    }
+    own = dict(skeleton.model.state_dict())
+    infos = skeleton.checkpoint.tensors
+    grouped: dict[str, list[str]] = {}
+    for path, sources in skeleton.sources.items():
+        for source in sources:
+            name = skeleton.parameters.get(source)
+            layer = name.removesuffix(".weight") if name is not None and name.endswith(".weight") else None
+            if layer in layers:
+                continue
+            if name is not None and name not in own:
+                reason = "not part of this model class, kept as it is"
+            elif not path:
+                reason = "outside the blocks (embedding, final norm, head)"
+            elif layer in linear:
+                reason = "skipped on request"
+            elif len(infos[source].shape) < 2:
+                reason = "vectors inside the blocks (norms, biases)"
+            else:
+                reason = "inside the blocks, not a plain linear layer (experts, routers, convolutions)"
+            grouped.setdefault(reason, []).append(source)
+    found = [
+        Untouched(why, len(names), sum(infos[n].nbytes for n in names), names[0]) for why, names in grouped.items()
+    ]
+    return tuple(sorted(found, key=lambda item: -item.nbytes))

@@ -1,0 +1,1 @@
+"""CMPQ (after arXiv 2410.13056) and cmpq+."""

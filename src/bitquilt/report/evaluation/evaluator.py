@@ -1,0 +1,235 @@
+"""What are a model's figures on a text? `evaluate(model, text, reference=...) -> Evaluation`, in one pass.
+
+Both models see the same windows in the same batches; log-softmax is taken in float32 whatever the model
+computes in, some rows at a time, so that a large vocabulary costs a few buffers of 64 MiB.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitquilt.data.tokens import token_stream
+from bitquilt.errors import UserError
+from bitquilt.report.evaluation import divergence, loading, perplexity
+from bitquilt.report.evaluation.checkpoint_size import ModelSize, model_size
+from bitquilt.report.evaluation.divergence import Divergence
+from bitquilt.report.evaluation.perplexity import Window
+
+# The window when none is asked for, as in the papers; a shorter context clips it.
+DEFAULT_SEQ_LEN = 2048
+# Elements of one float32 buffer of log-probabilities: 64 MiB, 131 rows of a vocabulary of 128k.
+_CHUNK = 2**24
+# Elements of one batch of logits when no batch size is asked for: 512 MiB in float32.
+_LOGITS = 2**27
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model on one text. `cross_entropy` and `kl_*` in nats per token, KL(reference ||
+    model), None without a reference; `tokens` counts the predicted tokens, seq_len and stride are the
+    protocol (stride None: disjoint windows); the last three are the model's, None when unknown."""
+
+    perplexity: float
+    cross_entropy: float
+    kl_mean: float | None
+    kl_median: float | None
+    kl_p99: float | None
+    kl_max: float | None
+    top1_agreement: float | None
+    reference_perplexity: float | None
+    tokens: int
+    seq_len: int
+    stride: int | None
+    bpw: float | None
+    nominal_bits: float | None
+    bytes: int | None
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The fields by name; a perplexity beyond the doubles, which JSON cannot write, is None."""
+        fields = dataclasses.asdict(self)
+        infinite = [key for key in ("perplexity", "reference_perplexity") if fields[key] == math.inf]
+        return fields | dict.fromkeys(infinite)
+
+    def protocol(self) -> str:
+        """How the figures were taken, in words to print beside them: they mean nothing without."""
+        step = "" if self.stride is None else f", stride {self.stride}"
+        return f"{self.seq_len}-token windows{step}, {self.tokens} tokens"
+
+
+def evaluate(
+    model: Any,
+    text: str | Path | Tensor,
+    *,
+    reference: Any = None,
+    tokenizer: Any = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    size: ModelSize | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of `model` on `text` and, given a `reference`, its divergence from it, in one pass.
+
+    A model is a loaded one or a path or hub id, loaded to `device` (CUDA where there is one) in `dtype`
+    (float32 on the CPU, else as stored). `text` is a source of `bitquilt.data.tokens` or token ids [tokens], cut
+    after `max_tokens`. `seq_len` is the model's context, at most 2048, unless given; `stride` asks for the
+    strided protocol. `batch_size` in windows changes speed and memory only. `size` replaces what
+    `model_size` finds. `progress(done, total, perplexity)` is called per batch.
+
+    UserError: no causal LM, a window beyond the context, a text too short, two vocabularies, logits that
+    are not finite (with their window)."""
+    subject = loading.as_model(model, device, dtype)
+    other = None if reference is None else loading.as_model(reference, device, dtype)
+    models = [subject] if other is None else [subject, other]
+    seq_len = _window_length(models, seq_len)
+    vocab = _common_vocabulary(models)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; wanted at least 1")
+    stream = token_stream(text, loading.as_tokenizer(tokenizer, model), max_tokens, vocab)
+    planned = perplexity.plan_windows(stream.numel(), seq_len, stride)
+    batch_size = batch_size or max(1, min(16, _LOGITS // (seq_len * (vocab or 1))))
+    with _evaluating(models):
+        for each in models:
+            loading.check_causal(each, stream[:seq_len])
+        scores = list(_score(subject, other, stream, planned, batch_size, progress))
+    losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
+    cross_entropy = losses.to(torch.float64).mean().item()
+    far: dict[str, Any] = dict.fromkeys(_fields(Divergence))
+    if other is not None:
+        far = dataclasses.asdict(divergence.summarize(kl, agree))
+    size = size or model_size(model)
+    big: dict[str, Any] = dict.fromkeys(_fields(ModelSize)) if size is None else dataclasses.asdict(size)
+    return Evaluation(
+        perplexity=perplexity.from_mean(cross_entropy),
+        cross_entropy=cross_entropy,
+        reference_perplexity=perplexity.from_mean(expected.double().mean().item()) if other is not None else None,
+        tokens=losses.numel(),
+        seq_len=seq_len,
+        stride=stride,
+        **far,
+        **big,
+    )
+
+
+def _fields(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _window_length(models: list[Any], seq_len: int | None) -> int:
+    limits = [length for model in models if (length := loading.context_length(model)) is not None]
+    context = min(limits, default=None)
+    if seq_len is None:
+        return min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
+    if context is not None and seq_len > context:
+        raise UserError(f"seq_len is {seq_len}, and the model's context {context}; give at most {context}")
+    return seq_len
+
+
+def _common_vocabulary(models: list[Any]) -> int | None:
+    sizes = [loading.vocabulary(model) for model in models]
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"the model's vocabulary has {sizes[0]} tokens, the reference's {sizes[1]}; "
+            "give the reference that the model was made from"
+        )
+    return sizes[0]
+
+
+@contextlib.contextmanager
+def _evaluating(models: list[Any]) -> Iterator[None]:
+    """No dropout and no gradients inside, each model's training flag as it was afterwards."""
+    training = [model.training for model in models]
+    try:
+        with torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for model, flag in zip(models, training, strict=True):
+            model.train(flag)
+
+
+def _score(
+    model: Any,
+    reference: Any,
+    stream: Tensor,
+    planned: list[Window],
+    batch_size: int,
+    progress: Progress | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Losses, divergences, top-1 agreements and the reference's losses of each window's targets, [targets] each."""
+    loss, tokens, done = 0.0, 0, 0
+    for batch in _batches(planned, batch_size):
+        ids = torch.stack([stream[window.start : window.end] for window in batch])
+        logits = loading.logits_of(model, ids)
+        expected = None if reference is None else loading.logits_of(reference, ids).to(logits.device)
+        if expected is not None and expected.shape != logits.shape:
+            raise UserError(
+                f"the model gives {logits.shape[-1]} logits a token, the reference {expected.shape[-1]}; "
+                "give the reference that the model was made from"
+            )
+        for row, window in enumerate(batch):
+            first = window.first_target - window.start
+            # Position t predicts token t + 1.
+            rows = slice(first - 1, ids.shape[1] - 1)
+            scores = _score_rows(
+                logits[row, rows],
+                None if expected is None else expected[row, rows],
+                ids[row, first:].to(logits.device),
+                f"window {done + row} (tokens {window.start} to {window.end - 1} of the text)",
+            )
+            loss += scores[0].sum(dtype=torch.float64).item()
+            tokens += scores[0].numel()
+            yield scores
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(planned), perplexity.from_mean(loss / tokens))
+
+
+def _batches(planned: list[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Runs of at most `batch_size` windows of one length: a shorter last one comes alone."""
+    batch: list[Window] = []
+    for window in planned:
+        if batch and (len(batch) == batch_size or window.end - window.start != batch[0].end - batch[0].start):
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
+
+
+def _score_rows(
+    logits: Tensor, reference: Tensor | None, targets: Tensor, where: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = max(1, _CHUNK // logits.shape[-1])
+    losses, kl, agree, theirs = [], [torch.empty(0)], [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        log_probs = _log_probs(logits[part], "the model", where)
+        losses.append(perplexity.nll(log_probs, targets[part]).cpu())
+        if reference is not None:
+            expected = _log_probs(reference[part], "the reference", where)
+            kl.append(divergence.kl_divergence(expected, log_probs).cpu())
+            agree.append(divergence.same_top1(expected, log_probs).cpu())
+            theirs.append(perplexity.nll(expected, targets[part]).cpu())
+    return torch.cat(losses), torch.cat(kl), torch.cat(agree), torch.cat(theirs)
+
+
+def _log_probs(logits: Tensor, whose: str, where: str) -> Tensor:
+    if not logits.isfinite().all():
+        raise UserError(
+            f"{whose} gives NaN or infinite logits in {where}; load it in float32 or bfloat16, "
+            "or look for a damaged layer with `bitquilt inspect`"
+        )
+    return logits.float().log_softmax(-1)

@@ -1,1 +1,0 @@
-"""Numbers that say what hurts: salience of weights, divergence of outputs."""

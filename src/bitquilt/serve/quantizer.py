@@ -1,0 +1,124 @@
+"""`import bitquilt` teaches transformers the checkpoint format: `AutoModelForCausalLM.from_pretrained(dir)` works.
+
+Without the import transformers logs a warning and fills the layers with random numbers: there is no way for a
+checkpoint to ask for the package that reads it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitquilt.core.packing import tensor_specs
+from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.config import QUANT_METHOD, read_layouts
+from bitquilt.model.embedding import replace_layers
+from bitquilt.model.linear import QuantizedLinear
+from bitquilt.ops import gpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class BitquiltConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of config.json, kept as it was read."""
+
+    def __init__(self, **entry: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.entry = {**entry, "quant_method": QUANT_METHOD}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes."""
+        return dict(self.entry)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What the config prints."""
+        return self.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class BitquiltQuantizer(HfQuantizer):
+    """Puts empty `QuantizedLinear` modules in place before transformers loads the tensors."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        layouts = read_layouts({"quantization_config": self.quantization_config.to_dict()})
+        _check_files(kwargs.get("checkpoint_files"), layouts, model)
+        try:
+            replace_layers(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for module in model.modules():  # loaded where they are, not moved there
+            if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
+                module.arrange()
+        return model
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """`save_pretrained` writes the same tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The codes are fixed; gradients reach the inputs."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """One op per layer, with a shape function."""
+        return True
+
+
+def _own_name(path: str, model: "PreTrainedModel") -> str:
+    """The model's own path for a layer of the checkpoint: a base model has no `model.` where its causal LM has one,
+    and the other way round."""
+    base = model.base_model_prefix
+    if path.startswith(f"{base}.") and not hasattr(model, base):
+        return path.removeprefix(f"{base}.")
+    if not path.startswith(f"{base}.") and hasattr(model, base) and hasattr(model.base_model, path.split(".")[0]):
+        return f"{base}.{path}"
+    return path
+
+
+def _check_files(files: Any, layouts: Any, model: "PreTrainedModel") -> None:
+    """Every tensor present, those of quantized layers with the shape and type config.json implies: transformers would
+    only warn, and fill the gap with random numbers."""
+    # imported while transformers is: its models come later
+    from bitquilt.model.transformers_model import architecture, missing_parameters, source_names
+
+    if not files:
+        return
+    checkpoint = open_checkpoint(Path(files[0]).parent)
+    names = {
+        "U8": "uint8",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+        "I16": "int16",
+        "I32": "int32",
+        "F8_E4M3": "float8_e4m3fn",
+    }
+    base = f"{model.base_model_prefix}."
+    for path, layout in layouts.items():
+        for key, spec in tensor_specs(layout).items():
+            name = f"{path}.{key}"
+            written = (name, f"{base}{name}", name.removeprefix(base))  # a base model may have been saved
+            info = next((checkpoint.tensors[n] for n in written if n in checkpoint.tensors), None)
+            wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+            if info is None:
+                raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
+            got = f"{list(info.shape)} {names.get(info.dtype, info.dtype)}"
+            if got != wanted:
+                raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")
+    if type(model) is not architecture(checkpoint.config.get("architectures")):
+        return  # another head, say for classification, may begin at random
+    quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
+    found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
+    if missing := missing_parameters(model, found | quantized):
+        raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")

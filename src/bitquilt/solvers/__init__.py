@@ -1,1 +1,0 @@
-"""Choosing codes: from a weight, a factor of the Hessian and grids, all plain tensors."""

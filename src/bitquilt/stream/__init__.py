@@ -1,0 +1,1 @@
+"""The loop over blocks: statistics, resume, training, writing."""

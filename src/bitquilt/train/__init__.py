@@ -1,0 +1,1 @@
+"""Trainable parts of a stored weight, and the trainer."""

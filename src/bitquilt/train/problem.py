@@ -1,0 +1,170 @@
+"""What is trained, on what, and how does it move? The nouns of `blockwise.train`, and the optimiser's step.
+
+A link is a function of its weights and its input: a block alone, or the blocks of a model in a row. What is trained is
+hidden behind `Part`. Nothing here knows a recipe, a module or a file.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from bitquilt.core.types import Event, Solution, TrainedLayers
+
+Values = tuple[Tensor, ...]
+Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""(weights `[out, in]` by layer, input `[batch, tokens, width]`) -> output of the same shape, always the same."""
+Read = Callable[[Sequence[int]], Tensor]
+"""Sample numbers -> `[batch, tokens, width]`."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(output, target) -> the mean over samples and tokens."""
+Schedule = Literal["constant", "linear", "cosine"]
+KeptEpoch = Literal["best", "last"]
+_FACTORS: dict[Schedule, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of a part moves: AdamW without decay, or by the sign of its gradient; kept in `low` .. `high`."""
+
+    rate: float
+    kind: Literal["adam", "sign"] = "adam"
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Part(Protocol):
+    """One layer's trainable weight."""
+
+    @property
+    def start(self) -> Values:
+        """Where training begins."""
+        ...
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """One per value."""
+        ...
+
+    def weight(self, values: Values) -> Tensor:
+        """The weight fp32 `[out, in]`, differentiable in the values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A block of a chain: its function, and the parts it is made of."""
+
+    forward: Forward
+    parts: Mapping[str, Part]
+
+
+@dataclass(frozen=True)
+class Training:
+    """`batch`: samples per step, a power of two; the block is called with that many samples, or a power of two fewer.
+    `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples never trained on, at least
+    one; they are asked after every epoch. `kept_epoch`: "best" = the one that they find best, the start included;
+    "last" = they are trained on too, and what the last epoch left is kept. `patience`: epochs without a gain before it
+    stops, 0 = never. `autocast`: the links' products in bfloat16, for training alone: the held-out samples are asked in
+    fp32."""
+
+    epochs: int
+    batch: int = 8
+    schedule: Schedule = "linear"
+    held_out: float = 0.125
+    patience: int = 0
+    seed: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    autocast: bool = False
+    kept_epoch: KeptEpoch = "best"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.batch & (self.batch - 1):
+            raise ValueError(f"batch is {self.batch}; wanted a power of two, such as 8")
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; wanted 0 or more")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; wanted a share of the samples between 0 and 1")
+
+    def kept(self, count: int) -> int:
+        """How many of `count` samples are held out."""
+        return min(count - 1, max(1, round(self.held_out * count)))
+
+    def trained(self, count: int) -> int:
+        """How many of `count` samples are trained on."""
+        return count if self.kept_epoch == "last" else count - self.kept(count)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """`count` samples: what the first link reads, and what the last one's output is compared with. `loss`: None = the
+    squared error in units of the first target's mean square."""
+
+    count: int
+    inputs: Read
+    targets: tuple[Read, ...]
+    loss: Loss | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The best values seen, by layer, and the held-out losses: at the start, after each epoch, the best.
+    `events`: (kind, detail) of what a report must say."""
+
+    values: Mapping[str, Values]
+    start_loss: float
+    best_loss: float
+    losses: tuple[float, ...] = ()
+    events: tuple[tuple[str, str], ...] = ()
+
+    def layers(
+        self, where: str, solutions: Mapping[str, Solution], notes: Mapping[str, Any] | None = None
+    ) -> TrainedLayers:
+        """With the `solutions` that a recipe made of the values; `where`: the block, or the model, that was trained."""
+        events = tuple(Event(where, kind, detail) for kind, detail in self.events)
+        return TrainedLayers(solutions, events, self.start_loss, self.best_loss, self.losses, notes or {})
+
+
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `value`."""
+    return value + (rounded - value).detach()
+
+
+class Mover:
+    """The optimiser's step over all values, each by its rule, at the rate the schedule has reached."""
+
+    def __init__(
+        self, values: Mapping[str, Values], rules: Mapping[str, tuple[Rule, ...]], training: Training, steps: int
+    ) -> None:
+        pairs = [(v, rule) for name in values for v, rule in zip(values[name], rules[name], strict=True)]
+        self.pairs = [(v, rule) for v, rule in pairs if rule.rate > 0]
+        by_rate: dict[float, list[Tensor]] = {}
+        for value, rule in self.pairs:
+            if rule.kind == "adam":
+                by_rate.setdefault(rule.rate, []).append(value)
+        adam = [{"params": tensors, "lr": rate, "rate": rate} for rate, tensors in by_rate.items()]
+        self.adam = torch.optim.AdamW(adam, betas=training.betas, weight_decay=0.0, fused=True) if adam else None
+        self.schedule, self.steps, self.done = training.schedule, max(1, steps), 0
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """One step along the gradients."""
+        share = self.done / self.steps
+        factor = _FACTORS[self.schedule](share)
+        self.done += 1
+        if self.adam is not None:
+            for group in self.adam.param_groups:
+                group["lr"] = group["rate"] * factor
+            self.adam.step()
+        for value, rule in self.pairs:
+            if rule.kind == "sign" and value.grad is not None:
+                value.sub_(value.grad.sign(), alpha=rule.rate * factor)
+            if math.isfinite(rule.low) or math.isfinite(rule.high):
+                value.clamp_(rule.low, rule.high)

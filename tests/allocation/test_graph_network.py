@@ -1,0 +1,89 @@
+"""The graph network: exact gradients, the budget, determinism, and the allocator that it cannot beat on a table."""
+
+import pytest
+import torch
+
+from bitquilt.allocation.graph_network import Training, choices, graph_bits, network
+from bitquilt.allocation.knapsack import best_bits, table_error
+
+PALETTE = (1, 2, 3, 4)
+TABLE = torch.tensor([[8, 3, 1, 0.3], [4, 2.5, 2, 1.8], [10, 2, 1.5, 1.2], [3, 1, 0.5, 0.2]], dtype=torch.float64)
+
+
+def test_the_gradient_of_the_error_is_exact():
+    """d / d logit_jb of sum pi e = pi_jb (e_jb - sum_c pi_jc e_jc) / t, against central differences."""
+    t = 0.7
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(values):
+        return (torch.softmax(values / t, dim=1) * TABLE).sum()
+
+    pi = torch.softmax(logits / t, dim=1)
+    formula = pi * (TABLE - (pi * TABLE).sum(dim=1, keepdim=True)) / t
+    differences = torch.empty_like(logits)
+    for i in range(4):
+        for j in range(4):
+            step = torch.zeros_like(logits)
+            step[i, j] = 1e-5
+            differences[i, j] = (loss(logits + step) - loss(logits - step)) / 2e-5
+    torch.testing.assert_close(formula, differences, atol=1e-8, rtol=1e-7)
+    for hard in (True, False):
+        leaf = logits.clone().requires_grad_()
+        (choices(leaf, t, hard) * TABLE).sum().backward()
+        torch.testing.assert_close(leaf.grad, formula)
+
+
+def test_forwards_the_choice_is_hard():
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    torch.testing.assert_close(choices(logits, 0.5, True), torch.tensor([[0.0, 1.0, 0.0]]))
+    torch.testing.assert_close(choices(logits, 0.5, False).sum(), torch.tensor(1.0))
+
+
+def test_a_convolution_mixes_neighbours_only():
+    features = torch.eye(3)
+    weights = [torch.eye(3), torch.eye(3), torch.eye(3), torch.zeros(3)]
+    chain = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1.0]])
+    expected = chain @ chain
+    torch.testing.assert_close(network(features, chain, weights), expected)
+    torch.testing.assert_close(network(features, chain.to_sparse_coo(), weights), expected)
+
+
+@pytest.mark.parametrize("budget", [4, 6, 8, 9, 12, 16])
+@pytest.mark.parametrize("hard", [True, False])
+def test_on_a_table_it_never_beats_the_exact_map_and_keeps_the_budget(budget, hard):
+    training = Training(hard=hard, steps=100)
+    bits = graph_bits(TABLE, PALETTE, [1] * 4, budget, torch.eye(4), torch.eye(4), training)
+    assert sum(bits) <= budget
+    optimum = best_bits(TABLE.tolist(), PALETTE, [1] * 4, budget)
+    assert table_error(TABLE.tolist(), PALETTE, bits) >= table_error(TABLE.tolist(), PALETTE, optimum) - 1e-9
+
+
+def test_with_one_hot_features_and_no_edges_it_approaches_the_optimum():
+    g = torch.Generator().manual_seed(2)
+    table = (torch.rand(24, 4, generator=g, dtype=torch.float64) + 0.05).sort(dim=1, descending=True).values
+    table = table * torch.logspace(-1, 1, 24, dtype=torch.float64).unsqueeze(1)
+    training = Training(steps=400, learning_rate=1e-2)
+    bits = graph_bits(table, PALETTE, [1] * 24, 60, torch.eye(24), torch.eye(24), training)
+    optimum = best_bits(table.tolist(), PALETTE, [1] * 24, 60)
+    best = table_error(table.tolist(), PALETTE, optimum)
+    uniform = table_error(table.tolist(), PALETTE, [2] * 24)
+    assert best <= table_error(table.tolist(), PALETTE, bits) <= best + 0.05 * (uniform - best)
+
+
+def test_a_seed_decides_and_the_global_random_state_is_left_alone():
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    before = torch.random.get_rng_state()
+    one, other = (
+        graph_bits(TABLE, PALETTE, [8] * 4, 72, features, torch.eye(4), Training(seed=3, steps=20)) for _ in range(2)
+    )
+    assert one == other
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_zero_errors_and_bad_ones():
+    zero = torch.zeros(2, 4, dtype=torch.float64)
+    bits = graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), Training(steps=3))
+    assert 8 * bits[0] + 4 * bits[1] <= 24
+    zero[1, 2] = float("inf")
+    with pytest.raises(ValueError, match="error of unit 1 at 3 bits is inf"):
+        graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), Training(steps=3))

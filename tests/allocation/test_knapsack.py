@@ -1,0 +1,143 @@
+"""Lagrange multiplier, repair and the choice between them and the exact program, against worked examples and brute
+force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitquilt.allocation.knapsack import at_multiplier, best_bits, lagrangian, non_increasing, repair, table_error
+
+PALETTE = (1, 2, 3, 4)
+TABLE = [[8, 3, 1, 0.3], [4, 2.5, 2, 1.8], [10, 2, 1.5, 1.2], [3, 1, 0.5, 0.2]]
+HOLLOW = [[8, 7.5, 1, 0.9], [4, 2, 1, 0.5]]  # not convex
+
+
+def brute(table, widths, budget):
+    maps = itertools.product(PALETTE, repeat=len(table))
+    return min(
+        table_error(table, PALETTE, bits)
+        for bits in maps
+        if sum(w * b for w, b in zip(widths, bits, strict=True)) <= budget
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "bits"),
+    [(4, 25.0, (1, 1, 1, 1)), (5, 17.0, None), (6, 12.0, (2, 1, 2, 1)), (7, 10.0, None), (8, 8.0, (3, 1, 2, 2)),
+     (9, 6.5, (3, 2, 2, 2)), (10, 5.8, (4, 2, 2, 2)), (11, 5.3, None), (12, 4.8, None), (16, 3.5, (4, 4, 4, 4))],
+)  # fmt: skip
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_worked_table(budget, error, bits, exact):
+    found = best_bits(TABLE, PALETTE, [1] * 4, budget, exact)
+    assert table_error(TABLE, PALETTE, found) == pytest.approx(error)
+    assert bits is None or found == bits
+    assert sum(found) <= budget
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "bits"),
+    [(1.0, (3, 2, 2, 2)), (0.6, (4, 2, 2, 2)), (4.0, (2, 1, 2, 1)), (9.0, (1, 1, 1, 1)), (0.0, (4, 4, 4, 4))],
+)
+def test_multipliers(multiplier, bits):
+    assert at_multiplier(TABLE, PALETTE, [1] * 4, multiplier) == bits
+
+
+def test_no_multiplier_reaches_three_bits_of_a_hollow_table_but_repair_does():
+    reached = {sum(at_multiplier(HOLLOW, PALETTE, [1, 1], m)) for m in np.linspace(0.01, 9, 2000)}
+    assert 3 not in reached
+    assert {2, 4, 5, 6} <= reached
+    relaxed, _ = lagrangian(HOLLOW, PALETTE, [1, 1], 3)
+    assert relaxed == (1, 1)
+    assert repair(relaxed, HOLLOW, PALETTE, [1, 1], 3) == (1, 2)
+    for budget, bits in ((2, (1, 1)), (3, (1, 2)), (4, (3, 1)), (5, (3, 2)), (6, (3, 3))):
+        assert best_bits(HOLLOW, PALETTE, [1, 1], budget) == bits
+
+
+def test_repair_brings_a_map_within_the_budget_by_the_cheapest_steps():
+    assert repair((4, 4, 4, 4), TABLE, PALETTE, [1] * 4, 9) == (3, 2, 2, 2)
+    assert repair((1, 1, 1, 1), TABLE, PALETTE, [1] * 4, 4) == (1, 1, 1, 1)
+    assert repair((1, 4, 1, 1), TABLE, PALETTE, [1] * 4, 7, exchange=False) == (1, 4, 1, 1)
+    assert repair((1, 4, 1, 1), TABLE, PALETTE, [1] * 4, 7) == best_bits(TABLE, PALETTE, [1] * 4, 7)
+    assert sum(repair((3, 3, 3, 3), TABLE, PALETTE, [1] * 4, 5)) <= 5
+
+
+rows = st.lists(st.floats(0, 100), min_size=4, max_size=4)
+
+
+@given(st.lists(rows, min_size=1, max_size=5), st.data())
+def test_against_brute_force(table, data):
+    widths = data.draw(st.lists(st.sampled_from([8, 16, 24]), min_size=len(table), max_size=len(table)))
+    budget = data.draw(st.integers(sum(widths), 4 * sum(widths)))
+    monotone = non_increasing(table, PALETTE).tolist()
+    optimum = brute(monotone, widths, budget)
+    for exact in (True, False):
+        bits = best_bits(table, PALETTE, widths, budget, exact)
+        assert sum(w * b for w, b in zip(widths, bits, strict=True)) <= budget
+        error = table_error(monotone, PALETTE, bits)
+        assert error >= optimum - 1e-9
+        if exact:
+            assert error <= optimum + 1e-9
+    relaxed, multiplier = lagrangian(table, PALETTE, widths, budget)
+    spent = sum(w * b for w, b in zip(widths, relaxed, strict=True))
+    gap = table_error(monotone, PALETTE, relaxed) - optimum
+    assert gap <= multiplier * (budget - spent) * (1 + 1e-6) + 1e-6
+
+
+@given(st.lists(rows, min_size=2, max_size=6), st.floats(0.01, 100), st.data())
+def test_scale_constants_and_order_of_the_units(table, factor, data):
+    budget = data.draw(st.integers(len(table), 4 * len(table)))
+    widths = [1] * len(table)
+    error = table_error(table, PALETTE, best_bits(table, PALETTE, widths, budget, True))
+    scaled = [[factor * e for e in row] for row in table]
+    moved = [[e + 3 for e in row] for row in table]
+    for other, back in ((scaled, lambda e: e / factor), (moved, lambda e: e - 3 * len(table))):
+        bits = best_bits(other, PALETTE, widths, budget, True)
+        assert back(table_error(other, PALETTE, bits)) == pytest.approx(error, rel=1e-6, abs=1e-6)
+    order = data.draw(st.permutations(range(len(table))))
+    bits = best_bits([table[i] for i in order], PALETTE, widths, budget, True)
+    assert table_error([table[i] for i in order], PALETTE, bits) == pytest.approx(error, rel=1e-9, abs=1e-9)
+
+
+def test_more_budget_never_costs_and_no_uniform_map_that_fits_is_better():
+    errors = [table_error(TABLE, PALETTE, best_bits(TABLE, PALETTE, [1] * 4, b, False)) for b in range(4, 17)]
+    assert errors == sorted(errors, reverse=True)
+    for bits in PALETTE:
+        assert errors[4 * bits - 4] <= table_error(TABLE, PALETTE, (bits,) * 4)
+
+
+def test_equal_units_get_the_rest_of_the_budget_in_index_order():
+    table = [[8.0, 4.0, 2.0, 1.0]] * 5
+    for exact in (True, False):
+        assert best_bits(table, PALETTE, [8] * 5, 8 * 12, exact) == (3, 3, 2, 2, 2)
+
+
+def test_more_bits_that_hurt_are_left_unspent():
+    assert non_increasing([[1, 5, 0.5]], (1, 2, 3)).tolist() == [[1, 1, 0.5]]
+    assert best_bits([[1, 5, 7]], (1, 2, 3), [8], 24, True) == (1,)
+    assert best_bits([[1, 5, 7]], (1, 2, 3), [8], 24, False) == (1,)
+
+
+def test_dead_units_take_the_fewest_bits():
+    assert best_bits([[0.0] * 4, TABLE[0]], PALETTE, [1, 1], 5, False) == (1, 4)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_cannot_be_met_is_named(exact):
+    with pytest.raises(ValueError, match="budget 3 is below 1 bits for each of 4 columns"):
+        best_bits(TABLE, PALETTE, [1] * 4, 3, exact)
+    with pytest.raises(ValueError, match="error of unit 1 at 3 bits is nan"):
+        best_bits([TABLE[0], [1, 1, float("nan"), 1]], PALETTE, [1, 1], 4, exact)
+    with pytest.raises(ValueError, match="wanted ascending bits"):
+        best_bits(TABLE, (2, 1, 3, 4), [1] * 4, 8, exact)
+
+
+def test_many_units_are_spread_without_the_table_of_states():
+    generator = np.random.default_rng(0)
+    table = np.sort(generator.random((3000, 4)), axis=1)[:, ::-1].tolist()
+    bits = best_bits(table, PALETTE, [1] * 3000, 6900, exact=False)
+    assert sum(bits) == 6900
+    exact = table_error(table, PALETTE, best_bits(table, PALETTE, [1] * 3000, 6900, exact=True))
+    assert exact <= table_error(table, PALETTE, bits) <= 1.001 * exact

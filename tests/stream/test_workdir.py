@@ -1,0 +1,195 @@
+"""Files that appear whole or not at all, activations on disk, and statistics that add up."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from bitquilt import UserError
+from bitquilt.stream.statistics import collect
+from bitquilt.stream.workdir import (
+    Activations,
+    check_fingerprint,
+    discard,
+    full_disk_is_an_error,
+    open_workdir,
+    read_mark,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+
+
+def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="broken"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_tensors_come_back_as_they_went(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3).t(), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.empty(0, 4)}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_activations_are_read_as_they_were_written(tmp_path: Path) -> None:
+    values = torch.randn(5, 3, 4)
+    activations = Activations.create(tmp_path / "tmp", (5, 3, 4))
+    for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        activations.write(rows, values[rows].to(torch.float64))
+    activations = activations.commit(tmp_path / "done.f32")
+    assert (tmp_path / "done.f32").stat().st_size == 4 * values.numel()
+    assert not (tmp_path / "tmp").exists()
+    assert torch.equal(activations.read(slice(0, 5)), values)
+    batch = activations.read(slice(1, 3))
+    batch.zero_()  # a batch is the caller's own
+    assert torch.equal(activations.read(slice(1, 3)), values[1:3])
+
+
+def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", {"seed": 0}):
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_written_files_are_dropped_and_finished_ones_kept(tmp_path: Path) -> None:
+    def work_and_stop(work: Path) -> None:
+        write_json(work / "block-00000.json", {})
+        (work / ".block-00001.safetensors.tmp").write_bytes(b"half")
+        (work / ".activations.tmp").write_bytes(b"half")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", {"seed": 0}) as work:
+        work_and_stop(work)
+    names = {path.name for path in (tmp_path / "work").iterdir()}
+    assert names - {".lock"} == {"block-00000.json", "fingerprint.json"}
+    assert read_mark(tmp_path / "work") == {"seed": 0}
+
+
+def test_a_killed_run_that_did_nothing_stands_in_no_ones_way(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    write_json(work / "fingerprint.json", {"seed": 0})
+    (work / ".calibration.safetensors.tmp").write_bytes(b"half")
+    with open_workdir(work, {"seed": 1}):
+        assert read_mark(work) == {"seed": 1}
+
+
+def test_discarding_keeps_the_mark_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    (work / "checkpoint").mkdir(parents=True)
+    for name in ("fingerprint.json", "block-00000.json", "checkpoint/config.json"):
+        write_json(work / name, {})
+    order: list[str] = []
+    unlink = Path.unlink
+
+    def recording(path: Path, missing_ok: bool = False) -> None:
+        order.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", recording)
+    discard(work)
+    assert order == ["block-00000.json", "fingerprint.json"]
+    assert not work.exists()
+    assert read_mark(work) is None
+
+
+def test_the_first_difference_is_named_on_both_sides(tmp_path: Path) -> None:
+    there, here = {"a": {"b": 1, "c": None}, "long": "x" * 200}, {"a": {"b": 1, "c": [2]}, "long": "x" * 200}
+    check_fingerprint(tmp_path, there, there)
+    with pytest.raises(UserError, match=r"a\.c was not set, now it is \[2\]"):
+        check_fingerprint(tmp_path, there, here)
+    with pytest.raises(UserError, match=r"a\.d was not set, now it is 3"):
+        check_fingerprint(tmp_path, there, {**there, "a": {**there["a"], "d": 3}})
+    with pytest.raises(UserError, match=r"long was 'x{76}\.\.\., now"):
+        check_fingerprint(tmp_path, there, {**there, "long": "y"})
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_only_a_full_disk_is_a_full_disk(code: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the disk of .* is full"), full_disk_is_an_error(tmp_path / "not" / "yet"):
+        raise OSError(code, "no room")
+    with pytest.raises(OSError, match="other"), full_disk_is_an_error(tmp_path):
+        raise OSError(errno.EACCES, "other")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_recognised_whoever_says_it(tmp_path: Path) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"the disk of .* is full"), full_disk_is_an_error(tmp_path):
+        (tmp_path / "full").write_text("x")
+    with pytest.raises(UserError, match=r"the disk of .* is full"), full_disk_is_an_error(tmp_path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+class Pair(nn.Module):
+    """Two layers that read one tensor, one that reads another, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.last, self.unused = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.last(self.one(x) + self.other(x))
+        return result
+
+
+def _collect(model: Pair, x: torch.Tensor, size: int, sample: int = 5, hessian: bool = True) -> dict[str, object]:
+    def batches() -> Iterator[None]:
+        for start in range(0, len(x), size):
+            model(x[start : start + size])
+            yield
+
+    linears = dict(model.named_children())
+    return collect(linears, batches(), hessian=hessian, sample=sample, tokens=x.shape[0] * x.shape[1])  # type: ignore[return-value]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_statistics_are_sums_over_all_tokens_whatever_the_batch(size: int) -> None:
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(7, 3, 4)
+    found = _collect(model, x, size)
+    flat = x.reshape(-1, 4)
+    assert found["one"] is found["other"]
+    assert found["one"].tokens == 21  # type: ignore[attr-defined]
+    torch.testing.assert_close(found["one"].hessian, flat.t() @ flat)  # type: ignore[attr-defined]
+    assert torch.equal(found["one"].sample, flat[::5])  # type: ignore[attr-defined]
+    inner = (model.one(x) + model.other(x)).reshape(-1, 4)
+    torch.testing.assert_close(found["last"].hessian, inner.t() @ inner)  # type: ignore[attr-defined]
+    assert found["unused"].tokens == 0  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_statistics_that_are_not_asked_for_are_not_made() -> None:
+    found = _collect(Pair(), torch.randn(2, 3, 4), 2, sample=0, hessian=False)
+    assert found["one"].hessian.numel() == 0  # type: ignore[attr-defined]
+    assert found["one"].sample is None  # type: ignore[attr-defined]
+    assert not any(module._forward_pre_hooks for module in Pair().children())
+
+
+@torch.no_grad()
+def test_inputs_that_are_no_numbers_name_the_layer_and_leave_no_hooks() -> None:
+    model, x = Pair(), torch.randn(2, 3, 4)
+    x[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="the input of layer one holds NaN or Inf"):
+        _collect(model, x, 1)
+    assert not any(module._forward_pre_hooks for module in model.children())
