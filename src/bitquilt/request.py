@@ -1,20 +1,19 @@
 """A request to quantize: `wish` reads recipe, options and budget once; `Request` and `Result` are its two ends."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from bitquilt.allocation.scopes import SCOPES, Scope
-from bitquilt.core.budget import Budget
+from bitquilt.core.budget import SCOPES, Budget, Scope
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.plan_file import OuterBits, PlanFile
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.types import LayerPlan
 from bitquilt.errors import UserError, not_plannable
-from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option
+from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
 
 _NOT_BOTH = "options {} go with a recipe's name; set them on the recipe itself"
 
@@ -82,7 +81,7 @@ class Request:
     @property
     def calibrates(self) -> bool:
         """Whether the run reads calibration text at all."""
-        return bool(self.wanted.recipe.needs) or self.measures or self.rounds == 2
+        return self.wanted.recipe.needs.calibration or self.measures or self.rounds == 2
 
 
 def wish(
@@ -111,24 +110,28 @@ def wish(
         recipe = make_recipe(recipe, **options)
     elif options:
         raise UserError(_NOT_BOTH.format(sorted(options)))
-    if budget is None and (getattr(recipe, "allocation", None) == "global" or scope is not None):
+    terms = recipe.plan_terms if isinstance(recipe, Plannable) else None
+    if terms is None:
+        if budget is not None or scope is not None:
+            raise not_plannable(recipe.name)
+        return Wish(recipe)
+    if budget is None and (terms.plan_required or scope is not None):
         budget = own_budget(recipe)
-    if budget is not None and getattr(recipe, "bpw", None) is not None:
-        recipe = replace(recipe, bpw=None)  # type: ignore[type-var]
-    if budget is not None and not isinstance(recipe, Plannable):
-        raise not_plannable(recipe.name)
-    return Wish(recipe, budget, cast(Scope, scope or getattr(recipe, "scope", "global")))
+    if budget is not None:
+        recipe = without_bpw(recipe)
+    return Wish(recipe, budget, cast(Scope, scope or terms.scope or "global"))
 
 
 def own_budget(recipe: Recipe) -> Budget:
     """The bits that the recipe is set to. Raises UserError where only calibration data say how many these are."""
-    bits, bpw = getattr(recipe, "bits", None), getattr(recipe, "bpw", None)
-    if bits is None and bpw is None:
+    if not isinstance(recipe, Plannable):
+        raise not_plannable(recipe.name)
+    if (budget := recipe.plan_terms.budget) is None:
         raise UserError(
-            f"how many bits recipe {recipe.name} takes by itself only calibration data say; give it bits, bpw, size or "
-            "vram"
+            f"Recipe {recipe.name} chooses its bit width from calibration data, so it has no fixed budget. "
+            "Pass --bits, --bpw, --size or --vram."
         )
-    return Budget("bits", float(bits)) if bpw is None else Budget("bpw", float(bpw))  # type: ignore[arg-type]
+    return budget
 
 
 def wish_for_plan(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import check_plan, columns_of_a_unit, plan_to_json
-from bitquilt.core.recipe import ChecksLayers
+from bitquilt.core.plan_file import check_plan, plan_to_json
+from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.types import LayerPlan
 from bitquilt.data.calibration import SELF, check_calibration, clip_to_context, make_calibration
 from bitquilt.errors import UserError
@@ -64,7 +64,7 @@ def run(request: Request, observe: Observer) -> Result:
     refuse_quantized(checkpoint)
     recipe = request.wanted.recipe
     seq_len, notice = clip_to_context(request.seq_len, checkpoint)
-    if notice and recipe.needs:
+    if notice and recipe.needs.calibration:
         observe(Stage(notice))
     out = request.out or Path(f"{_stem(request.model, checkpoint)}-{recipe.name}")
     request = replace(request, seq_len=seq_len, out=out)
@@ -90,7 +90,7 @@ def run(request: Request, observe: Observer) -> Result:
         source = planned or request.file
         plans = None if source is None else source.plans
         job = Job(
-            skeleton, recipe, ids if recipe.needs else None, work,
+            skeleton, recipe, ids if recipe.needs.calibration else None, work,
             request.batch_size or max(1, _BATCH_TOKENS // seq_len), request.skip, request.include_head,
             request.outer, plans, request.device,
         )  # fmt: skip
@@ -151,7 +151,7 @@ def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tup
     tables = tables_to_be(skeleton, request.outer, layers)
     check_memory(recipe, skeleton, layers, request.seq_len, request.device)
     if file is not None:
-        check_plan(file.plans, layers, channels=columns_of_a_unit(recipe) == 1)
+        check_plan(file.plans, layers, channels=isinstance(recipe, Plannable) and recipe.plan_terms.unit_columns == 1)
         check_bytes(file.recipe, recipe, layers, file.plans)
     elif budget is not None:
         open_planner(skeleton, recipe, layers, outer=request.outer).check(budget)

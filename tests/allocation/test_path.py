@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bitquilt.allocation.exact import exact_choices
 from bitquilt.allocation.path import fill, steepest, steepest_up_to
-from bitquilt.allocation.scopes import SCOPES, order_steps
+from bitquilt.allocation.scopes import order_steps
+from bitquilt.core.budget import SCOPES
 
 
 def total(table, choices):

@@ -138,7 +138,7 @@ def test_the_flags_of_quantize(command: Command, tiny: Path, text: Path, tmp_pat
         (["--measure", "--calibration", "none.txt"], "none.txt does not exist"),
         (["--measure", "--sensitivities", "/proc/none/s"], "cannot write the sensitivities to /proc/none/s"),
         (["--out", "nowhere/plan.json"], "cannot write the plan to nowhere/plan.json: there is no folder nowhere"),
-        (["--recipe", "micromix"], "only calibration data say; give it bits, bpw, size or vram"),
+        (["--recipe", "micromix"], "from calibration data, so it has no fixed budget"),
     ],
 )
 def test_mistakes(command: Command, tiny: Path, flags: list[str], message: str) -> None:

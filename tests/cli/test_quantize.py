@@ -129,7 +129,7 @@ def command_globals() -> dict[str, Any]:
         (["--recipe", "mg-ptq", "--bpw", "1.2"], "the budget is 1.2 true bits per weight; this model reaches"),
         (["--recipe", "aptq", "--bits", "5.5"], "bits is 5.5; the palette (2, 4) reaches 2 to 4"),
         (["--recipe", "aptq", "--size", "20kB"], "the budget is 20000 bytes on disk; this model reaches"),
-        (["--recipe", "micromix", "--allocation", "global"], "by itself only calibration data say; give it bits"),
+        (["--recipe", "micromix", "--allocation", "global"], "from calibration data, so it has no fixed budget"),
         (["--recipe", "gptq", "--set", "hessian=attention", "--set", "alpha=0.5"], "what an alpha repairs"),
         (["--recipe", "cmpq", "--set", "palette=[2, 4]"], "palette [2, 4] has a hole at 3"),
         (["--recipe", "cmpq", "--set", "error_outliers=0.6"], "error_outliers is 0.6; wanted a share"),

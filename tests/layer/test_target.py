@@ -5,7 +5,7 @@ import torch
 
 from bitquilt.core.types import Layer, LayerStats
 from bitquilt.layer.hessian import factorize
-from bitquilt.layer.target import check_feedback, corrected, feedback_needs, layer_factor
+from bitquilt.layer.target import check_feedback, corrected, layer_factor
 
 
 @pytest.fixture
@@ -64,10 +64,7 @@ def test_solve_is_the_inverse_of_the_damped_hessian(problem):
         torch.testing.assert_close(factor.solve(rows) @ damped, rows, rtol=1e-3, atol=1e-3)
 
 
-def test_shares_are_checked_and_say_what_they_need():
-    assert feedback_needs(0.0, 0.0) == frozenset()
-    assert feedback_needs(0.5, 0.0) == {"drift"}
-    assert feedback_needs(0.0, 0.5) == {"drift", "stream"}
+def test_shares_are_checked():
     with pytest.raises(ValueError, match=r"stream_alpha is 1\.5; wanted a share"):
         check_feedback(1.0, 1.5)
     check_feedback(0.0, 0.0, 3, "attention")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import bitquilt
 from bitquilt import Budget, Result, UserError
-from bitquilt.allocation.scopes import SCOPES
+from bitquilt.core.budget import SCOPES
 from bitquilt.core.events import BlockDone, Stage
 from bitquilt.core.plan_file import OuterBits, PlanFile, plan_json, read_plan
 from bitquilt.model.checkpoint import open_checkpoint

@@ -8,7 +8,7 @@ import torch
 
 import bitquilt
 from bitquilt.core.packing import bits_per_weight, pack, storage_bits, unpack
-from bitquilt.core.recipe import ChecksLayers
+from bitquilt.core.recipe import ChecksLayers, Needs
 from bitquilt.core.types import Layer, LayerStats
 from bitquilt.errors import UserError
 from bitquilt.layer.codebook_weight import Tables
@@ -459,5 +459,5 @@ def test_a_layer_repairs_what_the_layers_before_it_broke(act_order):
 def test_repairing_needs_the_factor():
     with pytest.raises(UserError, match="go with compensation=true"):
         make_recipe("cmpq", alpha=0.5)
-    assert make_recipe("cmpq").needs == {"hessian", "sample"}
-    assert make_recipe("cmpq+").needs == {"hessian", "sample", "drift", "stream"}
+    assert make_recipe("cmpq").needs == Needs(hessian=True, sample=True)
+    assert make_recipe("cmpq+").needs == Needs(hessian=True, sample=True, drift=True, stream_drift=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitquilt.core.packing import bits_per_weight, pack, unpack
-from bitquilt.core.recipe import Plannable
+from bitquilt.core.recipe import Needs, Plannable, Probes
 from bitquilt.core.types import Layer, LayerPlan, LayerStats
 from bitquilt.errors import UserError
 from bitquilt.layer.grids.uniform import OneBitRule
@@ -299,3 +299,16 @@ def test_bad_options_are_named_with_the_fix(name, options, message):
 def test_published_preset_can_be_refined():
     recipe = make_recipe("slim-llm", published=True, bits=3, one_bit="paper")
     assert (recipe.search, recipe.objective, recipe.one_bit, recipe.bits) == ("published", "kl_reverse", "paper", 3)
+
+
+def test_needs_are_named_fields_that_reject_a_misspelling() -> None:
+    with pytest.raises(TypeError, match="hesian"):
+        Needs(hesian=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="stream_drift is measured together with drift"):
+        Needs(stream_drift=True)
+    assert not Needs().calibration
+    assert Needs(full_outputs=True).full_model
+    assert make_recipe("quilt").needs == Needs(hessian=True, drift=True, stream_drift=True)
+    assert make_recipe("quilt", alpha=0, stream_alpha=0.5).needs.drift
+    assert make_recipe("aptq", probes=3, measure_at="layer").needs.probes == Probes(3, 0, feed_forward_at_layer=True)
+    assert make_recipe("gptq", hessian="attention").needs == Needs(hessian=True, output_hessian=True)

@@ -34,7 +34,7 @@ def test_contract(options, bits):
     assert layout.nominal_bits <= bits
     assert layout.nominal_bits >= bits - 0.2  # the narrow last group leaves less than a step
     assert set(plan.bits) <= set(recipe.palette)
-    assert len(plan.bits) == (44 if recipe.plans_columns else 6)
+    assert len(plan.bits) == (44 if recipe.plan_terms.unit_columns == 1 else 6)
     tensors = pack(solution.weight)
     assert torch.equal(naive_dense(unpack(tensors, layout)), naive_dense(solution.weight))
     torch.testing.assert_close(QuantizedLinear.from_weight(solution.weight).dequantize(), naive_dense(solution.weight))

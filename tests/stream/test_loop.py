@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import bitquilt
 from bitquilt import UserError
 from bitquilt.core.events import BlockDone, LayerDone, Stage, Started
+from bitquilt.core.recipe import Needs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
@@ -55,7 +56,7 @@ def watching_recipe() -> tuple[GPTQ, dict[str, LayerStats]]:
     seen: dict[str, LayerStats] = {}
 
     class Watching(GPTQ):
-        needs: ClassVar[frozenset[str]] = frozenset({"hessian", "sample"})
+        needs: ClassVar[Needs] = Needs(hessian=True, sample=True)
 
         def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
             assert layer.stats is not None

@@ -11,14 +11,12 @@ numpy only. `members[l]`: the units of layer l, in column order; `weights[l]`: i
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from bitquilt.allocation.path import Floats, Ints, Path, steepest
+from bitquilt.core.budget import Scope
 
-Scope = Literal["global", "layers", "layer", "pairs", "uniform"]
-SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "pairs", "uniform")
 _GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bitquilt.allocation.scopes import SCOPES
-from bitquilt.core.budget import Budget
+from bitquilt.core.budget import SCOPES, Budget
 from bitquilt.errors import UserError
 
 Bits = Annotated[

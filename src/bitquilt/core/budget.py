@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["bits", "bpw", "size", "vram"]
+Scope = Literal["global", "layers", "layer", "pairs", "uniform"]
+"""Which column groups may differ in bits: `allocation.scopes` explains each."""
+SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "pairs", "uniform")
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}

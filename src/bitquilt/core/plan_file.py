@@ -34,11 +34,6 @@ def _named(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def columns_of_a_unit(recipe: object) -> int:
-    """How many columns a plan for `recipe` gives bits to at once: its column groups, or 1, channel by channel."""
-    return 1 if getattr(recipe, "plans_columns", False) else int(getattr(recipe, "group_size", 1))
-
-
 @dataclass(frozen=True)
 class OuterBits:
     """What is rounded to nearest beside the blocks, and to how many bits; None stays as it is."""

@@ -1,10 +1,16 @@
-"""The verbs: what a recipe must be able to do (`Recipe`), and what it may do besides. Plain tensors in and out."""
+"""The recipe protocol: `Recipe` has the verbs every recipe implements, the other protocols the optional ones.
+
+Plain tensors in and out. `Needs` and `PlanTerms` are the values by which the loop and the planner ask a recipe what it
+is: neither looks at a recipe's fields.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from bitquilt.core.budget import Budget, Scope
 from bitquilt.core.types import (
     BlockProblem,
     Cost,
@@ -18,6 +24,72 @@ from bitquilt.core.types import (
 )
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Random-sign backward passes that estimate the Hessian at the output of a layer's sub-block.
+
+    `count`: passes per sequence. `seed`: of the signs. `feed_forward_at_layer`: measure layers outside the attention at
+    their own output instead.
+    """
+
+    count: int = 1
+    seed: int = 0
+    feed_forward_at_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe asks calibration for. The default asks for nothing, so the recipe runs without calibration.
+
+    `hessian`: the sum of x x^T of each input. `sample`: an even subsample of the tokens. `drift`: the sum of
+    (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
+    model's blocks, for training. These three run the full-precision model alongside the quantized one.
+    `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by
+    `probes`.
+
+    Raises ValueError for `stream_drift` without `drift`.
+    """
+
+    hessian: bool = False
+    sample: bool = False
+    drift: bool = False
+    stream_drift: bool = False
+    full_outputs: bool = False
+    output_hessian: bool = False
+    probes: Probes = Probes()
+
+    def __post_init__(self) -> None:
+        if self.stream_drift and not self.drift:
+            raise ValueError("stream_drift is measured together with drift: ask for both")
+
+    @property
+    def calibration(self) -> bool:
+        """Whether calibration data is read at all."""
+        return any(getattr(self, field.name) for field in fields(self) if field.name != "probes")
+
+    @property
+    def full_model(self) -> bool:
+        """Whether the full-precision model runs alongside the quantized one."""
+        return self.drift or self.full_outputs
+
+
+@dataclass(frozen=True)
+class PlanTerms:
+    """How a recipe takes part in a plan for the whole model.
+
+    `unit_columns`: columns that one digit of a plan covers: a column group, or 1 for recipes that give bits to single
+    channels. `budget`: the bits the recipe is set to; None where calibration data decides. `scope`: the allocation used
+    for a budget unless the caller names another. `plan_required`: the recipe cannot choose bits layer by layer.
+    `searches_ranges`: quantizing searches the range of each group, which takes longer.
+    """
+
+    unit_columns: int
+    budget: Budget | None
+    scope: Scope | None = None
+    plan_required: bool = False
+    searches_ranges: bool = False
+
+
 class Recipe(Protocol):
     """A paper as three verbs. A frozen dataclass whose fields are the paper's hyper-parameters.
 
@@ -27,10 +99,8 @@ class Recipe(Protocol):
     name: ClassVar[str]
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Of LayerStats: {"hessian", "sample"}; empty = no calibration at all. {"drift"}, and with it {"stream"} for
-        stream_drift: the full-precision model runs beside, and a layer is measured after those before it are solved.
-        {"full"}: it runs beside for a block's training."""
+    def needs(self) -> Needs:
+        """What calibration has to collect."""
         ...
 
     def prepare(self, stats: LayerStats | None) -> Any:
@@ -97,8 +167,13 @@ class ChecksLayers(Protocol):
 
 
 @runtime_checkable
-class Plannable(Protocol):
-    """A recipe whose bits can be given out by a plan for the whole model, before a layer is solved."""
+class Plannable(Recipe, Protocol):
+    """A recipe whose bits a plan for the whole model can allocate before any layer is solved."""
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """How the recipe takes part in such a plan."""
+        ...
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """Code widths a plan may use in a layer of so many rows, ascending."""
@@ -118,7 +193,7 @@ class Plannable(Protocol):
 
 
 @runtime_checkable
-class RoundsInputs(Protocol):
+class RoundsInputs(Plannable, Protocol):
     """A plannable recipe whose layers round their inputs too, and whose plans count the columns in an order that the
     inputs give. While its tables are made `LayerStats.sample` is there."""
 

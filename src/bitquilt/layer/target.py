@@ -13,11 +13,6 @@ from bitquilt.core.types import Event, Layer, LayerStats, group_slices
 from bitquilt.layer.hessian import Factor, factorize, group_order
 
 
-def feedback_needs(alpha: float, stream_alpha: float) -> frozenset[str]:
-    """What of LayerStats these options read."""
-    return frozenset({"drift"} if alpha or stream_alpha else ()) | frozenset({"stream"} if stream_alpha else ())
-
-
 def check_feedback(alpha: float, stream_alpha: float, passes: int = 0, hessian: str = "input") -> None:
     """Raise ValueError unless the first two are shares, `passes` is a count and the Hessian is of the input where the
     target is another one than the layer's weight."""

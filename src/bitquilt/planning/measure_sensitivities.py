@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitquilt.core.events import Observer, Stage
 from bitquilt.core.packing import tensor_specs
-from bitquilt.core.plan_file import columns_of_a_unit, read_plan
+from bitquilt.core.plan_file import read_plan
 from bitquilt.core.recipe import Plannable, RoundsInputs
 from bitquilt.core.types import LayerStats
 from bitquilt.errors import UserError, not_plannable
@@ -73,7 +73,7 @@ def measure(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
-    return Sensitivities(losses, tables.widths, columns_of_a_unit(job.recipe), method, perplexity, about or {})
+    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, method, perplexity, about or {})
 
 
 def _subset(ids: Tensor, widest: int) -> Tensor:

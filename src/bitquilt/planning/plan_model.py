@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitquilt.allocation.scopes import Scope
-from bitquilt.core.budget import Budget
+from bitquilt.core.budget import Budget, Scope
 from bitquilt.core.events import Observer, Stage, Untouched, silent
 from bitquilt.core.packing import bits_per_weight, storage_bits
 from bitquilt.core.plan_file import OuterBits, plan_json
@@ -99,14 +98,16 @@ def plan(
     ties = tied_layers(skeleton.model, shapes) if tie else []
     planner = open_planner(skeleton, wanted.recipe, shapes, known, ties=ties, outer=outer)
     own = wanted.budget is None
-    shared: Scope = getattr(wanted.recipe, "scope", "uniform") if own else wanted.scope
+    shared: Scope = (planner.units.recipe.plan_terms.scope or "uniform") if own else wanted.scope
     planned = planner.plan(wanted.budget or own_budget(wanted.recipe), shared)
     untouched = survey(skeleton, {*layers, *(table.path for table in planner.tables)})
     seq_len, _ = clip_to_context(seq_len, checkpoint)
     measures = not own and wanted.scope != "uniform" and known is None
-    search = getattr(wanted.recipe, "search", None) == "wide" or getattr(wanted.recipe, "scale_search", False)
+    terms = planner.units.recipe.plan_terms
     tokens = samples * seq_len
-    outlook = estimate(skeleton, shapes, tokens, data=bool(wanted.recipe.needs), search=bool(search), measures=measures)
+    outlook = estimate(
+        skeleton, shapes, tokens, data=wanted.recipe.needs.calibration, search=terms.searches_ranges, measures=measures
+    )
     trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
     outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains, training_bytes=trains)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX

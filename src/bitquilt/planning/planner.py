@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.path import Ints, Path, cut, spend_rest, steepest_up_to
-from bitquilt.allocation.scopes import Scope, order_steps, paired
-from bitquilt.core.budget import Budget
+from bitquilt.allocation.scopes import order_steps, paired
+from bitquilt.core.budget import Budget, Scope
 from bitquilt.core.plan_file import OuterBits, plan_json
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.types import LayerPlan, Layout
@@ -232,12 +232,10 @@ class Planner:
         return Planned(plans, layouts, self.sizes.of(layouts), losses, self.spent(budget, layouts), reach, scope)
 
 
-def predicted_losses(
-    sensitivities: Sensitivities, plans: Mapping[str, LayerPlan], recipe: Recipe | Plannable
-) -> dict[str, float]:
+def predicted_losses(sensitivities: Sensitivities, plans: Mapping[str, LayerPlan], recipe: Recipe) -> dict[str, float]:
     """Per layer, in nats per token, everything quantized at once by `recipe`; a layer whose plan leaves its table
     (edited by hand) is left out."""
-    losses, repaired = {}, "drift" in getattr(recipe, "needs", ())
+    losses, repaired = {}, recipe.needs.drift
     for name, plan in plans.items():
         widths, table = sensitivities.widths.get(name, ()), sensitivities.losses.get(name)
         if table is None or len(table) != len(plan.bits) or not set(plan.bits) <= set(widths):

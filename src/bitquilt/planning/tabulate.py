@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitquilt.core.plan_file import columns_of_a_unit
 from bitquilt.core.recipe import Plannable, RoundsInputs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, uniform_plan
 from bitquilt.errors import UserError
@@ -84,7 +83,7 @@ class Tables:
     def one_bit_errors(self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> dict[str, Tensor]:
         """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
         reached the layer."""
-        errors, group_size = {}, columns_of_a_unit(self.recipe)
+        errors, group_size = {}, self.recipe.plan_terms.unit_columns
         for name, weight in weights.items():
             seen = stats[name]
             if seen.tokens == 0 or min(self.recipe.widths(len(weight))) > 1:
@@ -101,7 +100,7 @@ class Tables:
     def _table(self, layer: Layer, prepared: Any, rows: Tensor, columns: Tensor) -> Tensor:
         recipe, weight = self.recipe, layer.weight
         rounded, widths = partial(recipe.rounded, layer, prepared), recipe.widths(len(weight))
-        group_size = columns_of_a_unit(recipe)
+        group_size = recipe.plan_terms.unit_columns
         if not isinstance(recipe, RoundsInputs):
             return width_losses(weight, rounded, rows, columns, widths, group_size)
         inputs, order = partial(recipe.input_error, layer, prepared), recipe.column_order(layer, prepared)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from bitquilt.allocation.path import Ints
 from bitquilt.core.packing import storage_bits
-from bitquilt.core.plan_file import columns_of_a_unit
 from bitquilt.core.recipe import Plannable
 from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.errors import UserError
@@ -35,7 +34,7 @@ class Units:
         """`shapes`: `[out, in]` by path. Raises UserError if the sensitivities do not fit the layers, or layers of
         different widths are tied."""
         self.recipe, self.shapes, self.sensitivities = recipe, dict(shapes), sensitivities
-        self.group_size = columns_of_a_unit(recipe)
+        self.group_size = recipe.plan_terms.unit_columns
         self._group(ties)
         self.palette = tuple(sorted({bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}))
         self._tabulate()

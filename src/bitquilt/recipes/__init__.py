@@ -1,7 +1,7 @@
 """The recipes by name, and `make_recipe`, which turns a name and options into one."""
 
 import difflib
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -68,12 +68,19 @@ def make_recipe(name: str, /, **options: Any) -> Recipe:
 def takes_fractions(name: str) -> bool:
     """Whether the mean of the bits of the recipe of this name may be any number."""
     kind = RECIPES.get(name)
-    return bool(getattr(kind, "channelwise", False) or getattr(kind, "fractional", False))
+    return bool(getattr(kind, "fractional", False))
 
 
 def takes_option(name: str, option: str) -> bool:
     """Whether the recipe of this name has a field of that name."""
     return name in RECIPES and any(field.name == option for field in fields(RECIPES[name]))
+
+
+def without_bpw(recipe: Recipe) -> Recipe:
+    """The recipe without a budget of its own in true bits per weight, for a plan that brings one."""
+    if getattr(recipe, "bpw", None) is None:
+        return recipe
+    return replace(recipe, bpw=None)  # type: ignore[type-var]
 
 
 def own_allocations(name: str) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.by_trace import by_trace, by_weighted_error
-from bitquilt.allocation.scopes import Scope
+from bitquilt.core.budget import Budget
 from bitquilt.core.packing import storage_bits
+from bitquilt.core.recipe import Needs, PlanTerms, Probes
 from bitquilt.core.types import (
     MAX_BITS,
     Cost,
@@ -54,7 +55,6 @@ class APTQ(TrainedClipping):
 
     name: ClassVar[str] = "aptq"
     fractional: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "layers"  # of a budget for the whole model: one width a layer, as published
 
     bits: float = 3.8
     bpw: float | None = None
@@ -70,9 +70,20 @@ class APTQ(TrainedClipping):
     seed: int = 0
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The Hessian, whichever it is."""
-        return frozenset({"hessian"}) | self.clipping_needs()
+    def needs(self) -> Needs:
+        """The Hessian the recipe is set to, and the block's outputs to train clipping."""
+        return Needs(
+            hessian=True,
+            full_outputs=bool(self.train_batch),
+            output_hessian=self.hessian == "attention",
+            probes=Probes(self.probes, self.seed, feed_forward_at_layer=self.measure_at == "layer"),
+        )
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """One width per layer, as published, at the recipe's mean."""
+        budget = Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw)
+        return PlanTerms(self.group_size, budget, scope="layers", searches_ranges=self.scale_search)
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""

@@ -5,12 +5,14 @@ before the sweep, with act_order). Deviations: scales are rounded to storage pre
 range passes through zero; a Hessian that float32 cannot factor is tried in float64 before the damp is raised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bitquilt.core.budget import Budget
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
 from bitquilt.layer.hessian import Factor
@@ -43,9 +45,14 @@ class GPTQ(TrainedClipping, Feedback):
     hessian: Literal["input", "attention"] = "input"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The Hessian, and with a full-precision target the drift of the inputs."""
-        return self.sweep_needs() | self.clipping_needs()
+    def needs(self) -> Needs:
+        """What the sweep reads, the block's outputs to train clipping, and the Hessian the recipe is set to."""
+        return replace(super().needs, full_outputs=bool(self.train_batch), output_hessian=self.hessian == "attention")
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """Column groups at the recipe's bits."""
+        return PlanTerms(self.group_size, Budget("bits", self.bits), searches_ranges=self.scale_search)
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""

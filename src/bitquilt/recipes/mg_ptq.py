@@ -26,6 +26,8 @@ from torch import Tensor
 
 from bitquilt.allocation.graph_network import Training, graph_bits
 from bitquilt.allocation.knapsack import best_bits, lagrangian, repair, table_error
+from bitquilt.core.budget import Budget
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import (
     MAX_BITS,
     MIN_BITS,
@@ -81,14 +83,14 @@ class MGPTQ(TrainedClipping):
     seed: int = 0
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Hessian and tokens."""
-        return frozenset({"hessian", "sample"}) | self.clipping_needs()
+    def needs(self) -> Needs:
+        """Hessian and tokens, and the block's outputs to train clipping."""
+        return Needs(hessian=True, sample=True, full_outputs=bool(self.train_batch))
 
     @property
-    def plans_columns(self) -> bool:
-        """Whether a plan has one digit per column."""
-        return self.granularity == "column"
+    def plan_terms(self) -> PlanTerms:
+        """Column groups, or columns, at the recipe's mean."""
+        return PlanTerms(self._plan_size(), Budget("bits", self.bits))
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""
@@ -183,7 +185,7 @@ class MGPTQ(TrainedClipping):
         return prepared.importance
 
     def _plan_size(self) -> int:
-        return _COLUMNS if self.plans_columns else self.group_size
+        return _COLUMNS if self.granularity == "column" else self.group_size
 
     def _fit(self, columns: Tensor, bits: int, importance: Tensor, scale_dtype: torch.dtype) -> UniformGrid:
         return fit(columns, bits, importance, search=RangeSearch(), one_bit=self.one_bit, scale_dtype=scale_dtype)
@@ -205,7 +207,7 @@ class MGPTQ(TrainedClipping):
         neighbours as groups, large columns spoil the table of small ones); the second in the sweep's order and groups.
         """
         groups = group_slices(weight.shape[1], self.group_size)
-        if not self.plans_columns:
+        if self.granularity == "group":
             errors = self._errors(weight, groups, factor.importance)
             return torch.stack([errors[group].sum(dim=0) for group in groups]), groups
         importance = factor.inverse_diagonal.reciprocal()

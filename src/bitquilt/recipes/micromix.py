@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitquilt.core.budget import Budget
 from bitquilt.core.packing import bits_per_weight
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import (
     Cost,
     Event,
@@ -58,9 +60,8 @@ class MicroMix:
     """
 
     name: ClassVar[str] = "micromix"
-    needs: ClassVar[frozenset[str]] = frozenset({"sample"})
+    needs: ClassVar[Needs] = Needs(sample=True)
     fractional: ClassVar[bool] = True
-    group_size: ClassVar[int] = BLOCK  # of a plan
 
     bits: float | None = None
     bpw: float | None = None
@@ -71,6 +72,11 @@ class MicroMix:
     runs: int = 32
     alignment: int = 128
     quantize_activations: bool = True
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """MX blocks at the recipe's mean; without one, the thresholds decide."""
+        return PlanTerms(BLOCK, Budget.of(bits=self.bits, bpw=self.bpw))
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""

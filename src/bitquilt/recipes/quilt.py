@@ -11,12 +11,14 @@ With gradients (`effort="normal"`, `"best"`: `recipes.effort`), from the result 
 docs/benchmarks.md has what each of them is worth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bitquilt.core.budget import Budget
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices, uniform_plan
 from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit
 from bitquilt.layer.hessian import Factor
@@ -48,9 +50,14 @@ class Quilt(Feedback, Effort[Rounding]):
     passes: int = 3
 
     @property
-    def needs(self) -> frozenset[str]:
-        """The Hessian, with a full-precision target the drift of the inputs, and what training compares with."""
-        return self.sweep_needs() | self.effort_needs()
+    def needs(self) -> Needs:
+        """What the sweep reads, and the block's outputs for training."""
+        return replace(super().needs, full_outputs=self.effort != "fast")
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """Column groups at the recipe's bits."""
+        return PlanTerms(self.group_size, Budget("bits", self.bits))
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""

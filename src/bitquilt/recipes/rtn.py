@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bitquilt.core.budget import Budget
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -38,9 +40,14 @@ class RTN(TrainedClipping):
     scale_search: bool = False
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Nothing, but for trained clipping."""
-        return self.clipping_needs()
+    def needs(self) -> Needs:
+        """Nothing, except the block's outputs where clipping is trained."""
+        return Needs(full_outputs=bool(self.train_batch))
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """Column groups at the recipe's bits."""
+        return PlanTerms(self.group_size, Budget("bits", self.bits), searches_ranges=self.scale_search)
 
     def prepare(self, stats: LayerStats | None) -> None:
         """Nothing to share: rounding asks nothing of the data."""

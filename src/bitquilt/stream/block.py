@@ -75,12 +75,12 @@ def look_at_block(job: Job, flow: Flow, blocks: Blocks, i: int, look: Look) -> N
 
 def compares(job: Job) -> bool:
     """Whether layers are measured against the full-precision model, stage by stage."""
-    return job.ids is not None and "drift" in job.recipe.needs
+    return job.ids is not None and job.recipe.needs.drift
 
 
 def runs_beside(job: Job) -> bool:
     """Whether the full-precision model runs beside, for whatever reason."""
-    return job.ids is not None and bool(job.recipe.needs & {"drift", "full"})
+    return job.ids is not None and job.recipe.needs.full_model
 
 
 def statistics(
@@ -89,7 +89,7 @@ def statistics(
     """Statistics of the inputs of `linears` while `passes` is iterated; none without calibration."""
     if passes is None or job.ids is None:
         return {}
-    hessian = "hessian" in job.recipe.needs and not sample_only
+    hessian = job.recipe.needs.hessian and not sample_only
     try:
         return collect(linears, passes, hessian=hessian, sample=_kept_tokens(job), tokens=job.ids.numel())
     except ValueError as error:
@@ -106,7 +106,7 @@ def paired_statistics(job: Job, stage: Stage, passes: Iterable[tuple[Seen, Seen]
 
 
 def _kept_tokens(job: Job) -> int:
-    return SAMPLE_TOKENS if "sample" in job.recipe.needs else ERROR_TOKENS
+    return SAMPLE_TOKENS if job.recipe.needs.sample else ERROR_TOKENS
 
 
 def _through(job: Job, flow: Flow, i: int, block: nn.Module, inputs: Activations | None) -> Iterator[Tensor] | None:
@@ -120,7 +120,7 @@ def _measured(
     """Statistics of all layers of the block at once, by the Hessian that the recipe asks for."""
     inputs = flow.inputs(i)
     stats = statistics(job, linears, _through(job, flow, i, block, inputs), job.skeleton.blocks[i])
-    if inputs is None or getattr(job.recipe, "hessian", "input") != "attention":
+    if inputs is None or not job.recipe.needs.output_hessian:
         return stats, []
     passes = _through(job, flow, i, block, inputs)
     return attention_aware(stats, gradients_of(job, block, linears, passes, hessian=True))
@@ -139,7 +139,7 @@ def _by_stages(
     prefix = f"{job.skeleton.blocks[i]}."
     probe = flow.probe(i)
     names = [name.removeprefix(prefix) for name in linears]
-    for stage in find_stages(full, names, lambda: flow.run(i, full, probe), "stream" in job.recipe.needs):
+    for stage in find_stages(full, names, lambda: flow.run(i, full, probe), job.recipe.needs.stream_drift):
         chosen = {prefix + name: linears[prefix + name] for name in stage.names}
         if stage.paired:
             found = paired_statistics(job, stage, _passes(job, flow, i, block, full, stage), prefix[:-1])

@@ -77,6 +77,6 @@ def _copies(recipe: Recipe) -> int:
     """Of the calibration's hidden states that lie on the disk at once: a block's inputs and outputs, those of the
     full-precision model beside them, or, in a pass before the first block or for one after the last, what the first
     block reads."""
-    if recipe.needs & {"drift", "full"}:
+    if recipe.needs.full_model:
         return 5 if isinstance(recipe, TunesModel) and recipe.tune_batch else 4
     return 3 if isinstance(recipe, PlansModel) else 2

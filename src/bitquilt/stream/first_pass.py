@@ -7,7 +7,6 @@ A pass over the full-precision model before anything is quantized, one block in 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -65,14 +64,14 @@ def gradients_of(
     hessian: bool,
 ) -> dict[str, Gradients]:
     """`collect_gradients` as the recipe asks for it."""
-    recipe: Any = job.recipe
-    literal = getattr(recipe, "measure_at", "residual") == "layer"
+    probes = job.recipe.needs.probes
 
     def own(path: str) -> bool:
-        return literal and not is_attention(block, path)
+        return probes.feed_forward_at_layer and not is_attention(block, path)
 
-    return collect_gradients(block, linears, passes or (), hessian=hessian, probes=getattr(recipe, "probes", 1),
-                             seed=getattr(recipe, "seed", 0), own=own)  # fmt: skip
+    return collect_gradients(
+        block, linears, passes or (), hessian=hessian, probes=probes.count, seed=probes.seed, own=own
+    )
 
 
 def is_attention(block: nn.Module, path: str) -> bool:

@@ -46,7 +46,7 @@ def fingerprint_of(
 ) -> dict[str, Any]:
     """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
     described = None
-    if recipe.needs or measures:
+    if recipe.needs.calibration or measures:
         described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
         if self_samples:
             described["self_samples"] = self_samples

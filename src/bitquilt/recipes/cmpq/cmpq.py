@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.fractional import FULL_PALETTE, check_budget, check_palette
+from bitquilt.core.budget import Budget
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Event, Layer, LayerPlan, LayerStats, Layout, Solution, check_finite
 from bitquilt.layer.codebook_weight import Scope, Tables, round_channels, sweep_channels
 from bitquilt.layer.grids.codebook import Clustering
@@ -35,9 +37,9 @@ from bitquilt.layer.grids.uniform import scale_dtype_for
 from bitquilt.layer.hessian import factorize
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.layer.outliers import ActivationRule, check_share
-from bitquilt.layer.target import check_feedback, corrected, feedback_needs
+from bitquilt.layer.target import check_feedback, corrected
 from bitquilt.layer.uniform_weight import layer_events, unprotected_event
-from bitquilt.recipes.cmpq.cmpq_budget import Budget
+from bitquilt.recipes.cmpq.cmpq_budget import ChannelBudget
 from bitquilt.recipes.cmpq.input_norms import Activations, Statistic, channel_norms
 from bitquilt.recipes.cmpq.trial_losses import Trial, some_rows
 
@@ -74,7 +76,7 @@ class CMPQ:
     """
 
     name: ClassVar[str] = "cmpq"
-    channelwise: ClassVar[bool] = True
+    fractional: ClassVar[bool] = True
 
     bits: float = 3.0
     bpw: float | None = None
@@ -99,9 +101,16 @@ class CMPQ:
     stream_alpha: float = 0.0
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The Hessian and a sample of the tokens, with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian", "sample"}) | feedback_needs(self.alpha, self.stream_alpha)
+        repairs = bool(self.alpha or self.stream_alpha)
+        return Needs(hessian=True, sample=True, drift=repairs, stream_drift=bool(self.stream_alpha))
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """Single channels at the recipe's mean, `bits` or `bpw`."""
+        budget = Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw)
+        return PlanTerms(1, budget, plan_required=self.allocation == "global")
 
     @classmethod
     def published(cls, bits: float = 3.0) -> Self:
@@ -226,7 +235,7 @@ class CMPQ:
         assert layer.stats is not None
         return layer.stats.hessian.diagonal() / layer.stats.tokens
 
-    def _budget(self, dtype: torch.dtype | None = None, row_gains: bool | None = None) -> Budget:
+    def _budget(self, dtype: torch.dtype | None = None, row_gains: bool | None = None) -> ChannelBudget:
         """With tables of `dtype`; without a layer, of the type that is asked for, and gains per row where no weight is
         asked whether they pay."""
         chosen = dtype or _DTYPES.get(self.codebook_dtype, torch.float16)
@@ -235,7 +244,7 @@ class CMPQ:
         tables = Tables(self.codebook, self.clustering, self.iterations, chosen)
         if row_gains and self.codebook == "shared":
             tables = replace(tables, row_gain_dtype=tables.gain_dtype)
-        return Budget(
+        return ChannelBudget(
             self.bits,
             self.bpw,
             tables,
@@ -247,7 +256,7 @@ class CMPQ:
             self.outlier_choice == "measured",
         )
 
-    def _budget_of(self, layer: Layer, trial: Trial) -> Budget:
+    def _budget_of(self, layer: Layer, trial: Trial) -> ChannelBudget:
         """The budget with what this layer's weights decide: the type of its tables, and whether its rows have gains."""
         dtype = self._dtype(layer.weight)
         if self.bpw is None or self.row_gains != "auto" or self.codebook == "channel":
@@ -272,7 +281,7 @@ class CMPQ:
             )
         return scale_dtype_for(weight) if self.codebook_dtype == "auto" else _DTYPES[self.codebook_dtype]
 
-    def _bits(self, layer: Layer, prepared: Activations, trial: Trial, budget: Budget) -> tuple[int, ...]:
+    def _bits(self, layer: Layer, prepared: Activations, trial: Trial, budget: ChannelBudget) -> tuple[int, ...]:
         out_features, in_features = layer.weight.shape
         total = budget.total(out_features, in_features)
         if self.allocation == "error_table":

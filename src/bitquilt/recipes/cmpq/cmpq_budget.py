@@ -17,7 +17,7 @@ _ROUNDING = 1e-6  # bits: a target is a float, what is stored a whole number
 
 
 @dataclass(frozen=True)
-class Budget:
+class ChannelBudget:
     """`bits`: nominal mean; `bpw`: instead, true bits per weight. `act_share`, `error_share`: of the weights, in O_act
     and O_q; `fewer`: with `bpw`, none where bits are worth more. The rest as in `CMPQ`."""
 
@@ -80,7 +80,7 @@ class Budget:
         least, most = replace(self, fewer=False).reach(out_features, in_features)
         return least <= self.bpw <= most
 
-    def candidates(self) -> list["Budget"]:
+    def candidates(self) -> list["ChannelBudget"]:
         """This budget, and with `bpw` and `fewer` the one without outliers: bits instead."""
         shares = (1.0, 0.0) if self.fewer and self.bpw is not None else (1.0,)
         return [replace(self, act_share=s * self.act_share, error_share=s * self.error_share) for s in shares]
@@ -182,7 +182,7 @@ class Budget:
 
 
 @lru_cache(maxsize=256)
-def _largest_total(budget: Budget, out_features: int, in_features: int) -> int:
+def _largest_total(budget: ChannelBudget, out_features: int, in_features: int) -> int:
     """Sizes grow with the sum but for the bytes that rows are padded to, less than a byte per row and width, and for
     the map and the second table that equal bits everywhere do not need."""
     assert budget.bpw is not None

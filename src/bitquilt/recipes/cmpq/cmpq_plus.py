@@ -1,8 +1,9 @@
 """CMPQ+: `cmpq` with what measured better, and trained on request; a recipe of this library."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from bitquilt.core.recipe import Needs
 from bitquilt.core.types import LayerPlan, Solution
 from bitquilt.recipes.cmpq.cmpq import CMPQ
 from bitquilt.recipes.shared.effort import Effort
@@ -30,9 +31,9 @@ class CMPQPlus(CMPQ, Effort[LevelRounding]):
     reach: float = 0.2
 
     @property
-    def needs(self) -> frozenset[str]:
-        """As `cmpq`, and what training compares with."""
-        return super().needs | self.effort_needs()
+    def needs(self) -> Needs:
+        """What `cmpq` needs, and the block's outputs for training."""
+        return replace(super().needs, full_outputs=self.effort != "fast")
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""

@@ -36,10 +36,6 @@ class TrainedClipping:
         if not self.rate >= 0:
             raise ValueError(f"rate is {self.rate}; wanted 0 or more")
 
-    def clipping_needs(self) -> frozenset[str]:
-        """What training asks of the runtime."""
-        return frozenset({"full"}) if self.train_batch else frozenset()
-
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
         parts = {name: Ranges(solution.weight, self.rate) for name, solution in problem.solutions.items()}

@@ -71,10 +71,6 @@ class Effort(Generic[P]):
         """Per weight: where it lies, its offset, the best one so far, a gradient and AdamW's two sums, in fp32."""
         return 4 * 6
 
-    def effort_needs(self) -> frozenset[str]:
-        """What training compares with."""
-        return frozenset() if self.effort == "fast" else frozenset({"full"})
-
     def check_effort(self) -> None:
         """Raise ValueError naming the field that cannot work."""
         self._training()

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from bitquilt.core.recipe import Needs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.target import check_feedback, corrected, feedback_needs, layer_factor
+from bitquilt.layer.target import check_feedback, corrected, layer_factor
 from bitquilt.layer.uniform_weight import FitColumns, live_weight, protect, solve, unprotected_event
 
 
@@ -25,9 +26,11 @@ class Feedback:
     stream_alpha: float = 0.0
     passes: int = 0
 
-    def sweep_needs(self) -> frozenset[str]:
+    @property
+    def needs(self) -> Needs:
         """The Hessian, and with a full-precision target the drift of the inputs."""
-        return frozenset({"hessian"}) | feedback_needs(self.alpha, self.stream_alpha)
+        repairs = bool(self.alpha or self.stream_alpha)
+        return Needs(hessian=True, drift=repairs, stream_drift=bool(self.stream_alpha))
 
     def check_sweep(self, hessian: str = "input") -> None:
         """Raise ValueError naming the field that cannot work."""

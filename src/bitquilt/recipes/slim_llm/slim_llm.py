@@ -18,7 +18,7 @@ precision statistics, an unstable sort).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within, raised_map, spread_evenly, within_budget
 from bitquilt.allocation.knapsack import least_error
+from bitquilt.core.budget import Budget
 from bitquilt.core.packing import bits_per_weight
+from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices
 from bitquilt.layer.grids.uniform import (
     MIN_MAX,
@@ -87,9 +89,24 @@ class SlimLLM(TrainedClipping, Feedback):
     hessian: Literal["input", "attention"] = "input"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Hessian and tokens; with a full-precision target the drift of the inputs."""
-        return self.sweep_needs() | {"sample"} | self.clipping_needs()
+    def needs(self) -> Needs:
+        """What the sweep reads, tokens for the objective, and the block's outputs to train clipping."""
+        return replace(
+            super().needs,
+            sample=True,
+            full_outputs=bool(self.train_batch),
+            output_hessian=self.hessian == "attention",
+        )
+
+    @property
+    def plan_terms(self) -> PlanTerms:
+        """Column groups at the recipe's mean, `bits` or `bpw`."""
+        return PlanTerms(
+            self.group_size,
+            Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw),
+            plan_required=self.allocation == "global",
+            searches_ranges=self.search == "wide",
+        )
 
     def check(self) -> None:
         """Raise ValueError naming the field that cannot work."""
