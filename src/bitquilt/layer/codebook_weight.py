@@ -21,18 +21,18 @@ from bitquilt.layer.grids.shared_levels import SharedTable, fit_table
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.outliers import sparse_remainder
 
-Scope = Literal["shared", "channel"]
+TableScope = Literal["shared", "channel"]
 Fit = Callable[[Tensor, Tensor], CodebookGrid]
 """(columns `[out, n]`, which of their weights count, float) -> grid."""
 
 
 @dataclass(frozen=True)
-class Tables:
+class LevelTables:
     """`scope`: a table per "channel", or "shared" by the channels of a width, each with a gain of `gain_dtype`.
     `dtype`: of the levels. `clustering`, `iterations` as in `fit_codebook`. `row_gain_dtype`: of a gain per row; None =
     none; with shared tables only."""
 
-    scope: Scope = "shared"
+    scope: TableScope = "shared"
     clustering: Clustering = "exact"
     iterations: int = 50
     dtype: torch.dtype = torch.float16
@@ -67,7 +67,7 @@ class Tables:
 
 
 def round_channels(
-    weight: Tensor, bits: Sequence[int], tables: Tables, protected: Tensor, importance: Tensor | None
+    weight: Tensor, bits: Sequence[int], tables: LevelTables, protected: Tensor, importance: Tensor | None
 ) -> tuple[QuantizedWeight, Tensor]:
     """Every weight to the nearest level of its channel, what is protected to the level nearest 0 and beside it.
 
@@ -90,7 +90,7 @@ def round_channels(
 def sweep_channels(
     weight: Tensor,
     bits: Sequence[int],
-    tables: Tables,
+    tables: LevelTables,
     protected: Tensor,
     importance: Tensor | None,
     factor: Factor,
@@ -134,7 +134,7 @@ def assemble_codebooks(
     codes: Tensor,
     bits: Sequence[int],
     grids: Mapping[int, CodebookGrid],
-    tables: Tables,
+    tables: LevelTables,
     outliers: Outliers | None,
     row_gains: Tensor | None = None,
 ) -> QuantizedWeight:

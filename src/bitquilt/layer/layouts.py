@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitquilt.core.types import MAX_BITS, Format, Layout, group_slices
-from bitquilt.layer.codebook_weight import Tables
+from bitquilt.layer.codebook_weight import LevelTables
 from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, fit, scale_dtype_for
 
 GROUP_WIDTHS = tuple(range(2, MAX_BITS + 1))
@@ -43,7 +43,7 @@ def grouped_layout(
     return Layout(out_features, in_features, segments, ordering, 0 if sorted_already else group_size, outliers)
 
 
-def channel_layout(out_features: int, bits: Widths, tables: Tables, outliers: int = 0) -> Layout:
+def channel_layout(out_features: int, bits: Widths, tables: LevelTables, outliers: int = 0) -> Layout:
     """Channels of equal bits side by side, with levels as `tables` says: as `codebooks.assemble_codebooks` stores them,
     for arrays of millions too."""
     widths = np.asarray(bits)

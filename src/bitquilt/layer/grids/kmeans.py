@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitquilt.ops import kernels
 
-Array = np.ndarray
+Floats64 = np.ndarray
 # Elements of one batch of columns: the working set of a level (about ten such arrays of float64) stays near 10 MB.
 _BATCH_ELEMENTS = 2**17
 _TINY = 1e-300
@@ -87,7 +87,7 @@ def _check_clusters(k: int) -> None:
         raise ValueError(f"k is {k}; wanted at least one cluster")
 
 
-def _dynamic_programme(x: Array, w: Array, k: int) -> tuple[Array, Array]:
+def _dynamic_programme(x: Floats64, w: Floats64, k: int) -> tuple[Floats64, Floats64]:
     """Boundaries `[columns, k + 1]` and centroids `[columns, k]` of a batch of columns `[columns, n]`."""
     columns, n = x.shape
     total = w.sum(1, keepdims=True)
@@ -114,7 +114,7 @@ def _dynamic_programme(x: Array, w: Array, k: int) -> tuple[Array, Array]:
     return boundaries, _fill_empty(means) + np.where(total > 0, centre, 0.0)
 
 
-def _one_cluster_more(best: Array, s0: Array, s1: Array, s2: Array) -> tuple[Array, Array]:
+def _one_cluster_more(best: Floats64, s0: Floats64, s1: Floats64, s2: Floats64) -> tuple[Floats64, Floats64]:
     """From the least errors of all prefixes `[columns, n + 1]` to those with one more cluster, and where it starts.
 
     Prefixes are solved from the coarsest stride to the finest; each searches between the boundaries of its solved
@@ -150,7 +150,7 @@ def _one_cluster_more(best: Array, s0: Array, s1: Array, s2: Array) -> tuple[Arr
     return error, split
 
 
-def _fill_empty(means: Array) -> Array:
+def _fill_empty(means: Floats64) -> Floats64:
     """Empty clusters (NaN) repeat the centroid on their left, leading ones that on their right; all empty: 0."""
     index = np.where(np.isnan(means), -1, np.arange(means.shape[1]))
     left = np.maximum.accumulate(index, axis=1)

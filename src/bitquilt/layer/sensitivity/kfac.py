@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitquilt.core.types import group_slices
 
-Floats = NDArray[np.float32]
+LossTable = NDArray[np.float32]
 _MOST = 32.0  # a factor beyond is noise: few tokens, or a loss near zero
 # Beyond this width the error falls as the square of the step: within 10 % for normal weights, which a test measures.
 MEASURED_WIDTHS = 5
@@ -68,7 +68,7 @@ def width_losses(
     return torch.cummin(table, dim=1).values.float()
 
 
-def corrected(table: Floats, widths: Sequence[int], bits: Sequence[int], made: float) -> Floats:
+def corrected(table: LossTable, widths: Sequence[int], bits: Sequence[int], made: float) -> LossTable:
     """A layer's table `[groups, widths]` scaled to `made`, the second-order loss of the errors that a plan with `bits`
     `[groups]` really made: compensation may fail, and rows may err alike, which one factor a row cannot see.
 
@@ -83,7 +83,7 @@ def corrected(table: Floats, widths: Sequence[int], bits: Sequence[int], made: f
     return scaled.astype(np.float32)
 
 
-def tried_at_one_bit(table: Floats, made: float) -> Floats:
+def tried_at_one_bit(table: LossTable, made: float) -> LossTable:
     """A layer's table `[groups, widths]`, one bit first, with its one-bit column scaled to `made`, what the errors of
     the layer solved at one bit everywhere cost to second order. Never below the column of the next width.
 

@@ -28,7 +28,7 @@ from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import round_groups
 from bitquilt.layer.uniform_weight import assemble, layer_events, live_weight
 from bitquilt.recipes.slim_llm.slim_llm import SlimLLM
-from bitquilt.train.problem import Read, Training
+from bitquilt.train.problem import Read, TrainingSettings
 from bitquilt.train.rounding import Clipping
 
 _BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
@@ -114,5 +114,5 @@ class SlimLLMPlus(SlimLLM):
     def _targets(self, problem: BlockProblem) -> tuple[Read, ...]:
         return (problem.full_outputs, problem.outputs) if self.augmented else (problem.full_outputs,)
 
-    def _training(self) -> Training:
+    def _training(self) -> TrainingSettings:
         return replace(super()._training(), schedule="constant", patience=self.patience)
