@@ -20,8 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from benchmarks.common import stamp
 from bitquilt.core.types import group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest
 from bitquilt.layer.grids.uniform import fit
+from bitquilt.layer.nearest import round_to_nearest
 from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.rounding import Rounding
 from bitquilt.train.trainer import train

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bitquilt.core.types import group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest, sweep
+from bitquilt.layer.gptq_sweep import sweep
 from bitquilt.layer.grids.uniform import RangeSearch, fit
 from bitquilt.layer.hessian import factorize
+from bitquilt.layer.nearest import round_to_nearest
 from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.rounding import Clipping, Rounding
 from bitquilt.train.trainer import train

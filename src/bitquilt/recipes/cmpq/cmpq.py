@@ -34,11 +34,11 @@ from bitquilt.core.types import Cost, Event, Layer, LayerPlan, LayerStats, Layou
 from bitquilt.layer.codebook_weight import LevelTables, TableScope, round_channels, sweep_channels
 from bitquilt.layer.grids.codebook import Clustering
 from bitquilt.layer.grids.uniform import scale_dtype_for
+from bitquilt.layer.grouped_weight import layer_events, unprotected_event
 from bitquilt.layer.hessian import factorize
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.layer.outliers import ActivationRule, check_share
 from bitquilt.layer.target import check_feedback, corrected
-from bitquilt.layer.uniform_weight import layer_events, unprotected_event
 from bitquilt.recipes.cmpq.cmpq_budget import ChannelBudget
 from bitquilt.recipes.cmpq.input_norms import Activations, Statistic, channel_norms
 from bitquilt.recipes.cmpq.trial_losses import Trial, some_rows
