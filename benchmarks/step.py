@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from benchmarks.common import stamp
 from bitquilt.core.types import group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest
 from bitquilt.layer.grids.uniform import fit
-from bitquilt.train.problem import Link, Rule, Samples, Training
+from bitquilt.layer.nearest import round_to_nearest
+from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.rounding import Rounding
 from bitquilt.train.trainer import train
 
@@ -55,8 +55,8 @@ def seconds(width: int, mlp: int, tokens: int, autocast: bool, steps: int) -> fl
     with torch.no_grad():
         target = block(x, position_embeddings=positions)
         target = target if isinstance(target, torch.Tensor) else target[0]
-    samples = Samples(2, lambda chosen: x[list(chosen)], (lambda chosen: target[list(chosen)],))
-    training = Training(steps, 1, autocast=autocast)
+    samples = TrainingSamples(2, lambda chosen: x[list(chosen)], (lambda chosen: target[list(chosen)],))
+    training = TrainingSettings(steps, 1, autocast=autocast)
     train([Link(forward, parts)], samples, training, lambda _done, _of, _loss: times.append(time.perf_counter()))
     asked = time.perf_counter()
     with torch.no_grad():

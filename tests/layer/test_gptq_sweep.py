@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bitquilt.core.types import group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest, sweep, sweep_grouped, sweep_ordered
+from bitquilt.layer.gptq_sweep import sweep, sweep_grouped, sweep_ordered
 from bitquilt.layer.grids.uniform import fit
 from bitquilt.layer.hessian import factorize, group_order
+from bitquilt.layer.nearest import round_to_nearest
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from bitquilt.core.packing import bits_per_weight, pack, tensor_specs, unpack
 from bitquilt.core.types import Format, Layer, Layout
 from bitquilt.errors import UserError
+from bitquilt.layer.grouped_weight import solve
 from bitquilt.layer.hessian import factorize
 from bitquilt.layer.outliers import (
     activation_outliers,
@@ -17,7 +18,6 @@ from bitquilt.layer.outliers import (
     largest,
     sparse_remainder,
 )
-from bitquilt.layer.uniform_weight import solve
 from bitquilt.recipes import make_recipe
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
@@ -49,17 +49,17 @@ def test_the_remainder_is_exact_to_half_precision():
     g = torch.Generator().manual_seed(0)
     weight, dense = torch.randn(6, 9, generator=g), torch.randn(6, 9, generator=g)
     mask = torch.rand(6, 9, generator=g) > 0.7
-    sparse = sparse_remainder(weight, dense, mask)
+    sparse = sparse_remainder(weight - dense, mask)
     assert sparse.rows.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
     rebuilt = dense.clone()
     rows = torch.repeat_interleave(torch.arange(6), sparse.rows.diff())
     rebuilt[rows, sparse.columns] += sparse.values.float()
     assert torch.equal(rebuilt[~mask], dense[~mask])
     torch.testing.assert_close(rebuilt[mask], weight[mask], rtol=1e-3, atol=2e-3)
-    assert sparse_remainder(weight, dense, torch.zeros_like(mask)) is None
+    assert sparse_remainder(weight - dense, torch.zeros_like(mask)) is None
     assert not fits_half(1e6 * weight)
     with pytest.raises(ValueError, match="beyond float16"):
-        sparse_remainder(1e6 * weight, dense, mask)
+        sparse_remainder(1e6 * weight - dense, mask)
 
 
 @pytest.mark.parametrize("shares", [{"rho": -0.1}, {"rho": 0.3}, {"a": 0.2, "b": 0.2}, {"rho": float("nan")}])

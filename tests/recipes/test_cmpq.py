@@ -11,7 +11,7 @@ from bitquilt.core.packing import bits_per_weight, pack, storage_bits, unpack
 from bitquilt.core.recipe import ChecksLayers, Needs
 from bitquilt.core.types import Layer, LayerStats
 from bitquilt.errors import UserError
-from bitquilt.layer.codebook_weight import Tables
+from bitquilt.layer.codebook_weight import LevelTables
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import make_recipe
@@ -57,7 +57,7 @@ def test_contract(options, bits):
     assert sum(plan.bits) == round(bits * 44)
     assert layout.nominal_bits == pytest.approx(round(bits * 44) / 44)
     row_gain_dtype = None if recipe.codebook == "channel" or recipe.row_gains == "off" else torch.float8_e4m3fn
-    tables = Tables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype, row_gain_dtype=row_gain_dtype)
+    tables = LevelTables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype, row_gain_dtype=row_gain_dtype)
     assert layout == channel_layout(layer.weight.shape[0], plan.bits, tables, layout.outliers)
     tensors = pack(solution.weight)
     assert bits_per_weight(layout) == 8 * sum(t.nbytes for t in tensors.values()) / layer.weight.numel()  # law C8

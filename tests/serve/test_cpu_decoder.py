@@ -20,7 +20,7 @@ from transformers import (
 )  # fmt: skip
 
 from bitquilt.core.types import Layer, uniform_plan
-from bitquilt.layer.symmetric_weight import round_symmetric
+from bitquilt.layer.nearest import round_symmetric
 from bitquilt.model.embedding import QuantizedEmbedding, put_embedding
 from bitquilt.model.linear import QuantizedLinear, replace_module
 from bitquilt.ops import kernels

@@ -5,20 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitquilt.layer.codebook_weight import Tables, sweep_channels
+from bitquilt.layer.codebook_weight import LevelTables, sweep_channels
 from bitquilt.layer.hessian import factorize
 from bitquilt.train.levels import LevelRounding
-from bitquilt.train.problem import Link, Rule, Samples, Training
+from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.trainer import train
 from tests.weights import make_weight, naive_dense
 
 ROUNDING, SCALING = Rule(1e-2, "adam", -0.5, 0.5), Rule(1e-2, low=0.5, high=2.0)
 FP32 = {"dtype": torch.float32, "gain_dtype": torch.float32, "row_gain_dtype": torch.float32}
 TABLES = {
-    "shared": Tables(),
-    "rows": Tables(row_gain_dtype=torch.float8_e4m3fn),
-    "channel": Tables("channel"),
-    "fp32": Tables(**FP32),
+    "shared": LevelTables(),
+    "rows": LevelTables(row_gain_dtype=torch.float8_e4m3fn),
+    "channel": LevelTables("channel"),
+    "fp32": LevelTables(**FP32),
 }
 
 
@@ -133,8 +133,8 @@ def test_training_finds_a_better_weight(kind):
     part = LevelRounding.of(stored, aim, replace(ROUNDING, rate=2e-3), replace(SCALING, rate=3e-3))
     link = Link(lambda weights, hidden: torch.tanh(hidden @ weights["layer"].t()), {"layer": part})
     target = torch.tanh(samples @ weight.t())
-    data = Samples(64, lambda chosen: samples[list(chosen)], (lambda chosen: target[list(chosen)],))
-    trained = train((link,), data, Training(10, 4, betas=(0.9, 0.99)))
+    data = TrainingSamples(64, lambda chosen: samples[list(chosen)], (lambda chosen: target[list(chosen)],))
+    trained = train((link,), data, TrainingSettings(10, 4, betas=(0.9, 0.99)))
     assert trained.best_loss < 0.97 * trained.start_loss
 
 

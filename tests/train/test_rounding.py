@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from bitquilt.core.types import group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest, sweep
+from bitquilt.layer.gptq_sweep import sweep
 from bitquilt.layer.grids.uniform import RangeSearch, fit
 from bitquilt.layer.hessian import factorize
-from bitquilt.train.problem import Link, Rule, Samples, Training
+from bitquilt.layer.nearest import round_to_nearest
+from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.rounding import Clipping, Rounding
 from bitquilt.train.trainer import train
 
@@ -199,8 +200,8 @@ def test_trained_rounding_finds_better_codes_than_the_nearest(kind):
         replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, kind, -0.5, 0.5), RULES[1]
     )
     targets = inputs @ weight.t()
-    samples = Samples(64, lambda chosen: inputs[list(chosen)], (lambda chosen: targets[list(chosen)],))
-    trained = train((Link(lambda w, x: x @ w["layer"].t(), {"layer": part}),), samples, Training(30, 8))
+    samples = TrainingSamples(64, lambda chosen: inputs[list(chosen)], (lambda chosen: targets[list(chosen)],))
+    trained = train((Link(lambda w, x: x @ w["layer"].t(), {"layer": part}),), samples, TrainingSettings(30, 8))
     assert trained.best_loss < 0.95 * trained.start_loss
     stored = part.export(trained.values["layer"])
     assert not torch.equal(stored.codes, nearest.codes)

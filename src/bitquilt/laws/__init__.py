@@ -9,12 +9,13 @@ from bitquilt.laws.cross_domain import CrossDomainLaw, early_signals
 from bitquilt.laws.data import Runs, read_points, read_runs
 from bitquilt.laws.dcpt import DCPTLaw, Sign
 from bitquilt.laws.files import LawFile, load, save
-from bitquilt.laws.fit import Form, Goodness, Solution, goodness, solve
+from bitquilt.laws.fit import BestFit, Form, Goodness, goodness, solve
 from bitquilt.laws.optimise import Choice, GeneralBound, best_ratio, best_scarce_ratio, best_under_compute
 from bitquilt.laws.summary import FitReport, Prediction
 from bitquilt.laws.validate import CrossValidation, cross_validate
 
 __all__ = [
+    "BestFit",
     "BpwLaw",
     "Choice",
     "CrossDomainLaw",
@@ -29,7 +30,6 @@ __all__ = [
     "Prediction",
     "Runs",
     "Sign",
-    "Solution",
     "best_ratio",
     "best_scarce_ratio",
     "best_under_compute",

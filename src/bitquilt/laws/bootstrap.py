@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitquilt.laws.fit import HUBER_DELTA, Array, Form, Solution, polish
+from bitquilt.laws.fit import HUBER_DELTA, Array, BestFit, Form, polish
 
 OUTLIER = 4.0  # residuals beyond this many robust deviations are cut there: the fit ignored them as well
 
@@ -51,7 +51,7 @@ def bootstrap(
     form: Form,
     x: Array,
     loss: Array,
-    solution: Solution,
+    solution: BestFit,
     runs: NDArray[np.int64],
     *,
     draws: int = 100,

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
 from bitquilt.laws.fit import HUBER_DELTA, Array, Form
-from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
 
 NAMES = ("E", "A", "k")
 _CENTRE = 3.0  # bits: A is fitted as the excess loss there, so that one set of starts serves
@@ -72,7 +72,7 @@ class BpwLaw:
         theta, report = fit_points(
             law_form,
             Points(b[:, None], y, np.arange(len(b)), ranges, {}, sha256),
-            Effort(starts, draws, seed, delta),
+            FitSettings(starts, draws, seed, delta),
             full=lambda free: _full(free, full_precision_loss),
             value=lambda theta: _value(theta, b),
             doubts=doubts,

@@ -24,7 +24,7 @@ from bitquilt.laws.fit import HUBER_DELTA, Array, Form
 from bitquilt.laws.formula import NAMES as BASE_NAMES
 from bitquilt.laws.formula import form as base_form
 from bitquilt.laws.formula import slopes_by_log
-from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
 
 NAMES = (*BASE_NAMES, "F", "mu", "w1", "w2")
 EARLY = 0.05  # of the run: the window of k2
@@ -107,7 +107,7 @@ class CrossDomainLaw:
         theta, report = fit_points(
             _form(axes.free),
             Points(x, runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
-            Effort(starts, draws, seed, delta),
+            FitSettings(starts, draws, seed, delta),
             full=lambda free: _to_units(free, axes.free, scale, k1, k2),
             value=lambda theta: _value(theta, runs.n, runs.d, runs.ratio, k1, k2),
             doubts=doubts,

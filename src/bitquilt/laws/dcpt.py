@@ -22,7 +22,7 @@ from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_drop
 from bitquilt.laws.data import Runs
 from bitquilt.laws.fit import HUBER_DELTA, Array
 from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
-from bitquilt.laws.summary import Effort, FitReport, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DCPTLaw:
         theta, report = fit_points(
             form(axes.free),
             Points(x, runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
-            Effort(starts, draws, seed, delta),
+            FitSettings(starts, draws, seed, delta),
             full=lambda free: _to_billions(free, axes.free, scale),
             value=lambda theta: slopes_by_log(theta, *runs.x.T)[0],
             doubts=axes.warnings,

@@ -41,7 +41,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Solution:
+class BestFit:
     """The best parameters `[p]`, their mean Huber loss, and every polished start as good as the best `[k, p]`,
     k <= 10: where they disagree, the data do not say."""
 
@@ -83,9 +83,7 @@ def goodness(loss: Array, predicted: Array, delta: float = HUBER_DELTA) -> Goodn
     )
 
 
-def solve(
-    form: Form, x: Array, loss: Array, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA
-) -> Solution:
+def solve(form: Form, x: Array, loss: Array, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA) -> BestFit:
     """Fit `form` to `loss [points]` at `x [points, columns]`.
 
     Raises UserError when no start gives a finite loss (inputs far out of scale).
@@ -114,7 +112,7 @@ def solve(
     # As good as the best: within half of it, or within what one delta of error everywhere would cost.
     limit = 1.5 * best + 0.5 * delta**2
     near = np.stack([candidate for value, candidate in polished if value <= limit])
-    return Solution(theta, best, near, converged=len(found), skipped=starts - len(found))
+    return BestFit(theta, best, near, converged=len(found), skipped=starts - len(found))
 
 
 def polish(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INK, QUIET = "#222222", "#777777"
 COLOURS = ("#b3cde3", "#6baed6", "#2f7fbc", "#08306b")  # sizes, small to large
-Panel = Callable[["Axes"], None]
+DrawPanel = Callable[["Axes"], None]
 
 
 def draw_law(
@@ -33,7 +33,7 @@ def draw_law(
     without matplotlib, or for an ending it cannot write.
     """
     figure = _figure()
-    panels: list[Panel] = []
+    panels: list[DrawPanel] = []
     varied = {axis: len(np.unique(column)) > 1 for axis, column in (("d", runs.d), ("ratio", runs.ratio))}
     if varied["d"] and varied["ratio"]:
         panels.append(lambda axes: _surface(axes, law, runs, domain))

@@ -55,7 +55,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class Effort:
+class FitSettings:
     """`starts` of the fit, bootstrap refits (`draws`), `seed` of both, `delta` of the Huber loss on log residuals."""
 
     starts: int
@@ -67,7 +67,7 @@ class Effort:
 def fit_points(
     form: Form,
     points: Points,
-    effort: Effort,
+    effort: FitSettings,
     *,
     full: Callable[[Array], Array],
     value: Callable[[Array], Array],

@@ -16,8 +16,8 @@ from bitquilt.laws.data import Runs
 from bitquilt.laws.dcpt import DCPTLaw
 from bitquilt.laws.fit import Array, Goodness, goodness
 
-Axis = Literal["n", "ratio", "d"]
-AXES: tuple[Axis, ...] = ("n", "ratio", "d")
+RunAxis = Literal["n", "ratio", "d"]
+AXES: tuple[RunAxis, ...] = ("n", "ratio", "d")
 _PAIRS_FROM = 6  # ratios: leaving out two of five leaves three, too few for the ratio term
 _STRETCHES = 3
 
@@ -34,7 +34,7 @@ class Split:
 class CrossValidation:
     """All splits over one axis, with the means of the held-out Huber loss and R2 and the largest error in nats."""
 
-    over: Axis
+    over: RunAxis
     splits: tuple[Split, ...]
 
     @property
@@ -54,7 +54,7 @@ class CrossValidation:
         return max(split.goodness.max_error for split in self.splits)
 
 
-def cross_validate(runs: Runs, over: Axis, *, starts: int = 12, seed: int = 0) -> CrossValidation:
+def cross_validate(runs: Runs, over: RunAxis, *, starts: int = 12, seed: int = 0) -> CrossValidation:
     """Leave values of one axis out in turn. Raises UserError with fewer than three distinct values there."""
     column: Array = {"n": runs.n, "ratio": runs.ratio, "d": runs.d}[over]
     values = np.unique(column)
@@ -72,7 +72,7 @@ def cross_validate(runs: Runs, over: Axis, *, starts: int = 12, seed: int = 0) -
     return CrossValidation(over, tuple(splits))
 
 
-def _parts(over: Axis, values: Array) -> list[tuple[float, ...]]:
+def _parts(over: RunAxis, values: Array) -> list[tuple[float, ...]]:
     if over == "d":
         return [tuple(part.tolist()) for part in np.array_split(values, _STRETCHES)]
     if over == "ratio" and len(values) >= _PAIRS_FROM:

@@ -1,1 +1,1 @@
-"""One weight: grids, Hessian, outliers, the GPTQ sweep, sensitivity. Tensors only."""
+"""One weight, tensors only: grids, Hessian, outliers, the GPTQ sweep, assembly, sensitivity."""

@@ -1,9 +1,9 @@
-"""Which codes are better than the sweep's, one column at a time? descend(weight, hessian, swept, ...) -> Sweep.
+"""Coordinate descent over the codes of a sweep: `descend` improves one column at a time.
 
-A sweep decides early columns before it knows how later ones will err. Coordinate descent on the same loss
+A sweep decides early columns before it knows the errors of later ones. Coordinate descent on the same loss
     tr((W - Q) H (W - Q)^T)
 revisits every column: with all others fixed the best value is q_j + [(W - Q) H]_j / H_jj, rounded to the column's
-grid. No step can raise the loss. On stories260k at 2 bits it is worth 6 % of the KL.
+grid. No step can raise the loss. On stories260k at 2 bits it lowers the KL by 6 %.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _BLOCK = 128
 
 
 def descend(weight: Tensor, hessian: Tensor, swept: Sweep[G], groups: Sequence[slice], passes: int) -> Sweep[G]:
-    """`weight` fp32 `[out, in]`, `hessian` `[in, in]` the damped one of the sweep; grids stay, codes move.
+    """Move the codes of `swept`, not its grids; `weight` fp32 `[out, in]`, `hessian` `[in, in]` damped as in the sweep.
 
     Stops early when a pass changes no code. The sweep must not have protected weights.
     """
@@ -45,7 +45,7 @@ def descend(weight: Tensor, hessian: Tensor, swept: Sweep[G], groups: Sequence[s
                 moved = True
                 pull[:start].addmm_(hessian[:start, start:stop], steps, alpha=-1)
                 pull[stop:].addmm_(hessian[stop:, start:stop], steps, alpha=-1)
-                # columns of this block before j did not hear of j yet
+                # inside the block, only the columns after j have seen the step of j
                 inside = torch.triu(hessian[start:stop, start:stop], 1)
                 pull[start:stop].addmm_(inside, steps, alpha=-1)
         if not moved:

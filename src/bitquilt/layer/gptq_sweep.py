@@ -1,30 +1,20 @@
-"""Which codes, when the rounding error of a column may be repaired by the columns after it?
+"""The GPTQ sweep (arXiv 2210.17323): every column's rounding error is repaired by the columns after it.
 
-sweep(weight, upper, groups, fit) -> Sweep. GPTQ (arXiv 2210.17323) with any grid: the grid of each column group is
-passed in as a function, so mixed bits, searched ranges and one-bit groups are no concern of the solver.
+`sweep` goes from left to right, `sweep_ordered` in any order with grids fitted before, `sweep_grouped` group by group
+in another order. The grid of each column group is passed in as a function, so mixed bits, searched ranges and one-bit
+groups do not concern the solver.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from bitquilt.layer.grids.grid import Grid
 
-class Levels(Protocol):
-    """What a solver asks of a grid: codes of `[out, n]` as float, and their values."""
-
-    def encode(self, weight: Tensor) -> Tensor:
-        """Nearest codes."""
-        ...
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """fp32 values."""
-        ...
-
-
-G = TypeVar("G", bound=Levels)
+G = TypeVar("G", bound=Grid, covariant=True)
 FitGroup = Callable[[int, Tensor], G]
 """(group index, its columns `[out, n]`, compensated so far) -> the grid of that group."""
 
@@ -38,8 +28,8 @@ class Sweep(Generic[G]):
     """`codes` uint8 and `weight` fp32 `[out, in]` in the original column order, one grid per group, and the loss:
     sum of (error / U_jj)^2, which is tr((W - Q) H (W - Q)^T) for the damped Hessian behind `upper`.
 
-    `weight` is what the codes stand for, plus `remainder` fp16 `[out, in]` where weights are protected.
-    `compensated` fp32 `[out, in]`: what each code was rounded from."""
+    `weight` holds the values of the codes, plus `remainder` fp16 `[out, in]` where weights are protected.
+    `compensated` fp32 `[out, in]`: the weights that were rounded, errors of earlier columns added."""
 
     codes: Tensor
     weight: Tensor
@@ -50,7 +40,7 @@ class Sweep(Generic[G]):
 
     @property
     def aim(self) -> Tensor:
-        """`compensated`, or where that is not known what the codes stand for."""
+        """`compensated`, or the values of the codes where it is not known."""
         return self.weight if self.compensated is None else self.compensated
 
 
@@ -60,8 +50,8 @@ def sweep(
     """Quantize `weight` fp32 `[out, in]` column by column, fitting each group when it is reached.
 
     `upper` `[in, in]`: the factor U of the inverse Hessian; `groups`: consecutive column ranges covering all columns.
-    `protected` bool `[out, in]`: weights stored beside the codes in fp16, as they are when the sweep reaches them:
-    their code is that of 0 and next to no error of theirs is left to repair.
+    `protected` bool `[out, in]`: weights stored in fp16 with the value they have when the sweep reaches them. Their
+    dense code is that of 0, and almost no error is left to repair.
     """
     columns = weight.t().contiguous()  # [in, out]: a column is a row in memory
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
@@ -92,6 +82,23 @@ def sweep(
     return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest, columns.t())
 
 
+def _round_column(column: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    codes = grid.encode(column.unsqueeze(1))
+    return codes.squeeze(1).to(torch.uint8), grid.decode(codes).squeeze(1)
+
+
+def _blocks(groups: Sequence[slice]) -> list[tuple[int, int, list[int]]]:
+    """Cut the groups into runs of at least _BLOCK columns: (first column, last + 1, indices of the groups)."""
+    blocks: list[tuple[int, int, list[int]]] = []
+    for k, group in enumerate(groups):
+        if blocks and blocks[-1][1] - blocks[-1][0] < _BLOCK:
+            start, _, members = blocks[-1]
+            blocks[-1] = (start, group.stop, [*members, k])
+        else:
+            blocks.append((group.start, group.stop, [k]))
+    return blocks
+
+
 def sweep_ordered(
     weight: Tensor,
     upper: Tensor,
@@ -100,7 +107,7 @@ def sweep_ordered(
     order: Tensor,
     protected: Tensor | None = None,
 ) -> Sweep[G]:
-    """The same sweep in another column order (act_order): grids are fitted beforehand, groups keep their columns.
+    """Sweep in another column order (act_order): grids are fitted beforehand, groups keep their columns.
 
     `order` int64 `[in]`: the columns in the order they are quantized; `upper` is the factor for that order.
     """
@@ -122,7 +129,7 @@ def sweep_grouped(
     order: Tensor,
     protected: Tensor | None = None,
 ) -> Sweep[G]:
-    """The same sweep group by group in another order, grids fitted when their group is reached.
+    """Sweep group by group in another order, each grid fitted when its group is reached.
 
     `order` int64 `[in]`: whole groups one after the other, columns inside a group in any order (`group_order`);
     `upper` is the factor for that order. `fit` is handed a group's columns in their original order.
@@ -132,7 +139,7 @@ def sweep_grouped(
     position[order] = torch.arange(len(order), device=order.device)
     spans = [(int(position[g].min()), int(position[g].max()) + 1) for g in groups]
     if any(stop - start != g.stop - g.start for (start, stop), g in zip(spans, groups, strict=True)):
-        raise ValueError("the order of the columns leaves a group before it is done: its grid cannot be fitted there")
+        raise ValueError("the order of the columns leaves a group before it is done; keep each group together")
     reached = sorted(range(len(groups)), key=lambda k: spans[k])
 
     def fit_reached(i: int, columns: Tensor) -> G:
@@ -146,7 +153,7 @@ def sweep_grouped(
 
 
 def in_original_order(swept: Sweep[G], grids: tuple[G, ...], order: Tensor) -> Sweep[G]:
-    """Undo a sweep over `weight[:, order]`; `grids` as the caller keeps them."""
+    """Undo the column order of a sweep over `weight[:, order]`; `grids` are in the caller's order."""
 
     def restore(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor).index_copy_(1, order, tensor)
@@ -154,35 +161,3 @@ def in_original_order(swept: Sweep[G], grids: tuple[G, ...], order: Tensor) -> S
     remainder = None if swept.remainder is None else restore(swept.remainder)
     compensated = None if swept.compensated is None else restore(swept.compensated)
     return Sweep(restore(swept.codes), restore(swept.weight), grids, swept.loss, remainder, compensated)
-
-
-def _round_column(column: Tensor, grid: Levels) -> tuple[Tensor, Tensor]:
-    codes = grid.encode(column.unsqueeze(1))
-    return codes.squeeze(1).to(torch.uint8), grid.decode(codes).squeeze(1)
-
-
-def _blocks(groups: Sequence[slice]) -> list[tuple[int, int, list[int]]]:
-    """Cut the groups into runs of at least _BLOCK columns: (first column, last + 1, indices of the groups)."""
-    blocks: list[tuple[int, int, list[int]]] = []
-    for k, group in enumerate(groups):
-        if blocks and blocks[-1][1] - blocks[-1][0] < _BLOCK:
-            start, _, members = blocks[-1]
-            blocks[-1] = (start, group.stop, [*members, k])
-        else:
-            blocks.append((group.start, group.stop, [k]))
-    return blocks
-
-
-def round_to_nearest(weight: Tensor, groups: Sequence[slice], fit: FitGroup[G]) -> Sweep[G]:
-    """Round `weight` fp32 `[out, in]` to the grid of each group; `loss` is the squared error."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    quantized = torch.empty_like(weight)
-    grids = []
-    for k, group in enumerate(groups):
-        grid = fit(k, weight[:, group])
-        grids.append(grid)
-        nearest = grid.encode(weight[:, group])
-        codes[:, group] = nearest.to(torch.uint8)
-        quantized[:, group] = grid.decode(nearest)
-    loss = float((weight - quantized).double().square().sum())
-    return Sweep(codes, quantized, tuple(grids), loss)

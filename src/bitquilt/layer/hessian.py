@@ -1,6 +1,6 @@
-"""What does an error in one column cost once later columns may compensate it? factorize(hessian) -> Factor.
+"""The cost of an error in one column once later columns may compensate it: `factorize` a Hessian into a `Factor`.
 
-`hessian` is the sum of x x^T over calibration tokens; only its shape matters, never its scale.
+`hessian` is the sum of x x^T over calibration tokens; a factor on it changes no result.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ _MAX_DAMP = 10.0  # ten times the mean diagonal: beyond that the "inverse" is a 
 @dataclass(frozen=True, eq=False)
 class Factor:
     """`upper` fp32 `[in, in]`: U with (H + damp mean(diag H) I)^-1 = U^T U.  `dead` bool `[in]`: channels no token
-    used.  `damp`: what was used in the end.  `precision`: the dtype in which the factorization succeeded.
-    `order` int64 `[in]`: `upper` belongs to H[order][:, order]; None = as they come. All but `upper` is by channel."""
+    used.  `damp`, `precision`: with which the factorization succeeded.  `order` int64 `[in]`: `upper` belongs to
+    H[order][:, order]; None = the original order. All but `upper` is by channel."""
 
     upper: Tensor
     dead: Tensor
@@ -27,21 +27,21 @@ class Factor:
 
     @property
     def pivots(self) -> Tensor:
-        """`[in]`, U_jj."""
+        """U_jj, `[in]`."""
         return self._by_channel(self.upper.diagonal())
 
     @property
     def importance(self) -> Tensor:
-        """`[in]`, 1 / U_jj^2: the cost of a unit error in column j when only later columns compensate (OBS)."""
+        """1 / U_jj^2, `[in]`: the cost of a unit error in column j when only later columns compensate (OBS)."""
         return self.pivots.square().reciprocal()
 
     @property
     def inverse_diagonal(self) -> Tensor:
-        """`[in]`, diagonal of the inverse Hessian: column sums of U^2."""
+        """The diagonal of the inverse Hessian, `[in]`: column sums of U^2."""
         return self._by_channel(self.upper.square().sum(dim=0))
 
     def solve(self, rows: Tensor) -> Tensor:
-        """`rows` `[n, in]` times the inverse of the damped Hessian."""
+        """Multiply `rows` `[n, in]` by the inverse of the damped Hessian."""
         if self.order is None:
             return (rows @ self.upper.t()) @ self.upper
         solved = (rows[:, self.order] @ self.upper.t()) @ self.upper
@@ -52,7 +52,7 @@ class Factor:
 
 
 def damped(hessian: Tensor, factor: Factor) -> Tensor:
-    """The matrix behind `factor` `[in, in]`, channels as they come: the one a sweep's loss is measured in."""
+    """The damped matrix behind `factor` `[in, in]`, in the original order: a sweep's loss is measured in it."""
     live = hessian.diagonal()[~factor.dead]
     mean = float(live.double().mean()) if len(live) else 1.0
     matrix = hessian.clone()
@@ -62,8 +62,8 @@ def damped(hessian: Tensor, factor: Factor) -> Tensor:
 
 
 def group_order(diagonal: Tensor, groups: Sequence[slice]) -> Tensor:
-    """Channels `[in]` with the largest Hessian diagonal first, by whole groups: groups by their mean, the channels of
-    a group among themselves. Groups keep their columns, so nothing has to be stored (group-aware reordering)."""
+    """Order channels `[in]` by falling Hessian diagonal, whole groups first: groups by their mean, then the channels
+    inside each. Groups keep their columns, so no order is stored (group-aware reordering)."""
     means = torch.stack([diagonal[group].mean() for group in groups])
     by_mean = means.argsort(descending=True, stable=True).tolist()
     inside = [diagonal[groups[k]].argsort(descending=True, stable=True) + groups[k].start for k in by_mean]
@@ -71,20 +71,17 @@ def group_order(diagonal: Tensor, groups: Sequence[slice]) -> Tensor:
 
 
 def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Factor:
-    """Factor a Hessian `[in, in]`; tries fp32, then float64, then ten times the damp, step by step.
+    """Factor a Hessian `[in, in]`: try fp32, then float64, then float64 with ten times the damp, repeatedly.
 
-    Dead channels (diagonal 0) get the mean diagonal, which cannot touch the others and keeps the result
-    independent of the Hessian's scale. `order` `[in]`: the channels in the order they will be quantized.
+    Dead channels (diagonal 0) get the mean diagonal, which does not affect the others and keeps the result
+    independent of the Hessian's scale. `order` `[in]`: the channels in the order of the sweep.
     Raises ValueError if the Hessian is not finite or never becomes positive definite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the Hessian holds NaN or Inf: an activation overflowed; calibrate in a wider dtype")
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
-    if bool(dead.all()):
-        mean = 1.0
-    else:
-        mean = float(diagonal[~dead].double().mean())
+    mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].double().mean())
     ordered, dead_there = (hessian, dead) if order is None else (hessian[order][:, order], dead[order])
     for precision, step in _attempts(damp):
         matrix = ordered.to(precision, copy=True) / mean
@@ -107,8 +104,10 @@ def _attempts(damp: float) -> list[tuple[torch.dtype, float]]:
 
 
 def _inverse_upper(matrix: Tensor) -> Tensor | None:
-    """U = R^-1 with matrix = R R^T, R upper triangular: one Cholesky of the reversed matrix and one triangular
-    inverse, two thirds of the work of invert-then-factor and no explicit inverse to lose digits in."""
+    """U = R^-1 with matrix = R R^T, R upper triangular; None if the matrix is not positive definite.
+
+    One Cholesky of the reversed matrix and one triangular inverse take two thirds of the work of invert-then-factor and
+    lose no digits in an explicit inverse."""
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info) != 0:
         return None

@@ -1,7 +1,7 @@
-"""Which weights are kept in half precision beside the codes? Masks `[out, in]`, and the sparse remainder they leave.
+"""Weights kept in half precision: `activation_outliers`, `error_outliers` choose them, `sparse_remainder` stores them.
 
-Two rules of CMPQ (arXiv 2410.13056, spec section 3.2): O_act by what a weight contributes to the output, O_q by what
-its rounding costs there. Neither knows the quantizer: any recipe can protect weights. A protected weight keeps a dense
+Two rules of CMPQ (arXiv 2410.13056, spec section 3.2): O_act by a weight's contribution to the output, O_q by the cost
+of its rounding there. Neither knows the quantizer: any recipe can protect weights. A protected weight keeps a dense
 code, and the sparse part holds the difference, so that a product needs no mask.
 """
 
@@ -19,7 +19,7 @@ _FP16_MAX = 65504.0
 
 
 def check_share(**shares: float) -> None:
-    """Raise ValueError naming the first share that is no share, or all of them if they add up to too much."""
+    """Raise ValueError naming the first share out of range, or all of them if their sum is."""
     for label, share in shares.items():
         if not 0 <= share <= MAX_SHARE:
             raise ValueError(f"{label} is {share}; wanted a share of the weights from 0 to {MAX_SHARE}, such as 0.005")
@@ -28,12 +28,12 @@ def check_share(**shares: float) -> None:
 
 
 def activation_count(share: float, out_features: int, in_features: int, rule: ActivationRule = "weight") -> int:
-    """How many weights `activation_outliers` protects."""
+    """The number of weights that `activation_outliers` protects."""
     return out_features * round(share * in_features) if rule == "column" else round(share * out_features * in_features)
 
 
 def activation_outliers(weight: Tensor, norms: Tensor, share: float, rule: ActivationRule = "weight") -> Tensor:
-    """O_act, bool `[out, in]`: the share of weights with the largest a_j |w_ij|, `norms` a_j `[in]`.
+    """Choose O_act, bool `[out, in]`: the share of weights with the largest a_j |w_ij|, `norms` a_j `[in]`.
 
     column: whole columns, those with the largest a_j. The earlier index wins a tie.
     """
@@ -45,7 +45,7 @@ def activation_outliers(weight: Tensor, norms: Tensor, share: float, rule: Activ
 
 
 def error_outliers(weight: Tensor, quantized: Tensor, norms: Tensor, count: int, taken: Tensor) -> Tensor:
-    """O_q, bool `[out, in]`: the `count` weights outside `taken` with the largest a_j^2 (w_ij - q_ij)^2.
+    """Choose O_q, bool `[out, in]`: the `count` weights outside `taken` with the largest a_j^2 (w_ij - q_ij)^2.
 
     Growing `count` only adds weights: the sets are nested.
     """
@@ -54,7 +54,7 @@ def error_outliers(weight: Tensor, quantized: Tensor, norms: Tensor, count: int,
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Bool, shaped like `score`: its `count` largest entries; the earlier index wins a tie."""
+    """Mark the `count` largest entries of `score`, bool of its shape; the earlier index wins a tie."""
     chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     if count <= 0:
         return chosen.view(score.shape)
@@ -71,15 +71,15 @@ def fits_half(values: Tensor) -> bool:
     return values.numel() == 0 or float(values.abs().max()) <= _FP16_MAX
 
 
-def sparse_remainder(weight: Tensor, dense: Tensor, mask: Tensor) -> Outliers | None:
-    """Compressed rows of weight - dense at `mask`, all `[out, in]`, in float16; None where the mask is empty.
+def sparse_remainder(remainder: Tensor, mask: Tensor) -> Outliers | None:
+    """Compressed rows of `remainder` `[out, in]` at `mask`, in float16; None where the mask is empty.
 
-    Raises ValueError if a difference leaves the range of float16: see `fits_half`.
+    Raises ValueError if a value leaves the range of float16: see `fits_half`.
     """
     if not bool(mask.any()):
         return None
     rows, columns = mask.nonzero(as_tuple=True)
-    values = (weight - dense)[rows, columns]
+    values = remainder[rows, columns]
     if not fits_half(values):
         raise ValueError(f"an outlier is {float(values.abs().max()):.3g} from its code, beyond float16")
     pointers = torch.nn.functional.pad(mask.sum(dim=1).cumsum(0), (1, 0))

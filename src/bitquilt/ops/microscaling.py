@@ -130,9 +130,14 @@ def encode_exponents(exponents: Tensor) -> Tensor:
     return (exponents + _BIAS).to(torch.uint8)
 
 
+def decode_exponents(scale: Tensor) -> Tensor:
+    """E8M0 bytes, uint8 -> k, int32."""
+    return scale.to(torch.int32) - _BIAS
+
+
 def decode_scales(scale: Tensor) -> Tensor:
     """E8M0 bytes, uint8 -> fp32 2^(byte - 127)."""
-    return torch.ldexp(torch.ones(scale.shape, device=scale.device), scale.to(torch.int32) - _BIAS)
+    return torch.ldexp(torch.ones(scale.shape, device=scale.device), decode_exponents(scale))
 
 
 def decode_blocks(codes: Tensor, scale: Tensor, element: Element, block: int = BLOCK) -> Tensor:

@@ -38,9 +38,10 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.layer.grouped_weight import live_weight, solve
 from bitquilt.layer.hessian import Factor, factorize
-from bitquilt.layer.layouts import COARSE, grouped_layout, round_groups
-from bitquilt.layer.uniform_weight import live_weight, solve
+from bitquilt.layer.layouts import grouped_layout
+from bitquilt.layer.nearest import COARSE, round_groups
 from bitquilt.recipes.shared.clipping import TrainedClipping
 
 

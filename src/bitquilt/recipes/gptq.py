@@ -15,9 +15,10 @@ from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, uniform_plan
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
+from bitquilt.layer.grouped_weight import FitColumns, check_protection, live_weight, protected_count
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout, round_groups
-from bitquilt.layer.uniform_weight import FitColumns, check_protection, live_weight, protected_count
+from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
+from bitquilt.layer.nearest import COARSE, round_groups
 from bitquilt.recipes.shared.clipping import TrainedClipping
 from bitquilt.recipes.shared.feedback import Feedback
 

@@ -39,17 +39,18 @@ from bitquilt.core.types import (
     Layout,
     Permutation,
     QuantizedWeight,
-    Segment,
     Solution,
     group_slices,
     uniform_plan,
 )
+from bitquilt.layer.assembly import assemble
 from bitquilt.layer.gptq_sweep import Sweep, sweep
 from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for, symmetric_widths
+from bitquilt.layer.grouped_weight import layer_events, live_weight
 from bitquilt.layer.hessian import Factor, factorize
-from bitquilt.layer.layouts import grouped_layout, round_groups
+from bitquilt.layer.layouts import grouped_layout
+from bitquilt.layer.nearest import round_groups
 from bitquilt.layer.sensitivity.column_graph import adjacency, column_features
-from bitquilt.layer.uniform_weight import assemble, layer_events, live_weight
 from bitquilt.recipes.shared.clipping import TrainedClipping
 
 _COLUMNS = 1  # group size of a plan with bits per column
@@ -242,8 +243,8 @@ class MGPTQ(TrainedClipping):
 
         swept = sweep(weight, factor.upper, [group for group, _ in cut], fit_group)
         if order is None:
-            return assemble(swept, plan, scale_dtype), swept.loss
-        return _assemble_columns(swept, cut, order, self.group_size, scale_dtype), swept.loss
+            return assemble(swept, plan), swept.loss
+        return _assemble_columns(swept, cut, order, self.group_size), swept.loss
 
 
 def _stats(layer: Layer) -> LayerStats:
@@ -273,17 +274,12 @@ def _assemble_columns(
     cut: Sequence[tuple[slice, int]],
     order: Tensor,
     group_size: int,
-    scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
     """One segment per width, the columns where the sweep had them; the map of the columns undoes the order."""
     segments = []
     for width in dict.fromkeys(bits for _, bits in cut):
         members = [k for k, (_, bits) in enumerate(cut) if bits == width]
         columns = slice(cut[members[0]][0].start, cut[members[-1]][0].stop)
-        grids = [swept.grids[k] for k in members]
-        zeros = [grid.zero for grid in grids if grid.zero is not None]
-        zero = torch.cat(zeros, dim=1) if zeros else None
-        form = Format(width, group_size, "uniform", scale_dtype, symmetric=zero is None)
-        segments.append(Segment(form, swept.codes[:, columns], torch.cat([g.scale for g in grids], dim=1), zero))
+        segments.append(UniformGrid.segment([swept.grids[k] for k in members], swept.codes[:, columns], group_size))
     sorted_already = bool((order.diff() > 0).all())
     return QuantizedWeight(tuple(segments), None if sorted_already else Permutation(order, 1))

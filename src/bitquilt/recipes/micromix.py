@@ -31,19 +31,17 @@ from bitquilt.core.types import (
     Cost,
     Event,
     Format,
-    Grid,
     Layer,
     LayerPlan,
     LayerStats,
     Layout,
     Permutation,
     QuantizedWeight,
-    Segment,
     Solution,
     check_finite,
     uniform_plan,
 )
-from bitquilt.layer.grids.mx import element_for, fit_mx, worst_ratio
+from bitquilt.layer.grids.mx import MXGrid, element_for, fit_mx, mx_format, worst_ratio
 from bitquilt.layer.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
 from bitquilt.ops.microscaling import BLOCK, ScaleRule, quantize_blocks
 
@@ -146,9 +144,9 @@ class MicroMix:
         segments = []
         for width in sorted(set(plan.bits)):
             channels = order[bits[order] == width]
-            element = element_for(width, self.six)
-            codes, scale = fit_mx(layer.weight[:, channels], element, self.scale_rule)
-            segments.append(Segment(self._format(width), codes, scale))
+            part, activation = layer.weight[:, channels], self._format(width).activation
+            grid = fit_mx(part, element_for(width, self.six), self.scale_rule, activation)
+            segments.append(MXGrid.segment([grid], grid.encode(part).to(torch.uint8)))
         stored = QuantizedWeight(tuple(segments), Permutation(order, 1, full=True))
         events: tuple[Event, ...] = ()
         if prepared is None:
@@ -210,9 +208,7 @@ class MicroMix:
         return Layout(out_features, sum(sizes), segments, "order", 1)
 
     def _format(self, width: int) -> Format:
-        grid: Grid = "mx_e2m3" if element_for(width, self.six).name == "e2m3" else "mx"
-        activation = self.scale_rule if self.quantize_activations else "none"
-        return Format(width, BLOCK, grid, torch.uint8, symmetric=True, activation=activation)
+        return mx_format(element_for(width, self.six), self.scale_rule if self.quantize_activations else "none")
 
     def _thresholds(self) -> tuple[float, float]:
         """T(4) and T(6) as shares of the token's largest magnitude."""

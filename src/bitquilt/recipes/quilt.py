@@ -20,10 +20,12 @@ from torch import Tensor
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, Solution, group_slices, uniform_plan
+from bitquilt.layer.assembly import assemble, disassemble
 from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit
+from bitquilt.layer.grouped_weight import FitColumns, live_weight
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.layouts import COARSE, WIDTHS_FROM_ONE, grouped_layout, round_groups
-from bitquilt.layer.uniform_weight import FitColumns, assemble, disassemble, live_weight
+from bitquilt.layer.layouts import WIDTHS_FROM_ONE, grouped_layout
+from bitquilt.layer.nearest import COARSE, round_groups
 from bitquilt.recipes.shared.effort import Effort
 from bitquilt.recipes.shared.feedback import Feedback
 from bitquilt.train.problem import Rule, Values
@@ -112,4 +114,4 @@ class Quilt(Feedback, Effort[Rounding]):
     def solution_of(self, part: Rounding, values: Values, plan: LayerPlan) -> Solution:
         """The layer with these values."""
         swept = part.export(values)
-        return Solution(assemble(swept, plan, part.scale_dtype), None, (), {"aim": swept.aim})
+        return Solution(assemble(swept, plan), None, (), {"aim": swept.aim})

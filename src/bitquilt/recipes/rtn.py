@@ -21,10 +21,11 @@ from bitquilt.core.types import (
     group_slices,
     uniform_plan,
 )
-from bitquilt.layer.gptq_sweep import round_to_nearest
+from bitquilt.layer.assembly import assemble
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.layer.layouts import COARSE, GROUP_WIDTHS, grouped_layout, round_groups
-from bitquilt.layer.uniform_weight import assemble, layer_events
+from bitquilt.layer.grouped_weight import layer_events
+from bitquilt.layer.layouts import GROUP_WIDTHS, grouped_layout
+from bitquilt.layer.nearest import COARSE, round_groups, round_to_nearest
 from bitquilt.recipes.shared.clipping import TrainedClipping
 
 
@@ -71,7 +72,7 @@ class RTN(TrainedClipping):
 
         groups = group_slices(layer.weight.shape[1], plan.group_size)
         rounded = round_to_nearest(layer.weight, groups, fit_group)
-        return Solution(assemble(rounded, plan, scale_dtype), None, layer_events(layer, scale_dtype))
+        return Solution(assemble(rounded, plan), None, layer_events(layer, scale_dtype))
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""

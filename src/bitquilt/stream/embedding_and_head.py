@@ -16,7 +16,7 @@ from bitquilt.core.packing import layout_from_json, layout_to_json, pack
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.types import Format, Layout, check_finite
 from bitquilt.errors import UserError
-from bitquilt.layer.symmetric_weight import round_symmetric
+from bitquilt.layer.nearest import round_symmetric
 from bitquilt.model.embedding import QuantizedEmbedding, embedding_path, put_embedding
 from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.model.structure import Skeleton

@@ -40,7 +40,7 @@ class Rule:
     high: float = math.inf
 
 
-class Part(Protocol):
+class TrainableWeight(Protocol):
     """One layer's trainable weight."""
 
     @property
@@ -63,11 +63,11 @@ class Link:
     """A block of a chain: its function, and the parts it is made of."""
 
     forward: Forward
-    parts: Mapping[str, Part]
+    parts: Mapping[str, TrainableWeight]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """`batch`: samples per step, a power of two; the block is called with that many samples, or a power of two fewer.
     `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples never trained on, at least
     one; they are asked after every epoch. `kept_epoch`: "best" = the one that they find best, the start included;
@@ -103,7 +103,7 @@ class Training:
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class TrainingSamples:
     """`count` samples: what the first link reads, and what the last one's output is compared with. `loss`: None = the
     squared error in units of the first target's mean square."""
 
@@ -141,7 +141,11 @@ class Mover:
     """The optimiser's step over all values, each by its rule, at the rate the schedule has reached."""
 
     def __init__(
-        self, values: Mapping[str, Values], rules: Mapping[str, tuple[Rule, ...]], training: Training, steps: int
+        self,
+        values: Mapping[str, Values],
+        rules: Mapping[str, tuple[Rule, ...]],
+        training: TrainingSettings,
+        steps: int,
     ) -> None:
         pairs = [(v, rule) for name in values for v, rule in zip(values[name], rules[name], strict=True)]
         self.pairs = [(v, rule) for v, rule in pairs if rule.rate > 0]

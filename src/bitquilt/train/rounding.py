@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.layer.gptq_sweep import Sweep
+from bitquilt.layer.grids import Grid
 from bitquilt.layer.grids.uniform import OneBitRule, UniformGrid, fit_two_levels
 from bitquilt.train.problem import Rule, Values, straight_through
 from bitquilt.train.rounding_ops import Groups, round_by_offset, round_by_scale, steps_by_offset
@@ -45,7 +46,7 @@ class Rounding:
     @classmethod
     def of(
         cls,
-        swept: Sweep[UniformGrid],
+        swept: Sweep[Grid],
         groups: Sequence[slice],
         scale_dtype: torch.dtype,
         rounding: Rule,
@@ -53,21 +54,25 @@ class Rounding:
     ) -> "Rounding":
         """Around a sweep's result.
 
-        Raises ValueError for a one-bit group with two free levels: its lower level is no zero.
+        Raises ValueError for other grids than uniform ones, and for a one-bit group with two free levels: its lower
+        level is no zero.
         """
-        if any(grid.bits == 1 and grid.zero is not None for grid in swept.grids):
+        grids = [grid for grid in swept.grids if isinstance(grid, UniformGrid)]
+        if len(grids) < len(swept.grids):
+            raise ValueError("only the rounding of uniform grids can be trained")
+        if any(grid.bits == 1 and grid.zero is not None for grid in grids):
             raise ValueError("one-bit groups with an offset cannot be trained; wanted symmetric ones")
         device = swept.codes.device
         zeros = [g.zero.float() if g.zero is not None else torch.full_like(g.scale.float(), (2**g.bits - 1) / 2)
-                 for g in swept.grids]  # fmt: skip
+                 for g in grids]  # fmt: skip
         split = Groups.of(groups)
-        scale = torch.cat([grid.scale.float() for grid in swept.grids], dim=1).unsqueeze(2)
+        scale = torch.cat([grid.scale.float() for grid in grids], dim=1).unsqueeze(2)
         return cls(
             split.split(swept.aim) / scale,
             scale,
             torch.cat(zeros, dim=1).unsqueeze(2),
-            torch.tensor([[float(2**grid.bits - 1)] for grid in swept.grids], device=device),
-            torch.tensor([[grid.zero is None] for grid in swept.grids], device=device),
+            torch.tensor([[float(2**grid.bits - 1)] for grid in grids], device=device),
+            torch.tensor([[grid.zero is None] for grid in grids], device=device),
             split,
             scale_dtype,
             (rounding, scaling),

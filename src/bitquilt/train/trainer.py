@@ -13,14 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bitquilt.train.problem import Link, Mover, Part, Samples, Trained, Training, Values
+from bitquilt.train.problem import Link, Mover, TrainableWeight, Trained, TrainingSamples, TrainingSettings, Values
 
 R = TypeVar("R")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def train(
-    links: Sequence[Link], samples: Samples, training: Training, told: Callable[[int, int, float], None] | None = None
+    links: Sequence[Link],
+    samples: TrainingSamples,
+    training: TrainingSettings,
+    told: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
     """Train the parts of all links together for `training.epochs` passes over the samples that are not held out.
 
@@ -42,14 +45,14 @@ def train(
 @dataclass(eq=False)
 class _Run:
     links: Sequence[Link]
-    samples: Samples
+    samples: TrainingSamples
     at_once: int
     told: Callable[[int, int, float], None] | None
     autocast: bool = False
     unit: float = 1.0
     events: list[tuple[str, str]] = field(default_factory=list)
 
-    def fit(self, held: list[int], rest: list[int], training: Training, generator: torch.Generator) -> Trained:
+    def fit(self, held: list[int], rest: list[int], training: TrainingSettings, generator: torch.Generator) -> Trained:
         parts = {name: part for link in self.links for name, part in link.parts.items()}
         rules = {name: part.rules for name, part in parts.items()}
         values = {
@@ -184,7 +187,7 @@ class _Run:
             raise ValueError("the block gives two outputs for one input: is dropout left on? Training needs one answer")
 
 
-def _start(parts: Mapping[str, Part]) -> dict[str, Values]:
+def _start(parts: Mapping[str, TrainableWeight]) -> dict[str, Values]:
     return {name: part.start for name, part in parts.items()}
 
 

@@ -14,11 +14,13 @@ ELEMENTS = [E2M1, E3M2, E2M3, E4M3]
 @pytest.mark.parametrize("width", [1, 32, 45])
 def test_codes_and_scales_are_the_rounded_weight(element, rule, width):
     weight = torch.randn(6, width, generator=torch.Generator().manual_seed(width)) * 3
-    codes, scale = fit_mx(weight, element, rule)
-    assert codes.dtype == scale.dtype == torch.uint8
-    assert scale.shape == (6, -(-width // 32))
+    grid = fit_mx(weight, element, rule)
+    codes = grid.encode(weight)
+    assert grid.scale.dtype == torch.uint8
+    assert grid.scale.shape == (6, -(-width // 32))
     assert int(codes.max()) < 2**element.bits
-    assert torch.equal(decode_blocks(codes, scale, element), quantize_blocks(weight, element, rule))
+    assert torch.equal(grid.decode(codes), quantize_blocks(weight, element, rule))
+    assert torch.equal(grid.decode(codes), decode_blocks(codes.to(torch.uint8), grid.scale, element))
 
 
 @pytest.mark.parametrize("element", ELEMENTS, ids=lambda e: e.name)

@@ -1,15 +1,18 @@
-"""Which few free levels represent a column best? fit_codebook(weight [out, n], bits, mass, ...) -> CodebookGrid.
+"""Codebook grids: `fit_codebook` gives every column 2^bits free levels, `CodebookGrid` rounds to them.
 
-One table of 2^bits levels per input column, by one-dimensional k-means (`grids.kmeans`). Levels are rounded to storage
-precision BEFORE codes are chosen. CMPQ (arXiv 2410.13056), spec section 3.2. Tables that columns share: `grids.shared`.
+Levels come from one-dimensional k-means (`grids.kmeans`) and are rounded to storage precision BEFORE codes are chosen.
+CMPQ (arXiv 2410.13056), spec section 3.2. `grids.shared_levels` fits a table that many columns share.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from bitquilt.core.types import Format, Segment
 from bitquilt.layer.grids.kmeans import exact_kmeans, lloyd
 
 Clustering = Literal["exact", "lloyd", "uniform"]
@@ -19,13 +22,18 @@ _AT_ONCE = 2**21
 
 @dataclass(frozen=True, eq=False)
 class CodebookGrid:
-    """`levels` fp32 `[n, 2^bits]`, ascending per column: column j holds `levels[j, code]`. They are of storage
-    precision, or products of two that are: a `table` fp32 `[2^bits]` of all columns and their `gains` fp32 `[n]`."""
+    """Free levels per column, as stored and ascending: a table of its own for each column, `tables` `[n, 2^bits]`, or
+    one table `[1, 2^bits]` that all columns multiply by their `gains` `[n]`."""
 
     bits: int
-    levels: Tensor
+    tables: Tensor
     gains: Tensor | None = None
-    table: Tensor | None = None
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """fp32 `[n, 2^bits]`: column j holds `levels[j, code]`."""
+        tables = self.tables.float()
+        return tables if self.gains is None else self.gains.float().unsqueeze(1) * tables
 
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes of `[out, n]` as float; the lower level wins a tie."""
@@ -40,6 +48,24 @@ class CodebookGrid:
         """`[out, n]` rounded to the grid."""
         return self.decode(self.encode(weight))
 
+    @classmethod
+    def segment(cls, grids: Sequence[Self], codes: Tensor, group_size: int = 1) -> Segment:
+        """Neighbouring columns as stored: a group per table, which is one column or the whole segment."""
+        first = grids[0]
+        gains = [grid.gains for grid in grids if grid.gains is not None]
+        if not gains:
+            form = Format(first.bits, 1, "codebook", first.tables.dtype)
+            return Segment(form, codes, torch.cat([grid.tables for grid in grids]))
+        form = Format(first.bits, codes.shape[1], "codebook", first.tables.dtype, gain_dtype=gains[0].dtype)
+        return Segment(form, codes, first.tables, torch.cat(gains))
+
+    @classmethod
+    def of_segment(cls, segment: Segment, columns: slice) -> Self:
+        """The grid of some columns of a segment."""
+        if segment.zero is None:
+            return cls(segment.format.bits, segment.scale[columns])
+        return cls(segment.format.bits, segment.scale, segment.zero[columns])
+
 
 def fit_codebook(
     weight: Tensor,
@@ -50,11 +76,11 @@ def fit_codebook(
     iterations: int = 50,
     dtype: torch.dtype = torch.float16,
 ) -> CodebookGrid:
-    """Levels for every column of `weight` fp32 `[out, n]`; `mass` `[out, n]` >= 0 weighs the squared errors, None = 1.
+    """Fit levels to every column of `weight` fp32 `[out, n]`; `mass` `[out, n]` >= 0 weighs squared errors, None = 1.
 
-    Weights of mass 0 do not count at all; a column without mass gets levels of 0. exact: the least squared error.
-    lloyd: quantile start, at most `iterations` rounds. uniform: equal steps from least to greatest weight.
-    Columns with at most 2^bits distinct weights keep them; the last one fills what is left of the table.
+    Weights of mass 0 do not count; a column without mass gets levels of 0. exact: the least squared error. lloyd: from
+    the quantiles, at most `iterations` rounds. uniform: equal steps from the least to the greatest weight. A column
+    with at most 2^bits distinct weights keeps them, and the last one fills the rest of its table.
     """
     parts = []
     for first in range(0, max(weight.shape[1], 1), step := max(1, _AT_ONCE // max(len(weight), 1))):
@@ -64,11 +90,11 @@ def fit_codebook(
         parts.append(cluster(values, masses, 1 << bits, clustering, iterations))
     levels = torch.cat(parts)
     limit = torch.finfo(dtype).max
-    return CodebookGrid(bits, levels.clamp(-limit, limit).to(dtype).float())
+    return CodebookGrid(bits, levels.clamp(-limit, limit).to(dtype))
 
 
 def cluster(values: Tensor, masses: Tensor, k: int, clustering: Clustering, iterations: int) -> Tensor:
-    """Levels fp64 `[columns, k]`, ascending, of fp64 rows `[columns, n]`, ascending too."""
+    """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`."""
     if clustering == "uniform":
         return _equal_steps(values, masses, k)
     levels, few = _distinct(values, masses, k)
@@ -81,9 +107,9 @@ def cluster(values: Tensor, masses: Tensor, k: int, clustering: Clustering, iter
 
 
 def _distinct(values: Tensor, masses: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Levels `[columns, k]` where a column has at most k distinct weights of any mass, and which columns those are."""
+    """The distinct weights with mass as levels `[columns, k]`, and which columns have at most k of them."""
     counted = masses > 0
-    # a weight without mass takes the value of the one before it, so that it opens no level of its own
+    # a weight without mass takes the value of the one before it and so adds no level
     position = torch.where(counted, torch.arange(values.shape[1], device=values.device), -1).cummax(1).values
     seen = position >= 0
     held = values.gather(1, position.clamp(min=0))

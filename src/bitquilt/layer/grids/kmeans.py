@@ -1,4 +1,4 @@
-"""Which k means lie closest to sorted values? exact_kmeans(values [n, columns], weights, k) -> centroids, boundaries.
+"""One-dimensional k-means of many columns: `exact_kmeans` finds the optimum, `lloyd` a local one.
 
 On a line the best clusters are intervals of the sorted values, so the optimum can be computed: dynamic programming over
 prefixes, where the best last boundary never moves left as the prefix grows (quadrangle inequality), hence
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bitquilt.ops import kernels
 
-Array = np.ndarray
+Floats64 = np.ndarray
 # Elements of one batch of columns: the working set of a level (about ten such arrays of float64) stays near 10 MB.
 _BATCH_ELEMENTS = 2**17
 _TINY = 1e-300
 
 
 def exact_kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-means of least weighted squared error of each column.
+    """Find the k-means of least weighted squared error of each column.
 
     `values` fp64 `[n, columns]`, ascending per column; `weights` `[n, columns]` >= 0 -> centroids fp64 `[k, columns]`,
     ascending, and boundaries int64 `[k + 1, columns]`: cluster c holds the values boundaries[c] .. boundaries[c + 1].
@@ -48,13 +48,13 @@ def kmeans_reference(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for start in range(0, columns, batch):
         part = slice(start, min(start + batch, columns))
         boundaries[part], centroids[part] = _dynamic_programme(x.numpy()[part], w.numpy()[part], k)
-    # means of neighbouring clusters of equal values may differ in the last bit, the wrong way round
+    # means of neighbouring clusters of equal values may differ in the last bit and be out of order
     np.maximum.accumulate(centroids, axis=1, out=centroids)
     return torch.from_numpy(centroids), torch.from_numpy(boundaries)
 
 
 def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tuple[Tensor, Tensor]:
-    """Lloyd's rounds from a quantile start: same arguments and results as `exact_kmeans`, a local optimum.
+    """Run Lloyd's rounds from the quantiles: arguments and results of `exact_kmeans`, a local optimum.
 
     Stops when no boundary moves. An empty cluster takes the value with the largest weighted error.
     """
@@ -87,7 +87,7 @@ def _check_clusters(k: int) -> None:
         raise ValueError(f"k is {k}; wanted at least one cluster")
 
 
-def _dynamic_programme(x: Array, w: Array, k: int) -> tuple[Array, Array]:
+def _dynamic_programme(x: Floats64, w: Floats64, k: int) -> tuple[Floats64, Floats64]:
     """Boundaries `[columns, k + 1]` and centroids `[columns, k]` of a batch of columns `[columns, n]`."""
     columns, n = x.shape
     total = w.sum(1, keepdims=True)
@@ -114,8 +114,8 @@ def _dynamic_programme(x: Array, w: Array, k: int) -> tuple[Array, Array]:
     return boundaries, _fill_empty(means) + np.where(total > 0, centre, 0.0)
 
 
-def _one_cluster_more(best: Array, s0: Array, s1: Array, s2: Array) -> tuple[Array, Array]:
-    """From the least errors of all prefixes `[columns, n + 1]` to those with one more cluster, and where it starts.
+def _one_cluster_more(best: Floats64, s0: Floats64, s1: Floats64, s2: Floats64) -> tuple[Floats64, Floats64]:
+    """The least errors of all prefixes `[columns, n + 1]` with one more cluster than `best`, and where it starts.
 
     Prefixes are solved from the coarsest stride to the finest; each searches between the boundaries of its solved
     neighbours, so a stride costs n + (number of prefixes) candidates per column.
@@ -150,8 +150,8 @@ def _one_cluster_more(best: Array, s0: Array, s1: Array, s2: Array) -> tuple[Arr
     return error, split
 
 
-def _fill_empty(means: Array) -> Array:
-    """Empty clusters (NaN) repeat the centroid on their left, leading ones that on their right; all empty: 0."""
+def _fill_empty(means: Floats64) -> Floats64:
+    """Give empty clusters (NaN) the centroid on their left, leading ones that on their right, 0 if all are empty."""
     index = np.where(np.isnan(means), -1, np.arange(means.shape[1]))
     left = np.maximum.accumulate(index, axis=1)
     leading = np.where(index >= 0, index, means.shape[1]).min(axis=1, keepdims=True)
@@ -167,7 +167,7 @@ def _nearest_boundaries(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _means(sums: list[Tensor], boundaries: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the clusters (the old centroid where there is no mass), and which clusters are empty."""
+    """The means of the clusters, the old centroid for empty ones, and which clusters are empty."""
     mass, first = (s.gather(1, boundaries).diff(dim=1) for s in sums)
     empty = mass <= 0
     return torch.where(empty, centroids, first / mass.clamp(min=_TINY)), empty

@@ -1,11 +1,18 @@
-"""Which MX numbers hold a weight? fit_mx(weight, bits) -> codes and scales; the formats themselves are `ops.mx`.
+"""Microscaling grids: `fit_mx` scales a weight to an element, `MXGrid` rounds to it, `mx_format` says how it is stored.
 
-MicroMix (arXiv 2508.02343) stores channels as E2M1, E3M2 (or E2M3) and E4M3, 32 columns of a row to a scale.
+The number formats themselves are in `ops.microscaling`. MicroMix (arXiv 2508.02343) stores channels as E2M1, E3M2 (or
+E2M3) and E4M3, 32 columns of a row to a scale.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from bitquilt.core.types import Activation, Format, Segment
 from bitquilt.ops.microscaling import (
+    BLOCK,
     E2M1,
     E2M3,
     E3M2,
@@ -13,6 +20,8 @@ from bitquilt.ops.microscaling import (
     Element,
     ScaleRule,
     block_exponents,
+    decode_blocks,
+    decode_exponents,
     encode_element,
     encode_exponents,
     round_to_element,
@@ -20,19 +29,67 @@ from bitquilt.ops.microscaling import (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class MXGrid:
+    """`element` values times 2^k for every 32 columns of a row; `scale` E8M0, uint8 `[out, ceil(n / 32)]`.
+
+    `activation`: the rule by which the layer's input is rounded to the same elements, or "none".
+    """
+
+    element: Element
+    scale: Tensor
+    activation: Activation = "none"
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Nearest codes of `[out, n]` as float."""
+        rounded = round_to_element(scale_values(weight.float(), decode_exponents(self.scale)), self.element)
+        return encode_element(rounded, self.element).float()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """fp32 values of float codes `[out, n]`."""
+        return decode_blocks(codes.to(torch.uint8), self.scale, self.element)
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """`[out, n]` rounded to the grid."""
+        return self.decode(self.encode(weight))
+
+    @classmethod
+    def segment(cls, grids: Sequence["MXGrid"], codes: Tensor, group_size: int = BLOCK) -> Segment:
+        """Neighbouring groups of whole blocks as they are stored; the format's own groups are always 32 columns."""
+        scale = torch.cat([grid.scale for grid in grids], dim=1)
+        return Segment(mx_format(grids[0].element, grids[0].activation), codes, scale)
+
+    @classmethod
+    def of_segment(cls, segment: Segment, columns: slice) -> "MXGrid":
+        """The grid of some whole blocks of a segment."""
+        form = segment.format
+        element = element_for(form.bits, "e2m3" if form.grid == "mx_e2m3" else "e3m2")
+        return cls(element, segment.scale[:, columns.start // BLOCK : -(-columns.stop // BLOCK)], form.activation)
+
+
 def element_for(bits: int, six: str = "e3m2") -> Element:
-    """The element of 4, 6 or 8 bits; `six`: which of the two of 6 bits. Raises ValueError for other widths."""
+    """The element of 4, 6 or 8 bits; `six` names the one of 6 bits. Raises ValueError for other widths."""
     known = {4: E2M1, 6: E2M3 if six == "e2m3" else E3M2, 8: E4M3}
     if bits not in known:
         raise ValueError(f"an MX element of {bits} bits; there are 4, 6 and 8")
     return known[bits]
 
 
-def fit_mx(weight: Tensor, element: Element, rule: ScaleRule = "ceil") -> tuple[Tensor, Tensor]:
-    """`weight` fp32 `[out, n]` -> codes uint8 `[out, n]` and E8M0 scales uint8 `[out, ceil(n / 32)]`, by rounding."""
-    exponents = block_exponents(weight, element, rule)
-    rounded = round_to_element(scale_values(weight.float(), exponents), element)
-    return encode_element(rounded, element), encode_exponents(exponents)
+def mx_format(element: Element, activation: Activation = "none") -> Format:
+    """The storage format of weights in `element`."""
+    return Format(
+        element.bits,
+        BLOCK,
+        "mx_e2m3" if element == E2M3 else "mx",
+        torch.uint8,
+        symmetric=True,
+        activation=activation,
+    )
+
+
+def fit_mx(weight: Tensor, element: Element, rule: ScaleRule = "ceil", activation: Activation = "none") -> MXGrid:
+    """The grid of `weight` fp32 `[out, n]`: one power of two for every 32 columns of a row, by `rule`."""
+    return MXGrid(element, encode_exponents(block_exponents(weight, element, rule)), activation)
 
 
 def worst_ratio(element: Element, rule: ScaleRule) -> float:

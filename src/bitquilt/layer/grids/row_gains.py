@@ -1,8 +1,8 @@
-"""What do the rows of a weight have in common with each other but a factor? fit_row_gains(weight [out, in], counted).
+"""Gains per row for tables that columns share: `fit_row_gains` brings the rows of a weight to one size.
 
-A table that columns share fits rows of equal size best. Queries and keys in front of rotary positions may have rows of
-very different sizes (stories260k: standard deviation 0.65 of the mean); there a gain per row halves the squared error
-at 4 bits, for 8 / in bits per weight. Where rows are alike it changes nothing.
+A table that columns share fits rows of equal size best. Queries and keys before rotary positions may have rows of very
+different sizes (stories260k: standard deviation 0.65 of the mean); there a gain per row halves the squared error at 4
+bits, for 8 / in bits per weight. Where rows have one size it changes nothing.
 Not published; dual scales of rows and columns are known for uniform grids.
 """
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
-# Largest gain, a power of two below float8's 448: gains are digits of full precision down to 2^-6, 2^10 times less, and
-# the weights over them stay near their size.
+# Largest gain, a power of two below float8's 448: gains keep full precision down to 2^-6, 2^10 times less, and the
+# weights over them stay near their size.
 _PEAK = 16.0
 
 
 def fit_row_gains(weight: Tensor, counted: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """A gain above 0 per row, `[out]` in `dtype`: the row's root mean square once every column of `weight` fp32
-    `[out, in]` is divided by its own. `counted` `[out, in]` >= 0: what a weight counts; rows and columns without any
-    weight that does count as of size 0, and a gain is at least `_PEAK` / 1024."""
+    """Fit a gain above 0 per row, `[out]` in `dtype`: the row's root mean square once every column of `weight` fp32
+    `[out, in]` is divided by its own. `counted` `[out, in]` >= 0 weighs the weights; a row or column of no weight has
+    size 0, and no gain is below `_PEAK` / 1024."""
     squares = weight.square() * counted
     columns = squares.sum(dim=0) / counted.sum(dim=0).clamp(min=_TINY)
     rows = squares.div_(columns.clamp(min=_TINY)).sum(dim=1) / counted.sum(dim=1).clamp(min=_TINY)

@@ -1,15 +1,18 @@
-"""Which uniform grid represents a column group best? fit(weight [out, n], importance, bits, ...) -> UniformGrid.
+"""Uniform grids: `fit` finds the scale and zero of a column group, `UniformGrid` rounds to it.
 
 Every function fits all rows of one column group at once: one scale and one zero per row. Scales and zeros are
 rounded to their storage type BEFORE codes are chosen, so the stored grid is the solved grid. SliM-LLM
 (arXiv 2405.14917): group quantizer with range search, and one-bit groups as two levels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from bitquilt.core.types import Format, Segment
 
 OneBitRule = Literal["symmetric", "two_level", "centered", "code", "paper"]
 # fp16 steps below 2^-14 lose digits and above 2^15 may overflow: such layers keep bfloat16 scales.
@@ -18,10 +21,10 @@ _FP16_SAFE = (2.0**-11, 2.0**14)
 
 @dataclass(frozen=True)
 class RangeSearch:
-    """Candidates for the range multiplier tau and the exponent q of the error they are judged by.
+    """Candidates for the range multiplier tau, and the exponent q of the error that judges them.
 
     Default: 1, then 71 points in [0.4, 1.1]; for a Gaussian group the best tau is 0.60 / 0.80 / 0.93 at 2 / 3 / 4
-    bits, so [0.9, 1.1], as published, misses it. `zeros`: try the zeros beside the nearest one too (2 bits: all).
+    bits, so [0.9, 1.1], as published, misses it. `zeros`: also try the two zeros next to the nearest (2 bits: all).
     """
 
     taus: tuple[float, ...] = (1.0, *(round(0.4 + 0.01 * i, 2) for i in range(71)))
@@ -43,9 +46,9 @@ PUBLISHED_SEARCH = RangeSearch(
 
 @dataclass(frozen=True, eq=False)
 class UniformGrid:
-    """`bits` >= 2: scale * (code - zero), zero an integer in 0 .. 2^bits - 1.  `bits` = 1: zero + scale * code.
+    """Equal steps. `bits` >= 2: scale * (code - zero), zero an integer in 0 .. 2^bits - 1. `bits` = 1: zero + scale *
+    code. `zero` None: scale * (code - (2^bits - 1) / 2).
 
-    `zero` None: scale * (code - (2^bits - 1) / 2).
     `scale`, `zero`: `[out, 1]`, in storage precision (`zero` uint8 from 2 bits on).
     """
 
@@ -54,7 +57,7 @@ class UniformGrid:
     zero: Tensor | None
 
     def encode(self, weight: Tensor) -> Tensor:
-        """Nearest codes of `[out, n]` as float (a sweep works in floats; `.to(uint8)` stores them)."""
+        """Nearest codes of `[out, n]` as float."""
         scale, top = self.scale.float(), 2**self.bits - 1
         if self.zero is None:
             return torch.floor(weight / scale + (top + 1) / 2).clamp_(0, top)
@@ -75,6 +78,21 @@ class UniformGrid:
         """`[out, n]` rounded to the grid."""
         return self.decode(self.encode(weight))
 
+    @classmethod
+    def segment(cls, grids: Sequence[Self], codes: Tensor, group_size: int) -> Segment:
+        """Neighbouring groups as stored: scales and zeros `[out, groups]`, symmetric where no group has a zero."""
+        zeros = [grid.zero for grid in grids if grid.zero is not None]
+        scale = torch.cat([grid.scale for grid in grids], dim=1)
+        form = Format(grids[0].bits, group_size, "uniform", scale.dtype, symmetric=not zeros)
+        return Segment(form, codes, scale, torch.cat(zeros, dim=1) if zeros else None)
+
+    @classmethod
+    def of_segment(cls, segment: Segment, columns: slice) -> Self:
+        """The grid of one group of a segment."""
+        k = columns.start // segment.format.group_size
+        zero = None if segment.zero is None else segment.zero[:, k : k + 1]
+        return cls(segment.format.bits, segment.scale[:, k : k + 1], zero)
+
 
 def fit(
     weight: Tensor,
@@ -86,14 +104,13 @@ def fit(
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` or `[out, n]` weighs the errors, None = 1.
+    """Fit the grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` or `[out, n]` weighs the errors, None = 1.
 
     `symmetric`: groups of two and more bits store no zero."""
     if bits == 1:
         return fit_two_levels(weight, importance, rule=one_bit, scale_dtype=scale_dtype)
-    if symmetric:
-        return fit_symmetric(weight, bits, importance, search=search, scale_dtype=scale_dtype)
-    return fit_range(weight, bits, importance, search=search, scale_dtype=scale_dtype)
+    fit_wide = fit_symmetric if symmetric else fit_range
+    return fit_wide(weight, bits, importance, search=search, scale_dtype=scale_dtype)
 
 
 def fit_range(
@@ -104,7 +121,7 @@ def fit_range(
     search: RangeSearch = MIN_MAX,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Min-max grid through 0, its range times the tau with the least sum of importance * |error|^q per row.
+    """Fit a min-max grid through 0, its range times the tau with the least sum of importance * |error|^q per row.
 
     The zero is computed once, at tau = 1, where it never leaves 0 .. 2^bits - 1, and searched only on request. A later
     tau wins only when strictly better.
@@ -115,27 +132,16 @@ def fit_range(
     empty = low == high
     low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     full = (high - low) / levels
-    zero = torch.round(-low / full)
-    best_scale, best_zero = _stored(full * search.taus[0], scale_dtype), zero
-    if len(search.taus) > 1 or search.zeros:
-        best_loss: Tensor | None = None
-        work = (torch.empty_like(weight), torch.empty_like(weight))
-        for candidate in _zeros(zero, levels) if search.zeros else [zero]:
-            for tau in search.taus:
-                scale = _stored(full * tau, scale_dtype)
-                loss = _range_loss(weight, scale, candidate, levels, importance, search.exponent, work)
-                if best_loss is None:
-                    best_loss = loss
-                    continue
-                better = loss < best_loss
-                best_loss = torch.where(better, loss, best_loss)
-                best_scale = torch.where(better, scale, best_scale)
-                best_zero = torch.where(better, candidate, best_zero)
-    return UniformGrid(bits, best_scale.to(scale_dtype), best_zero.to(torch.uint8))
+    zeros = _zeros(torch.round(-low / full), levels, search.zeros)
+    steps = _Steps(weight, importance, levels, search.exponent, even=False)
+    scale, zero = steps.best(full, zeros, search.taus, scale_dtype)
+    return UniformGrid(bits, scale.to(scale_dtype), zero.to(torch.uint8))
 
 
-def _zeros(nearest: Tensor, levels: int) -> list[Tensor]:
-    """The nearest zero first, then its neighbours; at 2 bits every one."""
+def _zeros(nearest: Tensor, levels: int, searched: bool) -> list[Tensor]:
+    """The nearest zero, and if `searched` its neighbours behind it, or all zeros at 2 bits."""
+    if not searched:
+        return [nearest]
     if levels == 3:
         return [nearest, *(torch.full_like(nearest, zero) for zero in range(4))]
     return [nearest, (nearest - 1).clamp_min(0), (nearest + 1).clamp_max(levels)]
@@ -149,26 +155,84 @@ def fit_symmetric(
     search: RangeSearch = MIN_MAX,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Levels on both sides of zero and none at it: no zero to store.
+    """Fit levels on both sides of zero and none at it, so that no zero is stored.
 
     The range is tau times the largest |w|, tau searched as in `fit_range`. For groups of 32 Gaussian weights the error
     is 0.108 of the variance at 2 bits, with a zero 0.112; at 3 bits 0.0293 and 0.0258: more levels prefer a zero.
     """
     top = 2**bits - 1
     full = weight.abs().amax(dim=1, keepdim=True) * (2 / top)
-    best_scale, best_loss = _stored(full * search.taus[0], scale_dtype), None
-    work = (torch.empty_like(weight), torch.empty_like(weight))
-    for tau in search.taus if len(search.taus) > 1 else ():
-        scale = _stored(full * tau, scale_dtype)
-        loss = _symmetric_loss(weight, scale, top, importance, search.exponent, work)
-        better = loss < best_loss if best_loss is not None else torch.ones_like(loss, dtype=torch.bool)
-        best_loss = torch.where(better, loss, best_loss) if best_loss is not None else loss
-        best_scale = torch.where(better, scale, best_scale)
-    return UniformGrid(bits, best_scale.to(scale_dtype), None)
+    steps = _Steps(weight, importance, top, search.exponent, even=True)
+    scale, _ = steps.best(full, [full], search.taus, scale_dtype)
+    return UniformGrid(bits, scale.to(scale_dtype), None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """The errors of a group `weight` `[out, n]` on `levels` + 1 equal steps around a zero; `even`: around none."""
+
+    weight: Tensor
+    importance: Tensor | None
+    levels: int
+    exponent: float
+    even: bool
+
+    def best(
+        self, full: Tensor, zeros: Sequence[Tensor], taus: Sequence[float], scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The scale tau * `full` and the zero with the least loss per row, `[out, 1]`; the earlier one wins a tie."""
+        best_scale, best_zero = _stored(full * taus[0], scale_dtype), zeros[0]
+        if len(taus) * len(zeros) == 1:
+            return best_scale, best_zero
+        least: Tensor | None = None
+        work = (torch.empty_like(self.weight), torch.empty_like(self.weight))
+        for zero in zeros:
+            for tau in taus:
+                scale = _stored(full * tau, scale_dtype)
+                loss = self.loss(scale, zero, work)
+                if least is None:
+                    least = loss
+                    continue
+                better = loss < least
+                least = torch.where(better, loss, least)
+                best_scale = torch.where(better, scale, best_scale)
+                if len(zeros) > 1:
+                    best_zero = torch.where(better, zero, best_zero)
+        return best_scale, best_zero
+
+    def loss(self, scale: Tensor, zero: Tensor, work: tuple[Tensor, Tensor]) -> Tensor:
+        """sum_j importance_j * |w_j - q_j|^exponent per row, `[out, 1]`; `work`: two scratch tensors like `weight`.
+
+        In units of the scale, so that no pass multiplies by it: six passes over the group instead of eight.
+        """
+        exact, error = work
+        torch.div(self.weight, scale, out=exact)
+        if self.even:
+            torch.floor(exact, out=error)
+            torch.clamp(error, -(self.levels + 1) / 2, (self.levels - 1) / 2, out=error)
+            error.sub_(exact).add_(0.5)
+        else:
+            torch.round(exact, out=error)
+            # clamp(round(w/s) + z, 0, levels) - z, without adding z twice: exact, all terms are small integers
+            torch.clamp(error, -zero, self.levels - zero, out=error)
+            error.sub_(exact)
+        return self._weighted(error) * scale**self.exponent
+
+    def _weighted(self, error: Tensor) -> Tensor:
+        """sum_j importance_j |error_j|^exponent per row, `[out, 1]`; overwrites `error`."""
+        if self.exponent == 2.0:
+            error.square_()
+        else:
+            error.abs_().pow_(self.exponent)
+        if self.importance is None:
+            return error.sum(dim=1, keepdim=True)
+        if self.importance.dim() == 1:
+            return torch.mv(error, self.importance).unsqueeze(1)
+        return error.mul_(self.importance).sum(dim=1, keepdim=True)
 
 
 def symmetric_widths(rule: OneBitRule) -> set[int]:
-    """The widths whose groups store no offset by this rule: one bit, or none."""
+    """The widths that store no offset under this rule: one bit, or none."""
     return {1} if rule in ("symmetric", "paper") else set()
 
 
@@ -179,7 +243,7 @@ def fit_two_levels(
     rule: OneBitRule = "symmetric",
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """One bit per weight: two levels per row.
+    """Fit one bit per weight: two levels per row.
 
     symmetric: +- the importance-weighted mean |w|, the least-squares pair around zero; stores no offset.
     paper (Eq. 2): the same with equal weights.
@@ -205,72 +269,8 @@ def fit_two_levels(
     return UniformGrid(1, step, offset)
 
 
-def scale_dtype_for(weight: Tensor) -> torch.dtype:
-    """float16 unless the layer's magnitudes would overflow it or lose its digits, then bfloat16."""
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
-    in_range = largest == 0.0 or _FP16_SAFE[0] <= largest <= _FP16_SAFE[1]
-    return torch.float16 if in_range else torch.bfloat16
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the storage type, never to zero: a zero scale would divide by zero."""
-    info = torch.finfo(dtype)
-    return scale.clamp(info.tiny * info.eps, info.max).to(dtype).float()
-
-
-def _range_loss(
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    levels: int,
-    importance: Tensor | None,
-    exponent: float,
-    work: tuple[Tensor, Tensor],
-) -> Tensor:
-    """sum_j importance_j * |w_j - q_j|^exponent per row, `[out, 1]`; `work`: two scratch tensors shaped like `weight`.
-
-    In units of the scale, so that no pass multiplies by it: six passes over the group instead of eight.
-    """
-    exact, error = work
-    torch.div(weight, scale, out=exact)
-    torch.round(exact, out=error)
-    # clamp(round(w/s) + z, 0, levels) - z, without adding z twice: exact, all terms are small integers
-    torch.clamp(error, -zero, levels - zero, out=error)
-    error.sub_(exact)
-    return _weighted(error, importance, exponent) * scale**exponent
-
-
-def _symmetric_loss(
-    weight: Tensor,
-    scale: Tensor,
-    top: int,
-    importance: Tensor | None,
-    exponent: float,
-    work: tuple[Tensor, Tensor],
-) -> Tensor:
-    """As `_range_loss`, levels at (code - top / 2) scale."""
-    exact, error = work
-    torch.div(weight, scale, out=exact)
-    torch.floor(exact, out=error)
-    torch.clamp(error, -(top + 1) / 2, (top - 1) / 2, out=error)
-    error.sub_(exact).add_(0.5)
-    return _weighted(error, importance, exponent) * scale**exponent
-
-
-def _weighted(error: Tensor, importance: Tensor | None, exponent: float) -> Tensor:
-    """sum_j importance_j |error_j|^exponent per row, `[out, 1]`; `error` is used up."""
-    if exponent == 2.0:
-        error.square_()
-    else:
-        error.abs_().pow_(exponent)
-    if importance is None:
-        return error.sum(dim=1, keepdim=True)
-    if importance.dim() == 1:
-        return torch.mv(error, importance).unsqueeze(1)
-    return error.mul_(importance).sum(dim=1, keepdim=True)
-
-
 def _best_two_levels(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two means `[out, 1]` of the split of each sorted row with the least weighted squared error."""
     values, order = weight.double().sort(dim=1)
     if importance is None:
         mass = torch.ones_like(values)
@@ -288,3 +288,16 @@ def _best_two_levels(weight: Tensor, importance: Tensor | None) -> tuple[Tensor,
     right = rest_count.gather(1, split)
     high = torch.where(split == values.shape[1] - 1, low, rest_first.gather(1, split) / right.clamp(min=1e-300))
     return low.float(), high.float()
+
+
+def scale_dtype_for(weight: Tensor) -> torch.dtype:
+    """float16, or bfloat16 where the layer's magnitudes would overflow float16 or lose its digits."""
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    in_range = largest == 0.0 or _FP16_SAFE[0] <= largest <= _FP16_SAFE[1]
+    return torch.float16 if in_range else torch.bfloat16
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a scale to its storage type, never to zero, because weights are divided by it."""
+    info = torch.finfo(dtype)
+    return scale.clamp(info.tiny * info.eps, info.max).to(dtype).float()

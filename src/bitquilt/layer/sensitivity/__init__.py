@@ -1,1 +1,1 @@
-"""Sensitivity: what a rounding error in a weight or a column costs."""
+"""Sensitivity: the cost of a rounding error in a weight, a column or a layer."""

@@ -1,4 +1,4 @@
-"""Which channels of an input need more bits? partition(sample, ...) -> order of the channels and sizes of the parts.
+"""Bits of input channels by their magnitude: `partition` orders the channels and cuts them into parts of 4, 6 and 8.
 
 MicroMix (arXiv 2508.02343): an element of a token may be rounded to n bits where the format's worst error stays within
 that of per-token INT8, M_t / 254 with M_t the token's largest magnitude. Shares of elements give the sizes of the FP4,
@@ -19,8 +19,8 @@ _WIDTHS = (4, 6, 8)
 @dataclass(frozen=True, eq=False)
 class Partition:
     """`order` int64 `[in]`: channels by ascending magnitude; `sizes`: of the 4-, 6- and 8-bit parts, in that order.
-    `shares` of the elements, before rounding to whole blocks; `multiplier` of the thresholds. `smaller`: sizes and
-    multipliers of all partitions that larger multipliers give, in falling order of their bits."""
+    `shares` of the elements, before rounding to whole blocks; `multiplier` of the thresholds. `smaller`: the sizes and
+    multipliers of all partitions with larger multipliers, by falling bits."""
 
     order: Tensor
     sizes: tuple[int, int, int]
@@ -29,7 +29,7 @@ class Partition:
     smaller: tuple[tuple[tuple[int, int, int], float], ...] = ()
 
     def bits(self, block: int) -> tuple[int, ...]:
-        """Bits of every `block` channels, the loudest first; the parts but the last are multiples of it."""
+        """The bits of every `block` channels, the loudest first; all parts but the last are multiples of it."""
         four, six, eight = self.sizes
         starts = range(0, four + six + eight, block)
         return tuple(8 if start < eight else 6 if start < eight + six else 4 for start in starts)
@@ -41,7 +41,7 @@ def published_threshold(bits: int, largest: float, exponent: int) -> float:
 
 
 def exact_threshold(worst_ratio: float) -> float:
-    """T(n) / M_t from the format's true worst error as a share of the block's largest magnitude."""
+    """T(n) / M_t from the format's true worst error, a share of the block's largest magnitude."""
     return _INT8_ERROR / worst_ratio
 
 
@@ -67,10 +67,10 @@ def partition(
 ) -> Partition:
     """Split the channels of `sample` `[T, in]`, tokens in order.
 
-    `thresholds` (T(4), T(6)) / M_t, times `multiplier`, or times what makes the mean of 4 p4 + 6 p6 + 8 p8 at most
-    `target`. `runs`: channels are ranked by the largest of that many runs' mean magnitudes (1: by the mean of all).
-    `smaller`: what larger multipliers would give is worked out too. Tokens that are all zero do not count. Raises
-    ValueError if a value is not finite.
+    `thresholds` (T(4), T(6)) / M_t are multiplied by `multiplier`, or by the least factor that keeps the mean
+    4 p4 + 6 p6 + 8 p8 at or below `target`. `runs`: channels are ranked by the largest of that many runs' mean
+    magnitudes (1: by the mean of all). `smaller`: also find the partitions of larger multipliers. Tokens that are all
+    zero do not count. Raises ValueError if a value is not finite.
     """
     if not bool(torch.isfinite(sample).all()):
         raise ValueError("the layer's input holds NaN or Inf")
@@ -86,8 +86,8 @@ def partition(
 
 
 def part_sizes(in_features: int, shares: Sequence[float], alignment: int = 128) -> tuple[int, int, int]:
-    """Channels of 4, 6, 8 bits: the two wide parts rounded up to whole `alignment`s (32 where the layer is no multiple
-    of it), the rest 4 bits."""
+    """The number of channels at 4, 6 and 8 bits: the wide parts are rounded up to multiples of `alignment` (of 32 where
+    the layer is no multiple of it), the rest has 4 bits."""
     if in_features % alignment:
         alignment = 32
     left, sizes = in_features, []
@@ -101,7 +101,7 @@ def part_sizes(in_features: int, shares: Sequence[float], alignment: int = 128) 
 def _smaller(
     ratios: Tensor, thresholds: tuple[float, float], sizes: tuple[int, int, int], multiplier: float, alignment: int
 ) -> tuple[tuple[tuple[int, int, int], float], ...]:
-    """By bisection between neighbours: sizes change at a few multipliers only, and never grow."""
+    """The partitions of larger multipliers, by bisection: sizes change at a few multipliers only, and never grow."""
     in_features = sum(sizes)
 
     def at(power: float) -> tuple[int, int, int]:

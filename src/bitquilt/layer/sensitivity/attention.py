@@ -1,10 +1,11 @@
-"""How much does an error in a layer hurt at the output of its sub-block, softmax included? GradientSums, probe_signs.
+"""Sensitivity of a layer at its sub-block's output, softmax included: `sequence_gradients` and `gradient_sums`.
 
 APTQ (arXiv 2402.14866) measures attention projections at the attention output with a Gauss-Newton Hessian
 H = 2 sum_t J_t^T J_t, J_t = d y_t / d vec(W). Its closed forms were not reachable; ours (in the tests, for O, V, Q and
-K) are not needed, for one backward pass with random signs r gives all of them at once: with G = d/dW sum_t r_t . y_t,
+K) are not needed, because one backward pass with random signs r (`probe_signs`) gives all of them: with
+G = d/dW sum_t r_t . y_t,
     E[2 |G|^2] = tr H    and    E[2 G^T G] = B, the sum of the diagonal row blocks of H.
-It holds with rotary positions, grouped heads, biases, query and key norms, any attention: nothing is assumed about y.
+This holds with rotary positions, grouped heads, biases, query and key norms: y may be any function.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SEED_STEP = 1_000_003  # sequences and probes of one seed do not meet those of its neighbours
+_SEED_STEP = 1_000_003  # keeps sequences and probes of neighbouring seeds apart
 
 
 @dataclass(frozen=True, eq=False)
 class GradientSums:
-    """Sums over sequences and probes, so that `a + b` merges shards: `squares` of 2 |G|^2, fp64; `products`
-    of 2 G^T G, fp32 `[in, in]`, or None; `passes`: how many gradients went in."""
+    """Sums over sequences and probes, so that `a + b` merges shards: `squares`, the sum of 2 |G|^2, fp64; `products`,
+    the sum of 2 G^T G, fp32 `[in, in]`, or None; `passes`, the number of gradients."""
 
     squares: float
     products: Tensor | None
@@ -32,7 +33,7 @@ class GradientSums:
 
 
 def gradient_sums(gradients: Tensor, products: bool) -> GradientSums:
-    """Of one gradient per sequence, `[n, out, in]`."""
+    """Add up one gradient per sequence, `[n, out, in]`."""
     squares = 2 * float(gradients.double().square().sum())
     flat = gradients.reshape(-1, gradients.shape[-1]).float()
     return GradientSums(squares, 2 * (flat.t() @ flat) if products else None, len(gradients))
@@ -41,8 +42,8 @@ def gradient_sums(gradients: Tensor, products: bool) -> GradientSums:
 def sequence_gradients(inputs: Tensor, upstream: Tensor, batch: int) -> Tensor:
     """G of every sequence `[n, out, in]` from the layer's inputs `[..., in]` and d loss / d output `[..., out]`.
 
-    Rows belong to `batch` sequences of equal length; where they do not divide (tokens routed to experts) all are one:
-    the estimate stays unbiased, signs of different sequences are independent.
+    Rows belong to `batch` sequences of equal length. Where they do not divide (tokens routed to experts) they count as
+    one sequence: signs of different sequences are independent, so the estimate stays unbiased.
     """
     x, g = inputs.reshape(-1, inputs.shape[-1]), upstream.reshape(-1, upstream.shape[-1])
     if inputs.dim() != 3 and len(x) % batch:
@@ -52,6 +53,6 @@ def sequence_gradients(inputs: Tensor, upstream: Tensor, batch: int) -> Tensor:
 
 
 def probe_signs(shape: tuple[int, int], seed: int, sequence: int, probe: int) -> Tensor:
-    """r in {-1, +1} `[tokens, width]` of one sequence and probe: the same whatever sequences it is batched with."""
+    """r in {-1, +1} `[tokens, width]` of one sequence and probe, whatever batch the sequence is in."""
     generator = torch.Generator().manual_seed((seed * _SEED_STEP + sequence) * 64 + probe)
     return 2.0 * torch.randint(0, 2, shape, generator=generator).float() - 1.0

@@ -1,8 +1,8 @@
-"""How do the columns of a layer depend on each other? column_features(...) -> [n, 8], adjacency(upper, ...) -> [n, n].
+"""The graph over a layer's columns: `column_features` of its nodes `[n, 8]`, `adjacency` of its edges `[n, n]`.
 
 The graph of MG-PTQ (arXiv 2501.18154): nodes are columns or column groups, edges come from the factor U of the inverse
-Hessian (H^-1 = U^T U), which says how much of a column's error the sweep hands to a later one. That edges are of second
-order is published; features, normalisation and top-k are ours.
+Hessian (H^-1 = U^T U), which says how much of a column's error the sweep hands to a later one. Second-order edges are
+published; features, normalisation and top-k are ours.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from bitquilt.core.types import LayerStats
 from bitquilt.layer.hessian import Factor
 
 FEATURES = 8
-_TINY = 1e-12  # of the largest: the logarithm of a dead column stays near the others'
+_TINY = 1e-12  # as a share of the largest value: keeps the logarithm of a dead column near the others'
 
 
 def column_features(weight: Tensor, stats: LayerStats, factor: Factor, groups: Sequence[slice]) -> Tensor:
-    """Standardised features fp32 `[len(groups), 8]` of `weight` `[out, in]`, means over each group.
+    """Return standardised features fp32 `[len(groups), 8]` of `weight` `[out, in]`, means over each group.
 
     log norm, log max abs, standard deviation, kurtosis, log H_jj, log 1 / U_jj^2, mean abs x_j (root mean square where
     no token sample is kept), place. A feature without variance is 0. A factor on H or on the weights changes nothing.
@@ -48,7 +48,7 @@ def column_features(weight: Tensor, stats: LayerStats, factor: Factor, groups: S
 
 
 def adjacency(upper: Tensor, groups: Sequence[slice] | None = None, top: int = 16) -> Tensor:
-    """Normalised adjacency D^-1/2 A D^-1/2, sparse fp32 `[n, n]` on the host, of the factor `upper` `[in, in]`.
+    """Return the normalised adjacency D^-1/2 A D^-1/2, sparse fp32 `[n, n]` on the host, of `upper` `[in, in]`.
 
     A_ij = abs(U_ij) / sqrt(U_ii U_jj) for i < j (between groups: the mean over their pairs of columns), the `top`
     strongest per node kept, symmetrised by maximum, self-loops of 1, so that an isolated node has degree 1.
@@ -58,7 +58,7 @@ def adjacency(upper: Tensor, groups: Sequence[slice] | None = None, top: int = 1
     if groups is not None and any(group.stop - group.start > 1 for group in groups):
         strength = torch.stack([strength[:, group].mean(dim=1) for group in groups], dim=1)
         strength = torch.stack([strength[group].mean(dim=0) for group in groups]).triu(diagonal=1)
-    strength = strength + strength.t()  # of each pair one entry is zero: this is the maximum
+    strength = strength + strength.t()  # one entry of each pair is zero, so the sum is the maximum
     count = min(top, len(strength))
     values, places = strength.topk(count, dim=1)
     kept = torch.zeros_like(strength).scatter_(1, places, values)

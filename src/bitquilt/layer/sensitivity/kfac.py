@@ -1,4 +1,6 @@
-"""What does each column group cost the model's final loss at each width? width_losses(...) -> [groups, widths].
+"""Losses of the whole model by column group and width: `width_losses` tabulates them, `[groups, widths]`.
+
+`corrected` and `tried_at_one_bit` scale a table to measured losses, `activation_rows` replaces missing gradients.
 
 The unit is the expected increase of KL(full precision || quantized) in nats per token. To second order that is half
 the error's norm in the Fisher matrix, here Kronecker-factored per layer (K-FAC, Martens and Grosse, arXiv 1503.05671):
@@ -7,8 +9,8 @@ the error's norm in the Fisher matrix, here Kronecker-factored per layer (K-FAC,
 
 g: the gradient at the layer's output of the summed cross-entropy against labels sampled from the model itself (at the
 full-precision point the gradient of the KL is zero, its expected square is not). c_j: what an error in column j costs
-at the layer's output, 1 / U_jj^2 where later columns compensate it, E[x_j^2] where nothing does. Additive over groups
-and layers; at few bits errors meet each other and it is only a ranking.
+at the layer's output, 1 / U_jj^2 where later columns compensate it, E[x_j^2] where nothing does. Losses add up over
+groups and layers; at few bits errors interact, and the sum is only a ranking.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from bitquilt.core.types import group_slices
 
-Floats = NDArray[np.float32]
-_MOST = 32.0  # a factor beyond is noise: few tokens, or a loss near zero
+LossTable = NDArray[np.float32]
+_MOST = 32.0  # a larger factor is noise: few tokens, or a loss near zero
 # Beyond this width the error falls as the square of the step: within 10 % for normal weights, which a test measures.
 MEASURED_WIDTHS = 5
 
@@ -37,11 +39,11 @@ def width_losses(
     inputs: Callable[[int], Tensor] | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Losses fp32 `[groups, len(widths)]`, `widths` ascending, never rising with the width.
+    """Return losses fp32 `[groups, len(widths)]`, `widths` ascending, that never rise with the width.
 
-    `weight` `[out, in]`; `rounded(bits)`: the same, every group rounded at these bits without compensation; `rows`
-    `[out]` E[g_i^2]; `columns` `[in]` c_j. Where inputs are rounded too, `inputs(bits)` is their mean squared error
-    `[in]`, which the weights multiply; every width is then measured. `order`: the columns as groups count them.
+    `weight` `[out, in]`; `rounded(bits)`: the weight with every group rounded at these bits without compensation;
+    `rows` `[out]` E[g_i^2]; `columns` `[in]` c_j. Where inputs are rounded too, `inputs(bits)` is their mean squared
+    error `[in]`, which the weights multiply; every width is then measured. `order`: the columns in the groups' order.
     """
     starts = [group.start for group in group_slices(weight.shape[1], group_size)]
     places = torch.arange(weight.shape[1], device=weight.device)
@@ -68,12 +70,12 @@ def width_losses(
     return torch.cummin(table, dim=1).values.float()
 
 
-def corrected(table: Floats, widths: Sequence[int], bits: Sequence[int], made: float) -> Floats:
-    """A layer's table `[groups, widths]` scaled to `made`, the second-order loss of the errors that a plan with `bits`
-    `[groups]` really made: compensation may fail, and rows may err alike, which one factor a row cannot see.
+def corrected(table: LossTable, widths: Sequence[int], bits: Sequence[int], made: float) -> LossTable:
+    """Scale a layer's table `[groups, widths]` to `made`, the second-order loss of the errors that a plan with `bits`
+    `[groups]` really made. The two differ because compensation may fail and the errors of rows may be correlated.
 
     On babyllama-1m-chars the first up_proj at 2 bits costs 14 times its table, at 3 bits 1.3 times: the factor holds
-    up to the plan's width, with each bit more its square root.
+    up to the plan's width and is replaced by its square root with each further bit.
     """
     column = np.searchsorted(widths, bits)
     told = float(table[np.arange(len(column)), column].sum(dtype=np.float64))
@@ -83,12 +85,12 @@ def corrected(table: Floats, widths: Sequence[int], bits: Sequence[int], made: f
     return scaled.astype(np.float32)
 
 
-def tried_at_one_bit(table: Floats, made: float) -> Floats:
-    """A layer's table `[groups, widths]`, one bit first, with its one-bit column scaled to `made`, what the errors of
-    the layer solved at one bit everywhere cost to second order. Never below the column of the next width.
+def tried_at_one_bit(table: LossTable, made: float) -> LossTable:
+    """Scale the first column, one bit, of a layer's table `[groups, widths]` to `made`, the second-order loss of the
+    layer solved at one bit everywhere. It never falls below the column of the next width.
 
-    Compensation may fail altogether at one bit, and rows err alike: on babyllama-1m-chars `made` is 0.8 to 194 times
-    the column, most in the first two blocks, on demo 1.3 to 48 times, on stories260k 0.65 to 3.4 times.
+    Compensation may fail altogether at one bit, and the errors of rows are correlated. On babyllama-1m-chars `made` is
+    0.8 to 194 times the column, most in the first two blocks; on demo 1.3 to 48 times; on stories260k 0.65 to 3.4.
     """
     found = table.copy()
     told = float(table[:, 0].sum(dtype=np.float64))
@@ -97,9 +99,9 @@ def tried_at_one_bit(table: Floats, made: float) -> Floats:
 
 
 def activation_rows(weight: Tensor, columns: Tensor) -> Tensor:
-    """`[out]` rows for `width_losses` without gradients: every layer's error relative to its output counts alike.
+    """`rows` `[out]` for `width_losses` without gradients: a layer's error counts relative to its output.
 
-    The unit is then a share of the output's squared norm, not nats: a ranking inside one model at best.
+    The unit is then a share of the output's squared norm, not nats: at best a ranking inside one model.
     """
     norm = float((weight.square() @ columns.abs()).sum())
     return weight.new_full((len(weight),), 2.0 / max(norm, 1e-30))

@@ -1,4 +1,4 @@
-"""What does each pairing of low-bit and high-bit groups cost at the layer's output? pair_losses(...) -> [P].
+"""The cost of each pairing of low-bit and high-bit groups at the layer's output: `pair_losses`, `[P]`.
 
 SliM-LLM's search objective (arXiv 2405.14917, Eq. 4) for all candidates p = 0 .. P-1 at once, where the p least
 salient groups hold one bit less and the p most salient one bit more. Adding one pair changes two groups only:
@@ -48,8 +48,8 @@ def pair_losses(
 
 
 class _Objective:
-    """Sum over tokens of the objective, as a function of the output's error `[T, out]`. What depends on the
-    full-precision output alone is computed once."""
+    """The objective summed over tokens, as a function of the output's error `[T, out]`; terms of the full-precision
+    output alone are computed once."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Objective) -> None:
         self.kind = kind

@@ -1,6 +1,6 @@
-"""How much does each weight matter? salience(weight, factor) -> [out, in], in units of the layer's loss.
+"""Salience, the cost of setting a weight to zero in units of the layer's loss: `salience` of weights, `group_salience`.
 
-SliM-LLM, Definition 3.1 (arXiv 2405.14917) and the classical OBS forms behind it: the cost of zeroing a weight.
+SliM-LLM, Definition 3.1 (arXiv 2405.14917) and the classical OBS forms behind it.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ GroupStatistic = Literal["mean", "sum"]
 
 
 def salience(weight: Tensor, factor: Factor, rule: SalienceRule = "cholesky") -> Tensor:
-    """`weight` `[out, in]` -> salience `[out, in]`.
+    """Return the salience of `weight`, both `[out, in]`.
 
-    cholesky: w^2 / U_jj^2, right for a left-to-right sweep (a late column finds few columns to compensate it), so
-    never reuse its ranking for another column order.  inverse_diag: w^2 / [H^-1]_jj, without an order.
+    cholesky: w^2 / U_jj^2, right for a left-to-right sweep (few columns compensate a late one), so never reuse its
+    ranking for another column order.  inverse_diag: w^2 / [H^-1]_jj, without an order.
     paper_literal: w^2 / [H^-1]_jj^2.
     """
     if rule == "cholesky":
@@ -32,7 +32,7 @@ def salience(weight: Tensor, factor: Factor, rule: SalienceRule = "cholesky") ->
 
 
 def group_salience(values: Tensor, groups: Sequence[slice], dead: Tensor, statistic: GroupStatistic = "mean") -> Tensor:
-    """Salience `[out, in]` -> one number per column group, fp64 `[K]`; dead columns count neither above nor below."""
+    """Reduce salience `[out, in]` to one number per column group, fp64 `[K]`; dead columns do not count."""
     per_column = values.double().mean(dim=0).masked_fill(dead, 0.0)
     totals = []
     for group in groups:

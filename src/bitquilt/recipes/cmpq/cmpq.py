@@ -31,14 +31,14 @@ from bitquilt.allocation.fractional import FULL_PALETTE, check_budget, check_pal
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import Cost, Event, Layer, LayerPlan, LayerStats, Layout, Solution, check_finite
-from bitquilt.layer.codebook_weight import Scope, Tables, round_channels, sweep_channels
+from bitquilt.layer.codebook_weight import LevelTables, TableScope, round_channels, sweep_channels
 from bitquilt.layer.grids.codebook import Clustering
 from bitquilt.layer.grids.uniform import scale_dtype_for
+from bitquilt.layer.grouped_weight import layer_events, unprotected_event
 from bitquilt.layer.hessian import factorize
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.layer.outliers import ActivationRule, check_share
 from bitquilt.layer.target import check_feedback, corrected
-from bitquilt.layer.uniform_weight import layer_events, unprotected_event
 from bitquilt.recipes.cmpq.cmpq_budget import ChannelBudget
 from bitquilt.recipes.cmpq.input_norms import Activations, Statistic, channel_norms
 from bitquilt.recipes.cmpq.trial_losses import Trial, some_rows
@@ -88,7 +88,7 @@ class CMPQ:
     swap: float = 0.0
     palette: tuple[int, ...] = FULL_PALETTE
     allocation: Literal["norm", "first", "error_table", "global"] = "norm"
-    codebook: Scope = "shared"
+    codebook: TableScope = "shared"
     codebook_dtype: Literal["auto", "float16", "bfloat16", "float32", "float8"] = "auto"
     row_gains: Literal["auto", "on", "off"] = "auto"
     clustering: Clustering = "exact"
@@ -241,7 +241,7 @@ class CMPQ:
         chosen = dtype or _DTYPES.get(self.codebook_dtype, torch.float16)
         if row_gains is None:
             row_gains = self.row_gains == "on" or (self.row_gains == "auto" and self.bpw is None)
-        tables = Tables(self.codebook, self.clustering, self.iterations, chosen)
+        tables = LevelTables(self.codebook, self.clustering, self.iterations, chosen)
         if row_gains and self.codebook == "shared":
             tables = replace(tables, row_gain_dtype=tables.gain_dtype)
         return ChannelBudget(

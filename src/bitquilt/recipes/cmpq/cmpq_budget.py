@@ -8,7 +8,7 @@ from bitquilt.allocation.fractional import FULL_PALETTE, check_budget, largest_w
 from bitquilt.allocation.knapsack import least_error_relaxed
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.types import MAX_BITS
-from bitquilt.layer.codebook_weight import Tables
+from bitquilt.layer.codebook_weight import LevelTables
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.layer.outliers import MAX_SHARE, ActivationRule, activation_count
 
@@ -23,7 +23,7 @@ class ChannelBudget:
 
     bits: float
     bpw: float | None
-    tables: Tables
+    tables: LevelTables
     palette: tuple[int, ...] = FULL_PALETTE
     swap: float = 0.0
     act_share: float = 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitquilt.layer.codebook_weight import Tables, round_channels
+from bitquilt.layer.codebook_weight import LevelTables, round_channels
 from bitquilt.layer.outliers import ActivationRule, activation_outliers, error_outliers
 
 _ROWS = 512  # of a layer that are looked at
@@ -27,14 +27,14 @@ class Trial:
     importance: Tensor | None
     act_rule: ActivationRule
 
-    def protected(self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int]) -> Tensor:
+    def protected(self, weight: Tensor, bits: Sequence[int], tables: LevelTables, counts: tuple[int, int]) -> Tensor:
         """O_act and O_q of these sizes together, bool `[out, in]`: O_q is ranked by tables fitted without O_act."""
         if counts[1]:
             return self.tried(weight, bits, tables, counts)[0]
         return self._contributing(weight, counts[0])
 
     def tried(
-        self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int]
+        self, weight: Tensor, bits: Sequence[int], tables: LevelTables, counts: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """What would be protected, and the weight rounded by tables fitted without O_act, both `[out, in]`."""
         chosen = self._contributing(weight, counts[0])
@@ -49,14 +49,14 @@ class Trial:
             return torch.zeros_like(weight, dtype=torch.bool)
         return activation_outliers(weight, self.norms, count / weight.numel(), self.act_rule)
 
-    def loss(self, weight: Tensor, bits: Sequence[int], tables: Tables, counts: tuple[int, int] = (0, 0)) -> float:
+    def loss(self, weight: Tensor, bits: Sequence[int], tables: LevelTables, counts: tuple[int, int] = (0, 0)) -> float:
         """Sum of cost_j (w - Q(w))^2 over what is not among the outliers."""
         protected = self.protected(weight, bits, tables, counts)
         rounded = round_channels(weight, bits, tables, protected, self.importance)[1]
         difference = (weight - rounded).masked_fill(protected, 0.0).double().square()
         return float(difference.sum(dim=0) @ self.cost.double())
 
-    def gain_per_row_pays(self, weight: Tensor, bits: int, tables: Tables) -> bool:
+    def gain_per_row_pays(self, weight: Tensor, bits: int, tables: LevelTables) -> bool:
         """Whether a gain per row, all channels at `bits`, saves more than its bytes would as bits of the codes.
 
         It costs 8 / in bits per weight, and a bit more of every code is a quarter of the squared error."""
@@ -65,7 +65,7 @@ class Trial:
         with_gains = self.loss(rows, plan, replace(tables, row_gain_dtype=tables.gain_dtype))
         return with_gains * 4.0**size < self.loss(rows, plan, replace(tables, row_gain_dtype=None))
 
-    def table(self, weight: Tensor, widths: Sequence[int], tables: Tables, act_share: float) -> list[list[float]]:
+    def table(self, weight: Tensor, widths: Sequence[int], tables: LevelTables, act_share: float) -> list[list[float]]:
         """Per channel what it would lose at each of `widths`, without O_act."""
         rows = some_rows(weight)
         mass = (~activation_outliers(rows, self.norms, act_share, self.act_rule)).float()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitquilt.core.types import BlockProblem, Solution, TrainedLayers
-from bitquilt.train.problem import KeptEpoch, Link, Part, Read, Samples, Trained, Training
+from bitquilt.train.problem import KeptEpoch, Link, Read, TrainableWeight, Trained, TrainingSamples, TrainingSettings
 from bitquilt.train.ranges import Ranges
 from bitquilt.train.trainer import train
 
@@ -43,14 +43,14 @@ class TrainedClipping:
         solutions = {name: Solution(part.export(trained.values[name])) for name, part in parts.items()}
         return trained.layers(problem.name, solutions)
 
-    def _trained(self, problem: BlockProblem, parts: Mapping[str, Part]) -> Trained:
-        samples = Samples(problem.count, problem.inputs, self._targets(problem))
+    def _trained(self, problem: BlockProblem, parts: Mapping[str, TrainableWeight]) -> Trained:
+        samples = TrainingSamples(problem.count, problem.inputs, self._targets(problem))
         return train((Link(problem.forward, parts),), samples, self._training(), problem.told)
 
     def _targets(self, problem: BlockProblem) -> tuple[Read, ...]:
         return (problem.full_outputs,)
 
-    def _training(self) -> Training:
-        return Training(
+    def _training(self) -> TrainingSettings:
+        return TrainingSettings(
             self.epochs, self.batch, seed=self.train_seed, autocast=self.autocast, kept_epoch=self.kept_epoch
         )

@@ -15,10 +15,20 @@ from typing import Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from bitquilt.core.types import BlockProblem, LayerPlan, ModelProblem, Solution, TrainedLayers
-from bitquilt.train.problem import KeptEpoch, Link, Part, Rule, Samples, Schedule, Trained, Training, Values
+from bitquilt.train.problem import (
+    KeptEpoch,
+    Link,
+    Rule,
+    Schedule,
+    TrainableWeight,
+    Trained,
+    TrainingSamples,
+    TrainingSettings,
+    Values,
+)
 from bitquilt.train.trainer import train
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=TrainableWeight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,7 @@ class Effort(Generic[P]):
         parts = self._parts(
             problem, Rule(2 * self.reach / steps, self.rounding, -self.reach, self.reach), self.scale_rate
         )
-        samples = Samples(problem.count, problem.inputs, (problem.full_outputs,))
+        samples = TrainingSamples(problem.count, problem.inputs, (problem.full_outputs,))
         trained = train((Link(problem.forward, parts),), samples, training, problem.told)
         return self._finished(problem, problem.name, parts, trained)
 
@@ -99,7 +109,7 @@ class Effort(Generic[P]):
         """Train all blocks together. Raises ValueError if they cannot be trained."""
         parts = self._parts(problem, Rule(self.tune_rate), self.tune_scale_rate)
         links = [Link(forward, {name: parts[name] for name in names}) for forward, names in problem.blocks]
-        samples = Samples(problem.count, problem.inputs, (problem.targets,), problem.loss)
+        samples = TrainingSamples(problem.count, problem.inputs, (problem.targets,), problem.loss)
         return self._finished(problem, "model", parts, train(links, samples, self._tuning(), problem.told))
 
     def _parts(self, problem: BlockProblem | ModelProblem, rounding: Rule, scale_rate: float) -> dict[str, P]:
@@ -118,11 +128,11 @@ class Effort(Generic[P]):
         }
         return trained.layers(where, solutions)
 
-    def _training(self) -> Training:
-        return Training(self.epochs, self.batch, self.schedule, betas=(0.9, 0.99), **self._same())
+    def _training(self) -> TrainingSettings:
+        return TrainingSettings(self.epochs, self.batch, self.schedule, betas=(0.9, 0.99), **self._same())
 
-    def _tuning(self) -> Training:
-        return Training(self.tune_epochs, max(1, self.tune_batch), "cosine", betas=(0.9, 0.98), **self._same())
+    def _tuning(self) -> TrainingSettings:
+        return TrainingSettings(self.tune_epochs, max(1, self.tune_batch), "cosine", betas=(0.9, 0.98), **self._same())
 
     def _same(self) -> dict[str, Any]:
         return {

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from bitquilt.core.recipe import Needs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
+from bitquilt.layer.grouped_weight import FitColumns, live_weight, protect, solve, unprotected_event
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.target import check_feedback, corrected, layer_factor
-from bitquilt.layer.uniform_weight import FitColumns, live_weight, protect, solve, unprotected_event
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,12 +40,13 @@ from bitquilt.layer.grids.uniform import (
     scale_dtype_for,
     symmetric_widths,
 )
+from bitquilt.layer.grouped_weight import check_protection, live_weight, protected_count
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.layouts import COARSE, GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
+from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
+from bitquilt.layer.nearest import COARSE
 from bitquilt.layer.sensitivity.output_divergence import Objective
 from bitquilt.layer.sensitivity.salience import GroupStatistic, SalienceRule, group_salience, salience
 from bitquilt.layer.target import corrected
-from bitquilt.layer.uniform_weight import check_protection, live_weight, protected_count
 from bitquilt.recipes.shared.clipping import TrainedClipping
 from bitquilt.recipes.shared.feedback import Feedback
 from bitquilt.recipes.shared.pairing import RoundGroup, paired_menu

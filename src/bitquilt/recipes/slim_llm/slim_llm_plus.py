@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.types import BlockProblem, Layer, LayerPlan, Solution, TrainedLayers, group_slices
+from bitquilt.layer.assembly import assemble
 from bitquilt.layer.grids.uniform import scale_dtype_for
+from bitquilt.layer.grouped_weight import layer_events, live_weight
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.layouts import round_groups
-from bitquilt.layer.uniform_weight import assemble, layer_events, live_weight
+from bitquilt.layer.nearest import round_groups
 from bitquilt.recipes.slim_llm.slim_llm import SlimLLM
-from bitquilt.train.problem import Read, Training
+from bitquilt.train.problem import Read, TrainingSettings
 from bitquilt.train.rounding import Clipping
 
 _BINS = 50  # of the learned clipping factors in report.json, from 0 to 1
@@ -70,7 +71,7 @@ class SlimLLMPlus(SlimLLM):
             return super().quantize(layer, plan, prepared)
         weight = live_weight(layer, prepared)
         part = self._part(weight, plan)
-        stored = assemble(part.export(part.start), plan, part.scale_dtype)
+        stored = assemble(part.export(part.start), plan)
         return Solution(stored, None, layer_events(layer, part.scale_dtype, prepared, self.damp), {"weight": weight})
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
@@ -94,7 +95,7 @@ class SlimLLMPlus(SlimLLM):
         trained = self._trained(problem, parts)
         solutions = {}
         for name, part in parts.items():
-            stored = assemble(part.export(trained.values[name]), problem.plans[name], part.scale_dtype)
+            stored = assemble(part.export(trained.values[name]), problem.plans[name])
             solutions[name] = Solution(stored)
         factors = torch.cat([part.factors(trained.values[name]) for name, part in parts.items()])
         notes = {"clipping": torch.histc(factors, _BINS, 0.0, 1.0).int().tolist()}
@@ -114,5 +115,5 @@ class SlimLLMPlus(SlimLLM):
     def _targets(self, problem: BlockProblem) -> tuple[Read, ...]:
         return (problem.full_outputs, problem.outputs) if self.augmented else (problem.full_outputs,)
 
-    def _training(self) -> Training:
+    def _training(self) -> TrainingSettings:
         return replace(super()._training(), schedule="constant", patience=self.patience)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitquilt.core.packing import bits_per_weight
-from bitquilt.layer.symmetric_weight import round_symmetric
+from bitquilt.layer.nearest import round_symmetric
 
 
 @pytest.mark.parametrize(("bits", "bpw"), [(2, 2.5), (4, 4.5), (8, 8.5)])
@@ -23,7 +23,7 @@ def test_every_value_is_near_a_level_and_costs_what_it_says(bits, bpw):
 
 
 def test_zero_rows_ragged_groups_and_many_rows(monkeypatch):
-    monkeypatch.setattr("bitquilt.layer.symmetric_weight._ROWS", 7)
+    monkeypatch.setattr("bitquilt.layer.nearest._ROWS", 7)
     weight = torch.randn(20, 40, generator=torch.Generator().manual_seed(1))
     weight[3] = 0
     stored = round_symmetric(weight, 4, 32)

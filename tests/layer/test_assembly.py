@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bitquilt.core.types import LayerPlan, group_slices
-from bitquilt.layer.gptq_sweep import round_to_nearest
+from bitquilt.layer.assembly import assemble, disassemble
 from bitquilt.layer.grids.uniform import RangeSearch, fit
-from bitquilt.layer.uniform_weight import assemble, disassemble
+from bitquilt.layer.nearest import round_to_nearest
 
 
 @pytest.mark.parametrize("bits", [(2, 2, 2), (3, 2, 4), (1, 3, 1), (4, 1, 2)], ids=str)
