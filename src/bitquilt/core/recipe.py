@@ -11,17 +11,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from bitquilt.core.budget import Budget, Scope
-from bitquilt.core.types import (
-    BlockProblem,
-    Cost,
-    Layer,
-    LayerPlan,
-    LayerStats,
-    Layout,
-    ModelProblem,
-    Solution,
-    TrainedLayers,
-)
+from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution
 
 
 @dataclass(frozen=True)
