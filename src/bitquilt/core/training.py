@@ -11,12 +11,12 @@ from bitquilt.core.types import Event, LayerPlan, Solution
 
 @dataclass(frozen=True, eq=False)
 class BlockProblem:
-    """A block whose layers are solved, to be trained as a whole. `plans` and `solutions` by layer.
+    """A block whose layers are solved, to be trained as a whole. `plans` and `solutions` are by layer.
 
-    `forward` (weights `[out, in]` by layer, `[batch, tokens, width]`) -> the block's output with these weights; for
-    lists of sample numbers below `count`: `inputs`, what the block reads in the quantized model, `outputs`, what the
-    full-precision block makes of it, and `full_outputs`, its output in the full-precision model. `told`: after every
-    epoch, how many are done, of how many, and the loss.
+    `forward(weights, hidden)` returns the block's output with these weights `[out, in]` by layer, `hidden` being
+    `[batch, tokens, width]`. Three functions take sample numbers below `count`: `inputs` returns what the block reads
+    in the quantized model, `outputs` what the full-precision block returns for that input, `full_outputs` the block's
+    output in the full-precision model. `told(done, of, loss)` is called after every epoch.
     """
 
     name: str
@@ -32,12 +32,12 @@ class BlockProblem:
 
 @dataclass(frozen=True, eq=False)
 class ModelProblem:
-    """A model whose blocks are solved, to be trained as a whole. `plans` and `solutions` by layer, `Solution.details`
-    being what the recipe's `keep` kept of it.
+    """A model whose blocks are solved, to be trained as a whole. `plans` and `solutions` are by layer; each
+    `Solution.details` holds what the recipe's `keep` returned.
 
-    `blocks`: each block's function, as in `BlockProblem`, and its layers, in order. `targets`: what the last block
-    returns in the full-precision model; `loss` (the same of the trained one, target) -> mean KL of the model's output,
-    nats per token. `told` as in `BlockProblem`.
+    `blocks`: the `forward` of each block, as in `BlockProblem`, and the names of its layers, in order. `targets`
+    returns the last block's output in the full-precision model. `loss(output, target)` is the mean KL divergence of
+    the model's output in nats per token. `told` is that of `BlockProblem`.
     """
 
     plans: Mapping[str, LayerPlan]
@@ -52,8 +52,10 @@ class ModelProblem:
 
 @dataclass(frozen=True, eq=False)
 class TrainedLayers:
-    """Trained layers, and the loss on samples not trained on: at the start, the best, by epoch. Of a block its error
-    relative to its output, of a model its KL. `notes`: plain values for the report."""
+    """Trained layers and their loss on held-out samples: at the start, the best, and after each epoch.
+
+    The loss of a block is its error relative to its output; the loss of a model is its KL divergence. `notes`: plain
+    values for the report."""
 
     solutions: Mapping[str, Solution]
     events: tuple[Event, ...]
