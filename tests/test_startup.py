@@ -34,6 +34,19 @@ def test_the_package_and_the_list_of_verbs_import_nothing_heavy() -> None:
     assert imported(code, "--help").isdisjoint(HEAVY)
 
 
+def test_importing_changes_nothing_but_the_finder_that_registers_the_format() -> None:
+    code = """
+import os, sys, warnings, logging, signal, random
+state = lambda: (dict(os.environ), list(warnings.filters), list(logging.root.handlers), random.getstate(),
+                 signal.getsignal(signal.SIGINT), sys.excepthook)
+before, finders = state(), list(sys.meta_path)
+import bitquilt
+assert state() == before
+assert sys.meta_path[1:] == finders and type(sys.meta_path[0]).__module__ == "bitquilt.serve.registration"
+"""
+    imported(code)
+
+
 def test_a_plan_of_a_model_like_llama_does_not_import_transformers(make_model: Callable[..., Path]) -> None:
     found = imported("from bitquilt.cli import main; main()", "plan", str(make_model("llama")), "--group-size", "8")
     assert found & set(HEAVY) == {"torch"}

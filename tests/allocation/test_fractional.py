@@ -1,4 +1,4 @@
-"""Fractional budgets: exact sums, rankings, named errors; and the relaxed allocation of many channels."""
+"""Fractional budgets: exact sums, rankings, named errors."""
 
 import itertools
 
@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquilt.allocation.fractional import check_palette, fractional_bits, spread_bits
-from bitquilt.allocation.knapsack import least_error, least_error_relaxed
 
 
 def test_the_known_maps():
@@ -66,25 +65,3 @@ def test_bad_budgets_are_named(norms, bits, options, message):
 def test_palettes_outside_the_storable_widths():
     with pytest.raises(ValueError, match="widths from 1 to 8"):
         check_palette((8, 9))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 8))
-def test_the_relaxed_allocation_spends_all_and_is_near_the_optimum(table, extra):
-    table = [sorted(row, reverse=True) for row in table]
-    units, palette = len(table), (2, 3, 4)
-    budget = min(2 * units + extra, 4 * units)
-    chosen = least_error_relaxed(table, palette, budget)
-    assert sum(palette[i] for i in chosen) == budget
-    best = least_error(table, palette, [1] * units, budget)
-    loss = sum(row[i] for row, i in zip(table, chosen, strict=True))
-    optimum = sum(row[palette.index(b)] for row, b in zip(table, best, strict=True))
-    assert optimum - 1e-9 <= loss <= optimum + max(row[0] - row[-1] for row in table) + 1e-9
-
-
-def test_relaxed_errors_are_named():
-    with pytest.raises(ValueError, match="unit 1 at choice 0 is inf"):
-        least_error_relaxed([[1, 0], [float("inf"), 0]], (2, 3), 5)
-    with pytest.raises(ValueError, match="below 2 for each of 2"):
-        least_error_relaxed([[1, 0], [1, 0]], (2, 3), 3)
-    assert least_error_relaxed([[1], [1]], (2,), 5) == (0, 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitquilt.allocation.graph_network import Training, choices, graph_bits, network
+from bitquilt.allocation.graph_network import GraphTraining, choices, graph_bits, network
 from bitquilt.allocation.knapsack import best_bits, table_error
 
 PALETTE = (1, 2, 3, 4)
@@ -51,7 +51,7 @@ def test_a_convolution_mixes_neighbours_only():
 @pytest.mark.parametrize("budget", [4, 6, 8, 9, 12, 16])
 @pytest.mark.parametrize("hard", [True, False])
 def test_on_a_table_it_never_beats_the_exact_map_and_keeps_the_budget(budget, hard):
-    training = Training(hard=hard, steps=100)
+    training = GraphTraining(hard=hard, steps=100)
     bits = graph_bits(TABLE, PALETTE, [1] * 4, budget, torch.eye(4), torch.eye(4), training)
     assert sum(bits) <= budget
     optimum = best_bits(TABLE.tolist(), PALETTE, [1] * 4, budget)
@@ -62,7 +62,7 @@ def test_with_one_hot_features_and_no_edges_it_approaches_the_optimum():
     g = torch.Generator().manual_seed(2)
     table = (torch.rand(24, 4, generator=g, dtype=torch.float64) + 0.05).sort(dim=1, descending=True).values
     table = table * torch.logspace(-1, 1, 24, dtype=torch.float64).unsqueeze(1)
-    training = Training(steps=400, learning_rate=1e-2)
+    training = GraphTraining(steps=400, learning_rate=1e-2)
     bits = graph_bits(table, PALETTE, [1] * 24, 60, torch.eye(24), torch.eye(24), training)
     optimum = best_bits(table.tolist(), PALETTE, [1] * 24, 60)
     best = table_error(table.tolist(), PALETTE, optimum)
@@ -74,7 +74,8 @@ def test_a_seed_decides_and_the_global_random_state_is_left_alone():
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     before = torch.random.get_rng_state()
     one, other = (
-        graph_bits(TABLE, PALETTE, [8] * 4, 72, features, torch.eye(4), Training(seed=3, steps=20)) for _ in range(2)
+        graph_bits(TABLE, PALETTE, [8] * 4, 72, features, torch.eye(4), GraphTraining(seed=3, steps=20))
+        for _ in range(2)
     )
     assert one == other
     assert torch.equal(before, torch.random.get_rng_state())
@@ -82,8 +83,8 @@ def test_a_seed_decides_and_the_global_random_state_is_left_alone():
 
 def test_zero_errors_and_bad_ones():
     zero = torch.zeros(2, 4, dtype=torch.float64)
-    bits = graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), Training(steps=3))
+    bits = graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), GraphTraining(steps=3))
     assert 8 * bits[0] + 4 * bits[1] <= 24
     zero[1, 2] = float("inf")
     with pytest.raises(ValueError, match="error of unit 1 at 3 bits is inf"):
-        graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), Training(steps=3))
+        graph_bits(zero, PALETTE, [8, 4], 24, torch.zeros(2, 8), torch.eye(2), GraphTraining(steps=3))

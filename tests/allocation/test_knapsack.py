@@ -1,14 +1,21 @@
-"""Lagrange multiplier, repair and the choice between them and the exact program, against worked examples and brute
-force."""
+"""Exact program, steepest path and repair on one layer's table, against worked examples and brute force."""
 
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquilt.allocation.knapsack import at_multiplier, best_bits, lagrangian, non_increasing, repair, table_error
+from bitquilt.allocation.knapsack import (
+    best_bits,
+    least_error,
+    least_error_relaxed,
+    non_increasing,
+    repair,
+    table_error,
+)
+from bitquilt.allocation.path import steepest
 
 PALETTE = (1, 2, 3, 4)
 TABLE = [[8, 3, 1, 0.3], [4, 2.5, 2, 1.8], [10, 2, 1.5, 1.2], [3, 1, 0.5, 0.2]]
@@ -26,9 +33,19 @@ def brute(table, widths, budget):
 
 @pytest.mark.parametrize(
     ("budget", "error", "bits"),
-    [(4, 25.0, (1, 1, 1, 1)), (5, 17.0, None), (6, 12.0, (2, 1, 2, 1)), (7, 10.0, None), (8, 8.0, (3, 1, 2, 2)),
-     (9, 6.5, (3, 2, 2, 2)), (10, 5.8, (4, 2, 2, 2)), (11, 5.3, None), (12, 4.8, None), (16, 3.5, (4, 4, 4, 4))],
-)  # fmt: skip
+    [
+        (4, 25.0, (1, 1, 1, 1)),
+        (5, 17.0, None),
+        (6, 12.0, (2, 1, 2, 1)),
+        (7, 10.0, None),
+        (8, 8.0, (3, 1, 2, 2)),
+        (9, 6.5, (3, 2, 2, 2)),
+        (10, 5.8, (4, 2, 2, 2)),
+        (11, 5.3, None),
+        (12, 4.8, None),
+        (16, 3.5, (4, 4, 4, 4)),
+    ],
+)
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_worked_table(budget, error, bits, exact):
     found = best_bits(TABLE, PALETTE, [1] * 4, budget, exact)
@@ -37,23 +54,13 @@ def test_the_worked_table(budget, error, bits, exact):
     assert sum(found) <= budget
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "bits"),
-    [(1.0, (3, 2, 2, 2)), (0.6, (4, 2, 2, 2)), (4.0, (2, 1, 2, 1)), (9.0, (1, 1, 1, 1)), (0.0, (4, 4, 4, 4))],
-)
-def test_multipliers(multiplier, bits):
-    assert at_multiplier(TABLE, PALETTE, [1] * 4, multiplier) == bits
-
-
-def test_no_multiplier_reaches_three_bits_of_a_hollow_table_but_repair_does():
-    reached = {sum(at_multiplier(HOLLOW, PALETTE, [1, 1], m)) for m in np.linspace(0.01, 9, 2000)}
-    assert 3 not in reached
-    assert {2, 4, 5, 6} <= reached
-    relaxed, _ = lagrangian(HOLLOW, PALETTE, [1, 1], 3)
-    assert relaxed == (1, 1)
-    assert repair(relaxed, HOLLOW, PALETTE, [1, 1], 3) == (1, 2)
+def test_the_path_misses_three_bits_of_a_hollow_table_but_repair_does_not():
+    path = steepest(np.array(HOLLOW), np.tile([1.0, 2.0, 3.0, 4.0], (2, 1)))
+    assert path.at(path.within(1)).tolist() == [0, 0]
+    assert repair((1, 1), HOLLOW, PALETTE, [1, 1], 3) == (1, 2)
     for budget, bits in ((2, (1, 1)), (3, (1, 2)), (4, (3, 1)), (5, (3, 2)), (6, (3, 3))):
         assert best_bits(HOLLOW, PALETTE, [1, 1], budget) == bits
+        assert best_bits(HOLLOW, PALETTE, [1, 1], budget, exact=False) == bits
 
 
 def test_repair_brings_a_map_within_the_budget_by_the_cheapest_steps():
@@ -80,10 +87,10 @@ def test_against_brute_force(table, data):
         assert error >= optimum - 1e-9
         if exact:
             assert error <= optimum + 1e-9
-    relaxed, multiplier = lagrangian(table, PALETTE, widths, budget)
-    spent = sum(w * b for w, b in zip(widths, relaxed, strict=True))
-    gap = table_error(monotone, PALETTE, relaxed) - optimum
-    assert gap <= multiplier * (budget - spent) * (1 + 1e-6) + 1e-6
+    path = steepest(np.array(monotone), np.outer(widths, PALETTE).astype(float))
+    steps = path.within(budget - sum(widths))
+    gap = table_error(monotone, PALETTE, [PALETTE[i] for i in path.at(steps)]) - optimum
+    assert gap <= (path.gains[steps] if steps < len(path) else 0.0) * (1 + 1e-9) + 1e-9
 
 
 @given(st.lists(rows, min_size=2, max_size=6), st.floats(0.01, 100), st.data())
@@ -141,3 +148,32 @@ def test_many_units_are_spread_without_the_table_of_states():
     assert sum(bits) == 6900
     exact = table_error(table, PALETTE, best_bits(table, PALETTE, [1] * 3000, 6900, exact=True))
     assert exact <= table_error(table, PALETTE, bits) <= 1.001 * exact
+
+
+# The exact program takes errors as they are; the relaxed one is for many equal units
+
+
+def test_more_bits_that_hurt_are_not_bought_by_the_exact_program():
+    assert least_error([[1, 5, 7], [4, 2, 3]], (1, 2, 3), (1, 1), 6) == (1, 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 8))
+def test_the_relaxed_allocation_spends_all_and_is_near_the_optimum(table, extra):
+    table = [sorted(row, reverse=True) for row in table]
+    units, palette = len(table), (2, 3, 4)
+    budget = min(2 * units + extra, 4 * units)
+    chosen = least_error_relaxed(table, palette, budget)
+    assert sum(palette[i] for i in chosen) == budget
+    best = least_error(table, palette, [1] * units, budget)
+    loss = sum(row[i] for row, i in zip(table, chosen, strict=True))
+    optimum = sum(row[palette.index(b)] for row, b in zip(table, best, strict=True))
+    assert optimum - 1e-9 <= loss <= optimum + max(row[0] - row[-1] for row in table) + 1e-9
+
+
+def test_relaxed_errors_are_named():
+    with pytest.raises(ValueError, match="unit 1 at choice 0 is inf"):
+        least_error_relaxed([[1, 0], [float("inf"), 0]], (2, 3), 5)
+    with pytest.raises(ValueError, match="below 2 for each of 2"):
+        least_error_relaxed([[1, 0], [1, 0]], (2, 3), 3)
+    assert least_error_relaxed([[1], [1]], (2,), 5) == (0, 0)

@@ -81,10 +81,9 @@ def realistic(units, seed=0):
     return scale * np.exp(-np.hstack([np.zeros((units, 1)), fall])), costs
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.1), (1, 0.3), (2, 0.6)])
 def test_filling_is_within_three_permille_of_the_optimum(seed, share):
-    losses, costs = realistic(400, seed)
+    losses, costs = realistic(200, seed)
     least = costs[:, 0].sum()
     budget = least + share * (costs[:, -1].sum() - least)
     optimum = total(losses, exact_choices(losses, costs, budget))

@@ -129,7 +129,7 @@ def test_the_flags_of_quantize(command: Command, tiny: Path, text: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size", "lots"], "'lots' is no size; wanted such as 6.5GiB"),
+        (["--size", "lots"], "'lots' is not a size; wanted such as 6.5GiB"),
         (["--size", "1GB", "--vram", "1GB", "--ctx", "8"], "size and vram are budgets for the same run"),
         (["--vram", "1GB"], "vram needs ctx"),
         (["--allocation", "everywhere"], "unknown allocation 'everywhere'"),

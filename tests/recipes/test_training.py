@@ -14,7 +14,7 @@ from torch import Tensor
 import bitquilt
 from bitquilt import UserError
 from bitquilt.core.events import BlockDone, Epoch, Stage
-from bitquilt.core.types import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, TrainedLayers
 from bitquilt.recipes import make_recipe
 from bitquilt.recipes.cmpq.cmpq_plus import CMPQPlus
 from bitquilt.recipes.quilt import Quilt

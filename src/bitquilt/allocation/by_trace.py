@@ -1,25 +1,26 @@
-"""Which layers get the higher of two widths? by_trace(sensitivities, costs, budget) -> bits by layer.
+"""One width per layer: `by_trace` ranks layers for the higher of two widths, `by_weighted_error` minimises an error.
 
-APTQ's rule (arXiv 2402.14866, as far as published): layers in falling sensitivity take the higher width while it lasts.
-What a layer costs at a width, codes alone or all that is stored, is the caller's; no tensors.
+`by_trace` is APTQ's rule (arXiv 2402.14866, as far as published): in falling sensitivity, layers take the higher width
+while the budget lasts. The caller decides what a cost counts, codes alone or everything stored. No tensors.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
+from bitquilt.allocation.exact import exact_choices
 from bitquilt.allocation.knapsack import best_bits
-from bitquilt.allocation.path import fill, steepest
 
 Costs = Mapping[str, Mapping[int, int]]
-"""By layer and width, widths ascending and the same for all."""
+"""Cost by layer and width; widths ascend and are the same for all layers."""
 
 
 def by_trace(sensitivities: Mapping[str, float], costs: Costs, budget: float) -> dict[str, int]:
-    """The higher width down the ranking while the summed costs stay within `budget`; from the first layer that does not
-    fit on, the lower one. Equal sensitivities in order of their names. Raises ValueError if the lower width does not
-    fit everywhere or a sensitivity is not a finite number."""
+    """Return bits by layer: the higher width down the ranking until a layer does not fit, then the lower width.
+
+    Equal sensitivities go in the order of their names. Raises ValueError if the lower width does not fit everywhere or
+    a sensitivity is not finite.
+    """
     _check(sensitivities, costs, budget)
     low, high = _widths(costs)
     bits, open_ = dict.fromkeys(sensitivities, low), True
@@ -34,9 +35,9 @@ def by_trace(sensitivities: Mapping[str, float], costs: Costs, budget: float) ->
 
 
 def by_weighted_error(errors: Mapping[str, Mapping[int, float]], costs: Costs, budget: float) -> dict[str, int]:
-    """Least sum of errors[layer][bits] with the summed costs within `budget`, exact where affordable (HAWQ-V2's form).
+    """Return bits by layer with the least sum of errors[layer][bits] within `budget` (the form of HAWQ-V2).
 
-    Raises ValueError as `by_trace`.
+    The optimum is exact where that is affordable. Raises ValueError as `by_trace` does.
     """
     _check({name: sum(row.values()) for name, row in errors.items()}, costs, budget)
     names, widths = sorted(errors), _widths(costs)
@@ -46,10 +47,7 @@ def by_weighted_error(errors: Mapping[str, Mapping[int, float]], costs: Costs, b
         return dict(zip(names, best_bits(table, widths, sizes, int(budget + 1e-6)), strict=True))
     losses = np.minimum.accumulate(np.asarray(table, dtype=np.float32), axis=1)
     prices = np.asarray([[costs[name][b] for b in widths] for name in names], dtype=np.float64)
-    if losses.size <= MAX_VARIABLES:
-        chosen = exact_choices(losses, prices, budget)
-    else:
-        chosen = fill(steepest(losses, prices), budget - float(prices[:, 0].sum()))
+    chosen = exact_choices(losses, prices, budget)
     return {name: widths[i] for name, i in zip(names, chosen.tolist(), strict=True)}
 
 
@@ -63,4 +61,4 @@ def _check(values: Mapping[str, float], costs: Costs, budget: float) -> None:
         raise ValueError(f"a budget of {budget:g} bits is below {least:g}, the lowest width everywhere")
     for name, value in values.items():
         if not abs(value) < float("inf"):
-            raise ValueError(f"the sensitivity of {name} is {value}")
+            raise ValueError(f"the sensitivity of {name} is {value}; wanted a finite number")

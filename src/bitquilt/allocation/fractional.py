@@ -1,7 +1,7 @@
-"""How many bits does each channel get for a fractional mean? fractional_bits(norms, bits) -> bits per channel.
+"""Bits per channel for a fractional mean: `fractional_bits` and `spread_bits` rank channels by activation norm.
 
-CMPQ (arXiv 2410.13056, spec section 3.1): channels with larger activation norm get more bits. Two adjacent widths
-reach every mean exactly; which channels get the wider one is a ranking. Pure Python: no tensors.
+CMPQ (arXiv 2410.13056, section 3.1): channels with a larger norm get more bits. Two adjacent widths reach every mean
+exactly. `largest_within` finds the largest sum of bits that an exact size allows. Pure Python, no tensors.
 """
 
 import math
@@ -15,10 +15,10 @@ FULL_PALETTE = tuple(range(MIN_BITS, MAX_BITS + 1))
 def fractional_bits(
     norms: Sequence[float], bits: float, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
 ) -> tuple[int, ...]:
-    """Bits per channel with sum round(bits * channels), larger norms first; the earlier channel wins a tie.
+    """Return bits per channel that sum to round(bits * channels), larger norms first; the earlier wins a tie.
 
-    `swap`: this share of the channels, those with the largest norms, gets one bit more and as many at the other end
-    one less. Raises ValueError if the palette has a hole, `bits` is outside it, the swap leaves it, or a norm is not
+    `swap`: the share of channels with the largest norms that gets one bit more; as many with the smallest norms get one
+    bit less. Raises ValueError if the palette has a hole, `bits` or a swapped width is outside it, or a norm is not
     finite.
     """
     check_budget(bits, palette)
@@ -28,14 +28,14 @@ def fractional_bits(
 def spread_bits(
     norms: Sequence[float], total: int, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
 ) -> tuple[int, ...]:
-    """The same for a given sum of bits."""
+    """Return bits per channel as `fractional_bits` does, for a given sum of bits."""
     count = len(norms)
     for channel, norm in enumerate(norms):
         if not math.isfinite(norm):
             raise ValueError(f"the activation norm of channel {channel} is {norm}; wanted a finite number")
     if not 0 <= swap <= 0.5:
         raise ValueError(f"swap is {swap}; wanted a share of the channels from 0 to 0.5")
-    # the sum comes first: 2.9999999 bits are 3 everywhere, not 2 and a rounding error of ones
+    # rounding the sum, not the mean, makes 2.9999999 bits 3 everywhere
     low, higher = divmod(total, count)
     bits = [low] * count
     order = sorted(range(count), key=lambda j: -norms[j])
@@ -61,20 +61,22 @@ def check_palette(palette: Sequence[int]) -> None:
         raise ValueError(f"palette is {list(palette)}; wanted widths from {MIN_BITS} to {MAX_BITS}")
     missing = sorted(set(range(palette[0], palette[-1] + 1)) - set(palette))
     if missing:
-        raise ValueError(f"palette {list(palette)} has a hole at {missing[0]}: adjacent widths reach every mean")
+        raise ValueError(
+            f"palette {list(palette)} has a hole at {missing[0]}; wanted adjacent widths, which reach every mean"
+        )
 
 
 def check_budget(bits: float, palette: Sequence[int]) -> None:
-    """Raise ValueError if no mix of the palette has this mean."""
+    """Raise ValueError if no mix of the palette's widths has the mean `bits`."""
     check_palette(palette)
     if not palette[0] <= bits <= palette[-1]:
         raise ValueError(f"bits is {bits}; the palette reaches means from {palette[0]} to {palette[-1]}")
 
 
 def largest_within(size: Callable[[int], int], low: int, high: int, target: float, further: Sequence[int] = ()) -> int:
-    """The largest of low .. high whose size is within `target`; `low` if none is.
+    """Return the largest of low .. high whose size is within `target`; `low` if none is.
 
-    Sizes need grow only on the whole: bisect, then look a little further, and at the places of `further`.
+    Sizes need not grow at every step: after the bisection the next 32 values and those in `further` are tried too.
     """
     first, last = low, high
     while first < last:

@@ -1,11 +1,12 @@
-"""Which bits does a graph network give to columns? graph_bits(table, features, adjacency, ...) -> bits per unit.
+"""MG-PTQ's allocator (arXiv 2501.18154): `graph_bits` trains a graph network that gives bits to columns.
 
-MG-PTQ's allocator (arXiv 2501.18154): two graph convolutions over the column graph, a head to one logit per width.
-That structure is published; sizes, loss and its weights are ours. The publication quantizes inside the training loop
-and approximates the gradient; tabulated errors make it exact: pi_jb (e_jb - sum_c pi_jc e_jc) / t for logit_jb.
+The network has two graph convolutions over the column graph and a head with one logit per width. That structure is
+published; sizes, loss and loss weights are our choice. The publication quantizes inside the training loop and
+approximates the gradient; tabulated errors make it exact: pi_jb (e_jb - sum_c pi_jc e_jc) / t for logit_jb.
 
-The only allocator with tensors in it: it trains. On the table alone it cannot beat `best_bits`, which is optimal there;
-what it could add is a preference for maps that neighbours in the graph agree on, visible only after the sweep.
+This is the only allocator with tensors, because it trains. On the table alone it cannot beat `best_bits`, which is
+optimal there. It can only add a preference for maps that agree with neighbours in the graph, which shows after the
+sweep.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ from bitquilt.allocation.knapsack import repair
 
 
 @dataclass(frozen=True)
-class Training:
-    """Of the network. `budget_weight`: lam of the squared miss of the mean; t falls from `warm` to `cold`."""
+class GraphTraining:
+    """Training settings of the network. `budget_weight`: weight of the squared distance from the mean that the budget
+    allows. The softmax temperature t falls from `warm` to `cold`. `hard`: straight-through choices."""
 
     width: int = 64
     steps: int = 200
@@ -38,18 +40,18 @@ def graph_bits(
     budget: int,
     features: Tensor,
     adjacency: Tensor,
-    training: Training,
+    training: GraphTraining,
 ) -> tuple[int, ...]:
-    """Train on this layer's table fp64 `[n, |palette|]`, then bring the map to the budget by single moves: exchanges
-    would search the table's optimum and leave nothing of the network's choice.
+    """Return bits per unit from a network trained on this layer's error table, fp64 `[n, |palette|]`.
 
+    Single moves bring the map to the budget; exchanges would find the table's optimum and undo the network's choice.
     `features` `[n, f]`; `adjacency` normalised, sparse or dense `[n, n]`; `budget` in bits x columns.
     Raises ValueError if an error is not finite or the budget is below the smallest width everywhere.
     """
     if not bool(torch.isfinite(table).all()):
         unit, choice = torch.nonzero(~torch.isfinite(table))[0].tolist()
         raise ValueError(f"error of unit {unit} at {palette[choice]} bits is {float(table[unit, choice])}")
-    table, features, adjacency = table.cpu(), features.cpu(), adjacency.cpu()  # too small a network for a GPU
+    table, features, adjacency = table.cpu(), features.cpu(), adjacency.cpu()  # the network is too small for a GPU
     errors = _normalised(table, palette)
     share = torch.tensor(widths, dtype=torch.float32) / sum(widths)
     prices = torch.tensor(palette, dtype=torch.float32)
@@ -73,7 +75,7 @@ def graph_bits(
 
 
 def network(features: Tensor, adjacency: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Logits `[n, |palette|]`: h <- relu(A h W) twice, then a linear head."""
+    """Return logits `[n, |palette|]`: h <- relu(A h W) twice, then a linear head."""
     first, second, head, shift = weights
     hidden = torch.relu(_propagate(adjacency, features @ first))
     hidden = torch.relu(_propagate(adjacency, hidden @ second))
@@ -81,7 +83,7 @@ def network(features: Tensor, adjacency: Tensor, weights: Sequence[Tensor]) -> T
 
 
 def choices(logits: Tensor, t: float, hard: bool) -> Tensor:
-    """pi = softmax(logits / t) `[n, |palette|]`; `hard`: one-hot forwards, pi backwards (straight-through)."""
+    """Return pi = softmax(logits / t) `[n, |palette|]`; `hard`: one-hot forwards, pi backwards (straight-through)."""
     soft = torch.softmax(logits / t, dim=1)
     if not hard:
         return soft
@@ -94,7 +96,7 @@ def _propagate(adjacency: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _normalised(table: Tensor, palette: Sequence[int]) -> Tensor:
-    """Errors in shares of the layer's error at two bits everywhere (at the smallest width where there is no 2)."""
+    """Divide errors by the layer's total error at two bits, or at the smallest width if the palette lacks 2."""
     reference = palette.index(2) if 2 in palette else 0
     return (table / table[:, reference].sum().clamp_min(1e-300)).float()
 

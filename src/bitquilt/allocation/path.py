@@ -1,8 +1,10 @@
-"""Where does the next bit go? steepest(losses, costs) -> Path: every budget is one cut of one sorted list of steps.
+"""The relaxed optimum: `steepest` sorts all steps to wider choices by gain per cost, so that a budget is a prefix.
 
-A unit is what gets one width: a column group, a channel, a layer, or several that are tied. Along the lower convex
-hull of a unit's (cost, loss) the gain per bit falls, so the steps of all units, sorted by gain per bit, are the optima
-of the Lagrangian for all multipliers at once: a prefix costs one cumulative sum. numpy only, no tensors.
+`fill` and `cut` stop the path at a budget, by summed costs or by an exact size; `spend_rest` spends what is left.
+
+A unit is what gets one width: a column group, a channel, a layer, or several tied layers. Along the lower convex hull
+of a unit's (cost, loss) points the gain per cost falls. The steps of all units, sorted by gain per cost, are therefore
+the optima of the Lagrangian for every multiplier at once. numpy only, no tensors.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,11 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """`start` [units]: the cheapest choice of each. Steps in order of taking them: `unit`, `choice` (the one stepped
-    to), `cost` so far in fp64, the start not counted, and `gains` of each step alone."""
+    """Steps in the order in which they are taken, from `start` `[units]`, the cheapest choice of each unit.
+
+    Step i moves `unit[i]` to `choice[i]` and lowers the loss by `gains[i]`; `cost[i]` (fp64) is the cost of all steps
+    up to it, without the start.
+    """
 
     start: Ints
     unit: Ints
@@ -29,33 +34,34 @@ class Path:
 
     @property
     def gain(self) -> NDArray[np.float64]:
-        """What the loss has fallen by after each step."""
+        """Total fall of the loss after each step."""
         return np.cumsum(self.gains, dtype=np.float64)
 
     def __len__(self) -> int:
         return len(self.unit)
 
     def at(self, steps: int) -> Ints:
-        """Choices `[units]` after so many steps."""
+        """Choices `[units]` after `steps` steps."""
         chosen = self.start.copy()
-        # of several steps of one unit the last one stands: assignment goes in order
+        # assignment goes in order: the last of several steps of one unit stands
         chosen[self.unit[:steps]] = self.choice[:steps]
         return chosen
 
     def within(self, budget: float) -> int:
-        """The most steps that cost at most `budget` more than the start."""
+        """Most steps that together cost at most `budget`."""
         return int(np.searchsorted(self.cost, budget, side="right"))
 
 
 def steepest(losses: Floats, costs: Floats) -> Path:
-    """`losses`, `costs` `[units, choices]`, costs ascending in every row; equal rows of costs may be broadcast.
+    """Return the path of steepest descent for `losses` and `costs` `[units, choices]`.
 
-    Steps that do not lower the loss are left out. Raises ValueError if a loss is not a finite number.
+    Costs ascend in every row; equal rows of costs may be broadcast. Steps that do not lower the loss are left out.
+    Raises ValueError if a loss is not finite.
     """
     check_losses(losses)
     count, width = losses.shape
     start = np.zeros(count, dtype=np.int8)
-    # the hull from the left: the next corner is the choice of the steepest descent from the last one
+    # the hull from the left: the next corner is the steepest descent from the last one
     at = np.zeros(count, dtype=np.int8)
     unit: list[Ints] = []
     choice: list[Ints] = []
@@ -78,15 +84,15 @@ def steepest(losses: Floats, costs: Floats) -> Path:
         if len(active):
             unit.append(active)
             choice.append(best.astype(np.int8))
-            slope.append(steep.astype(np.float32))
+            slope.append(steep)
             price.append(costs[active, best] - costs[active, at[active]])
             at[active] = best
     if not unit:
         return Path(start, np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0), np.empty(0, np.float32))
-    # tens of millions of steps: what is no longer needed goes at once
+    # there may be tens of millions of steps, so each list is freed as soon as it is joined
     steepness = np.concatenate(slope)
     slope.clear()
-    # stable: of equal gains the earlier unit's, and a unit's steps in their order, goes first
+    # stable sort: among equal slopes lower units go first, and the steps of one unit keep their order
     order = np.argsort(-steepness, kind="stable")
     steepness = steepness[order]
     prices = np.concatenate(price)[order]
@@ -100,8 +106,10 @@ def steepest(losses: Floats, costs: Floats) -> Path:
 
 
 def steepest_up_to(widest: int, losses: Floats, costs: Floats) -> Path:
-    """As `steepest`, but nothing goes beyond the choice `widest` before all units are there: for costs that whoever
-    takes a dear choice first brings on all others, such as a table for each width of a layer."""
+    """Return `steepest`, except that no unit passes the choice `widest` before all units have reached it.
+
+    Use it where a rare wide choice has a cost that `costs` do not show, such as one more table in each layer.
+    """
     low = steepest(losses[:, : widest + 1], costs[:, : widest + 1])
     high = steepest(losses[:, widest:], costs[:, widest:])
     paid = low.cost[-1] if len(low) else 0.0
@@ -115,17 +123,17 @@ def steepest_up_to(widest: int, losses: Floats, costs: Floats) -> Path:
 
 
 def check_losses(losses: Floats) -> None:
-    """Raise ValueError naming the first loss that is no finite number."""
+    """Raise ValueError naming the first loss that is not finite."""
     if not np.isfinite(losses).all():
         unit, choice = np.argwhere(~np.isfinite(losses))[0]
         raise ValueError(f"the loss of unit {unit} at choice {choice} is {losses[unit, choice]}")
 
 
 def fill(path: Path, budget: float) -> Ints:
-    """Choices within `budget` beyond the start: the longest prefix, then every later step that still fits.
+    """Return choices that cost at most `budget` above the start: the longest prefix, then every later step that fits.
 
-    A unit whose step was passed over takes none of its later ones. More budget never means more loss: where two
-    budgets first differ, the larger takes a step that beats whatever the smaller one can put in its room.
+    A unit whose step did not fit takes none of its later steps. More budget never means more loss: where two budgets
+    first differ, the larger one takes a step that beats anything the smaller one can put in its place.
     """
     position = path.within(budget)
     chosen = path.at(position)
@@ -149,16 +157,18 @@ def fill(path: Path, budget: float) -> Ints:
 
 
 _EVALUATIONS = 64  # exact sizes computed for one cut; interpolation takes about five
-_FAR_UNITS, _CLOSE = 100_000, 1e-5  # of so many units one is far below this share of a budget
-_HEADER_BITS = 8 * 2048  # what a width that vanishes from a layer gives back at most
+_FAR_UNITS, _CLOSE = 100_000, 1e-5  # with that many units one step is far below this share of a budget
+_HEADER_BITS = 8 * 2048  # most that a layer saves when one of its widths disappears
 
 
-def cut(path: Path, exact: Callable[[int], float], target: float, base: float, unit: float, units: int) -> int:
-    """The most steps whose exact size is within `target`.
+def cut(path: Path, exact: Callable[[int], float], target: float, base: float, unit: float) -> int:
+    """Return the most steps whose exact size is within `target`.
 
-    The exact size is the separable one plus what nearly does not change (maps, headers): interpolate, then bisect;
-    at last look a little further, because a width that no group of a layer has any more takes its header with it.
+    `exact(steps)` is the separable size plus parts that hardly change, such as maps and headers. `base`: the cost of
+    the start; `unit`: size per cost. The search interpolates, then bisects, then looks a little further, because a
+    width that no group of a layer uses any more takes its header with it.
     """
+    many = len(path.start) > _FAR_UNITS
     low, high = 0, len(path)
     at_low = exact(0)
     if high and exact(high) <= target:
@@ -168,7 +178,7 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
         return base + (float(path.cost[steps - 1]) if steps else 0.0)
 
     for attempt in range(_EVALUATIONS):
-        if high - low <= 1 or (units > _FAR_UNITS and 0 <= target - at_low <= _CLOSE * target):
+        if high - low <= 1 or (many and 0 <= target - at_low <= _CLOSE * target):
             break
         overhead = at_low / unit - separable(low)
         guess = path.within(target / unit - overhead - base) if attempt % 3 < 2 else (low + high) // 2
@@ -178,7 +188,7 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
             low, at_low = guess, size
         else:
             high = guess
-    if units <= _FAR_UNITS:
+    if not many:
         further = path.within(separable(low) - base + (target - at_low) / unit + _HEADER_BITS)
         for steps in range(min(further, low + _EVALUATIONS), low, -1):
             if exact(steps) <= target:
@@ -186,17 +196,11 @@ def cut(path: Path, exact: Callable[[int], float], target: float, base: float, u
     return low
 
 
-def spend_rest(
-    choices: Ints,
-    losses: NDArray[np.float32],
-    costs: NDArray[np.float32],
-    exact: Callable[[Ints], float],
-    target: float,
-) -> Ints:
-    """Spend what is left of `target`: single units go up by one width, the most gain per cost first, where it fits.
+def spend_rest(choices: Ints, losses: Floats, costs: Floats, exact: Callable[[Ints], float], target: float) -> Ints:
+    """Return `choices` with single units raised by one width, the most gain per cost first, while `target` allows.
 
-    A step that opens a width in a layer costs its header too; on a model of 100 kB the next step of the path may not
-    fit by 0.6 % of the budget where others do. `losses`, `costs` `[units, widths]`.
+    `losses` and `costs` are `[units, widths]`. A step that opens a width in a layer costs its header too: in a model of
+    100 kB the next step of the path may exceed the budget by 0.6 % where other steps still fit.
     """
     choices = choices.copy()
     units = np.flatnonzero(choices < losses.shape[1] - 1)

@@ -1,13 +1,13 @@
-"""In which order do column groups gain bits? One Path over the same units for every rule of who may differ from whom.
+"""`order_steps` returns the path of a scope, the rule for which column groups may differ in bits; `paired` adds pairs.
 
-global:  any group of any layer, steepest gain per bit first.
-layers:  layers differ, the groups of one do not: a layer's step is taken group by group, so that a budget may end
+global:  any group of any layer; the steepest gain per bit goes first.
+layers:  layers differ, the groups of one layer do not. A layer's step is taken group by group, so that a budget may end
          inside one layer and is met to one group.
-layer:   every layer the same bits per weight, inside it the steepest first.
-pairs:   every layer the same, inside it N-1, N and N+1 bits in pairs: what SliM-LLM publishes (`allocation.paired`).
-uniform: every layer the same, its wider groups spread evenly over the columns; needs no losses.
+layer:   every layer has the same bits per weight; inside a layer the steepest gain goes first.
+pairs:   every layer has the same bits; inside a layer N-1, N and N+1 bits in pairs, as SliM-LLM publishes.
+uniform: every layer has the same bits, its wider groups spread evenly over the columns; needs no losses.
 
-numpy only. `members[l]`: the units of layer l, in column order; `weights[l]`: its weights.
+numpy only. `members[l]`: the units of layer l in column order; `weights[l]`: its number of weights.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def order_steps(scope: Scope, losses: Floats, costs: Floats, members: Sequence[Ints], weights: Sequence[float]) -> Path:
-    """`losses`, `costs` `[units, choices]`, costs ascending. The steps of "pairs" are those of "uniform", whose groups
-    it pairs. Raises ValueError if a loss is not finite."""
+    """Return the path of `scope` for `losses` and `costs` `[units, choices]`, costs ascending.
+
+    "pairs" has the steps of "uniform"; `paired` then changes its choices. Raises ValueError if a loss is not finite.
+    """
     if scope == "global":
         return steepest(losses, costs)
     if scope == "layers":
@@ -58,7 +60,7 @@ def _layers(losses: Floats, costs: Floats, members: Sequence[Ints]) -> Path:
 
 
 def _even(losses: Floats, costs: Floats) -> Path:
-    """Every unit to the next width before any goes further; multiples of the golden ratio spread any share evenly."""
+    """Raise every unit by one width before any goes further; multiples of the golden ratio spread any share evenly."""
     count, width = losses.shape
     order = np.argsort(np.arange(count) * _GOLDEN % 1.0, kind="stable")
     unit = np.tile(order, width - 1)
@@ -67,7 +69,7 @@ def _even(losses: Floats, costs: Floats) -> Path:
 
 
 def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -> Path:
-    """Cost and gain of steps in a given order."""
+    """Return the path that takes the given steps in their order."""
     order = np.lexsort((np.arange(len(unit)), unit))
     before = np.zeros(len(unit), dtype=np.int8)
     same = unit[order][1:] == unit[order][:-1]
@@ -78,8 +80,10 @@ def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -
 
 
 def paired(choices: Ints, losses: Floats, costs: Floats, members: Sequence[Ints]) -> Ints:
-    """`choices` `[units]`, `losses`, `costs` `[units, widths]`; `members[l]`: the units of layer l. The p of least loss
-    that costs no more; the smallest wins a tie."""
+    """Return `choices` with the p least sensitive groups of each layer one width lower and the p most sensitive higher.
+
+    p is the number of least loss that costs no more; the smallest wins a tie. `losses`, `costs`: `[units, widths]`.
+    """
     found = choices.copy()
     for units in members:
         low, high = _ranked(units, choices, losses)
@@ -98,7 +102,7 @@ def paired(choices: Ints, losses: Floats, costs: Floats, members: Sequence[Ints]
 
 
 def _ranked(units: Ints, choices: Ints, losses: Floats) -> tuple[Ints, Ints]:
-    """The units that lose least, and those that lose most, each from the outside in."""
+    """Return the units that lose least and those that lose most, each in order from the extreme inwards."""
     order = units[np.argsort(losses[units, choices[units]], kind="stable")]
     half = len(units) // 2
     return order[:half], order[::-1][:half]

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 from bitquilt.cli.output import print_fact, size_text, stderr, time_text
-from bitquilt.core.events import BlockDone, Epoch, Event, LayerDone, Observer, Stage, Started, silent
+from bitquilt.core.events import BlockDone, Epoch, LayerDone, Observer, RunEvent, Stage, Started, silent
 
 # Lines of a log while text is scored: one in so many seconds.
 _LOG_EVERY = 10.0
@@ -83,7 +83,7 @@ class _Lines:
         self.first = 0
         self.said = time.monotonic()
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: RunEvent) -> None:
         """Print the event, if it is worth a line."""
         match event:
             case Started():
@@ -130,7 +130,7 @@ class _Bar(Progress):
         if self.tasks:
             yield self.make_tasks_table(self.tasks)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: RunEvent) -> None:
         """Move the bar."""
         match event:
             case Started():

@@ -1,6 +1,6 @@
-"""How much may a checkpoint take? One Budget value: nominal bits, true bits per weight, bytes on disk, or memory.
+"""`Budget`: what a whole checkpoint may take, in nominal bits, true bits per weight, bytes on disk or memory.
 
-Pure Python. Units as people write them: 6.5GiB, 6500MB, 800000000.
+`parse_bytes` reads sizes as people write them: 6.5GiB, 6500MB, 800000000.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Literal
 
 Kind = Literal["bits", "bpw", "size", "vram"]
 Scope = Literal["global", "layers", "layer", "pairs", "uniform"]
-"""Which column groups may differ in bits: `allocation.scopes` explains each."""
+"""Which column groups may differ in bits; `allocation.scopes` explains each value."""
 SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "pairs", "uniform")
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -20,9 +20,13 @@ _BY_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
 @dataclass(frozen=True)
 class Budget:
-    """`bits`: mean code width over the quantized weights; `bpw`: everything stored for them; `size`: bytes of the whole
-    folder; `vram`: bytes of weights, key-value cache for `ctx` tokens and workspace. Raises ValueError for a value that
-    is not a finite number above 0, or a context that goes with another kind."""
+    """What a whole checkpoint may take. `Budget.of(size="6.5GiB")` makes one.
+
+    Kinds: `bits` is the mean code width over the quantized weights; `bpw` counts everything stored for them; `size` is
+    bytes of the whole folder; `vram` is bytes of weights, key-value cache for `ctx` tokens and workspace.
+
+    Raises ValueError for a value that is not a finite number above 0, or for a `ctx` with a kind other than `vram`.
+    """
 
     kind: Kind
     value: float
@@ -32,7 +36,10 @@ class Budget:
         if not (math.isfinite(self.value) and self.value > 0):
             raise ValueError(f"the budget {self.kind} is {self.value}; wanted a number above 0")
         if (self.kind == "vram") != (self.ctx is not None):
-            raise ValueError("a context length goes with the budget vram, and only there: vram 8GiB, ctx 8192")
+            raise ValueError(
+                f"the budget {self.kind} has ctx {self.ctx}; a context length goes with vram only, such as "
+                "Budget.of(vram='8GiB', ctx=8192)"
+            )
         if self.ctx is not None and self.ctx < 1:
             raise ValueError(f"the context is {self.ctx} tokens; wanted at least 1")
 
@@ -46,15 +53,15 @@ class Budget:
         vram: int | str | None = None,
         ctx: int | None = None,
     ) -> "Budget | None":
-        """The one that is given, or None. Raises ValueError if more than one is."""
+        """Return the budget that is given, or None. Raises ValueError for more than one."""
         given = {"bits": bits, "bpw": bpw, "size": size, "vram": vram}
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} are budgets for the same run; give one")
+            raise ValueError(f"{' and '.join(named)} are budgets for the same run; give only one")
         if ctx is not None and vram is None:
-            raise ValueError("ctx, the context length, goes with vram; give both or neither")
+            raise ValueError(f"ctx, the context length, is {ctx}, but it goes with vram; give both or neither")
         if vram is not None and ctx is None:
-            raise ValueError("vram needs ctx, the context length the memory must hold, such as vram 8GiB and ctx 8192")
+            raise ValueError(f"vram is {vram} without ctx; vram needs ctx, the context length to hold, such as 8192")
         if bits is not None:
             return cls("bits", float(bits))
         if bpw is not None:
@@ -72,9 +79,9 @@ class Budget:
 
 
 def parse_bytes(text: int | float | str) -> int:
-    """ "6.5GiB" -> 6979321856; a plain number is bytes. Raises ValueError for anything else."""
+    """Return the bytes of a size: "6.5GiB" -> 6979321856. A plain number is bytes. Raises ValueError otherwise."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
     unit = match[2] if match else None
     if match is None or unit not in _BY_CASE:
-        raise ValueError(f"{text!r} is no size; wanted such as 6.5GiB, 800MB or a number of bytes")
+        raise ValueError(f"{text!r} is not a size; wanted such as 6.5GiB, 800MB or a number of bytes")
     return int(float(match[1]) * _BY_CASE[unit])

@@ -1,4 +1,7 @@
-"""What a run tells the world while it works: plain values, handed to one callable. Printing is the caller's."""
+"""Progress of a run as plain values: a run hands each `RunEvent` to one `Observer`, which may print it.
+
+`StageClock` adds up the time and memory of each stage on the way.
+"""
 
 import re
 import resource
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Untouched:
-    """Tensors that stay as they are, one entry per reason."""
+    """Tensors that a run copies unchanged for one `reason`."""
 
     reason: str
     tensors: int
@@ -19,7 +22,7 @@ class Untouched:
 
 @dataclass(frozen=True)
 class Started:
-    """The run is about to work: nothing expensive has happened yet."""
+    """The run starts: nothing expensive has happened yet. `done` of `blocks` are there from an earlier process."""
 
     model: str
     blocks: int
@@ -31,14 +34,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase without a count of its own: reading calibration text, sampling it, making inputs, verifying."""
+    """A phase that is not counted in blocks: reading or sampling calibration text, making inputs, verifying."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class LayerDone:
-    """A layer is solved. `output_error`: squared error of its output over its squared output, None without data."""
+    """A layer is solved. `output_error`: squared error over squared output; None without calibration data."""
 
     block: int
     layer: str
@@ -49,7 +52,7 @@ class LayerDone:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """A block is committed: it will not be computed again. `error`: mean of its layers' output errors."""
+    """A block is committed and will not be computed again. `error`: mean output error of its layers."""
 
     block: int
     blocks: int
@@ -59,8 +62,9 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Epoch:
-    """`where`, a block or the model, was trained once more over its samples: `done` of `of` times, from a loss of
-    `start` to `loss`; `left`: seconds until it is done. `unit` of the losses. At `done == of` no more follow."""
+    """One training epoch of `where`, a block or the model: `done` of `of` are finished.
+
+    The loss fell from `start` to `loss`, both in `unit`; `left` seconds remain. `done == of` is the last one."""
 
     where: str
     done: int
@@ -71,12 +75,12 @@ class Epoch:
     unit: str = "error"
 
 
-Event = Started | Stage | LayerDone | BlockDone | Epoch
-Observer = Callable[[Event], None]
+RunEvent = Started | Stage | LayerDone | BlockDone | Epoch
+Observer = Callable[[RunEvent], None]
 
 
 def silent(_: object) -> None:
-    """The observer that says nothing."""
+    """Ignore an event: the observer that prints nothing."""
 
 
 @dataclass
@@ -86,9 +90,9 @@ class _Spent:
 
 
 class StageClock:
-    """Where do a run's time and memory go? Stands between the run and its observer and adds up what passes by.
+    """Time and memory of each stage. Passes every event on to an observer and adds up the seconds in between.
 
-    Stages that differ in numbers only ("0 of 64 sequences", "32 of 64 sequences") are one; paths are left out.
+    Stages that differ only in numbers ("0 of 64 sequences", "32 of 64 sequences") are one; paths are left out.
     """
 
     BLOCKS = "quantizing the blocks"
@@ -100,15 +104,15 @@ class StageClock:
         self._name, self._since = self._BEFORE, time.perf_counter()
         self.continued_after = 0
 
-    def observe(self, event: Event) -> None:
-        """Note the time, then hand the event on."""
+    def observe(self, event: RunEvent) -> None:
+        """Book the time, then pass the event on."""
         match event:
             case Started():
                 self.continued_after = event.done
             case Stage():
                 self._book(self._name)
                 self._name = _kind(event.text)
-            case BlockDone():  # what was not spent on the block belongs to the stage before it
+            case BlockDone():  # time not spent on the block belongs to the stage before it
                 self._book(self._name, but=event.seconds)
                 self._spent.setdefault(self.BLOCKS, _Spent()).seconds += event.seconds
                 self._name = self.BLOCKS
@@ -116,7 +120,7 @@ class StageClock:
         self._observer(event)
 
     def stages(self) -> list[dict[str, str | float | int]]:
-        """Name, seconds and the process's highest resident memory up to the stage's end, in the order of first use."""
+        """Name, seconds and the process's peak resident memory by the stage's end, in the order of first use."""
         self._book(self._name)
         return [
             {"name": name, "seconds": round(spent.seconds, 3), "peak_memory_bytes": spent.peak}
@@ -132,12 +136,12 @@ class StageClock:
 
 
 def peak_memory_bytes() -> int:
-    """The highest resident memory of this process so far; Linux counts in KiB."""
+    """Peak resident memory of this process so far. Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _kind(text: str) -> str:
-    """ "the model writes text: 0 of 64" -> "the model writes text"; "reading text from /a/b" -> "reading text"."""
+    """Drop counts and paths: "the model writes text: 0 of 64" -> "the model writes text"."""
     head, colon, tail = text.partition(": ")
     counted = colon and re.search(r"\d", tail)
     return (head if counted else text).partition(" from /")[0]

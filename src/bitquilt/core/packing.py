@@ -1,5 +1,8 @@
-"""QuantizedWeight <-> named tensors, and what they cost. The only place that knows what a bit costs: the planner,
-the report, the module and the writer all ask here, so predicted bytes are the bytes on disk."""
+"""`pack` and `unpack` convert a QuantizedWeight to named tensors and back; `tensor_specs` is the only size model.
+
+The planner, the report, the module and the writer all ask here, so predicted bytes are the bytes on disk.
+`layout_to_json` and `layout_from_json` are the form of a layout in config.json.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
+from bitquilt.core.types import GRIDS, Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
-from bitquilt.ops.reference import ACTIVATIONS, GRID_CODEBOOK, GRID_UNIFORM, expand_permutation, map_bits, mx_grid
+from bitquilt.ops.reference import ACTIVATIONS, expand_permutation, map_bits
 
-_GRIDS = ("uniform", "codebook", "mx", "mx_e2m3")
 _SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
-    "uint8": torch.uint8,  # E8M0, of mx
-    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks and gains only: three digits, no room for small scales
+    "uint8": torch.uint8,  # E8M0 exponents of mx
+    "float8_e4m3fn": torch.float8_e4m3fn,  # codebooks and gains only: small scales would underflow
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 
@@ -37,7 +39,7 @@ class TensorSpec:
 
 
 def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
-    """The stored tensors of a weight, by name, in stored order: the size model and the file layout in one."""
+    """Stored tensors of a weight by name, in stored order: the size model and the file layout in one."""
     rows, columns = layout.out_features, layout.in_features
     index = torch.int16 if columns <= 2**15 else torch.int32
     specs: dict[str, TensorSpec] = {}
@@ -85,7 +87,7 @@ def bits_per_weight(layout: Layout) -> float:
 
 
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Stored tensors, named and shaped as `tensor_specs` says."""
+    """Return the stored tensors, with the names and shapes of `tensor_specs`."""
     layout = weight.layout
     tensors: dict[str, Tensor] = {}
     for i, segment in enumerate(weight.segments):
@@ -109,12 +111,12 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.row_gains is not None:
         tensors["row_gains"] = weight.row_gains
     specs = tensor_specs(layout)
-    device = tensors["codes_0"].device  # an order of channels may have been made on the host
+    device = tensors["codes_0"].device  # the permutation may be on the host
     return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") -> QuantizedWeight:
-    """The inverse of `pack`. Raises ValueError naming the tensor that is missing or disagrees with `layout`."""
+    """Invert `pack`. Raises ValueError naming the tensor that is missing or contradicts `layout`."""
     check_tensors(tensors, layout, name)
     segments = []
     for i, (form, width) in enumerate(layout.segments):
@@ -134,7 +136,7 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
 
 
 def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
-    """Raise ValueError naming the first tensor that is missing, or whose shape or dtype `layout` contradicts."""
+    """Raise ValueError naming the first tensor that is missing or whose shape or dtype contradicts `layout`."""
     for key, spec in tensor_specs(layout).items():
         if key not in tensors:
             raise ValueError(f"tensor {name}.{key} is missing; the layout wants {list(spec.shape)} {spec.dtype}")
@@ -147,18 +149,16 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
 
 
 def op_layout(layout: Layout) -> list[int]:
-    """The op's `layout` argument: grid, bits, group_size, width of each segment."""
-    return [v for f, width in layout.segments for v in (_grid_code(f), f.bits, f.group_size, width)]
-
-
-def _grid_code(form: Format) -> int:
-    if form.grid == "uniform":
-        return GRID_UNIFORM
-    return GRID_CODEBOOK if form.grid == "codebook" else mx_grid(form.grid == "mx_e2m3", form.activation)
+    """The op's `layout` argument: grid number, bits, group_size and width of each segment."""
+    return [
+        value
+        for form, width in layout.segments
+        for value in (GRIDS[form.grid].number + ACTIVATIONS.index(form.activation), form.bits, form.group_size, width)
+    ]
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:
-    """A layout as it stands in config.json."""
+    """Return the form that a layout has in config.json."""
     segments = [
         {
             "grid": form.grid,
@@ -184,24 +184,9 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
 
 
 def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
-    """The inverse of `layout_to_json`. Raises ValueError naming the layer and the field that is wrong."""
+    """Invert `layout_to_json`. Raises ValueError naming the layer and the field that is wrong."""
     try:
-        segments = []
-        for item in value["segments"]:
-            if item["grid"] not in _GRIDS:
-                raise ValueError(f"grid is {item['grid']!r}; known are {sorted(_GRIDS)}")
-            if (activation := item.get("activation", "none")) not in ACTIVATIONS:
-                raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
-            form = Format(
-                item["bits"],
-                item["group_size"],
-                item["grid"],
-                _SCALE_DTYPES[item["scale_dtype"]],
-                item["symmetric"],
-                _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
-                activation,
-            )
-            segments.append((form, int(item["width"])))
+        segments = [(_format_from_json(item), int(item["width"])) for item in value["segments"]]
         return Layout(
             int(value["out_features"]),
             int(value["in_features"]),
@@ -215,3 +200,19 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
         raise ValueError(f"layout of {name}: field or value {error} is missing or unknown") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"layout of {name}: {error}") from None
+
+
+def _format_from_json(item: Mapping[str, Any]) -> Format:
+    if item["grid"] not in GRIDS:
+        raise ValueError(f"grid is {item['grid']!r}; known are {sorted(GRIDS)}")
+    if (activation := item.get("activation", "none")) not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
+    return Format(
+        item["bits"],
+        item["group_size"],
+        item["grid"],
+        _SCALE_DTYPES[item["scale_dtype"]],
+        item["symmetric"],
+        _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
+        activation,
+    )

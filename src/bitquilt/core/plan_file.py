@@ -1,22 +1,23 @@
-"""plan.json: where the bits went, readable, diffable, editable by hand and replayable.
+"""plan.json, the record of where the bits went: `read_plan`, `plan_json`, `plan_to_json` and `check_plan`.
 
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
      "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...},
      "embedding_bits": 8,
      "head_bits": 6}
 
-One digit per column group, in the original order of the columns. Groups of one column are channels with a codebook
-each; all others have a multiple of 8. The recipe, and the bits of embedding and head where they take part, say what the
-plan was made for: with others the same map takes other bytes.
+The file can be read, compared, edited by hand and replayed. Each layer has one digit per column group, in the original
+order of the columns. A group has one column (a channel with a codebook of its own) or a multiple of 8. The recipe and
+the bits of embedding and head say what the plan was made for: with other settings the same map takes other bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, StringConstraints, ValidationError
 
 from bitquilt.core.types import LayerPlan
 from bitquilt.errors import UserError
@@ -36,19 +37,19 @@ def _named(recipe: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OuterBits:
-    """What is rounded to nearest beside the blocks, and to how many bits; None stays as it is."""
+    """Bits of the token embedding and of the head, which are rounded to nearest; None leaves one unquantized."""
 
     embedding: int | None = None
     head: int | None = None
 
     @property
     def given(self) -> dict[str, int]:
-        """Those that are not None, by name."""
+        """The bits that are not None, by name."""
         return {name: bits for name, bits in (("embedding", self.embedding), ("head", self.head)) if bits is not None}
 
 
 class PlannedLayer(BaseModel):
-    """One layer's entry."""
+    """The entry of one layer."""
 
     model_config = ConfigDict(extra="forbid")
     group_size: Annotated[int, AfterValidator(_channels_or_groups)]
@@ -56,27 +57,33 @@ class PlannedLayer(BaseModel):
 
 
 class PlanFile(BaseModel):
-    """The whole file."""
+    """The content of a plan.json."""
 
     model_config = ConfigDict(extra="forbid")
     recipe: Annotated[dict[str, Any], AfterValidator(_named)]
     layers: dict[str, PlannedLayer]
     embedding_bits: int | None = None
     head_bits: int | None = None
+    _sha256: str = PrivateAttr(default="")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file that `read_plan` read; empty for a plan that was not read from a file."""
+        return self._sha256
 
     @property
     def outer(self) -> OuterBits:
-        """Of embedding and head."""
+        """Bits of embedding and head."""
         return OuterBits(self.embedding_bits, self.head_bits)
 
     @property
     def plans(self) -> dict[str, LayerPlan]:
-        """By module path."""
+        """Plans of the layers, by module path."""
         return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in self.layers.items()}
 
 
 def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: OuterBits) -> dict[str, Any]:
-    """The file's content before a run, as `plan_to_json` gives it after one."""
+    """Content of the file before a run; `plan_to_json` makes the same after one."""
     layers = {
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
@@ -84,7 +91,7 @@ def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: 
 
 
 def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]], outer: OuterBits) -> dict[str, Any]:
-    """The plan of a finished run."""
+    """Content of the file after a run, from the records of its blocks."""
     layers = {
         name: {"group_size": entry["group_size"], "bits": entry["bits"]}
         for record in records
@@ -101,13 +108,14 @@ def _content(recipe: Mapping[str, Any], layers: dict[str, Any], outer: OuterBits
 
 
 def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, int]], channels: bool = False) -> None:
-    """Raise UserError naming the first layer (of `shapes`, `[out, in]` by path) that the plans do not fit or know.
+    """Raise UserError naming the first layer that has no plan, does not fit its plan or is not quantized.
 
-    `channels`: whether the recipe gives bits to single channels; every other recipe to groups of columns.
+    `shapes`: `[out, in]` of the layers to quantize, by path. `channels`: the recipe gives bits to single channels
+    instead of column groups.
     """
     for name, (_, width) in shapes.items():
         if name not in plans:
-            raise UserError(f"the plan has no entry for {name}; add one, or skip the layer")
+            raise UserError(f"the plan has no entry for {name}; add one, or leave the layer out with --skip {name}")
         plan = plans[name]
         if (plan.group_size == 1) != channels:
             wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
@@ -119,18 +127,21 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
             )
     if unknown := sorted(plans.keys() - shapes.keys()):
         raise UserError(
-            f"the plan has an entry for {unknown[0]}, which is not quantized in this run; remove it, or give the flags "
-            "that the plan was made with"
+            f"the plan has an entry for {unknown[0]}, which this run does not quantize; remove the entry, or run with "
+            "the --skip and --include-head flags that the plan was made with"
         )
 
 
 def read_plan(path: str | Path) -> PlanFile:
-    """Raises UserError naming the entry that is wrong."""
+    """Read a plan.json. Raises UserError naming the entry that is wrong."""
     try:
-        return PlanFile.model_validate(json.loads(Path(path).read_text()))
+        data = Path(path).read_bytes()
+        found = PlanFile.model_validate(json.loads(data))
+        found._sha256 = hashlib.sha256(data).hexdigest()
+        return found
     except OSError as error:
         raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the plan {path} is not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

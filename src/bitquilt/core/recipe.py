@@ -1,7 +1,7 @@
-"""The recipe protocol: `Recipe` has the verbs every recipe implements, the other protocols the optional ones.
+"""The recipe protocols: `Recipe` has the verbs that every recipe implements, the other protocols are optional.
 
-Plain tensors in and out. `Needs` and `PlanTerms` are the values by which the loop and the planner ask a recipe what it
-is: neither looks at a recipe's fields.
+Verbs take and return plain tensors. The loop asks a recipe for its `Needs` and the planner asks for its `PlanTerms`;
+neither looks at a recipe's fields.
 """
 
 from collections.abc import Mapping
@@ -11,25 +11,16 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from bitquilt.core.budget import Budget, Scope
-from bitquilt.core.types import (
-    BlockProblem,
-    Cost,
-    Layer,
-    LayerPlan,
-    LayerStats,
-    Layout,
-    ModelProblem,
-    Solution,
-    TrainedLayers,
-)
+from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution
 
 
 @dataclass(frozen=True)
 class Probes:
     """Random-sign backward passes that estimate the Hessian at the output of a layer's sub-block.
 
-    `count`: passes per sequence. `seed`: of the signs. `feed_forward_at_layer`: measure layers outside the attention at
-    their own output instead.
+    `count`: passes per sequence. `seed`: seed of the signs. `feed_forward_at_layer`: measure layers outside the
+    attention at their own output instead.
     """
 
     count: int = 1
@@ -39,7 +30,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks calibration for. The default asks for nothing, so the recipe runs without calibration.
+    """Statistics that a recipe asks calibration for. The default asks for none, so the recipe runs without data.
 
     `hessian`: the sum of x x^T of each input. `sample`: an even subsample of the tokens. `drift`: the sum of
     (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
@@ -60,11 +51,11 @@ class Needs:
 
     def __post_init__(self) -> None:
         if self.stream_drift and not self.drift:
-            raise ValueError("stream_drift is measured together with drift: ask for both")
+            raise ValueError("needs ask for stream_drift without drift; both are measured together: ask for both")
 
     @property
     def calibration(self) -> bool:
-        """Whether calibration data is read at all."""
+        """Whether the recipe reads calibration data."""
         return any(getattr(self, field.name) for field in fields(self) if field.name != "probes")
 
     @property
@@ -91,78 +82,78 @@ class PlanTerms:
 
 
 class Recipe(Protocol):
-    """A paper as three verbs. A frozen dataclass whose fields are the paper's hyper-parameters.
+    """A paper as three verbs: `measure`, `allocate`, `quantize`. A frozen dataclass of the paper's hyper-parameters.
 
-    `prepare` runs once per distinct input, its result is handed to every layer that reads that input.
+    `prepare` runs once per distinct input; its result goes to every layer that reads that input.
     """
 
     name: ClassVar[str]
 
     @property
     def needs(self) -> Needs:
-        """What calibration has to collect."""
+        """Statistics that calibration collects."""
         ...
 
     def prepare(self, stats: LayerStats | None) -> Any:
-        """Shared work of the layers that read one input."""
+        """Do the work that all layers with this input share, such as factoring the Hessian."""
         ...
 
     def measure(self, layer: Layer, prepared: Any) -> Cost:
-        """What would each way to spend the bits cost?"""
+        """Return candidate plans for the layer and the loss of each."""
         ...
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
-        """Choose; no tensors."""
+        """Choose a plan; no tensors."""
         ...
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
-        """Solve the layer for the chosen plan."""
+        """Solve the layer with the chosen plan."""
         ...
 
 
 @runtime_checkable
 class TrainsBlocks(Protocol):
-    """A recipe that trains the layers of a block together once each is solved."""
+    """A recipe that trains the layers of a block together after each is solved."""
 
     @property
     def train_batch(self) -> int:
-        """Samples that go through the block at once, a power of two; 0 = no training this time."""
+        """Samples per training step, a power of two; 0 switches training off."""
         ...
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Raise ValueError if the block cannot be trained."""
+        """Train the block. Raises ValueError if it cannot be trained."""
         ...
 
 
 @runtime_checkable
 class TunesModel(Protocol):
-    """A recipe that trains all blocks together once they are done."""
+    """A recipe that trains all blocks together after the last one is done."""
 
     @property
     def tune_batch(self) -> int:
-        """Samples that go through the model at once, a power of two; 0 = no tuning this time."""
+        """Samples per tuning step, a power of two; 0 switches tuning off."""
         ...
 
     @property
     def tune_bytes(self) -> int:
-        """Memory that tuning takes per weight of the quantized layers, beside a block's own training."""
+        """Bytes of memory that tuning takes per quantized weight, in addition to the training of one block."""
         ...
 
     def keep(self, solution: Solution) -> dict[str, Tensor]:
-        """What tuning needs of a solved layer beside what is stored."""
+        """Return the tensors of a solved layer that tuning needs and the checkpoint does not store."""
         ...
 
     def tune(self, problem: ModelProblem) -> TrainedLayers:
-        """Raise ValueError if the model cannot be trained."""
+        """Train the model. Raises ValueError if it cannot be trained."""
         ...
 
 
 @runtime_checkable
 class ChecksLayers(Protocol):
-    """A recipe whose budget depends on the layers' shapes: asked before the expensive step."""
+    """A recipe whose budget depends on the shapes of the layers; it checks them before any work starts."""
 
     def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise ValueError naming the first layer, `[out, in]` by path, that the recipe cannot serve."""
+        """Raise ValueError naming the first layer that the recipe cannot quantize; `shapes`: `[out, in]` by path."""
         ...
 
 
@@ -172,48 +163,48 @@ class Plannable(Recipe, Protocol):
 
     @property
     def plan_terms(self) -> PlanTerms:
-        """How the recipe takes part in such a plan."""
+        """How the recipe takes part in a plan."""
         ...
 
     def widths(self, out_features: int) -> tuple[int, ...]:
-        """Code widths a plan may use in a layer of so many rows, ascending."""
+        """Code widths that a plan may use in a layer with `out_features` rows, ascending."""
         ...
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
-        """What `quantize` will store for `plan`: exact, but for the type of scales out of float16's range."""
+        """Layout that `quantize` will store for `plan`. Only the type of scales outside float16's range may differ."""
         ...
 
     def rounded(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
-        """The weight `[out, in]` with every group rounded at `bits`, without compensation: fast, for tables of loss."""
+        """Round every group of the weight `[out, in]` at `bits` without compensation: fast, for loss tables."""
         ...
 
     def column_cost(self, layer: Layer, prepared: Any) -> Tensor:
-        """What a squared error in each column `[in]` costs at the layer's output, per token."""
+        """Cost at the layer's output of a unit squared error in each column, per token `[in]`."""
         ...
 
 
 @runtime_checkable
 class RoundsInputs(Plannable, Protocol):
-    """A plannable recipe whose layers round their inputs too, and whose plans count the columns in an order that the
-    inputs give. While its tables are made `LayerStats.sample` is there."""
+    """A plannable recipe that also rounds the inputs of layers. Its plans count columns in an order that depends on the
+    inputs, so the planner measures with `LayerStats.sample`."""
 
     def column_order(self, layer: Layer, prepared: Any) -> Tensor:
-        """The columns `[in]` in the order in which a plan's groups hold them."""
+        """Columns `[in]` in the order in which the groups of a plan hold them."""
         ...
 
     def input_error(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
-        """E[(x_j - x_j rounded at `bits`)^2] of each column `[in]`."""
+        """Mean squared rounding error of each input column `[in]` at `bits`: E[(x_j - Q(x_j))^2]."""
         ...
 
 
 @runtime_checkable
 class PlansModel(Protocol):
-    """A recipe that plans all layers together: each is looked at in a first pass over the full-precision model."""
+    """A recipe that plans all layers together after a first pass over the full-precision model."""
 
     def sense(self, layer: Layer, trace: float) -> dict[str, float]:
-        """Numbers that `plan_model` needs of a layer; `trace`: of the Hessian at its sub-block's output."""
+        """Return the numbers that `plan_model` needs of a layer; `trace`: trace of its sub-block's output Hessian."""
         ...
 
     def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
-        """A plan for each layer; no tensors. Raises ValueError if the budget cannot be met."""
+        """Return a plan for each layer; no tensors. Raises ValueError if the budget cannot be met."""
         ...

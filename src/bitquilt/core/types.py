@@ -1,15 +1,18 @@
-"""The nouns. Plain values: a linear layer's weight is an optional permutation of its input channels, then a few
-column segments with one storage format each, plus an optional sparse remainder. A paper decides the segments.
+"""The nouns: `QuantizedWeight` and its parts, `GRIDS`, and what a recipe sees of a layer (`Layer`, `LayerStats`,
+`LayerPlan`, `Cost`, `Solution`).
 
-Layout everywhere: `weight [out, in]`, y = x W^T + b. Sizes in bits or bytes as named.
+A stored weight is an optional permutation of the input channels, then a few column segments with one storage format
+each, plus an optional sparse remainder. A recipe decides the segments. Weights are `[out, in]`: y = x W^T + b.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from bitquilt.ops.reference import GRID_CODEBOOK, GRID_MX, GRID_UNIFORM, mx_grid
 
 Grid = Literal["uniform", "codebook", "mx", "mx_e2m3"]
 Activation = Literal["none", "ceil", "paper", "ocp"]
@@ -18,16 +21,36 @@ MIN_BITS, MAX_BITS = 1, 8
 
 
 @dataclass(frozen=True)
+class GridKind:
+    """A row of `GRIDS`. `number`: the op's number of the grid; `bits`: the code widths it has; `microscaled`: elements
+    are small floats with a shared power of two."""
+
+    number: int
+    bits: tuple[int, ...]
+    microscaled: bool = False
+
+
+_ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
+GRIDS: Mapping[Grid, GridKind] = {
+    "uniform": GridKind(GRID_UNIFORM, _ALL_BITS),
+    "codebook": GridKind(GRID_CODEBOOK, _ALL_BITS),
+    "mx": GridKind(GRID_MX, (4, 6, 8), microscaled=True),
+    "mx_e2m3": GridKind(mx_grid(True, "none"), (6,), microscaled=True),
+}
+"""Every grid by the name that config.json uses. A new grid needs a row here and a class in `layer/grids`."""
+
+
+@dataclass(frozen=True)
 class Format:
     """How the columns of a segment are stored.
 
-    uniform: one scale and one zero per row and `group_size` columns; at one bit two free levels per row and group.
-    `symmetric` stores no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
-    codebook: 2^bits free levels per `group_size` columns (1: every column its own); with a `gain_dtype` the columns of
-    a group share their levels but for a factor each.
+    uniform: one scale and one zero per row and `group_size` columns; at one bit, two free levels per row and group.
+    With `symmetric` there is no zero: levels are scale * (code - (2^bits - 1) / 2), for one bit +-scale / 2.
+    codebook: 2^bits free levels per `group_size` columns (1: one codebook per column). With a `gain_dtype`, the columns
+    of a group share the levels and each column has a factor of its own.
     mx: elements of 4 (E2M1), 6 (E3M2; mx_e2m3: E2M3) or 8 bits (E4M3) with one power of two, a uint8 E8M0, per row and
-    32 columns. `activation`: the layer's input takes the same elements in this segment, quantized as it comes, by
-    `ops.mx`'s scale rule of that name.
+    32 columns. `activation`: the scale rule by which the layer's input is quantized to the same elements in this
+    segment; "none" leaves the input alone.
     """
 
     bits: int
@@ -44,12 +67,13 @@ class Format:
         if self.group_size < 1:
             raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
         if self.gain_dtype is not None and self.grid != "codebook":
-            raise ValueError(f"a {self.grid} grid has no gains")
-        if self.grid in ("mx", "mx_e2m3"):
-            widths = (4, 6, 8) if self.grid == "mx" else (6,)
+            raise ValueError(f"grid {self.grid} has no gains; only a codebook takes a gain_dtype")
+        if GRIDS[self.grid].microscaled:
             stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
-            if self.bits not in widths or not stored:
-                raise ValueError(f"grid {self.grid} stores {widths} bits, 32 columns to a uint8 scale and no zero")
+            if self.bits not in GRIDS[self.grid].bits or not stored:
+                raise ValueError(
+                    f"grid {self.grid} stores {GRIDS[self.grid].bits} bits, 32 columns to a uint8 scale and no zero"
+                )
         elif self.activation != "none":
             raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 
@@ -58,10 +82,10 @@ class Format:
 class Layout:
     """Everything that fixes the shapes, and so the size, of one stored weight. No tensors.
 
-    `segments`: (format, width) in stored order, widths summing to `in_features`. `ordering`: how the order of the
-    input channels is stored: not at all, as the segment of each block of `block` neighbouring channels (blocks keep
-    their order inside a segment), or as a full order of blocks. `outliers`: entries of the sparse remainder.
-    `row_gain_dtype`: of a factor per row, None = there are none.
+    `segments`: (format, width) in stored order; the widths sum to `in_features`. `ordering`: how the order of the input
+    channels is stored. "identity" stores nothing; "map" stores the segment of each block of `block` neighbouring
+    channels, which keep their order inside a segment; "order" stores a full order of blocks. `outliers`: number of
+    entries of the sparse remainder. `row_gain_dtype`: type of one factor per row, None without such factors.
     """
 
     out_features: int
@@ -81,19 +105,19 @@ class Layout:
 
     @property
     def blocks(self) -> int:
-        """How many blocks of channels the ordering moves."""
+        """Number of channel blocks that the ordering moves."""
         return -(-self.in_features // self.block) if self.block else 0
 
     @property
     def nominal_bits(self) -> float:
-        """Mean code width over the weights: the papers' average, which counts nothing but codes."""
+        """Mean code width over the weights: the average that papers report. It counts codes only."""
         return sum(form.bits * width for form, width in self.segments) / self.in_features
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
     """Order of the input channels in storage: stored block i holds original block `order[i]` of `block` channels.
-    `full`: stored as an order even where the segment of each block would say it all: its size is then known before."""
+    `full`: always store the order itself, even where a segment map would do, so that the size is known in advance."""
 
     order: Tensor
     block: int
@@ -111,9 +135,9 @@ class Outliers:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Consecutive stored columns of one format. `codes` uint8 `[out, width]`; `scale`, `zero` as `ops.reference`
-    defines them, unpacked: uniform `[out, groups]` (integer zeros as uint8), codebook `[groups, 2^bits]` and the gains
-    `[width]` or None."""
+    """Consecutive stored columns of one format. `codes` uint8 `[out, width]`. `scale` and `zero` are unpacked and mean
+    what `ops.reference` defines: for uniform `[out, groups]` (integer zeros as uint8), for a codebook its levels
+    `[groups, 2^bits]` and its gains `[width]` or None."""
 
     format: Format
     codes: Tensor
@@ -123,9 +147,9 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear layer's weight as it is stored: what the solver chose is what the packed model computes with.
+    """A linear layer's weight in its stored form: the packed model computes with exactly what the solver chose.
 
-    `row_gains` `[out]`: a factor for each row of segments and outliers together, or None."""
+    `row_gains` `[out]`: one factor per row, applied to segments and outliers together, or None."""
 
     segments: tuple[Segment, ...]
     permutation: Permutation | None = None
@@ -153,8 +177,8 @@ class QuantizedWeight:
         return "map" if not self.permutation.full and self.segment_of_block() is not None else "order"
 
     def segment_of_block(self) -> list[int] | None:
-        """The segment each block of channels is stored in, by original block; None where that does not say it all:
-        a block straddles segments, or blocks change their order inside one."""
+        """Segment of each block of channels, by original block. None if a segment map cannot express the order: a
+        block straddles two segments, or blocks change their order inside one."""
         assert self.permutation is not None
         order, block = self.permutation.order.tolist(), self.permutation.block
         in_features = sum(s.codes.shape[1] for s in self.segments)
@@ -174,12 +198,13 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
-    """What calibration says about one input: sums over tokens, so that `a + b` merges two shards.
+    """Calibration statistics of one layer input: sums over tokens, so that `a + b` merges two shards.
 
-    `hessian` fp32 `[in, in]` = sum of x x^T over `tokens` tokens; `sample` fp32 `[n, in]`, an even subsample of
-    the tokens for objectives that need outputs, or None.
-    Where the full-precision model runs beside: `drift` fp32 `[in, in]` = sum of (x_fp - x) x^T, what earlier layers
-    did to the input; `stream_drift` fp32 `[out, in]` = sum of (r_fp - r) x^T for a layer whose output is added to r.
+    `hessian` fp32 `[in, in]`: sum of x x^T over `tokens` tokens. `sample` fp32 `[n, in]`: an even subsample of the
+    tokens for objectives that need outputs, or None.
+    With the full-precision model alongside: `drift` fp32 `[in, in]`, the sum of (x_fp - x) x^T, is what earlier layers
+    did to the input; `stream_drift` fp32 `[out, in]` is the sum of (r_fp - r) x^T for a layer whose output is added to
+    the residual stream r.
     """
 
     hessian: Tensor
@@ -211,7 +236,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Where the bits of one layer go: bits per column group, groups of `group_size` in original column order."""
+    """Bits per column group of one layer, in the original column order; groups have `group_size` columns."""
 
     bits: tuple[int, ...]
     group_size: int
@@ -223,8 +248,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What each way to spend bits on a layer would cost: plans and, in one unit, the loss of each. `details`: plain
-    values for the report on how the plans were found."""
+    """Candidate plans of a layer and the loss of each, all in one unit. `details`: plain values for the report about
+    how the plans were found."""
 
     plans: tuple[LayerPlan, ...]
     losses: tuple[float, ...]
@@ -233,7 +258,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Event:
-    """Something a reader of the report must know: a fallback, a dead channel, a raised damp. Never silent."""
+    """An entry in the report: a fallback, a dead channel, a raised damp. Every fallback records one."""
 
     layer: str
     kind: str
@@ -242,8 +267,8 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A solved layer. `loss`: the solver's tr((W-Q) H (W-Q)^T), H the mean of x x^T plus damp; None for RTN.
-    `details`: what the recipe wants to keep until the block is done; not stored."""
+    """A solved layer. `loss`: tr((W-Q) H (W-Q)^T) of the solver, H being the mean of x x^T plus damp; None for RTN.
+    `details`: values that the recipe keeps until the block is done; they are not stored."""
 
     weight: QuantizedWeight
     loss: float | None = None
@@ -251,67 +276,13 @@ class Solution:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class BlockProblem:
-    """A block whose layers are solved, to be trained as a whole. `plans` and `solutions` by layer.
-
-    `forward` (weights `[out, in]` by layer, `[batch, tokens, width]`) -> the block's output with these weights; for
-    lists of sample numbers below `count`: `inputs`, what the block reads in the quantized model, `outputs`, what the
-    full-precision block makes of it, and `full_outputs`, its output in the full-precision model. `told`: after every
-    epoch, how many are done, of how many, and the loss.
-    """
-
-    name: str
-    plans: Mapping[str, LayerPlan]
-    solutions: Mapping[str, Solution]
-    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    count: int
-    inputs: Callable[[Sequence[int]], Tensor]
-    outputs: Callable[[Sequence[int]], Tensor]
-    full_outputs: Callable[[Sequence[int]], Tensor]
-    told: Callable[[int, int, float], None] = lambda done, of, loss: None
-
-
-@dataclass(frozen=True, eq=False)
-class ModelProblem:
-    """A model whose blocks are solved, to be trained as a whole. `plans` and `solutions` by layer, `Solution.details`
-    being what the recipe's `keep` kept of it.
-
-    `blocks`: each block's function, as in `BlockProblem`, and its layers, in order. `targets`: what the last block
-    returns in the full-precision model; `loss` (the same of the trained one, target) -> mean KL of the model's output,
-    nats per token. `told` as in `BlockProblem`.
-    """
-
-    plans: Mapping[str, LayerPlan]
-    solutions: Mapping[str, Solution]
-    blocks: tuple[tuple[Callable[[Mapping[str, Tensor], Tensor], Tensor], tuple[str, ...]], ...]
-    count: int
-    inputs: Callable[[Sequence[int]], Tensor]
-    targets: Callable[[Sequence[int]], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    told: Callable[[int, int, float], None] = lambda done, of, loss: None
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedLayers:
-    """Trained layers, and the loss on samples not trained on: at the start, the best, by epoch. Of a block its error
-    relative to its output, of a model its KL. `notes`: plain values for the report."""
-
-    solutions: Mapping[str, Solution]
-    events: tuple[Event, ...]
-    start_loss: float
-    loss: float
-    losses: tuple[float, ...]
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
 def group_slices(in_features: int, group_size: int) -> list[slice]:
-    """Column groups in order; the last may be narrower, one group if the layer is narrower than `group_size`."""
+    """Column groups in order; the last one may be narrower than `group_size`."""
     return [slice(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)]
 
 
 def check_finite(name: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError naming layer and tensor if any holds NaN or Inf."""
+    """Raise ValueError naming the layer and the first tensor that holds NaN or Inf."""
     for label, tensor in tensors.items():
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -338,5 +309,5 @@ def _sum(what: str, one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None and other is None:
         return None
     if one is None or other is None:
-        raise ValueError(f"one of the shards has no {what}: its tokens would count as if nothing had drifted")
+        raise ValueError(f"cannot merge statistics: one shard has no {what}; collect it for every shard")
     return one + other

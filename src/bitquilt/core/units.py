@@ -1,8 +1,8 @@
-"""How are numbers said to people? One function per unit, shared by the command line and the pages."""
+"""Numbers as text for people: `size_text`, `time_text` and `ratio_text`, shared by command line and pages."""
 
 
 def size_text(count: float) -> str:
-    """3600000 -> "3.6 MB"; decimal units, as disks are sold."""
+    """Format bytes in decimal units: 3600000 -> "3.6 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -11,7 +11,7 @@ def size_text(count: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """75 -> "1 min 15 s"; below ten seconds with a tenth."""
+    """Format seconds: 75 -> "1 min 15 s"; below ten seconds with one decimal."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -23,6 +23,6 @@ def time_text(seconds: float) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """0.28 -> "28 % of fp16, 3.6 times smaller"; a model that is no smaller is not called smaller."""
+    """Format a size ratio: 0.28 -> "28 % of fp16, 3.6 times smaller"; a ratio near 1 gets only the share."""
     share = f"{100 * ratio:.3g} % of fp16"
     return f"{share}, {1 / ratio:.1f} times smaller" if ratio < 0.95 else share

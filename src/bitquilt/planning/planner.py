@@ -174,7 +174,7 @@ class Planner:
                 choices = path.at(steps)
                 return paired(choices, units.losses, costs, units.members_units) if scope == "pairs" else choices
 
-            return after(cut(path, lambda steps: exact(after(steps)), budget.value, base, unit, units.count))
+            return after(cut(path, lambda steps: exact(after(steps)), budget.value, base, unit))
 
         def filled(choices: Ints) -> Ints:
             enough = exact(choices) >= (_NEAR_LAYERS if scope == "layers" else _NEAR) * budget.value

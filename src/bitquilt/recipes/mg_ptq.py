@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.graph_network import Training, graph_bits
-from bitquilt.allocation.knapsack import best_bits, lagrangian, repair, table_error
+from bitquilt.allocation.graph_network import GraphTraining, graph_bits
+from bitquilt.allocation.knapsack import best_bits, table_error
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.types import (
@@ -127,11 +127,11 @@ class MGPTQ(TrainedClipping):
         errors, size = table.tolist(), self._plan_size()
         maps = {"exact": best_bits(errors, self.palette, widths, budget)}
         features = column_features(weight, _stats(layer), prepared, units)
-        training = Training(self.width, self.steps, self.learning_rate, self.budget_weight,
+        training = GraphTraining(self.width, self.steps, self.learning_rate, self.budget_weight,
                             hard=self.straight_through, seed=self.seed)  # fmt: skip
         graph = adjacency(prepared.upper, units, self.top)
         maps["graph"] = graph_bits(table, self.palette, widths, budget, features, graph, training)
-        relaxed = repair(lagrangian(errors, self.palette, widths, budget)[0], errors, self.palette, widths, budget)
+        relaxed = best_bits(errors, self.palette, widths, budget, exact=False)
         tabulated = {name: table_error(errors, self.palette, bits) for name, bits in maps.items()}
         tabulated["lagrangian"] = table_error(errors, self.palette, relaxed)
         plans = [LayerPlan(bits, size) for bits in maps.values()]

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from bitquilt.core.events import Epoch, Observer
 from bitquilt.core.recipe import TrainsBlocks, TunesModel
-from bitquilt.core.types import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, TrainedLayers
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_transposed
 from bitquilt.stream.activations import Flow

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bitquilt.core.events import Observer, Stage
 from bitquilt.core.packing import layout_from_json, unpack
 from bitquilt.core.recipe import TrainsBlocks, TunesModel
-from bitquilt.core.types import Layer, LayerPlan, ModelProblem, Solution, TrainedLayers
+from bitquilt.core.training import ModelProblem, TrainedLayers
+from bitquilt.core.types import Layer, LayerPlan, Solution
 from bitquilt.errors import UserError
 from bitquilt.model.linear import linear_weight
 from bitquilt.model.structure import Skeleton, vocabulary_size

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import Event, Solution, TrainedLayers
+from bitquilt.core.training import TrainedLayers
+from bitquilt.core.types import Event, Solution
 
 Values = tuple[Tensor, ...]
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bitquilt.core.types import BlockProblem, Solution, TrainedLayers
+from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.types import Solution
 from bitquilt.train.problem import KeptEpoch, Link, Read, TrainableWeight, Trained, TrainingSamples, TrainingSettings
 from bitquilt.train.ranges import Ranges
 from bitquilt.train.trainer import train

@@ -14,7 +14,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from bitquilt.core.types import BlockProblem, LayerPlan, ModelProblem, Solution, TrainedLayers
+from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.types import LayerPlan, Solution
 from bitquilt.train.problem import (
     KeptEpoch,
     Link,

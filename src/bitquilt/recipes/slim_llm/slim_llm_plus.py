@@ -22,7 +22,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import BlockProblem, Layer, LayerPlan, Solution, TrainedLayers, group_slices
+from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.types import Layer, LayerPlan, Solution, group_slices
 from bitquilt.layer.assembly import assemble
 from bitquilt.layer.grids.uniform import scale_dtype_for
 from bitquilt.layer.grouped_weight import layer_events, live_weight
