@@ -22,7 +22,7 @@ from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream, windows
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.ops import kernels
 from bitquilt.report.evaluation.loading import as_model
 

@@ -29,7 +29,7 @@ from benchmarks.scored import SEQ_LEN, TEXTS, quantize_and_score
 from bitquilt import Budget
 from bitquilt.core.types import LayerPlan
 from bitquilt.errors import UserError
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.planning.sensitivities import Sensitivities, read_sensitivities
 from bitquilt.recipes import make_recipe
 

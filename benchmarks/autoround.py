@@ -22,7 +22,7 @@ from benchmarks.common import SHARED
 from benchmarks.scored import SEQ_LEN, TEXTS, calibration_ids, score_weights
 from benchmarks.shapes import grid_bpw, layer_shapes
 from benchmarks.training import EVALUATED, SAMPLES, Table
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.transformers_logging import quiet_transformers
 
 STEPS = {"default": 200, "best": 1000}
 

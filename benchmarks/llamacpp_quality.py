@@ -25,7 +25,7 @@ from benchmarks.gguf_files import bits_per_weight, block_layers, quantize_gguf, 
 from benchmarks.rows import Run, measured
 from benchmarks.scored import calibration_ids, score_weights
 from benchmarks.shapes import layer_shapes
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.transformers_logging import quiet_transformers
 
 MODEL = "demo"
 SAMPLES, TOKENS = 64, 20_000

@@ -18,7 +18,8 @@ from bitquilt.core.recipe import Recipe
 from bitquilt.core.types import LayerPlan
 from bitquilt.data.calibration import make_calibration
 from bitquilt.model.checkpoint import open_checkpoint
-from bitquilt.model.structure import open_skeleton, quiet_transformers, vocabulary_size
+from bitquilt.model.structure import open_skeleton, vocabulary_size
+from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.report.evaluation import Evaluation
 
 SEQ_LEN = 256

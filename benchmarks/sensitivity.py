@@ -36,7 +36,8 @@ from bitquilt.data.calibration import load_tokenizer, make_calibration
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.model.structure import open_skeleton, quiet_transformers
+from bitquilt.model.structure import open_skeleton
+from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.recipes import make_recipe
 from bitquilt.stream.job import Job, all_targets

@@ -109,7 +109,7 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
     from bitquilt.model.transformers_model import architecture
 
     checkpoint = open_checkpoint(folder)
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    method = checkpoint.model_config.quantized_by
     if method != QUANT_METHOD:
         raise UserError(f"{folder} is no bitquilt checkpoint (quant_method is {method!r}); quantize the model first")
     if device is not None and "device_map" in kwargs:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def test_an_embedding_and_a_head_in_few_bits(command: Command, tiny: Path, tmp_p
     figures = json.loads(ran.out)
     assert figures["decoder"] == "native"
     assert 0 < figures["bytes_per_token"] < figures["file_bytes"]
+
+
+def test_plan_and_bench_count_the_same_cache(command: Command, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Both stop at the sliding window of 6 tokens in one of the two layers: 2 heads of 8, in 16 bits."""
+    source, out = make_model("gemma3", dtype=torch.bfloat16), tmp_path / "windowed"
+    bitquilt.quantize(source, "rtn", out=out, bits=4, group_size=8)
+    wanted = 2 * 2 * (2 * 8) * (6 + 24)
+    planned = command("plan", source, "--recipe", "rtn", "--bits", 4, "--group-size", 8, "--ctx", 24, "--json")
+    assert json.loads(planned.out)["memory"]["cache"] == wanted
+    measured = command("bench", out, "--prompt", 20, "--tokens", 4, "--no-compare", "--json")
+    assert json.loads(measured.out)["kv_cache_bytes"] == wanted

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bitquilt import Result, UserError
 from bitquilt.data import calibration
-from bitquilt.data.calibration import context_limit, describe_source, make_calibration
+from bitquilt.data.calibration import describe_source, make_calibration
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.stream.workdir import write_tensors
 
@@ -133,22 +133,6 @@ def test_a_source_is_described_by_its_content(token_file: Path, tmp_path: Path) 
     assert len(one["sha256"]) == 64
 
 
-@pytest.mark.parametrize(
-    ("config", "limit"),
-    [
-        ({"max_position_embeddings": 64}, 64),
-        ({"n_positions": 32}, 32),
-        ({"max_seq_len": 16}, 16),
-        ({"text_config": {"max_position_embeddings": 8}, "n_positions": 9}, 8),
-        ({"max_position_embeddings": 0}, None),
-        ({"max_position_embeddings": None, "n_positions": 5}, 5),
-        ({}, None),
-    ],
-)
-def test_the_context_is_read_from_the_config(config: dict[str, object], limit: int | None) -> None:
-    assert context_limit(config) == limit
-
-
 def test_own_sequences_stand_behind_those_of_the_text(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder, text = make_model(), tmp_path / "text.safetensors"
     write_tensors(text, {"input_ids": torch.arange(200).remainder(VOCAB)})
@@ -175,7 +159,7 @@ def test_a_cache_that_grows_large_is_sampled_in_smaller_parts(
     """Two sequences at once where the cache of two fills the memory set aside for it."""
     folder = make_model()
     checkpoint = open_checkpoint(folder)
-    each = calibration.cache_bytes(checkpoint.config, 2, 12)
+    each = checkpoint.model_config.cache_bytes(12)
     monkeypatch.setattr(calibration, "_CACHE_BYTES", 2 * each)
     said: list[str] = []
     ids = make_calibration(checkpoint, "self", samples=5, seq_len=12, seed=0, vocabulary=VOCAB, progress=said.append)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from bitquilt import Result
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
-from bitquilt.model.memory import cache_bytes, memory_bytes
+from bitquilt.model.memory import memory_bytes
 from bitquilt.model.structure import open_skeleton
 from bitquilt.planning.folder_size import Sizes, file_bytes, json_bytes
 from bitquilt.stream.workdir import write_json
@@ -130,11 +130,3 @@ def test_memory_counts_what_is_loaded(make_quantized: Callable[..., Result], mak
     assert memory.cache == 2 * 2 * 2 * (2 * 8) * 100  # keys and values, 16 bits, 2 blocks, 2 heads of 8, 100 tokens
     assert memory.total == memory.weights + memory.cache + memory.workspace
     assert memory_bytes(skeleton, layouts, 200).cache == 2 * memory.cache
-
-
-def test_windows_bound_the_cache() -> None:
-    config = {"num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 32, "sliding_window": 10}
-    kinds = ["sliding_attention", "full_attention"]
-    assert cache_bytes({**config, "layer_types": kinds}, 2, 100) == 2 * 2 * 2 * 8 * (10 + 100)
-    assert cache_bytes({**config, "model_type": "mistral"}, 2, 100) == 2 * 2 * 2 * 8 * 20
-    assert cache_bytes({"n_embd": 32, "n_head": 4}, 3, 7) == 2 * 2 * 4 * 8 * 3 * 7

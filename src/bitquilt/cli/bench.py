@@ -18,10 +18,11 @@ from bitquilt.cli.options import WhereDevice
 from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.config import config_of
 from bitquilt.model.embedding import SharedHead
 from bitquilt.model.linear import QuantizedLinear, replace_module
 from bitquilt.ops import gpu, kernels, reference
-from bitquilt.report.evaluation.loading import as_model, context_length, vocabulary
+from bitquilt.report.evaluation.loading import as_model
 from bitquilt.serve.decoder import begin
 from bitquilt.serve.decoder_step import captured
 from bitquilt.serve.llama_check import prompt_logits
@@ -68,7 +69,8 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.
     layers = [(name, m) for name, m in model.named_modules() if type(m) is QuantizedLinear]
     if not layers:
         raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` has written")
-    room = context_length(model)
+    config = config_of(model)
+    room = config.context_length
     if room is not None and room < prompt + tokens:
         prompt, tokens = max(2, room - tokens), min(tokens, room - 2)
         stderr.print(f"the model's context holds {room} tokens: a prompt of {prompt}, {tokens} written")
@@ -76,7 +78,7 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.
     for _, layer in layers:
         layer.settle()
     settled = time.perf_counter() - started
-    ids = torch.randint(0, vocabulary(model) or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
+    ids = torch.randint(0, config.vocabulary or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
     speeds = _speeds(model, ids, tokens, machine)
     peak = machine.peak()
     matmuls = _sum_of_products(model, machine, recorded=speeds.writer == "graph")
@@ -101,7 +103,7 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.
         "ready_seconds": settled if where.type == "cpu" else speeds.first,
         "peak_bytes": peak,
         "file_bytes": sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
-        "kv_cache_bytes": _cache_bytes(model, prompt + tokens),
+        "kv_cache_bytes": config.cache_bytes(prompt + tokens, model.dtype.itemsize),
         "reference_decode_tokens_per_s": None,
         "bf16_decode_tokens_per_s": None,
         "bf16_prefill_tokens_per_s": None,
@@ -198,13 +200,6 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
         for t in (*stored.parameters(recurse=False), *stored.buffers(recurse=False)):
             tensors[t.data_ptr()] = t.numel() * t.itemsize
     return sum(tensors.values())
-
-
-def _cache_bytes(model: PreTrainedModel, length: int) -> int:
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize)
 
 
 def _comparison(

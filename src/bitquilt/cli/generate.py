@@ -19,7 +19,8 @@ from bitquilt.cli.output import calm, stderr
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
-from bitquilt.report.evaluation.loading import as_model, check_causal, context_length
+from bitquilt.model.config import config_of
+from bitquilt.report.evaluation.loading import as_model, check_causal
 from bitquilt.serve.decoder import Begun, Writer, begin
 from bitquilt.stream.devices import choose_device
 
@@ -147,7 +148,7 @@ def _encode(tokenizer: Any, prompt: str) -> torch.Tensor:
 
 def _room(model: Any, used: int) -> int | None:
     """Tokens that still fit into the context; None without a limit."""
-    context = context_length(model)
+    context = config_of(model).context_length
     if context is None:
         return None
     if used >= context:

@@ -48,13 +48,12 @@ def inspect(
     """Bits, size and error of every layer, and of the whole model."""
     with calm(models=False):
         checkpoint = open_checkpoint(folder)
-        entry = checkpoint.config.get("quantization_config")
-        if not entry:
+        method = checkpoint.model_config.quantized_by
+        if method is None:
             value = _plain(checkpoint)
-        elif isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD:
+        elif method == QUANT_METHOD:
             value = _quantized(checkpoint)
         else:
-            method = entry.get("quant_method") if isinstance(entry, dict) else entry
             raise UserError(
                 f"{folder} was quantized by another tool ({method}); give one of bitquilt, or full precision"
             )

@@ -89,7 +89,7 @@ def calm(quiet: bool = False, *, models: bool = True) -> Iterator[None]:
             disable_progress_bars()
             stack.callback(enable_progress_bars)
         if models:
-            from bitquilt.model.structure import quiet_transformers
+            from bitquilt.model.transformers_logging import quiet_transformers
 
             stack.enter_context(quiet_transformers())
         yield

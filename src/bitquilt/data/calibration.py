@@ -16,8 +16,8 @@ from bitquilt.data.documents import check_source, content_hash
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
-from bitquilt.model.memory import cache_bytes
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.config import config_of
+from bitquilt.model.transformers_logging import quiet_transformers
 
 SELF = "self"
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
@@ -25,18 +25,9 @@ SELF = "self"
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
 
 
-def context_limit(config: dict[str, Any]) -> int | None:
-    """The longest sequence the model was built for, or None if its config does not say."""
-    text = config.get("text_config", config)
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(text.get(key), int) and text[key] > 0:
-            return int(text[key])
-    return None
-
-
 def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | None]:
     """A sequence length the model can take, and a notice if it is not the one asked for."""
-    limit = context_limit(checkpoint.config)
+    limit = checkpoint.model_config.context_length
     if limit is not None and seq_len > limit:
         return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
     return seq_len, None
@@ -128,8 +119,7 @@ def sample_from_model(
     generator = torch.Generator().manual_seed(seed)
     bos = checkpoint.config.get("bos_token_id")
     parts = []
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    each = cache_bytes(text, model.config.get_text_config().num_hidden_layers, seq_len)
+    each = config_of(model).cache_bytes(seq_len)
     at_once = min(_SAMPLED_AT_ONCE, max(1, _CACHE_BYTES // max(1, each)))
     for start in range(0, samples, at_once):
         progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")

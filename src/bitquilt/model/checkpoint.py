@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitquilt.errors import UserError
+from bitquilt.model.config import ModelConfig, read_config
 
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -54,6 +55,11 @@ class Checkpoint:
                 for name in members:
                     found[name] = handle.get_tensor(name).clone()
         return found
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The sizes that config.json states."""
+        return read_config(self.config)
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,11 @@
-"""What does config.json say about a quantized model? quantization_config(layouts) and read_layouts(config)."""
+"""Everything that config.json says: `read_config` returns a `ModelConfig`, `read_layouts` the quantized layers.
+
+`config_of` reads a loaded model instead of a file, `with_quantization` adds the entry of a quantized model, and
+`total_bpw` and `total_nominal_bits` average over its layers. No other file looks a setting up by its name.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bitquilt._version import __version__
@@ -10,11 +15,58 @@ from bitquilt.errors import UserError
 
 QUANT_METHOD = "bitquilt"
 FORMAT_VERSION = 1
+_ENTRY = "quantization_config"
+_WINDOWED = "sliding_attention"
 
 
-def quantization_config(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """The `quantization_config` entry: enough to rebuild every quantized module's shapes."""
-    return {
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a language model, 0 or None where its config does not state them.
+
+    `windows` has an entry per layer: how many tokens its attention reaches back, or None without a limit.
+    `quantized_by` is the tool that quantized the model, None for full precision.
+    """
+
+    hidden_size: int
+    vocabulary: int | None
+    context_length: int | None
+    windows: tuple[int | None, ...]
+    key_value_heads: int
+    head_size: int
+    quantized_by: str | None
+
+    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Bytes of the keys and values of one sequence. A layer with a sliding window keeps no more than the window."""
+        kept = sum(tokens if window is None else min(tokens, window) for window in self.windows)
+        return 2 * itemsize * self.key_value_heads * self.head_size * kept
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Read the content of a config.json; a model with several parts is read by its `text_config`."""
+    nested = values.get("text_config")
+    text = nested if isinstance(nested, dict) else values
+    width = _number(text, "hidden_size", "n_embd", "d_model")
+    heads = _number(text, "num_attention_heads", "n_head")
+    return ModelConfig(
+        hidden_size=width,
+        vocabulary=_number(text, "vocab_size") or None,
+        context_length=_number(text, "max_position_embeddings", "n_positions", "max_seq_len") or None,
+        windows=_windows(text),
+        key_value_heads=_number(text, "num_key_value_heads") or heads,
+        head_size=_number(text, "head_dim") or width // max(1, heads),
+        quantized_by=_quantized_by(values.get(_ENTRY)),
+    )
+
+
+def config_of(model: Any) -> ModelConfig:
+    """Read the config of a loaded transformers model; a module without one states nothing."""
+    config = getattr(model, "config", None)
+    return read_config({} if config is None else config.to_dict())
+
+
+def with_quantization(values: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """Add the `quantization_config` entry: enough to rebuild every quantized module's shapes."""
+    entry = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "bitquilt_version": __version__,
@@ -22,17 +74,26 @@ def quantization_config(layouts: Mapping[str, Layout]) -> dict[str, Any]:
         "bpw": total_bpw(layouts),
         "modules": {name: layout_to_json(layout) for name, layout in layouts.items()},
     }
+    return {**values, _ENTRY: entry}
 
 
-def read_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
-    """Layouts by module path from a config.json's content.
+def without_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the `quantization_config` entry."""
+    return {key: value for key, value in values.items() if key != _ENTRY}
 
-    Raises UserError if the entry is not ours, is of a newer format, or is damaged.
+
+def read_layouts(values: Mapping[str, Any]) -> dict[str, Layout]:
+    """Return the layouts by module path that a config.json holds.
+
+    Raises UserError if bitquilt did not quantize the model, or if the entry is of a newer format or damaged.
     """
-    entry = config.get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or method != QUANT_METHOD:
-        raise UserError(f"config.json names quantization method {method!r}; wanted {QUANT_METHOD!r}")
+    return layouts_of_entry(values.get(_ENTRY))
+
+
+def layouts_of_entry(entry: object) -> dict[str, Layout]:
+    """Return the layouts that a `quantization_config` entry holds; see `read_layouts`."""
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+        raise UserError(f"config.json names quantization method {_quantized_by(entry)!r}; wanted {QUANT_METHOD!r}")
     version = entry.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -41,11 +102,11 @@ def read_layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
         )
     modules = entry.get("modules")
     if not isinstance(modules, dict) or not modules:
-        raise UserError("config.json lists no quantized modules: the file is damaged")
+        raise UserError("config.json lists no quantized modules: the file is damaged; copy or quantize it again")
     try:
         return {name: layout_from_json(value, name) for name, value in modules.items()}
     except ValueError as error:
-        raise UserError(f"config.json is damaged: {error}") from None
+        raise UserError(f"config.json is damaged: {error}; copy or quantize it again") from None
 
 
 def total_bpw(layouts: Mapping[str, Layout]) -> float:
@@ -54,9 +115,35 @@ def total_bpw(layouts: Mapping[str, Layout]) -> float:
 
 
 def total_nominal_bits(layouts: Mapping[str, Layout]) -> float:
-    """Mean code width over all quantized layers: the papers' average."""
+    """Mean code width over all quantized layers, which is the average that papers report."""
     spent = sum(layout.nominal_bits * layout.in_features * layout.out_features for layout in layouts.values())
     return spent / _weights(layouts)
+
+
+def _number(text: Mapping[str, Any], *names: str) -> int:
+    """The first of the settings `names` that is a positive whole number, else 0."""
+    found = (text.get(name) for name in names)
+    return next((value for value in found if type(value) is int and value > 0), 0)
+
+
+def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The attention window of every layer. Without `layer_types` Qwen's families window their last layers and only on
+    request, all others every layer: the rule of transformers' own cache."""
+    layers = _number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    window = _number(text, "sliding_window") or None
+    kinds = text.get("layer_types")
+    if kinds:
+        return tuple(window if kind == _WINDOWED else None for kind in kinds)
+    first = 0
+    if str(text.get("model_type")).startswith("qwen"):
+        first = _number(text, "max_window_layers") if text.get("use_sliding_window") else layers
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _quantized_by(entry: object) -> str | None:
+    if not entry:
+        return None
+    return str(entry.get("quant_method", "unknown") if isinstance(entry, dict) else entry)
 
 
 def _weights(layouts: Mapping[str, Layout]) -> int:

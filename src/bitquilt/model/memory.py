@@ -7,7 +7,6 @@ prompt's last token.
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
@@ -41,29 +40,9 @@ def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int, lo
         if skeleton.parameters.get(name, name) not in replaced
     )
     packed = sum(spec.nbytes for layout in layouts.values() for spec in tensor_specs(layout).values())
-    config = skeleton.checkpoint.config
-    text: dict[str, Any] = config.get("text_config", config)
     multiplied = [layout for name, layout in layouts.items() if name not in looked_up]
     largest = max((layout.out_features * layout.in_features for layout in multiplied), default=0)
     widest = max((max(layout.out_features, layout.in_features) for layout in multiplied), default=0)
-    vocabulary = int(text.get("vocab_size") or 0)
-    workspace = _HALF * largest + _HALF * _ALIVE * widest * min(ctx, _PROMPT) + 4 * vocabulary
-    return Memory(kept + packed, cache_bytes(text, len(skeleton.blocks), ctx), workspace)
-
-
-def cache_bytes(config: Mapping[str, Any], blocks: int, ctx: int) -> int:
-    """Keys and values of `ctx` tokens in 16 bits; blocks with a sliding window keep no more than the window."""
-    heads = int(_first(config, "num_key_value_heads", "num_attention_heads", "n_head") or 0)
-    attention = int(_first(config, "num_attention_heads", "n_head") or 1)
-    width = int(_first(config, "hidden_size", "n_embd") or 0)
-    size = int(config.get("head_dim") or width // max(1, attention))
-    kinds = config.get("layer_types") or ()
-    window = config.get("sliding_window") or ctx
-    if not kinds and config.get("model_type") == "mistral":
-        kinds = ["sliding_attention"] * blocks
-    tokens = sum(min(ctx, window) if kind == "sliding_attention" else ctx for kind in kinds) or blocks * ctx
-    return 2 * _HALF * heads * size * tokens
-
-
-def _first(config: Mapping[str, Any], *names: str) -> Any:
-    return next((config[name] for name in names if config.get(name)), None)
+    logits = 4 * (skeleton.config.vocabulary or 0)
+    workspace = _HALF * largest + _HALF * _ALIVE * widest * min(ctx, _PROMPT) + logits
+    return Memory(kept + packed, skeleton.config.cache_bytes(ctx), workspace)

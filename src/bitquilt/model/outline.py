@@ -51,7 +51,8 @@ def open_outline(checkpoint: Checkpoint) -> Skeleton:
     sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
     for name in checkpoint.tensors:
         sources[".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""].append(name)
-    return Skeleton(cast(Any, model), checkpoint, blocks, sources, {name: name for name in checkpoint.tensors})
+    names = {name: name for name in checkpoint.tensors}
+    return Skeleton(cast(Any, model), checkpoint, checkpoint.model_config, blocks, sources, names)
 
 
 class _Outline(nn.Module):

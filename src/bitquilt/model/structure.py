@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import is_linear, replace_module
+from bitquilt.model.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +35,7 @@ class Skeleton:
 
     model: "PreTrainedModel"
     checkpoint: Checkpoint
+    config: ModelConfig
     blocks: tuple[str, ...]
     sources: dict[str, list[str]]
     parameters: dict[str, str]
@@ -103,7 +106,7 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
         sources[home].append(source)
         if not converted:
             parameters[source] = name
-    return Skeleton(model, checkpoint, blocks, sources, parameters)
+    return Skeleton(model, checkpoint, config_of(model), blocks, sources, parameters)
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:
@@ -145,23 +148,6 @@ def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:
     """Set the parameter at the dotted `path`."""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent).register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-
-class quiet_transformers:
-    """Within the block, transformers logs errors only and draws no progress bars of its own."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._logging = logging
-        self._level, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._bars:
-            self._logging.enable_progress_bar()
 
 
 def _is_quantized(module: nn.Module) -> bool:

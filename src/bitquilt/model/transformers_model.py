@@ -26,7 +26,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
-from bitquilt.model.structure import quiet_transformers
+from bitquilt.model.config import without_quantization
+from bitquilt.model.transformers_logging import quiet_transformers
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -44,7 +45,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The model's config object, without any quantization settings (a skeleton loads its layers itself)."""
-    values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    values = without_quantization(checkpoint.config)
     if "model_type" not in values:
         raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
     if values["model_type"] not in CONFIG_MAPPING:

@@ -56,10 +56,8 @@ def estimate(
         block = sum(rows * width for rows, width in inside)
         statistics = sum({width: width**2 for _, width in inside}.values()) + 2 * widest**2
         largest = max(largest, block + statistics + max((rows * width for rows, width in inside), default=0))
-    text = skeleton.checkpoint.config.get("text_config", skeleton.checkpoint.config)
-    width = int(text.get("hidden_size") or text.get("n_embd") or 0)
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
-    batch = _ACTIVATIONS * width * min(tokens, _BATCH_TOKENS)
+    batch = _ACTIVATIONS * skeleton.config.hidden_size * min(tokens, _BATCH_TOKENS)
     peak = _PYTHON_BYTES + max(_FLOAT * (largest + batch), 2 * outer + _FLOAT * batch)
     return Estimate(work / _rate(), int(peak))
 

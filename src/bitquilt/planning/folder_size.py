@@ -16,7 +16,7 @@ import torch
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.model.checkpoint import TensorInfo
-from bitquilt.model.config import quantization_config, read_layouts
+from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.writer import rest_shards
 
@@ -119,7 +119,7 @@ class Sizes:
             # as `safe_open` lists them: the order does not change the length
             weight_map |= {item[0]: shard for item in stored}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        config = {**self._config, "quantization_config": quantization_config(dict(layouts))}
+        config = with_quantization(self._config, layouts)
         return FolderSize(total, self._small + json_bytes(index) + json_bytes(config), self.report)
 
 

@@ -205,9 +205,7 @@ def _check_writable(path: Path) -> None:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise UserError for a model that is quantized already."""
-    entry = checkpoint.config.get("quantization_config")
-    if entry:
-        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else entry
+    if method := checkpoint.model_config.quantized_by:
         raise UserError(f"{checkpoint.name} is already quantized ({method}); give the full-precision model")
 
 

@@ -89,8 +89,7 @@ def read_facts(folder: str | Path, evaluations: Sequence[Path] = ()) -> Facts:
     Raises UserError: no checkpoint of ours, a damaged file, figures that were measured on another checkpoint.
     """
     checkpoint = open_checkpoint(folder)
-    entry = checkpoint.config.get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    method = checkpoint.model_config.quantized_by
     if method != QUANT_METHOD:
         what = "is full precision" if method is None else f"was quantized by another tool ({method})"
         raise UserError(f"{folder} {what}; wanted a checkpoint that bitquilt quantize wrote")

@@ -62,8 +62,7 @@ def remember(checkpoint: Checkpoint, record: Record) -> Path | None:
     None, and nothing is written, for every other model: their folders are not ours, nor is a file of that name that
     we did not write. OSError where the folder cannot be written to.
     """
-    entry = checkpoint.config.get("quantization_config")
-    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
+    if checkpoint.model_config.quantized_by != QUANT_METHOD:
         return None
     path = checkpoint.folder / FILE
     try:

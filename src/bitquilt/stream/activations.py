@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.core.recipe import TrainsBlocks, TunesModel
-from bitquilt.data.calibration import context_limit
 from bitquilt.errors import UserError
 from bitquilt.model.structure import vocabulary_size
 from bitquilt.stream.block_calls import Call, check_order, embed, open_outer, record_calls
@@ -118,7 +117,7 @@ def open_flow(job: Job, resumed: bool) -> Flow:
     vocabulary = vocabulary_size(skeleton.model)
     generator = torch.Generator().manual_seed(0)
     count, length = _PROBE
-    length = min(length, context_limit(skeleton.checkpoint.config) or length)
+    length = min(length, skeleton.config.context_length or length)
     probe_ids = torch.randint(0, vocabulary, (count, length), generator=generator)
     extras = open_outer(skeleton, probe_ids)
     open_tables(job)

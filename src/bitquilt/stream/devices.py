@@ -61,8 +61,7 @@ def to_device(values: Any, device: torch.device) -> Any:
 
 def check_disk(work: Path, checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> None:
     """Raise UserError when the disk cannot hold what the run will certainly write: the hidden states of `tokens`."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    width = text.get("hidden_size") or text.get("n_embd") or 0
+    width = checkpoint.model_config.hidden_size
     there = sum(path.stat().st_size for path in work.glob("activations-*.f32"))
     wanted = max(0, _copies(recipe) * 4 * tokens * width - there)
     free = shutil.disk_usage(work).free

@@ -96,8 +96,7 @@ def tuning_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[
         return 0
     weights, widths = _largest_block(skeleton, shapes)
     logits = vocabulary_size(skeleton.model) * seq_len
-    config = skeleton.checkpoint.config.get("text_config", skeleton.checkpoint.config)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0) * seq_len * (len(skeleton.blocks) + 1)
+    hidden = skeleton.config.hidden_size * seq_len * (len(skeleton.blocks) + 1)
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
     alive = 3 * weights + _PER_WIDTH * widths * seq_len + hidden + _LOGITS_ALIVE * logits
     every = sum(rows * width for rows, width in shapes.values())

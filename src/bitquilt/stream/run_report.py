@@ -20,7 +20,7 @@ from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Recipe
 from bitquilt.data.calibration import describe_source
 from bitquilt.model.checkpoint import Checkpoint
-from bitquilt.model.config import FORMAT_VERSION
+from bitquilt.model.config import FORMAT_VERSION, read_layouts, total_bpw, total_nominal_bits
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.layers import mean_output_error
 
@@ -81,15 +81,15 @@ def build_report(
     `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
     how many blocks this process found done. Seconds and bytes throughout.
     """
-    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    layouts = read_layouts(json.loads((folder / "config.json").read_text()))
     stages = clock.stages()
     return {
         "format_version": FORMAT_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": _model(skeleton),
         "fingerprint": fingerprint,
-        "bpw": entry["bpw"],
-        "nominal_bits": entry["nominal_bits"],
+        "bpw": total_bpw(layouts),
+        "nominal_bits": total_nominal_bits(layouts),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "logit_difference": difference,
         "untouched": [asdict(item) for item in untouched],

@@ -18,7 +18,7 @@ from torch import Tensor
 from bitquilt.core.packing import layout_from_json
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
-from bitquilt.model.config import quantization_config, read_layouts
+from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.stream.block_calls import embed, finish, open_outer, record_calls
 from bitquilt.stream.workdir import check_fingerprint, read_tensors, write_json, write_tensors
@@ -48,7 +48,7 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
     layouts = {
         name: layout_from_json(entry["layout"], name) for record in records for name, entry in record["layers"].items()
     }
-    config = {**skeleton.checkpoint.config, "quantization_config": quantization_config(layouts)}
+    config = with_quantization(skeleton.checkpoint.config, layouts)
     for record in records:
         if "tied" in record:  # a config may call two tables tied that are stored apart; the loader must know which
             config["tie_word_embeddings"] = record["tied"]

@@ -10,7 +10,7 @@ from torch import nn
 from bitquilt.core.packing import tensor_specs
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
-from bitquilt.model.config import QUANT_METHOD, read_layouts, total_bpw, total_nominal_bits
+from bitquilt.model.config import QUANT_METHOD, config_of, read_config, read_layouts, total_bpw, total_nominal_bits
 from bitquilt.model.linear import QuantizedLinear
 
 # Bits per element by the name a safetensors header gives the type; integers hold no full-precision weights.
@@ -40,7 +40,7 @@ def model_size(model: nn.Module | str | Path) -> ModelSize | None:
     folder = _folder(model)
     if folder is None:
         return None
-    if _quant_method(folder) != QUANT_METHOD:
+    if read_config(_config(folder)).quantized_by != QUANT_METHOD:
         return full_precision_size(folder)
     layouts = read_layouts(_config(folder))
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -52,7 +52,7 @@ def fp16_bytes(folder: str | Path) -> int:
 
     Quantized by bitquilt or not; tensors that are no floats count as stored. UserError: see `open_checkpoint`."""
     checkpoint = open_checkpoint(folder)
-    layouts = read_layouts(checkpoint.config) if _quant_method(checkpoint.folder) == QUANT_METHOD else {}
+    layouts = read_layouts(checkpoint.config) if checkpoint.model_config.quantized_by == QUANT_METHOD else {}
     packed = {f"{path}.{key}" for path, layout in layouts.items() for key in tensor_specs(layout)}
     total = sum(_FP16_BYTES * layout.in_features * layout.out_features for layout in layouts.values())
     for name, info in checkpoint.tensors.items():
@@ -72,7 +72,7 @@ def full_precision_size(model: nn.Module | str | Path) -> ModelSize | None:
     if isinstance(model, nn.Module):
         return _loaded_size(model)
     folder = Path(model)
-    if _quant_method(folder) is not None:
+    if read_config(_config(folder)).quantized_by is not None:
         return None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -107,14 +107,6 @@ def _config(folder: Path) -> dict[str, object]:
     return dict(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else {}
 
 
-def _quant_method(folder: Path) -> str | None:
-    """Who quantized the model; None for full precision."""
-    entry = _config(folder).get("quantization_config")
-    if entry is None:
-        return None
-    return str(entry.get("quant_method")) if isinstance(entry, dict) else str(entry)
-
-
 def _quantized_module_size(model: nn.Module) -> ModelSize | None:
     layouts = {name: module.layout for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not layouts:
@@ -124,7 +116,7 @@ def _quantized_module_size(model: nn.Module) -> ModelSize | None:
 
 
 def _loaded_size(model: nn.Module) -> ModelSize | None:
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if config_of(model).quantized_by is not None:
         return None
     total, bits, weights = 0, 0, 0
     for tensor in (*model.parameters(), *model.buffers()):

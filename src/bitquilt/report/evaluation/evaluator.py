@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitquilt.data.tokens import token_stream
 from bitquilt.errors import UserError
+from bitquilt.model.config import config_of
 from bitquilt.report.evaluation import divergence, loading, perplexity
 from bitquilt.report.evaluation.checkpoint_size import ModelSize, model_size
 from bitquilt.report.evaluation.divergence import Divergence
@@ -128,7 +129,7 @@ def _fields(kind: Any) -> list[str]:
 
 
 def _window_length(models: list[Any], seq_len: int | None) -> int:
-    limits = [length for model in models if (length := loading.context_length(model)) is not None]
+    limits = [length for model in models if (length := config_of(model).context_length) is not None]
     context = min(limits, default=None)
     if seq_len is None:
         return min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
@@ -138,7 +139,7 @@ def _window_length(models: list[Any], seq_len: int | None) -> int:
 
 
 def _common_vocabulary(models: list[Any]) -> int | None:
-    sizes = [loading.vocabulary(model) for model in models]
+    sizes = [config_of(model).vocabulary for model in models]
     if len(set(sizes)) > 1:
         raise UserError(
             f"the model's vocabulary has {sizes[0]} tokens, the reference's {sizes[1]}; "

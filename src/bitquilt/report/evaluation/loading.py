@@ -53,20 +53,6 @@ def as_tokenizer(tokenizer: Any, model: Any) -> Any:
         return None  # token ids need none; text then says that there is none
 
 
-def context_length(model: Any) -> int | None:
-    """The longest window the model can take; None where its config sets no limit."""
-    config = _text_config(model)
-    # mpt calls it max_seq_len; models without positions (bloom, mamba) have neither.
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return int(length) if length else None
-
-
-def vocabulary(model: Any) -> int | None:
-    """The number of tokens the model's config states; None where it states none."""
-    size = getattr(_text_config(model), "vocab_size", None)
-    return int(size) if size else None
-
-
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Logits [batch, tokens, vocab] of `ids` int64 [batch, tokens], on the model's device and in its dtype.
 
@@ -99,8 +85,3 @@ def check_causal(model: Any, ids: Tensor) -> None:
             f"{type(model).__name__} is not a causal language model: a later token changes the logits of "
             "an earlier one; give a model that predicts the next token"
         )
-
-
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if config is not None else None
