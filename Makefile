@@ -73,10 +73,10 @@ constraints:
 # The site in build/site. Its environment needs neither PyTorch nor a compiler: the API pages are read from the source.
 DOCS := build/docs
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 docs-serve: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
 $(DOCS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
