@@ -15,7 +15,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
+	$(PIP) install --no-deps -c constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
 	$(PIP) install -c constraints.txt -e '.[datasets,report,lm-eval,dev]'
 	touch $@
 
@@ -40,7 +40,7 @@ LOWEST := build/lowest
 lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tools/requirements.py lowest > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
+	$(LOWEST)/bin/pip install --quiet --no-deps -c $(LOWEST)/constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt '.[datasets,report]' \
 	  pytest pytest-xdist hypothesis html5lib ckwrap ml_dtypes
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -q -n 2 --dist worksteal
