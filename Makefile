@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+# Where PyTorch comes from, if not from the package index: TORCH_INDEX=https://download.pytorch.org/whl/cpu is smallest.
+TORCH_INDEX ?=
 
-.PHONY: setup demo test lint sanitize check bench clean
+.PHONY: setup demo test lint pytest lowest sanitize bench constraints docs docs-serve clean
 
 KERNELS := CMakeLists.txt $(wildcard src/bitquilt/csrc/*)
 
@@ -12,8 +15,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[datasets,report,lm-eval,dev]'
+	$(PIP) install --no-deps -c constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
+	$(PIP) install -c constraints.txt -e '.[datasets,report,lm-eval,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -24,15 +27,29 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/size_gates.py
+	$(BIN)/actionlint .github/workflows/*.yml
 
-test: lint
+pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test: lint pytest
+
+# The tests once more with every dependency at the minimum that pyproject.toml declares.
+LOWEST := build/lowest
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tools/requirements.py lowest > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --no-deps -c $(LOWEST)/constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) torch
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt '.[datasets,report]' \
+	  pytest pytest-xdist hypothesis html5lib ckwrap ml_dtypes
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -q -n 2 --dist worksteal
 
 # The kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the installed ones. Leaks
 # are not looked for: the interpreter keeps its own. The library must be loaded before Python itself.
 SANITIZED := build/sanitize
 sanitize: $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind cmake ninja
+	$(PIP) install -c constraints.txt nanobind cmake ninja
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DBITQUILT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	$(BIN)/cmake --build $(SANITIZED)
@@ -43,6 +60,28 @@ sanitize: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+# Rewrite constraints.txt from pyproject.toml with the newest versions. UPGRADE= keeps every pin that still fits.
+UPGRADE ?= --upgrade
+UV := build/uv
+constraints:
+	test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) && $(UV)/bin/pip install --quiet uv; }
+	printf '%s\n' cmake nanobind ninja | $(UV)/bin/uv pip compile pyproject.toml - $(UPGRADE) --quiet --all-extras \
+	  --universal --python-version 3.11 --fork-strategy fewest --no-annotate --custom-compile-command 'make constraints' \
+	  --output-file constraints.txt
+
+# The site in build/site. Its environment needs neither PyTorch nor a compiler: the API pages are read from the source.
+DOCS := build/docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -c constraints.txt $$($(PYTHON) tools/requirements.py extra docs)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo-output benchmarks/output
