@@ -51,7 +51,7 @@ class Needs:
 
     def __post_init__(self) -> None:
         if self.stream_drift and not self.drift:
-            raise ValueError("needs ask for stream_drift without drift; both are measured together: ask for both")
+            raise ValueError("stream_drift is measured together with drift, which is not asked for; set both")
 
     @property
     def calibration(self) -> bool:

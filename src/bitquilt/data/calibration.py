@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from bitquilt.core.settings import SELF
 from bitquilt.data.documents import check_source, content_hash
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.errors import UserError
@@ -19,7 +20,6 @@ from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.model.transformers_logging import quiet_transformers
 
-SELF = "self"
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
 # a token of a small model takes as long for 256 sequences as for 32.
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256

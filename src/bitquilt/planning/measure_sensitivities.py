@@ -1,14 +1,13 @@
-"""What would each width cost the model's final loss? measure(...) -> Sensitivities: one pass forward, one backward, one
-block in memory at a time; saved to one safetensors file and reused for every later budget.
+"""`measure` finds what each width of every column group costs the model's loss, with one block in memory at a time.
 
-forward:   the inputs of every block go to the work directory, as `runtime.stream` writes them
-loss:      labels sampled from the model's own logits, the gradient at the last block's output
+forward:   the inputs of every block go to the work directory
+loss:      labels are sampled from the model's own logits, which gives the gradient at the last block's output
 backward:  block by block from the last, recomputed from its stored input; squared gradients at the outputs of the
-           linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
-one bit:   for recipes with one-bit groups each layer is solved at one bit first, after one more pass forward: what that
-           really costs is in none of the statistics
+           linear layers and the Hessians of their inputs become loss tables, then the block is dropped
+one bit:   for recipes with one-bit groups, each layer is first solved at one bit, after one more forward pass, because
+           no statistic shows what that costs
 
-Blocks are computed on the job's device; the loss, which is the head's, on the host.
+Blocks are computed on the job's device, the loss on the host.
 """
 
 import shutil
@@ -31,8 +30,8 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
 from bitquilt.model.linear import QuantizedLinear, linear_weight
 from bitquilt.planning.output_gradients import squared_gradients
-from bitquilt.planning.sensitivities import Method, Sensitivities, measured_tokens
-from bitquilt.planning.tabulate import Tables
+from bitquilt.planning.sensitivities import Method, Sensitivities, measured_for, measured_tokens
+from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
 from bitquilt.stream.block_calls import check_order, embed, finish, learn_extras, record_calls
 from bitquilt.stream.job import Job, all_targets, head_path, shapes, targets
@@ -49,13 +48,13 @@ def measure(
     *,
     method: Method = "kfac",
     seed: int = 0,
-    about: dict[str, Any] | None = None,
     at: Path | None = None,
 ) -> Sensitivities:
-    """Tables for every layer of `job`, whose `recipe` rounds and whose `ids` calibrate. `at`: a quantized checkpoint of
-    the model, whose inputs and gradients are measured instead of the full-precision model's.
+    """Return loss tables for every layer of `job`, for its recipe and its calibration ids.
 
-    Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not finite.
+    `at`: a quantized checkpoint of the model, in which inputs and gradients are measured instead of in the
+    full-precision model. Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not
+    finite.
     """
     assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
@@ -65,35 +64,37 @@ def measure(
     )
     ids = _subset(job.ids, widest)
     first = None if at is None else read_plan(at / "plan.json").plans
-    tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
+    tables = LossTables(job.recipe, method, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
-        perplexity = _Pass(job, ids, folder, observe, seed, at).run(tables)
+        perplexity = _Measurement(job, ids, folder, observe, seed, at).run(tables)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
-    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, method, perplexity, about or {})
+    about = measured_for(job.skeleton.checkpoint, job.recipe)
+    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, method, perplexity, about)
 
 
 def _subset(ids: Tensor, widest: int) -> Tensor:
-    """Of `[samples, tokens]` as many as are measured, sequences drawn evenly; `widest`: inputs of a layer."""
+    """Return the part of `[samples, tokens]` that is measured, spread evenly; `widest`: most inputs of a layer."""
     length = min(ids.shape[1], MAX_SEQUENCE)
     count = min(len(ids), -(-measured_tokens(ids.numel(), widest) // length))
     return ids[torch.linspace(0, len(ids) - 1, count).long(), :length]
 
 
-class _Pass:
-    """The two directions. Inputs of all blocks stay on disk until the way back."""
+class _Measurement:
+    """Forward and backward pass over all blocks. The inputs of all blocks stay on disk until the backward pass."""
 
     def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None) -> None:
-        self.standin = None if at is None else StandIn(at)
+        self.stored = None if at is None else StoredLayers(at)
         self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
         self.generator = torch.Generator().manual_seed(seed)
-        count = max(1, 2048 // ids.shape[1])  # sequences at once: a block's graph keeps a dozen activations per token
+        count = max(1, 2048 // ids.shape[1])  # a block's graph keeps a dozen activations per token
         self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
 
-    def run(self, tables: Tables) -> float | None:
+    def run(self, tables: LossTables) -> float | None:
+        """Fill `tables`; return the model's perplexity on the calibration ids."""
         job, skeleton = self.job, self.job.skeleton
         self._open()
         for i in range(len(skeleton.blocks)):
@@ -111,13 +112,13 @@ class _Pass:
             weights, errors = self._weights(linears)
             stats: dict[str, LayerStats] = {}
             tried: dict[str, Tensor] = {}
-            if tables.tries and linears:
+            if tables.tries_one_bit and linears:
                 stats = self._collect(linears, self._again(i, block), path)
                 tried = tables.one_bit_errors(weights, stats)
             wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
             with squared_gradients(linears, wrong) as (squares, made):
                 back = self._backward(i, block, gradients)
-                if stats:  # of the same inputs
+                if stats:  # those of the one-bit trial, of the same inputs
                     deque(back, maxlen=0)
                 else:
                     stats = self._collect(linears, back, path)
@@ -156,16 +157,16 @@ class _Pass:
         skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
         template = skeleton.template(path)
         block = skeleton.load(path).to(self.job.device)
-        if self.standin is not None:
-            self.standin.put(targets(skeleton, path, block, self.job.skip))
+        if self.stored is not None:
+            self.stored.put(targets(skeleton, path, block, self.job.skip))
         inputs = self._inputs(i)
         outputs = Activations.create(self._path(i + 1), self.shape)
         for rows in self.batches:
             outputs.write(rows, self._call(i, block, inputs.read(rows).to(self.job.device)))
         skeleton.reset(path, template)
 
-    def _loss(self, tables: Tables) -> tuple[Activations, float | None]:
-        """Gradients at the last block's output, and the perplexity; the head's table where the head is quantized."""
+    def _loss(self, tables: LossTables) -> tuple[Activations, float | None]:
+        """Return gradients at the last block's output and the perplexity; add the head's table if it is quantized."""
         skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
         skeleton.load("")
         gradients = Activations.create(self.folder / "gradients.f32", self.shape)
@@ -177,15 +178,13 @@ class _Pass:
                 hidden = inputs.read(rows).requires_grad_()
                 logits = finish(skeleton, self.ids[rows], hidden, self.extras, gradient=True).float()
                 if not bool(torch.isfinite(logits.detach()).all()):
-                    raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged")
+                    raise UserError(
+                        "the full-precision model's logits hold NaN or Inf: its weights are damaged; fetch it again"
+                    )
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
                     drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
-                    shifted, following = logits[:, :-1], self.ids[rows][:, 1:]
-                    if shifted.shape[-1] > int(following.max() if following.numel() else 0):
-                        losses.append(nn.functional.cross_entropy(
-                            shifted.reshape(-1, shifted.shape[-1]), following.reshape(-1), reduction="none"
-                        ))  # fmt: skip
+                    losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
                 assert hidden.grad is not None
                 gradients.write(rows, hidden.grad)
@@ -217,7 +216,7 @@ class _Pass:
             yield
 
     def _again(self, i: int, block: nn.Module) -> Iterator[None]:
-        """One more pass forward through a block that is loaded."""
+        """Pass forward once more through a block that is loaded."""
         inputs = self._inputs(i)
         for rows in self.batches:
             with torch.no_grad():
@@ -225,9 +224,9 @@ class _Pass:
             yield
 
     def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the tables are about, and the errors of the weights that the modules compute with from then on."""
-        if self.standin is not None:
-            weights = self.standin.put(linears)
+        """Return full-precision weights and, in a quantized model, the errors of the weights put in their place."""
+        if self.stored is not None:
+            weights = self.stored.put(linears)
             return weights, {name: linear_weight(linears[name]).float() - weights[name] for name in weights}
         return {name: linear_weight(module).float() for name, module in linears.items()}, {}
 
@@ -248,15 +247,24 @@ class _Pass:
         return self.folder / f"inputs-{i:05d}.f32"
 
 
-class StandIn:
-    """The layers of a quantized checkpoint of the same model, read when their turn comes."""
+def _next_token_losses(logits: Tensor, ids: Tensor) -> list[Tensor]:
+    """Cross-entropy of each next token, in a list; empty where the logits are not over the vocabulary."""
+    shifted, following = logits[:, :-1], ids[:, 1:]
+    if shifted.shape[-1] <= int(following.max() if following.numel() else 0):
+        return []
+    flat = shifted.reshape(-1, shifted.shape[-1])
+    return [nn.functional.cross_entropy(flat, following.reshape(-1), reduction="none")]
+
+
+class StoredLayers:
+    """Layers of a quantized checkpoint of the same model, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = open_checkpoint(folder)
         self.layouts = read_layouts(self.checkpoint.config)
 
     def put(self, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Put dequantized weights into `linears`, by full path; returns what was there, fp32 `[out, in]`."""
+        """Put dequantized weights into `linears` (by full path); return the weights before, fp32 `[out, in]`."""
         before = {}
         for name, module in linears.items():
             weight = linear_weight(module)

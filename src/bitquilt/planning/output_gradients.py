@@ -1,4 +1,4 @@
-"""What passes back through linear layers? squared_gradients(linears, errors) -> sums over all tokens of a pass."""
+"""`squared_gradients` sums the squared gradients at the outputs of linear layers over the tokens of a pass."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 def squared_gradients(
     linears: Mapping[str, nn.Module], errors: Mapping[str, Sequence[Tensor]]
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, list[float]]]]:
-    """Within the block, every backward pass adds the squared gradients at each layer's output, summed over tokens; and
-    for each error E of a layer's weight the sum over tokens of (g^T E x)^2."""
+    """Collect sums over tokens during every backward pass inside the `with` block.
+
+    Yields the squared gradient at each layer's output `[out]`, and for each error E of a layer's weight the sum of
+    (g^T E x)^2, g being the gradient and x the input.
+    """
     sums: dict[str, Tensor] = {}
     made = {name: [0.0] * len(tried) for name, tried in errors.items()}
 

@@ -1,12 +1,10 @@
 """What was a run asked to do, and what came of it? fingerprint_of(...) and build_report(...): plain JSON values."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from bitquilt._version import __version__
 from bitquilt.core.events import StageClock, Untouched, peak_memory_bytes
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Recipe
+from bitquilt.core.settings import Calibration, Selection
 from bitquilt.data.calibration import describe_source
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import FORMAT_VERSION, read_layouts, total_bpw, total_nominal_bits
@@ -33,33 +32,35 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 def fingerprint_of(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    calibration: str | Path,
-    samples: int,
-    seq_len: int,
+    calibration: Calibration | None,
     seed: int,
-    skip: Sequence[str],
-    include_head: bool,
+    selection: Selection,
     outer: OuterBits,
-    plan: str | Path | None,
-    measures: bool = False,
-    self_samples: int = 0,
+    plan: str | None,
 ) -> dict[str, Any]:
-    """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
+    """Everything that decides a run's result: two runs with the same fingerprint write the same bytes.
+
+    `calibration`: None if the run reads no data; `plan`: hash of the plan file.
+    """
     described = None
-    if recipe.needs.calibration or measures:
-        described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
-        if self_samples:
-            described["self_samples"] = self_samples
+    if calibration is not None:
+        described = {
+            **describe_source(calibration.source),
+            "samples": calibration.samples,
+            "seq_len": calibration.seq_len,
+        }
+        if calibration.self_samples:
+            described["self_samples"] = calibration.self_samples
     value = {
         "version": __version__,
         "model": {"sha256": checkpoint.fingerprint()},
         "recipe": recipe_json(recipe),
         "calibration": described,
         "seed": seed,
-        "skip": list(skip),
-        "include_head": include_head,
+        "skip": list(selection.skip),
+        "include_head": selection.include_head,
         "embedding_bits": outer.embedding,
-        "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
+        "plan": plan,
     }
     if outer.head is not None:
         value["head_bits"] = outer.head
