@@ -69,7 +69,7 @@ def run(request: Request, observe: Observer) -> Result:
         if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
             discard(work_path)
         return Result(request.out, done, already_done=True)
-    model = _examined(request, checkpoint)
+    model = _examined(request, checkpoint, known)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         report = _Run(request, model, work, clock.observe).make(fingerprint, clock, known)
@@ -117,7 +117,7 @@ class _Model:
     planner: Planner | None
 
 
-def _examined(request: Request, checkpoint: Checkpoint) -> _Model:
+def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
     """Open the model without weights. Raises UserError for anything that headers and shapes show to be impossible."""
     wish, selection = request.wish, request.selection
     skeleton = open_skeleton(checkpoint)
@@ -132,6 +132,7 @@ def _examined(request: Request, checkpoint: Checkpoint) -> _Model:
     elif wish.budget is not None:
         planner = Planner(skeleton, wish.recipe, layers, outer=tables)
         planner.check(wish.budget)
+        planner.units.losses(known)  # refuses tables that do not fit the layers
     elif isinstance(wish.recipe, ChecksLayers):
         try:
             wish.recipe.check_layers(layers)
