@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
-from bitquilt import Budget
+from bitquilt import Budget, Calibration
 from bitquilt.core.types import Layer, uniform_plan
 from bitquilt.data.calibration import load_tokenizer, make_calibration
 from bitquilt.data.tokens import token_stream, windows
@@ -99,10 +99,7 @@ def compare(
     vocabulary = int(skeleton.checkpoint.config["vocab_size"])
     ids = make_calibration(
         skeleton.checkpoint,
-        calibration,
-        samples=64,
-        seq_len=256,
-        seed=0,
+        Calibration(calibration, samples=64, seq_len=256),
         vocabulary=vocabulary,
         progress=lambda _: None,
     )

@@ -86,7 +86,7 @@ class Request:
         if self.wish.plan is not None:
             _check_outer(self.wish.plan.outer, self.selection.outer)
         if self.calibrates:
-            check_calibration(self.calibration.source)
+            check_calibration(self.calibration)
 
     @property
     def measures(self) -> bool:

@@ -79,13 +79,13 @@ def run(request: Request, observe: Observer) -> Result:
 
 def _settled(request: Request, checkpoint: Checkpoint, observe: Observer) -> Request:
     """Return the request with the sequence length that the model can take and the name of the output folder."""
-    seq_len, notice = clip_to_context(request.calibration.seq_len, checkpoint)
+    calibration, notice = clip_to_context(request.calibration, checkpoint)
     if notice and request.wish.recipe.needs.calibration:
         observe(Stage(notice))
     # the folder of a hub model is named after its commit, which says nothing
     stem = checkpoint.folder.resolve().name if Path(request.model).is_dir() else Path(request.model).name
     out = request.out or Path(f"{stem}-{request.wish.recipe.name}")
-    return replace(request, calibration=replace(request.calibration, seq_len=seq_len), out=out)
+    return replace(request, calibration=calibration, out=out)
 
 
 def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -196,15 +196,9 @@ class _Run:
         path = self.work / _IDS
         if path.is_file():
             return read_tensors(path)["input_ids"]
+        vocabulary = vocabulary_size(skeleton.model)
         ids = make_calibration(
-            skeleton.checkpoint,
-            asked.source,
-            samples=asked.samples,
-            self_samples=asked.self_samples,
-            seq_len=asked.seq_len,
-            seed=asked.seed,
-            vocabulary=vocabulary_size(skeleton.model),
-            progress=lambda text: self.observe(Stage(text)),
+            skeleton.checkpoint, asked, vocabulary=vocabulary, progress=lambda text: self.observe(Stage(text))
         )
         write_tensors(path, {"input_ids": ids})
         return ids

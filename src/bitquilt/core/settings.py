@@ -42,7 +42,7 @@ class Calibration:
         if self.self_samples and self.is_self:
             raise UserError(
                 f"self_samples is {self.self_samples}, but the model writes all of its calibration text already; "
-                "raise samples instead, or give a text"
+                "give more samples instead of self_samples, or give a text"
             )
 
     @property

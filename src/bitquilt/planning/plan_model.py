@@ -1,7 +1,6 @@
 """`plan` says what a budget buys before anything is quantized; `measure_model` measures what each bit is worth."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def plan(
     planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer)
     allocation = wanted.scope if wanted.budget else planner.recipe.plan_terms.scope or "uniform"
     planned = planner.plan(wanted.budget or own_budget(wanted.recipe), allocation, known)
-    read = replace(calibration, seq_len=clip_to_context(calibration.seq_len, checkpoint)[0])
+    calibration, _ = clip_to_context(calibration, checkpoint)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
     least, most = planner.reach(Budget("size", 1.0))
     return Forecast(
@@ -80,7 +79,7 @@ def plan(
         reachable_bytes=(int(least), int(most)),
         ctx=ctx,
         memory=planner.memory(planned.layouts, ctx),
-        estimate=estimate(skeleton, shapes, planner.recipe, read, measures=wanted.by_loss and known is None),
+        estimate=estimate(skeleton, shapes, planner.recipe, calibration, measures=wanted.by_loss and known is None),
         permits=permits({name: planned.layouts[name] for name in shapes}),
         ties=tuple(tuple(names) for names in ties),
         untouched=untouched_tensors(skeleton, {*shapes, *(table.path for table in outer)}),
@@ -110,22 +109,15 @@ def measure_model(
     recipe = wish(recipe, options).recipe
     if not isinstance(recipe, Plannable):
         raise not_plannable(recipe.name)
-    check_calibration(calibration.source)
+    check_calibration(calibration)
     _check_writable(Path(path))
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     skeleton = open_skeleton(checkpoint)
     all_targets(skeleton, selection.skip, selection.include_head)  # refuses a selection that cannot be quantized
-    ids = make_calibration(
-        checkpoint,
-        calibration.source,
-        samples=calibration.samples,
-        self_samples=calibration.self_samples,
-        seq_len=clip_to_context(calibration.seq_len, checkpoint)[0],
-        seed=calibration.seed,
-        vocabulary=vocabulary_size(skeleton.model),
-        progress=lambda text: observer(Stage(text)),
-    )
+    calibration, _ = clip_to_context(calibration, checkpoint)
+    vocabulary = vocabulary_size(skeleton.model)
+    ids = make_calibration(checkpoint, calibration, vocabulary=vocabulary, progress=lambda t: observer(Stage(t)))
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         job = Job(
             skeleton,

@@ -17,7 +17,7 @@ from bitquilt.core.events import StageClock, Untouched, peak_memory_bytes
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Recipe
 from bitquilt.core.settings import Calibration, Selection
-from bitquilt.data.calibration import describe_source
+from bitquilt.data.calibration import describe_calibration
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import FORMAT_VERSION, read_layouts, total_bpw, total_nominal_bits
 from bitquilt.model.structure import Skeleton
@@ -42,20 +42,11 @@ def fingerprint_of(
 
     `calibration`: None if the run reads no data; `plan`: hash of the plan file.
     """
-    described = None
-    if calibration is not None:
-        described = {
-            **describe_source(calibration.source),
-            "samples": calibration.samples,
-            "seq_len": calibration.seq_len,
-        }
-        if calibration.self_samples:
-            described["self_samples"] = calibration.self_samples
     value = {
         "version": __version__,
         "model": {"sha256": checkpoint.fingerprint()},
         "recipe": recipe_json(recipe),
-        "calibration": described,
+        "calibration": None if calibration is None else describe_calibration(calibration),
         "seed": seed,
         "skip": list(selection.skip),
         "include_head": selection.include_head,
