@@ -81,7 +81,7 @@ def random_tables(folder: Path, name: str, path: Path) -> int:
         fall = np.cumsum(np.log(generator.uniform(2.5, 5, (count, len(widths[layer]) - 1))), axis=1)
         losses[layer] = (scale * np.exp(-np.hstack([np.zeros((count, 1)), fall]))).astype(np.float32)
     group_size = getattr(recipe, "group_size", 1)
-    Sensitivities(losses, widths, group_size, "kfac", 6.0, measured_for(checkpoint, recipe)).save(path)
+    Sensitivities(losses, widths, group_size, 6.0, measured_for(checkpoint, recipe)).save(path)
     return sum(map(len, losses.values()))
 
 

@@ -43,7 +43,6 @@ from bitquilt.recipes import make_recipe
 from bitquilt.stream.job import Job, all_targets
 from bitquilt.stream.statistics import collect
 
-METHODS = ("kfac", "activation")
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -92,7 +91,7 @@ def divergence(model: Any, ids: Tensor, expected: Tensor) -> float:
 def compare(
     name: str, recipe_name: str, widths: list[int], group_size: int, count: int | None, number: int
 ) -> list[dict[str, Any]]:
-    """A row per proxy and width, over `count` layers drawn at random, and `number` windows of text."""
+    """A row per width, over `count` layers drawn at random, and `number` windows of text."""
     source = SHARED / "models" / name
     skeleton = open_skeleton(open_checkpoint(source))
     calibration, evaluation = (SHARED / "text" / text for text in TEXTS[name])
@@ -114,22 +113,21 @@ def compare(
     )
     seconds = {"truth": time.perf_counter() - started}
     rows = []
-    for method in METHODS:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None, method=method)
-            seconds[method] = time.perf_counter() - started
-        for i, bits in enumerate(widths):
-            guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]
-            right = [measured[n][i] for n in layers]
-            rows.append({
-                "model": name, "proxy": method, "bits": bits, "layers": len(layers),
-                "rank correlation": float(spearmanr(guess, right)[0]),
-                "sum predicted": sum(guess), "sum measured": sum(right),
-                "measured / predicted": sum(right) / sum(guess),
-                "seconds": round(seconds[method], 1), "seconds of the truth": round(seconds["truth"], 1),
-                "by layer": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
-            })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None)
+        seconds["proxy"] = time.perf_counter() - started
+    for i, bits in enumerate(widths):
+        guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]
+        right = [measured[n][i] for n in layers]
+        rows.append({
+            "model": name, "proxy": "kfac", "bits": bits, "layers": len(layers),
+            "rank correlation": float(spearmanr(guess, right)[0]),
+            "sum predicted": sum(guess), "sum measured": sum(right),
+            "measured / predicted": sum(right) / sum(guess),
+            "seconds": round(seconds["proxy"], 1), "seconds of the truth": round(seconds["truth"], 1),
+            "by layer": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
+        })  # fmt: skip
     return rows
 
 

@@ -66,11 +66,11 @@ class Prediction:
 def predict(
     known: Sensitivities | None, plans: Mapping[str, LayerPlan], recipe: Recipe, outer: OuterBits
 ) -> Prediction | None:
-    """Predict the loss of quantizing everything at once by `recipe`; None without sensitivities in nats.
+    """Predict the loss of quantizing everything at once by `recipe`; None without sensitivities.
 
     A layer whose plan does not match its table, as after an edit by hand, is left out.
     """
-    if known is None or known.method != "kfac":
+    if known is None:
         return None
     return Prediction(predicted_losses(known, plans, recipe), known.perplexity, tuple(outer.given))
 

@@ -30,7 +30,7 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
 from bitquilt.model.linear import QuantizedLinear, linear_weight
 from bitquilt.planning.output_gradients import squared_gradients
-from bitquilt.planning.sensitivities import Method, Sensitivities, measured_for, measured_tokens
+from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
 from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
 from bitquilt.stream.block_calls import check_order, embed, finish, learn_extras, record_calls
@@ -46,7 +46,6 @@ def measure(
     job: Job,
     observe: Observer,
     *,
-    method: Method = "kfac",
     seed: int = 0,
     at: Path | None = None,
 ) -> Sensitivities:
@@ -64,7 +63,7 @@ def measure(
     )
     ids = _subset(job.ids, widest)
     first = None if at is None else read_plan(at / "plan.json").plans
-    tables = LossTables(job.recipe, method, len(ids) * ids.shape[1], first)
+    tables = LossTables(job.recipe, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
@@ -73,7 +72,7 @@ def measure(
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
     about = measured_for(job.skeleton.checkpoint, job.recipe)
-    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, method, perplexity, about)
+    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, perplexity, about)
 
 
 def _subset(ids: Tensor, widest: int) -> Tensor:

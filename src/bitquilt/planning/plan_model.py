@@ -19,7 +19,7 @@ from bitquilt.planning.estimate import estimate, permits
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.planner import Planner
-from bitquilt.planning.sensitivities import Method, Sensitivities, load_sensitivities
+from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import own_budget, wish
 from bitquilt.stream.devices import choose_device
@@ -94,7 +94,6 @@ def measure_model(
     calibration: str | Path | Calibration = SELF,
     *,
     selection: Selection = Selection(),
-    method: Method = "kfac",
     work_dir: str | Path | None = None,
     device: str = "cpu",
     observer: Observer = silent,
@@ -129,7 +128,7 @@ def measure_model(
             include_head=selection.include_head,
             device=where,
         )
-        found = measure(job, observer, method=method, seed=calibration.seed)
+        found = measure(job, observer, seed=calibration.seed)
     found.save(Path(path))
     return found
 

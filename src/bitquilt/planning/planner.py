@@ -42,7 +42,7 @@ class Planned:
     """A plan and everything known about it before a weight is read.
 
     `spent` of the budget in the budget's own unit; `reach`: least and most that plans take in that unit. `prediction`:
-    None without sensitivities in nats.
+    None without sensitivities.
     """
 
     plans: dict[str, LayerPlan]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.remote import RemoteCheckpoint
 from bitquilt.stream.run_report import recipe_json
 
-Method = Literal["kfac", "activation"]
-FORMAT = 1
+FORMAT, _METHOD = 1, "kfac"  # tables by other methods, which older versions could measure, have no unit
 # At most 16 k tokens are measured, which keeps the inputs of 80 blocks 8192 wide at 43 GB of disk, and a quarter of
 # those that calibrate: a token costs twice what it does in a quantization, and fewer serve as well (docs/results.md),
 # down to the rank that the widest layer's Hessian needs.
@@ -44,7 +43,7 @@ def has_one_bit(recipe: Plannable) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Sensitivities:
-    """Loss tables of all layers. `losses`: per layer fp32 `[groups, widths]`, in nats per token for method "kfac".
+    """Loss tables of all layers. `losses`: per layer fp32 `[groups, widths]`, in nats per token.
 
     `widths`: per layer, ascending. `perplexity`: of the full-precision model on the calibration text; None where the
     model has no next-token logits. `about`: what `check` compares before the tables are used again.
@@ -53,7 +52,6 @@ class Sensitivities:
     losses: dict[str, NDArray[np.float32]]
     widths: dict[str, tuple[int, ...]]
     group_size: int
-    method: Method
     perplexity: float | None
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +61,7 @@ class Sensitivities:
             "format": FORMAT,
             "widths": self.widths,
             "group_size": self.group_size,
-            "method": self.method,
+            "method": _METHOD,
             "perplexity": self.perplexity,
             "about": self.about,
         }
@@ -106,14 +104,15 @@ def read_sensitivities(path: str | Path) -> Sensitivities:
         with safe_open(path, framework="np") as handle:
             meta = json.loads((handle.metadata() or {})["sensitivities"])
             losses = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        if meta["format"] != FORMAT:
+        if (meta["format"], meta["method"]) != (FORMAT, _METHOD):
             raise UserError(
-                f"{path} has sensitivities of format {meta['format']}; this bitquilt reads {FORMAT}; measure again"
+                f"{path} has sensitivities of format {meta['format']} by {meta['method']}; this bitquilt reads format "
+                f"{FORMAT} by {_METHOD}; measure again"
             )
         widths = {name: tuple(map(int, value)) for name, value in meta["widths"].items()}
         if widths.keys() != losses.keys() or any(losses[n].shape[1:] != (len(w),) for n, w in widths.items()):
             raise UserError(f"{path} is damaged: its tables do not have the widths that it names; measure again")
-        return Sensitivities(losses, widths, meta["group_size"], meta["method"], meta["perplexity"], meta["about"])
+        return Sensitivities(losses, widths, meta["group_size"], meta["perplexity"], meta["about"])
     except FileNotFoundError:
         raise UserError(f"no sensitivities at {path}; `bitquilt plan MODEL --measure` writes them") from None
     except UserError:

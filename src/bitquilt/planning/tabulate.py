@@ -15,9 +15,9 @@ from torch import Tensor
 from bitquilt.core.recipe import Plannable, RoundsInputs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, uniform_plan
 from bitquilt.errors import UserError
-from bitquilt.layer.sensitivity.kfac import activation_rows, corrected, tried_at_one_bit, width_losses
+from bitquilt.layer.sensitivity.kfac import corrected, tried_at_one_bit, width_losses
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.planning.sensitivities import Method, has_one_bit
+from bitquilt.planning.sensitivities import has_one_bit
 from bitquilt.stream.layers import preparing
 
 _FLOOR, _LEAST = 1e-4, 1e-12  # least squared gradient of a row: share of the mean over the layer's rows, and absolute
@@ -29,11 +29,8 @@ class LossTables:
     `tokens`: how many were measured. `first`: plans of the quantized model in which they were measured, if any.
     """
 
-    def __init__(
-        self, recipe: Plannable, method: Method, tokens: int, first: Mapping[str, LayerPlan] | None = None
-    ) -> None:
-        self.recipe, self.method, self.tokens = recipe, method, tokens
-        self.first, self.tries_one_bit = first, method == "kfac" and has_one_bit(recipe)
+    def __init__(self, recipe: Plannable, tokens: int, first: Mapping[str, LayerPlan] | None = None) -> None:
+        self.recipe, self.tokens, self.first, self.tries_one_bit = recipe, tokens, first, has_one_bit(recipe)
         self._prepare = preparing(recipe)
         self.losses: dict[str, NDArray[np.float32]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
@@ -58,7 +55,9 @@ class LossTables:
             layer = Layer(name, weight, None, seen)
             prepared = self._prepare(seen)
             columns = self.recipe.column_cost(layer, prepared)
-            rows = self._row_costs(name, weight, columns, squares)
+            rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
+            # a row or an expert that no token reached costs next to nothing, but enough that more bits are still a gain
+            rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
             widths = self.recipe.widths(len(weight))
             try:
                 table = self._table(layer, prepared, rows, columns).cpu().numpy()
@@ -93,13 +92,6 @@ class LossTables:
             solved_weight = QuantizedLinear.from_weight(solved.weight).dequantize()
             errors[name] = solved_weight.to(weight.device) - weight
         return errors
-
-    def _row_costs(self, name: str, weight: Tensor, columns: Tensor, squares: Mapping[str, Tensor]) -> Tensor:
-        if self.method == "activation":
-            return activation_rows(weight, columns)
-        rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
-        # a row or an expert that no token reached costs next to nothing, but enough that more bits are still a gain
-        return rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
 
     def _table(self, layer: Layer, prepared: Any, rows: Tensor, columns: Tensor) -> Tensor:
         recipe, weight = self.recipe, layer.weight

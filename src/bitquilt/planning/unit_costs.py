@@ -17,8 +17,6 @@ from bitquilt.errors import UserError
 from bitquilt.planning.interaction import interaction_factors
 from bitquilt.planning.sensitivities import Sensitivities
 
-_GUESSED = 1e3  # one-bit groups may lose 190 times what a table without a one-bit trial says
-
 
 class Units:
     """The units of a model. `costs`: bits, fp32 `[units, palette]`.
@@ -105,8 +103,6 @@ class Units:
         if missing := set(self.recipe.widths(self.shapes[name][0])) - set(widths):
             raise UserError(f"the sensitivities of {name} lack {min(missing)} bits; measure again")
         column = [widths.index(min(b, max(widths))) if b >= min(widths) else 0 for b in self.palette]
-        if found.method != "kfac":  # one bit was not tried, so it is a last resort
-            return table[:, column] * np.where(np.array(self.palette) == 1, _GUESSED, 1).astype(np.float32)
         return table[:, column] * np.array(interaction_factors([widths[i] for i in column]), dtype=np.float32)
 
     def assumed_losses(self) -> NDArray[np.float32]:
