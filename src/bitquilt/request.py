@@ -38,12 +38,7 @@ class Wish:
         """The budget in fingerprint, report and forecast."""
         if self.budget is None:
             return None
-        return {
-            "kind": self.budget.kind,
-            "target": self.budget.value,
-            "ctx": self.budget.ctx,
-            "scope": self.scope,
-        }
+        return {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx, "scope": self.scope}
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,7 @@ from bitquilt.stream.job import Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
 from bitquilt.stream.model_training import check_memory
 from bitquilt.stream.run_report import add_prediction, build_report, fingerprint_of, recipe_json
-from bitquilt.stream.workdir import (
-    discard,
-    full_disk_is_an_error,
-    open_workdir,
-    read_mark,
-    read_tensors,
-    write_tensors,
-)
+from bitquilt.stream.workdir import discard, full_disk_is_an_error, open_workdir, read_mark, read_tensors, write_tensors
 from bitquilt.stream.writer import assemble, finished, publish, verify, write_reports
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).

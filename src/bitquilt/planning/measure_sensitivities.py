@@ -42,13 +42,7 @@ from bitquilt.stream.workdir import Activations
 MAX_SEQUENCE = 512
 
 
-def measure(
-    job: Job,
-    observe: Observer,
-    *,
-    seed: int = 0,
-    at: Path | None = None,
-) -> Sensitivities:
+def measure(job: Job, observe: Observer, *, seed: int = 0, at: Path | None = None) -> Sensitivities:
     """Return loss tables for every layer of `job`, for its recipe and its calibration ids.
 
     `at`: a quantized checkpoint of the model, in which inputs and gradients are measured instead of in the
