@@ -138,7 +138,8 @@ def test_the_batch_size_does_not_change_the_result(
             scale = float(first[name].hessian.abs().max())
             assert float((stats.hessian - first[name].hessian).abs().max()) < 1e-5 * scale
             assert stats.sample is not None
-            torch.testing.assert_close(stats.sample, first[name].sample, rtol=1e-4, atol=1e-5)
+            loudest = float(first[name].sample.abs().max())  # rounding errors are as large as the sums they come from
+            torch.testing.assert_close(stats.sample, first[name].sample, rtol=1e-4, atol=1e-5 * loudest)
         one, other = read_tensors(tmp_path / "1"), read_tensors(tmp_path / f"{size}")
         assert one.keys() == other.keys()
         codes = [name for name in one if ".codes_" in name]
