@@ -40,7 +40,7 @@ from bitquilt.model.structure import open_skeleton
 from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.recipes import make_recipe
-from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.job import CalibratedJob, all_targets
 from bitquilt.stream.statistics import collect
 
 METHODS = ("kfac", "activation")
@@ -120,7 +120,8 @@ def compare(
     for method in METHODS:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None, method=method)
+            job = CalibratedJob(skeleton=skeleton, recipe=recipe, folder=Path(folder), ids=ids, batch_size=4)
+            found = measure(job, lambda _: None, method=method)
             seconds[method] = time.perf_counter() - started
         for i, bits in enumerate(widths):
             guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from bitquilt._version import __version__
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import check_plan, plan_to_json
+from bitquilt.core.plan_file import check_plan, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.types import LayerPlan
-from bitquilt.data.calibration import SELF, check_calibration, clip_to_context, make_calibration
+from bitquilt.data.calibration import SELF, check_calibration, clip_to_context, describe_source, make_calibration
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
@@ -35,17 +36,18 @@ from bitquilt.planning.planner import Planned, predicted_losses
 from bitquilt.planning.sensitivities import Sensitivities, read_sensitivities
 from bitquilt.planning.untouched import survey
 from bitquilt.request import Request, Result, check_bytes
-from bitquilt.stream.devices import check_disk
-from bitquilt.stream.embedding_and_head import tables_to_be
+from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.hidden_states import check_activations_fit
 from bitquilt.stream.job import Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
-from bitquilt.stream.model_training import check_memory
-from bitquilt.stream.run_report import add_prediction, build_report, fingerprint_of, recipe_json
+from bitquilt.stream.model_training import TrainingMemory
+from bitquilt.stream.run_report import Promise, RunReport, recipe_json
 from bitquilt.stream.workdir import (
-    discard,
+    Fingerprint,
+    delete_workdir,
     full_disk_is_an_error,
     open_workdir,
-    read_mark,
+    read_fingerprint,
     read_tensors,
     write_tensors,
 )
@@ -74,8 +76,8 @@ def run(request: Request, observe: Observer) -> Result:
     fingerprint = _fingerprint(request, checkpoint)
     work_path = request.work_dir or out.with_name(f"{out.name}.work")
     if (done := finished(out, fingerprint)) is not None:
-        if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
-            discard(work_path)
+        if read_fingerprint(work_path) == fingerprint:  # killed after the checkpoint was in place
+            delete_workdir(work_path)
         return Result(out, done, already_done=True)
     skeleton = open_skeleton(checkpoint)
     layers = shapes(all_targets(skeleton, request.skip, request.include_head))
@@ -89,20 +91,15 @@ def run(request: Request, observe: Observer) -> Result:
         known, planned = _given_out(request, skeleton, layers, work, ids, known, observe)
         source = planned or request.file
         plans = None if source is None else source.plans
-        job = Job(
-            skeleton, recipe, ids if recipe.needs.calibration else None, work,
-            request.batch_size or max(1, _BATCH_TOKENS // seq_len), request.skip, request.include_head,
-            request.outer, plans, request.device,
-        )  # fmt: skip
-        records = stream(job, observe)
+        records = stream(_job(request, skeleton, work, plans, ids), observe)
         observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, work, records)
         difference = verify(folder, work)
-        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock, str(request.device))
-        _write_reports(request, folder, skeleton, records, report, plans, known, planned)
+        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device)
+        report = _write_reports(request, folder, outcome, plans, known, planned)
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, out)
-        discard(work)
+        delete_workdir(work)
     return Result(out, report)
 
 
@@ -131,25 +128,63 @@ def _stem(model: str | Path, checkpoint: Checkpoint) -> str:
     return checkpoint.folder.resolve().name if Path(model).is_dir() else Path(model).name
 
 
-def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
-    found = fingerprint_of(
-        checkpoint, request.wanted.recipe, request.calibration, request.samples, request.seq_len, request.seed,
-        request.skip, request.include_head, request.outer, request.plan,
-        measures=request.measures or request.rounds == 2, self_samples=request.self_samples,
-    )  # fmt: skip
-    found |= request.wanted.values
+def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
+    recipe, outer = request.wanted.recipe, request.outer
+    calibration = None
+    if request.calibrates:
+        size = {"samples": request.samples, "seq_len": request.seq_len}
+        calibration = {**describe_source(request.calibration), **size}
+        if request.self_samples:
+            calibration["self_samples"] = request.self_samples
+    settings: dict[str, object] = {
+        "version": __version__,
+        "model": {"sha256": checkpoint.fingerprint()},
+        "recipe": recipe_json(recipe),
+        "calibration": calibration,
+        "seed": request.seed,
+        "skip": request.skip,
+        "include_head": request.include_head,
+        "embedding_bits": outer.embedding,
+        "plan": None if request.plan is None else file_hash(request.plan),
+        **request.wanted.values,
+    }
+    if outer.head is not None:
+        settings["head_bits"] = outer.head
     if request.rounds == 2:
-        found["rounds"] = request.rounds
+        settings["rounds"] = request.rounds
     if request.sensitivities is not None:
-        found["sensitivities"] = file_hash(request.sensitivities)
-    return found
+        settings["sensitivities"] = file_hash(request.sensitivities)
+    return Fingerprint(settings)
+
+
+def _job(
+    request: Request,
+    skeleton: Skeleton,
+    work: Path,
+    plans: Mapping[str, LayerPlan] | None,
+    ids: torch.Tensor | None,
+) -> Job:
+    """The run's job, with token ids where the recipe itself calibrates."""
+    job = Job(
+        skeleton=skeleton,
+        recipe=request.wanted.recipe,
+        folder=work,
+        skip=request.skip,
+        include_head=request.include_head,
+        outer=request.outer,
+        plans=plans,
+        device=request.device,
+    )
+    if ids is None or not job.recipe.needs.calibration:
+        return job
+    return job.calibrated(ids, request.batch_size or max(1, _BATCH_TOKENS // request.seq_len))
 
 
 def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tuple[int, int]]) -> tuple[Untouched, ...]:
     """Raise UserError for whatever headers and shapes say cannot end well; else what stays as it is."""
     recipe, file, budget = request.wanted.recipe, request.file, request.wanted.budget
-    tables = tables_to_be(skeleton, request.outer, layers)
-    check_memory(recipe, skeleton, layers, request.seq_len, request.device)
+    tables = rounded_tables(skeleton, request.outer, layers)
+    TrainingMemory(recipe, skeleton, layers, request.seq_len).check(request.device)
     if file is not None:
         check_plan(file.plans, layers, channels=isinstance(recipe, Plannable) and recipe.plan_terms.unit_columns == 1)
         check_bytes(file.recipe, recipe, layers, file.plans)
@@ -166,7 +201,7 @@ def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tup
 def _calibration(request: Request, skeleton: Skeleton, work: Path, observe: Observer) -> torch.Tensor:
     """Token ids `[samples, tokens]`; a continued run reads what it wrote."""
     tokens = (request.samples + request.self_samples) * request.seq_len
-    check_disk(work, skeleton.checkpoint, request.wanted.recipe, tokens)
+    check_activations_fit(work, skeleton.checkpoint, request.wanted.recipe, tokens)
     path = work / _IDS
     if path.is_file():
         return read_tensors(path)["input_ids"]
@@ -249,21 +284,27 @@ def _second_round(
 def _write_reports(
     request: Request,
     folder: Path,
-    skeleton: Skeleton,
-    records: list[dict[str, Any]],
-    report: dict[str, Any],
+    outcome: RunReport,
     plans: Mapping[str, LayerPlan] | None,
     known: Sensitivities | None,
     planned: Planned | None,
-) -> None:
-    """plan.json and report.json, with what was predicted beside what came of it."""
-    plan_value = plan_to_json(recipe_json(request.wanted.recipe), records, request.outer)
+) -> dict[str, Any]:
+    """Write plan.json and report.json, with the prediction next to the result, and return the report."""
+    recipe = request.wanted.recipe
+    layers = {n: layer.plan for r in outcome.records if r.planned for n, layer in r.layers.items()}
+    plan = plan_json(recipe_json(recipe), layers, request.outer)
     losses: dict[str, float] = {}
     predicted = None
     if known is not None and plans is not None and known.method == "kfac":
-        losses = predicted_losses(known, plans, request.wanted.recipe)
+        losses = predicted_losses(known, plans, recipe)
         predicted = prediction(losses, known, request.outer)
-    room = folder_bytes(skeleton, folder, plan_value)
-    spent = None if planned is None else planned.spent
-    add_prediction(report, request.wanted.values.get("budget"), spent, room, losses, predicted)
-    write_reports(folder, plan_value, report, room, promised=request.wanted.budget is not None)
+    promise = Promise(
+        folder_bytes(outcome.skeleton, folder, plan),
+        request.wanted.values.get("budget"),
+        None if planned is None else planned.spent,
+        losses,
+        predicted,
+    )
+    report = outcome.to_json(folder, promise)
+    write_reports(folder, plan, report, promise.folder_bytes, promised=request.wanted.budget is not None)
+    return report

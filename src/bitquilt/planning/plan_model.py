@@ -37,10 +37,10 @@ from bitquilt.planning.tabulate import has_one_bit
 from bitquilt.planning.untouched import survey
 from bitquilt.request import Wish, own_budget, wish
 from bitquilt.stream.devices import choose_device
-from bitquilt.stream.embedding_and_head import tables_to_be
-from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.job import CalibratedJob, all_targets
 from bitquilt.stream.job import shapes as shapes_of
-from bitquilt.stream.model_training import training_bytes
+from bitquilt.stream.model_training import TrainingMemory
 from bitquilt.stream.run_report import recipe_json
 
 _CTX = 2048  # tokens of the cache that `plan` states where no context is asked for
@@ -108,7 +108,7 @@ def plan(
     outlook = estimate(
         skeleton, shapes, tokens, data=wanted.recipe.needs.calibration, search=terms.searches_ranges, measures=measures
     )
-    trains = training_bytes(wanted.recipe, skeleton, shapes, seq_len)
+    trains = TrainingMemory(wanted.recipe, skeleton, shapes, seq_len).total
     outlook = replace(outlook, peak_memory_bytes=outlook.peak_memory_bytes + trains, training_bytes=trains)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
     memory = planner.memory(planned.layouts, ctx)
@@ -250,7 +250,7 @@ def open_planner(
     that cannot be planned, or an embedding or a head that has to stay as it is."""
     if not isinstance(recipe, Plannable):
         raise not_plannable(recipe.name)
-    tables = tables_to_be(skeleton, outer, shapes)
+    tables = rounded_tables(skeleton, outer, shapes)
     return Planner(skeleton, recipe, recipe_json(recipe), shapes, sensitivities, ties=ties, tables=tables)
 
 
@@ -288,7 +288,16 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """Tables of loss for every layer, from calibration ids `[samples, tokens]`; `folder` holds what is swapped out.
     `at`: measured in this quantized checkpoint of the model, a second round. `device`: where blocks are computed."""
-    job = Job(skeleton, recipe, ids, folder, 1, tuple(skip), include_head, device=device or torch.device("cpu"))
+    job = CalibratedJob(
+        skeleton=skeleton,
+        recipe=recipe,
+        ids=ids,
+        batch_size=1,
+        folder=folder,
+        skip=tuple(skip),
+        include_head=include_head,
+        device=device or torch.device("cpu"),
+    )
     return measure(job, observer, method=method, seed=seed, about=about(skeleton.checkpoint, recipe), at=at)
 
 

@@ -26,7 +26,7 @@ from bitquilt.planning.folder_size import FolderSize, Sizes, json_bytes
 from bitquilt.planning.interaction import together
 from bitquilt.planning.sensitivities import Sensitivities
 from bitquilt.planning.unit_costs import Units
-from bitquilt.stream.embedding_and_head import Table
+from bitquilt.stream.embedding_and_head import RoundedTable
 
 # Where layers are narrow, a width that only few channels of a layer have costs more in tables and maps than it brings:
 # up to here every widest width is tried. cmpq at 2.96 bpw on stories260k (3,600 channels of 64 and 172): nothing beyond
@@ -88,7 +88,7 @@ class Planner:
         sensitivities: Sensitivities | None = None,
         *,
         ties: Sequence[Sequence[str]] = (),
-        tables: Sequence[Table] = (),
+        tables: Sequence[RoundedTable] = (),
     ) -> None:
         """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `tables`:
         embedding and head in few bits, which are not the plan's to give out, but count.
