@@ -40,7 +40,7 @@ from bitquilt.model.structure import open_skeleton
 from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.recipes import make_recipe
-from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.job import CalibratedJob, all_targets
 from bitquilt.stream.statistics import collect
 
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,7 +115,8 @@ def compare(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None)
+        job = CalibratedJob(skeleton=skeleton, recipe=recipe, folder=Path(folder), ids=ids, batch_size=4)
+        found = measure(job, lambda _: None)
         seconds["proxy"] = time.perf_counter() - started
     for i, bits in enumerate(widths):
         guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]

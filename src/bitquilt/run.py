@@ -15,30 +15,39 @@ from typing import Any
 
 import torch
 
+from bitquilt._version import __version__
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import check_plan, plan_to_json
+from bitquilt.core.plan_file import check_plan, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.settings import Calibration
 from bitquilt.core.types import LayerPlan
-from bitquilt.data.calibration import clip_to_context, make_calibration
+from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.planning.folder_size import folder_bytes
-from bitquilt.planning.interaction import predict
+from bitquilt.planning.interaction import Prediction, predict
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.plan_model import refuse_quantized
 from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import Request, Result, check_bytes
-from bitquilt.stream.devices import check_disk
-from bitquilt.stream.embedding_and_head import tables_to_be
-from bitquilt.stream.job import Job, all_targets, shapes
+from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.hidden_states import check_activations_fit
+from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
-from bitquilt.stream.model_training import check_memory
-from bitquilt.stream.run_report import add_prediction, build_report, fingerprint_of, recipe_json
-from bitquilt.stream.workdir import discard, full_disk_is_an_error, open_workdir, read_mark, read_tensors, write_tensors
+from bitquilt.stream.model_training import TrainingMemory
+from bitquilt.stream.run_report import Promise, RunReport, recipe_json
+from bitquilt.stream.workdir import (
+    Fingerprint,
+    delete_workdir,
+    full_disk_is_an_error,
+    open_workdir,
+    read_fingerprint,
+    read_tensors,
+    write_tensors,
+)
 from bitquilt.stream.writer import assemble, finished, publish, verify, write_reports
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
@@ -59,14 +68,14 @@ def run(request: Request, observe: Observer) -> Result:
     fingerprint = _fingerprint(request, checkpoint)
     work_path = request.work_dir or request.out.with_name(f"{request.out.name}.work")
     if (done := finished(request.out, fingerprint)) is not None:
-        if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
-            discard(work_path)
+        if read_fingerprint(work_path) == fingerprint:  # killed after the checkpoint was in place
+            delete_workdir(work_path)
         return Result(request.out, done, already_done=True)
     model = _examined(request, checkpoint, known)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
         report = _Run(request, model, work, clock.observe).make(fingerprint, clock, known)
-        discard(work)
+        delete_workdir(work)
     return Result(request.out, report)
 
 
@@ -81,23 +90,28 @@ def _settled(request: Request, checkpoint: Checkpoint, observe: Observer) -> Req
     return replace(request, calibration=calibration, out=out)
 
 
-def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
-    found = fingerprint_of(
-        checkpoint,
-        request.wish.recipe,
-        request.calibration if request.calibrates else None,
-        request.calibration.seed,
-        request.selection,
-        request.outer,
-        plan=None if request.wish.plan is None else request.wish.plan.sha256,
-    )
-    if request.wish.budget is not None:
-        found["budget"] = request.wish.budget_json
+def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
+    wish, selection = request.wish, request.selection
+    settings: dict[str, object] = {
+        "version": __version__,
+        "model": {"sha256": checkpoint.fingerprint()},
+        "recipe": recipe_json(wish.recipe),
+        "calibration": describe_calibration(request.calibration) if request.calibrates else None,
+        "seed": request.calibration.seed,
+        "skip": selection.skip,
+        "include_head": selection.include_head,
+        "embedding_bits": request.outer.embedding,
+        "plan": None if wish.plan is None else wish.plan.sha256,
+    }
+    if wish.budget is not None:
+        settings["budget"] = wish.budget_json
+    if request.outer.head is not None:
+        settings["head_bits"] = request.outer.head
     if request.rounds == 2:
-        found["rounds"] = request.rounds
+        settings["rounds"] = request.rounds
     if request.sensitivities is not None:
-        found["sensitivities"] = file_hash(request.sensitivities)
-    return found
+        settings["sensitivities"] = file_hash(request.sensitivities)
+    return Fingerprint(settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +129,8 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
     wish, selection = request.wish, request.selection
     skeleton = open_skeleton(checkpoint)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
-    tables = tables_to_be(skeleton, request.outer, layers)
-    check_memory(wish.recipe, skeleton, layers, request.calibration.seq_len, request.device)
+    tables = rounded_tables(skeleton, request.outer, layers)
+    TrainingMemory(wish.recipe, skeleton, layers, request.calibration.seq_len).check(request.device)
     planner = None
     if wish.plan is not None:
         channels = isinstance(wish.recipe, Plannable) and wish.recipe.plan_terms.unit_columns == 1
@@ -144,37 +158,37 @@ class _Run:
     work: Path
     observe: Observer
 
-    def make(self, fingerprint: dict[str, Any], clock: StageClock, known: Sensitivities | None) -> dict[str, Any]:
+    def make(self, fingerprint: Fingerprint, clock: StageClock, known: Sensitivities | None) -> dict[str, Any]:
         """Quantize, write, verify and publish; return the content of report.json."""
-        request, skeleton, observe = self.request, self.model.skeleton, self.observe
+        request, skeleton, untouched = self.request, self.model.skeleton, self.model.untouched
         assert request.out is not None
         blocks, done = len(skeleton.blocks), len(committed(self.work, len(skeleton.blocks)))
         layers, nbytes = len(self.model.layers), skeleton.checkpoint.nbytes
-        observe(Started(str(request.model), blocks, done, layers, nbytes, self.model.untouched))
+        self.observe(Started(str(request.model), blocks, done, layers, nbytes, untouched))
         ids = self._calibration() if request.calibrates else None
         known, planned = self._allocated(ids, known)
         source = planned or request.wish.plan
         plans = None if source is None else source.plans
-        records = stream(self._job(ids if request.wish.recipe.needs.calibration else None, plans), observe)
-        observe(Stage("writing the checkpoint and comparing its logits with the run's"))
+        job = self._job(plans)
+        if ids is not None and request.wish.recipe.needs.calibration:
+            job = self._with_ids(job, ids)
+        records = stream(job, self.observe)
+        self.observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, self.work, records)
         difference = verify(folder, self.work)
-        report = build_report(
-            folder, skeleton, fingerprint, records, self.model.untouched, difference, clock, str(request.device)
-        )
-        self._write_reports(folder, records, report, plans, known, planned)
+        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device)
+        prediction = None if plans is None else predict(known, plans, request.wish.recipe, request.outer)
+        report = self._write_reports(folder, outcome, planned, prediction)
         request.out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, request.out)
         return report
 
-    def _job(self, ids: torch.Tensor | None, plans: Mapping[str, LayerPlan] | None = None) -> Job:
+    def _job(self, plans: Mapping[str, LayerPlan] | None = None) -> Job:
         request = self.request
         return Job(
-            self.model.skeleton,
-            request.wish.recipe,
-            ids,
-            self.work,
-            batch_size=request.batch_size or max(1, _BATCH_TOKENS // request.calibration.seq_len),
+            skeleton=self.model.skeleton,
+            recipe=request.wish.recipe,
+            folder=self.work,
             skip=tuple(request.selection.skip),
             include_head=request.selection.include_head,
             outer=request.outer,
@@ -182,10 +196,13 @@ class _Run:
             device=request.device,
         )
 
+    def _with_ids(self, job: Job, ids: torch.Tensor) -> CalibratedJob:
+        return job.calibrated(ids, self.request.batch_size or max(1, _BATCH_TOKENS // self.request.calibration.seq_len))
+
     def _calibration(self) -> torch.Tensor:
         """Token ids `[samples, tokens]`; a continued run reads those that it wrote."""
         asked, skeleton = self.request.calibration, self.model.skeleton
-        check_disk(self.work, skeleton.checkpoint, self.request.wish.recipe, asked.tokens)
+        check_activations_fit(self.work, skeleton.checkpoint, self.request.wish.recipe, asked.tokens)
         path = self.work / _IDS
         if path.is_file():
             return read_tensors(path)["input_ids"]
@@ -219,7 +236,8 @@ class _Run:
         """Measure once per run, optionally in the quantized checkpoint `at`; a continued run reads the file."""
         path = self.work / name
         if not path.is_file():
-            measure(self._job(ids), self.observe, seed=self.request.calibration.seed, at=at).save(path)
+            job = self._with_ids(self._job(), ids)
+            measure(job, self.observe, seed=self.request.calibration.seed, at=at).save(path)
         return read_sensitivities(path)
 
     def _second_round(self, ids: torch.Tensor) -> Sensitivities:
@@ -241,28 +259,22 @@ class _Run:
         return found
 
     def _write_reports(
-        self,
-        folder: Path,
-        records: list[dict[str, Any]],
-        report: dict[str, Any],
-        plans: Mapping[str, LayerPlan] | None,
-        known: Sensitivities | None,
-        planned: Planned | None,
-    ) -> None:
-        """Write plan.json and report.json, with predictions next to results."""
-        wish, outer = self.request.wish, self.request.outer
-        plan_value = plan_to_json(recipe_json(wish.recipe), records, outer)
-        prediction = None if plans is None else predict(known, plans, wish.recipe, outer)
-        room = folder_bytes(self.model.skeleton, folder, plan_value)
-        add_prediction(
-            report,
+        self, folder: Path, outcome: RunReport, planned: Planned | None, prediction: Prediction | None
+    ) -> dict[str, Any]:
+        """Write plan.json and report.json, with the prediction next to the result; return the report."""
+        wish = self.request.wish
+        layers = {name: layer.plan for r in outcome.records if r.planned for name, layer in r.layers.items()}
+        plan = plan_json(recipe_json(wish.recipe), layers, self.request.outer)
+        promise = Promise(
+            folder_bytes(self.model.skeleton, folder, plan),
             wish.budget_json,
             None if planned is None else planned.spent,
-            room,
-            {} if prediction is None else dict(prediction.losses),
+            {} if prediction is None else prediction.losses,
             None if prediction is None else prediction.to_json(),
         )
-        write_reports(folder, plan_value, report, room, promised=wish.budget is not None)
+        report = outcome.to_json(folder, promise)
+        write_reports(folder, plan, report, promise.folder_bytes, promised=wish.budget is not None)
+        return report
 
 
 def _tell_first_round(observe: Observer, event: object) -> None:

@@ -1,4 +1,4 @@
-"""plan.json, the record of where the bits went: `read_plan`, `plan_json`, `plan_to_json` and `check_plan`.
+"""plan.json, the record of where the bits went: `read_plan`, `plan_json` and `check_plan`.
 
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
      "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...},
@@ -83,25 +83,10 @@ class PlanFile(BaseModel):
 
 
 def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: OuterBits) -> dict[str, Any]:
-    """Content of the file before a run; `plan_to_json` makes the same after one."""
+    """Content of the file for these plans by module path."""
     layers = {
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
-    return _content(recipe, layers, outer)
-
-
-def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]], outer: OuterBits) -> dict[str, Any]:
-    """Content of the file after a run, from the records of its blocks."""
-    layers = {
-        name: {"group_size": entry["group_size"], "bits": entry["bits"]}
-        for record in records
-        if record.get("planned", True)
-        for name, entry in record["layers"].items()
-    }
-    return _content(recipe, layers, outer)
-
-
-def _content(recipe: Mapping[str, Any], layers: dict[str, Any], outer: OuterBits) -> dict[str, Any]:
     found: dict[str, Any] = {"recipe": dict(recipe), "layers": layers}
     found |= {f"{name}_bits": bits for name, bits in outer.given.items()}
     return dict(json.loads(json.dumps(found)))

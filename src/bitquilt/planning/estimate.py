@@ -14,7 +14,7 @@ from bitquilt.core.settings import Calibration
 from bitquilt.core.types import GRIDS, Layout
 from bitquilt.model.structure import Skeleton
 from bitquilt.planning.sensitivities import measured_tokens
-from bitquilt.stream.model_training import training_bytes
+from bitquilt.stream.model_training import TrainingMemory
 
 _FLOAT = 4
 _PYTHON_BYTES = 450 * 2**20  # an interpreter with torch and transformers
@@ -58,7 +58,7 @@ def estimate(
     batch = _ALIVE * skeleton.config.hidden_size * min(tokens, _BATCH_TOKENS)
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
     peak = _PYTHON_BYTES + max(_FLOAT * (_largest_block(skeleton, shapes) + batch), 2 * outer + _FLOAT * batch)
-    trains = training_bytes(recipe, skeleton, shapes, calibration.seq_len)
+    trains = TrainingMemory(recipe, skeleton, shapes, calibration.seq_len).total
     return Estimate(_operations(shapes, recipe, tokens, measures) / _rate(), int(peak) + trains, trains)
 
 

@@ -14,7 +14,6 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,23 +32,27 @@ from bitquilt.planning.output_gradients import squared_gradients
 from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
 from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
-from bitquilt.stream.block_calls import check_order, embed, finish, learn_extras, record_calls
-from bitquilt.stream.job import Job, all_targets, head_path, shapes, targets
-from bitquilt.stream.layers import check_weights
+from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.job import CalibratedJob, LoadedBlock, all_targets, check_weights, head_path, open_block, shapes
 from bitquilt.stream.statistics import collect
-from bitquilt.stream.workdir import Activations
+from bitquilt.stream.workdir import ActivationFile, check_disk
 
 MAX_SEQUENCE = 512
 
 
-def measure(job: Job, observe: Observer, *, seed: int = 0, at: Path | None = None) -> Sensitivities:
+def measure(
+    job: CalibratedJob,
+    observe: Observer,
+    *,
+    seed: int = 0,
+    at: Path | None = None,
+) -> Sensitivities:
     """Return loss tables for every layer of `job`, for its recipe and its calibration ids.
 
     `at`: a quantized checkpoint of the model, in which inputs and gradients are measured instead of in the
     full-precision model. Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not
     finite.
     """
-    assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
         raise not_plannable(job.recipe.name)
     widest = max(
@@ -79,7 +82,9 @@ def _subset(ids: Tensor, widest: int) -> Tensor:
 class _Measurement:
     """Forward and backward pass over all blocks. The inputs of all blocks stay on disk until the backward pass."""
 
-    def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None) -> None:
+    def __init__(
+        self, job: CalibratedJob, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None
+    ) -> None:
         self.stored = None if at is None else StoredLayers(at)
         self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
         self.generator = torch.Generator().manual_seed(seed)
@@ -97,79 +102,62 @@ class _Measurement:
         gradients, perplexity = self._loss(tables)
         for i in reversed(range(len(skeleton.blocks))):
             self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
-            path = skeleton.blocks[i]
-            template = skeleton.template(path)
-            block = skeleton.load(path).to(job.device)
-            linears = targets(skeleton, path, block, job.skip)
-            check_weights(linears)
-            weights, errors = self._weights(linears)
-            stats: dict[str, LayerStats] = {}
-            tried: dict[str, Tensor] = {}
-            if tables.tries_one_bit and linears:
-                stats = self._collect(linears, self._again(i, block), path)
-                tried = tables.one_bit_errors(weights, stats)
-            wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
-            with squared_gradients(linears, wrong) as (squares, made):
-                back = self._backward(i, block, gradients)
-                if stats:  # those of the one-bit trial, of the same inputs
-                    deque(back, maxlen=0)
-                else:
-                    stats = self._collect(linears, back, path)
-            tables.add(weights, stats, squares, made)
-            skeleton.reset(path, template)
+            with open_block(job, i) as block:
+                self._measure(block, gradients, tables)
         return perplexity
+
+    def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> None:
+        """Add the layers of one block to the tables and pass the gradients back through it."""
+        linears = block.linears
+        check_weights(linears)
+        weights, errors = self._weights(linears)
+        stats: dict[str, LayerStats] = {}
+        tried: dict[str, Tensor] = {}
+        if tables.tries_one_bit and linears:
+            stats = self._collect(linears, self._again(block))
+            tried = tables.one_bit_errors(weights, stats)
+        wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
+        with squared_gradients(linears, wrong) as (squares, made):
+            back = self._backward(block, gradients)
+            if stats:  # those of the one-bit trial, of the same inputs
+                deque(back, maxlen=0)
+            else:
+                stats = self._collect(linears, back)
+        tables.add(weights, stats, squares, made)
 
     def _open(self) -> None:
         skeleton, ids = self.job.skeleton, self.ids
-        skeleton.load("")
-        first = skeleton.blocks[0]
-        template = skeleton.template(first)
-        skeleton.load(first)
-        self.extras = learn_extras(skeleton, ids[self.batches[0]])
-        skeleton.reset(first, template)
-        check_order(skeleton, ids[self.batches[0]], self.extras)
-        shapes = {tuple(ids[rows].shape): rows for rows in self.batches}
-        recorded = {shape: record_calls(skeleton, ids[rows], self.extras) for shape, rows in shapes.items()}
-        self.calls = {shape: [call.to(self.job.device) for call in found] for shape, found in recorded.items()}
-        width = embed(skeleton, ids[:1, :1]).shape[-1]
-        wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
-        free = shutil.disk_usage(self.folder).free
-        if wanted > free:
-            raise UserError(
-                f"the inputs of all blocks need {wanted / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free; "
-                "give --work-dir on another disk, or fewer --samples"
-            )
-        self.shape = (*ids.shape, width)
-        inputs = Activations.create(self._path(0), self.shape)
-        for rows in self.batches:
-            inputs.write(rows, embed(skeleton, ids[rows]))
-        skeleton.release_outer()
+        with skeleton.resident(""):
+            self.calls = learn_calls(skeleton, [ids[rows] for rows in self.batches], self.job.device)
+            width = embed(skeleton, ids[:1, :1]).shape[-1]
+            wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
+            check_disk(self.folder, wanted, "the inputs of all blocks")
+            self.shape = (*ids.shape, width)
+            inputs = ActivationFile.create(self._path(0), self.shape)
+            for rows in self.batches:
+                inputs.write(rows, embed(skeleton, ids[rows]))
 
     @torch.no_grad()
     def _forward(self, i: int) -> None:
-        skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
-        template = skeleton.template(path)
-        block = skeleton.load(path).to(self.job.device)
-        if self.stored is not None:
-            self.stored.put(targets(skeleton, path, block, self.job.skip))
-        inputs = self._inputs(i)
-        outputs = Activations.create(self._path(i + 1), self.shape)
-        for rows in self.batches:
-            outputs.write(rows, self._call(i, block, inputs.read(rows).to(self.job.device)))
-        skeleton.reset(path, template)
+        with open_block(self.job, i) as block:
+            if self.stored is not None:
+                self.stored.put(block.linears)
+            inputs = self._inputs(i)
+            outputs = ActivationFile.create(self._path(i + 1), self.shape)
+            for rows in self.batches:
+                outputs.write(rows, self.calls.run(block.number, block.module, inputs.read(rows).to(self.job.device)))
 
-    def _loss(self, tables: LossTables) -> tuple[Activations, float | None]:
+    def _loss(self, tables: LossTables) -> tuple[ActivationFile, float | None]:
         """Return gradients at the last block's output and the perplexity; add the head's table if it is quantized."""
         skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
-        skeleton.load("")
-        gradients = Activations.create(self.folder / "gradients.f32", self.shape)
+        gradients = ActivationFile.create(self.folder / "gradients.f32", self.shape)
         inputs = self._inputs(count)
         losses: list[Tensor] = []
 
         def passes() -> Iterator[None]:
             for rows in self.batches:
                 hidden = inputs.read(rows).requires_grad_()
-                logits = finish(skeleton, self.ids[rows], hidden, self.extras, gradient=True).float()
+                logits = self.calls.finish(self.ids[rows], hidden, gradient=True).float()
                 if not bool(torch.isfinite(logits.detach()).all()):
                     raise UserError(
                         "the full-precision model's logits hold NaN or Inf: its weights are damaged; fetch it again"
@@ -183,37 +171,36 @@ class _Measurement:
                 gradients.write(rows, hidden.grad)
                 yield
 
-        if self.job.include_head:
-            path = head_path(skeleton)
-            linears = {path: skeleton.model.get_submodule(path)}
-            check_weights(linears)
-            with squared_gradients(linears, {}) as (squares, made):
-                stats = self._collect(linears, passes(), path)
-            tables.add({path: linear_weight(linears[path]).float()}, stats, squares, made)
-        else:
-            for _ in passes():
-                pass
-        skeleton.release_outer()
+        with skeleton.resident(""):
+            if self.job.include_head:
+                path = head_path(skeleton)
+                linears = {path: skeleton.model.get_submodule(path)}
+                check_weights(linears)
+                with squared_gradients(linears, {}) as (squares, made):
+                    stats = self._collect(linears, passes())
+                tables.add({path: linear_weight(linears[path]).float()}, stats, squares, made)
+            else:
+                deque(passes(), maxlen=0)
         mean = float(torch.cat(losses).double().mean()) if losses else None
         return gradients, None if mean is None else float(np.exp(min(mean, 700.0)))
 
-    def _backward(self, i: int, block: nn.Module, gradients: Activations) -> Iterator[None]:
-        inputs = self._inputs(i)
+    def _backward(self, block: LoadedBlock, gradients: ActivationFile) -> Iterator[None]:
+        inputs = self._inputs(block.number)
         for rows in self.batches:
             hidden = inputs.read(rows).to(self.job.device).requires_grad_()
             with torch.enable_grad():
-                output = self._call(i, block, hidden)
+                output = self.calls.run(block.number, block.module, hidden)
             output.backward(gradients.read(rows).to(output.device))
             assert hidden.grad is not None
             gradients.write(rows, hidden.grad)
             yield
 
-    def _again(self, i: int, block: nn.Module) -> Iterator[None]:
-        """Pass forward once more through a block that is loaded."""
-        inputs = self._inputs(i)
+    def _again(self, block: LoadedBlock) -> Iterator[None]:
+        """Pass forward once more through a loaded block."""
+        inputs = self._inputs(block.number)
         for rows in self.batches:
             with torch.no_grad():
-                self._call(i, block, inputs.read(rows).to(self.job.device))
+                self.calls.run(block.number, block.module, inputs.read(rows).to(self.job.device))
             yield
 
     def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -223,18 +210,12 @@ class _Measurement:
             return weights, {name: linear_weight(linears[name]).float() - weights[name] for name in weights}
         return {name: linear_weight(module).float() for name, module in linears.items()}, {}
 
-    def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
-        try:
-            sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
-            return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
+    def _collect(self, linears: Mapping[str, nn.Module], passes: Iterator[None]) -> dict[str, LayerStats]:
+        sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
+        return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
 
-    def _call(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
-
-    def _inputs(self, i: int) -> Activations:
-        return Activations(self._path(i), self.shape)
+    def _inputs(self, i: int) -> ActivationFile:
+        return ActivationFile(self._path(i), self.shape)
 
     def _path(self, i: int) -> Path:
         return self.folder / f"inputs-{i:05d}.f32"

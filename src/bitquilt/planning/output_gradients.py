@@ -1,11 +1,13 @@
 """`squared_gradients` sums the squared gradients at the outputs of linear layers over the tokens of a pass."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from bitquilt.model.hooks import hooked, on_gradient
 
 
 @contextmanager
@@ -20,25 +22,14 @@ def squared_gradients(
     sums: dict[str, Tensor] = {}
     made = {name: [0.0] * len(tried) for name, tried in errors.items()}
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def after(_module: nn.Module, inputs: Any, output: Tensor) -> None:
-            def add(gradient: Tensor) -> None:
-                flat = gradient.reshape(-1, gradient.shape[-1])
-                total = flat.double().square().sum(dim=0)
-                sums[name] = sums[name] + total if name in sums else total
-                for i, error in enumerate(errors.get(name, ())):
-                    moved = inputs[0].detach().reshape(len(flat), -1) @ error.t()
-                    first_order = torch.einsum("to,to->t", flat, moved)
-                    made[name][i] += float(first_order.double().square().sum())
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        total = flat.double().square().sum(dim=0)
+        sums[name] = sums[name] + total if name in sums else total
+        for i, error in enumerate(errors.get(name, ())):
+            moved = x.reshape(len(flat), -1) @ error.t()
+            first_order = torch.einsum("to,to->t", flat, moved)
+            made[name][i] += float(first_order.double().square().sum())
 
-            if output.requires_grad:
-                output.register_hook(add)
-
-        return after
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in linears.items()]
-    try:
+    with hooked(after=[(module, on_gradient(partial(add, name))) for name, module in linears.items()]):
         yield sums, made
-    finally:
-        for handle in handles:
-            handle.remove()

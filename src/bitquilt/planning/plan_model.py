@@ -23,8 +23,8 @@ from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import own_budget, wish
 from bitquilt.stream.devices import choose_device
-from bitquilt.stream.embedding_and_head import tables_to_be
-from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.job import CalibratedJob, all_targets
 from bitquilt.stream.job import shapes as shapes_of
 
 _CTX = 2048  # tokens in the cache whose memory `plan` states unless a context is given
@@ -64,7 +64,7 @@ def plan(
     shapes = shapes_of(all_targets(skeleton, selection.skip, selection.include_head))
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
-    outer = tables_to_be(skeleton, selection.outer, shapes)
+    outer = rounded_tables(skeleton, selection.outer, shapes)
     planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer)
     allocation = wanted.scope if wanted.budget else planner.recipe.plan_terms.scope or "uniform"
     planned = planner.plan(wanted.budget or own_budget(wanted.recipe), allocation, known)
@@ -118,15 +118,15 @@ def measure_model(
     vocabulary = vocabulary_size(skeleton.model)
     ids = make_calibration(checkpoint, calibration, vocabulary=vocabulary, progress=lambda t: observer(Stage(t)))
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
-        job = Job(
-            skeleton,
-            recipe,
-            ids,
-            Path(folder),
-            batch_size=1,
+        job = CalibratedJob(
+            skeleton=skeleton,
+            recipe=recipe,
+            folder=Path(folder),
             skip=tuple(selection.skip),
             include_head=selection.include_head,
             device=where,
+            ids=ids,
+            batch_size=1,
         )
         found = measure(job, observer, seed=calibration.seed)
     found.save(Path(path))

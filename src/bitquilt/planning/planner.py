@@ -22,7 +22,7 @@ from bitquilt.planning.interaction import Prediction, predict
 from bitquilt.planning.search import Search
 from bitquilt.planning.sensitivities import Sensitivities
 from bitquilt.planning.unit_costs import Units
-from bitquilt.stream.embedding_and_head import Table
+from bitquilt.stream.embedding_and_head import RoundedTable
 from bitquilt.stream.run_report import recipe_json
 
 
@@ -79,7 +79,7 @@ class Planner:
         shapes: Mapping[str, tuple[int, int]],
         *,
         ties: Sequence[Sequence[str]] = (),
-        outer: Sequence[Table] = (),
+        outer: Sequence[RoundedTable] = (),
     ) -> None:
         """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `outer`:
         embedding and head in few bits, which count although the plan does not allocate them.
