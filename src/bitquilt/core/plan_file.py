@@ -104,11 +104,13 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
         plan = plans[name]
         if (plan.group_size == 1) != channels:
             wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
-            raise UserError(f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}")
+            raise UserError(
+                f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; plan again with this recipe"
+            )
         if len(plan.bits) != len(plan.widths(width)):
             raise UserError(
                 f"the plan's entry {name} gives {len(plan.bits)} groups of {plan.group_size} columns for {width} "
-                f"inputs; wanted {len(plan.widths(width))}"
+                f"inputs; wanted {len(plan.widths(width))} groups; plan again for this model"
             )
     if unknown := sorted(plans.keys() - shapes.keys()):
         raise UserError(
@@ -125,7 +127,9 @@ def read_plan(path: str | Path) -> PlanFile:
         found._sha256 = hashlib.sha256(data).hexdigest()
         return found
     except OSError as error:
-        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
+        raise UserError(
+            f"cannot read the plan {path}: {error.strerror}; `bitquilt plan MODEL --out FILE` writes one"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the plan {path} is not JSON: {error}") from None
     except ValidationError as error:
