@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitquilt.ops.reference import GRID_CODEBOOK, GRID_MX, GRID_UNIFORM, mx_grid
 
-Grid = Literal["uniform", "codebook", "mx", "mx_e2m3"]
+GridName = Literal["uniform", "codebook", "mx", "mx_e2m3"]
 Activation = Literal["none", "ceil", "paper", "ocp"]
 Ordering = Literal["identity", "map", "order"]
 MIN_BITS, MAX_BITS = 1, 8
@@ -31,7 +31,7 @@ class GridKind:
 
 
 _ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
-GRIDS: Mapping[Grid, GridKind] = {
+GRIDS: Mapping[GridName, GridKind] = {
     "uniform": GridKind(GRID_UNIFORM, _ALL_BITS),
     "codebook": GridKind(GRID_CODEBOOK, _ALL_BITS),
     "mx": GridKind(GRID_MX, (4, 6, 8), microscaled=True),
@@ -55,7 +55,7 @@ class Format:
 
     bits: int
     group_size: int
-    grid: Grid = "uniform"
+    grid: GridName = "uniform"
     scale_dtype: torch.dtype = torch.float16
     symmetric: bool = False
     gain_dtype: torch.dtype | None = None

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd, squared_error
+from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd
 from bitquilt.ops import kernels
 
 
@@ -17,6 +17,12 @@ def reference(values, weights, k):
 
 
 BODIES = [exact_kmeans, reference]
+
+
+def squared_error(values: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Weighted squared error of `values` `[n, columns]` to the nearest of `centroids` `[k, columns]`, `[columns]`."""
+    distance = (values.unsqueeze(0) - centroids.unsqueeze(1)).square().amin(dim=0)
+    return (distance * weights).sum(dim=0)
 
 
 def brute_force(values, weights, k):

@@ -76,12 +76,6 @@ def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tupl
     return centroids.t().contiguous().to(device), boundaries.t().contiguous().to(device)
 
 
-def squared_error(values: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
-    """Weighted squared error of `values` `[n, columns]` to the nearest of `centroids` `[k, columns]`, `[columns]`."""
-    distance = (values.unsqueeze(0) - centroids.unsqueeze(1)).square().amin(dim=0)
-    return (distance * weights).sum(dim=0)
-
-
 def _check_clusters(k: int) -> None:
     if k < 1:
         raise ValueError(f"k is {k}; wanted at least one cluster")

@@ -103,7 +103,7 @@ class SlimLLMPlus(SlimLLM):
         return trained.layers(problem.name, solutions, notes)
 
     def _part(self, weight: Tensor, plan: LayerPlan) -> Clipping:
-        return Clipping.of(
+        return Clipping(
             weight,
             group_slices(weight.shape[1], plan.group_size),
             plan.bits,
