@@ -18,7 +18,7 @@ from bitquilt.serve import decoder as writing
 from bitquilt.serve import decoder_step as static
 from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
-from .test_decoding import FAMILIES, SIZES, quantized
+from .test_cpu_decoder import FAMILIES, SIZES, quantized
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
