@@ -22,8 +22,7 @@ import numpy as np
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import open_skeleton
-from bitquilt.planning.plan_model import about
-from bitquilt.planning.sensitivities import Sensitivities
+from bitquilt.planning.sensitivities import Sensitivities, measured_for
 from bitquilt.recipes import make_recipe
 from bitquilt.stream.job import all_targets, shapes
 
@@ -82,7 +81,7 @@ def random_tables(folder: Path, name: str, path: Path) -> int:
         fall = np.cumsum(np.log(generator.uniform(2.5, 5, (count, len(widths[layer]) - 1))), axis=1)
         losses[layer] = (scale * np.exp(-np.hstack([np.zeros((count, 1)), fall]))).astype(np.float32)
     group_size = getattr(recipe, "group_size", 1)
-    Sensitivities(losses, widths, group_size, "kfac", 6.0, about(checkpoint, recipe)).save(path)
+    Sensitivities(losses, widths, group_size, 6.0, measured_for(checkpoint, recipe)).save(path)
     return sum(map(len, losses.values()))
 
 

@@ -4,7 +4,7 @@
 
 The law: KL = constant * sum over widths of factor(width) * the tables' sum over the groups of that width. Rows that
 place one-bit groups without the tables (published, uniform) are left out. The factors per width were measured before
-(`sensitivity.together`), the constant is what is fitted: the geometric mean of measured over predicted, every model
+(`planning.interaction`), the constant is what is fitted: the geometric mean of measured over predicted, every model
 counting alike.
 """
 
@@ -19,13 +19,13 @@ import numpy as np
 from benchmarks.allocation import read_rows
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from benchmarks.scored import TEXTS
-from bitquilt.planning.interaction import RANGE, together
+from bitquilt.planning.interaction import RANGE, interaction_factors
 
 
 def unscaled(row: dict[str, Any]) -> float:
-    """The law without its constant, up to the factor that `together` holds."""
+    """The law without its constant, up to the factor that `interaction_factors` holds."""
     widths = [int(bits) for bits in row["by_width"]]
-    factors = dict(zip(widths, together(widths, _repaired(row)), strict=True))
+    factors = dict(zip(widths, interaction_factors(widths, _repaired(row)), strict=True))
     return sum(factors[int(bits)] * loss for bits, loss in row["by_width"].items())
 
 

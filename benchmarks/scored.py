@@ -69,10 +69,9 @@ def quantize_and_score(model: str, recipe: str | Recipe, *, tokens: int, **setti
 def calibration_ids(model: str, samples: int, seed: int = 0) -> Tensor:
     """The token ids that a run of ours calibrates on `[samples, tokens]`."""
     checkpoint = open_checkpoint(SHARED / "models" / model)
-    return make_calibration(
-        checkpoint, SHARED / "text" / TEXTS[model][0], samples=samples, seq_len=SEQ_LEN, seed=seed,
-        vocabulary=vocabulary_size(open_skeleton(checkpoint).model), progress=lambda _text: None,
-    )  # fmt: skip
+    calibration = bitquilt.Calibration(SHARED / "text" / TEXTS[model][0], samples, seq_len=SEQ_LEN, seed=seed)
+    vocabulary = vocabulary_size(open_skeleton(checkpoint).model)
+    return make_calibration(checkpoint, calibration, vocabulary=vocabulary, progress=lambda _text: None)
 
 
 def score_weights(model: str, weights: Mapping[str, Tensor], *, tokens: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from benchmarks.scored import TEXTS
-from bitquilt import Budget
+from bitquilt import Budget, Calibration
 from bitquilt.core.types import Layer, uniform_plan
 from bitquilt.data.calibration import load_tokenizer, make_calibration
 from bitquilt.data.tokens import token_stream, windows
@@ -40,10 +40,9 @@ from bitquilt.model.structure import open_skeleton
 from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.recipes import make_recipe
-from bitquilt.stream.job import Job, all_targets
+from bitquilt.stream.job import CalibratedJob, all_targets
 from bitquilt.stream.statistics import collect
 
-METHODS = ("kfac", "activation")
 COSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -92,17 +91,14 @@ def divergence(model: Any, ids: Tensor, expected: Tensor) -> float:
 def compare(
     name: str, recipe_name: str, widths: list[int], group_size: int, count: int | None, number: int
 ) -> list[dict[str, Any]]:
-    """A row per proxy and width, over `count` layers drawn at random, and `number` windows of text."""
+    """A row per width, over `count` layers drawn at random, and `number` windows of text."""
     source = SHARED / "models" / name
     skeleton = open_skeleton(open_checkpoint(source))
     calibration, evaluation = (SHARED / "text" / text for text in TEXTS[name])
     vocabulary = int(skeleton.checkpoint.config["vocab_size"])
     ids = make_calibration(
         skeleton.checkpoint,
-        calibration,
-        samples=64,
-        seq_len=256,
-        seed=0,
+        Calibration(calibration, samples=64, seq_len=256),
         vocabulary=vocabulary,
         progress=lambda _: None,
     )
@@ -117,22 +113,22 @@ def compare(
     )
     seconds = {"truth": time.perf_counter() - started}
     rows = []
-    for method in METHODS:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            found = measure(Job(skeleton, recipe, ids, Path(folder), 4), lambda _: None, method=method)
-            seconds[method] = time.perf_counter() - started
-        for i, bits in enumerate(widths):
-            guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]
-            right = [measured[n][i] for n in layers]
-            rows.append({
-                "model": name, "proxy": method, "bits": bits, "layers": len(layers),
-                "rank correlation": float(spearmanr(guess, right)[0]),
-                "sum predicted": sum(guess), "sum measured": sum(right),
-                "measured / predicted": sum(right) / sum(guess),
-                "seconds": round(seconds[method], 1), "seconds of the truth": round(seconds["truth"], 1),
-                "by layer": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
-            })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        job = CalibratedJob(skeleton=skeleton, recipe=recipe, folder=Path(folder), ids=ids, batch_size=4)
+        found = measure(job, lambda _: None)
+        seconds["proxy"] = time.perf_counter() - started
+    for i, bits in enumerate(widths):
+        guess = [float(found.losses[n][:, found.widths[n].index(bits)].sum()) for n in layers]
+        right = [measured[n][i] for n in layers]
+        rows.append({
+            "model": name, "proxy": "kfac", "bits": bits, "layers": len(layers),
+            "rank correlation": float(spearmanr(guess, right)[0]),
+            "sum predicted": sum(guess), "sum measured": sum(right),
+            "measured / predicted": sum(right) / sum(guess),
+            "seconds": round(seconds["proxy"], 1), "seconds of the truth": round(seconds["truth"], 1),
+            "by layer": dict(zip(layers, zip(guess, right, strict=True), strict=True)),
+        })  # fmt: skip
     return rows
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import bitquilt
-from bitquilt import Result, UserError
+from bitquilt import Calibration, Result, Selection, UserError
 from bitquilt.core.events import LayerDone, Stage
+from bitquilt.core.plan_file import read_plan
+from bitquilt.planning.planner import Planner
 from bitquilt.recipes.gptq import GPTQ
 
 MakeModel = Callable[..., Path]
@@ -134,6 +136,65 @@ def test_text_is_read_with_the_models_tokenizer(with_tokenizer: Path, quantize_t
     (tmp_path / "text.txt").write_text(" ".join(f"w{1 + i % 60}" for i in range(200)))
     result = quantize_tiny(with_tokenizer, tmp_path / "out", "gptq", calibration=tmp_path / "text.txt")
     assert result.report["fingerprint"]["calibration"]["samples"] == 6
+
+
+# Groups of settings
+
+
+def test_groups_of_settings_mean_what_single_keywords_mean(
+    make_model: MakeModel, quantize_tiny: Quantize, token_file: Path, tmp_path: Path
+) -> None:
+    keywords = quantize_tiny(make_model(), tmp_path / "one", "rtn", skip=["*.down_proj"], embedding_bits=4, seed=3)
+    grouped = bitquilt.quantize(
+        make_model(),
+        "rtn",
+        Calibration(token_file, samples=6, seq_len=16),
+        tmp_path / "other",
+        selection=Selection(skip="*.down_proj"),
+        embedding_bits=4,  # a single keyword changes one field of the group
+        seed=3,
+        bits=3,
+        group_size=8,
+    )
+    assert grouped.report["fingerprint"] == keywords.report["fingerprint"]
+    assert grouped.report["fingerprint"]["skip"] == ["*.down_proj"]
+    planned = bitquilt.plan(make_model(), "rtn", selection=Selection(skip="*.down_proj"), embedding_bits=4, bits=3)
+    assert planned.outer.embedding == 4
+    assert not any("down_proj" in name for name in planned.planned.plans)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 0}, "samples is 0; wanted at least 1"),
+        ({"self_samples": -1}, "self_samples is -1; wanted 0 or more"),
+        ({"self_samples": 4}, "self_samples is 4, but the model writes all of its calibration text already"),
+    ],
+)
+def test_calibrations_check_themselves(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Calibration(**fields)
+
+
+def test_a_run_opens_one_planner_and_reads_its_plan_once(
+    make_model: MakeModel, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Planner] = []
+    opened = Planner.__init__
+
+    def counted(self: Planner, *args: Any, **options: Any) -> None:
+        made.append(self)
+        opened(self, *args, **options)
+
+    monkeypatch.setattr(Planner, "__init__", counted)
+    first = quantize_tiny(make_model(), tmp_path / "one", bits=3.5)
+    assert len(made) == 1
+    file = read_plan(first.folder / "plan.json")
+    (first.folder / "plan.json").unlink()
+    again = quantize_tiny(make_model(), tmp_path / "two", None, plan=file)
+    assert len(made) == 1
+    assert again.report["fingerprint"]["plan"] == file.sha256
+    assert read_plan(again.folder / "plan.json").plans == file.plans
 
 
 # Things that are reported, not refused

@@ -5,8 +5,8 @@
     model = bitquilt.load("small")
     print(bitquilt.evaluate("small", "held-out.txt", reference="path/or/hub-id"))
 
-Importing the package makes transformers know the checkpoint format, whichever of the two is imported first. Torch and
-transformers themselves are imported with the first name that needs them.
+Importing the package registers the checkpoint format with transformers, whichever of the two is imported first, and
+changes nothing else. Torch and transformers are imported with the first name that needs them.
 """
 
 from typing import TYPE_CHECKING
@@ -18,15 +18,19 @@ from bitquilt.serve.registration import register
 if TYPE_CHECKING:
     from bitquilt.api import Result, load, quantize
     from bitquilt.core.budget import Budget
+    from bitquilt.core.settings import Calibration, Selection
     from bitquilt.errors import UserError, VerificationError
-    from bitquilt.planning.plan_model import Outlook, measure_model, plan
+    from bitquilt.planning.forecast import Forecast
+    from bitquilt.planning.plan_model import measure_model, plan
     from bitquilt.report.evaluation import Evaluation, evaluate
 
 __all__ = [
     "Budget",
+    "Calibration",
     "Evaluation",
-    "Outlook",
+    "Forecast",
     "Result",
+    "Selection",
     "UserError",
     "VerificationError",
     "__version__",
@@ -42,9 +46,11 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Budget": "bitquilt.core.budget",
+        "Calibration": "bitquilt.core.settings",
         "Evaluation": "bitquilt.report.evaluation",
-        "Outlook": "bitquilt.planning.plan_model",
+        "Forecast": "bitquilt.planning.forecast",
         "Result": "bitquilt.api",
+        "Selection": "bitquilt.core.settings",
         "UserError": "bitquilt.errors",
         "VerificationError": "bitquilt.errors",
         "evaluate": "bitquilt.report.evaluation",

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when somebody asks for them (PEP 562)."""
+"""`lazy_names` makes a package import its names on first use (PEP 562)."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of `package`, whose name `n` is the attribute `n` of the module `homes[n]`."""
+    """Return `__getattr__` and `__dir__` for `package`; each name is an attribute of the module `homes[name]`."""
 
     def get(name: str) -> Any:
         if name not in homes:

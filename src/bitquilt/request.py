@@ -1,7 +1,7 @@
-"""A request to quantize: `wish` reads recipe, options and budget once; `Request` and `Result` are its two ends."""
+"""`Request` is what a run is asked for, `Result` what it returns; `wish` sorts out recipe, options, budget and plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,34 +11,39 @@ from bitquilt.core.budget import SCOPES, Budget, Scope
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.plan_file import OuterBits, PlanFile
 from bitquilt.core.recipe import Plannable, Recipe
-from bitquilt.core.types import LayerPlan
+from bitquilt.core.settings import Calibration, Selection
+from bitquilt.data.calibration import check_calibration
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
 
-_NOT_BOTH = "options {} go with a recipe's name; set them on the recipe itself"
+_DEFAULT_RECIPE = "slim-llm"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What to make: a recipe, and the budget and scope of a plan for the whole model; `budget` None where the recipe
-    gives every layer its own bits."""
+    """A recipe and where its bits come from: a `plan`, a `budget` for the whole model, or the recipe itself."""
 
     recipe: Recipe
     budget: Budget | None = None
     scope: Scope = "global"
+    plan: PlanFile | None = None
 
     @property
-    def values(self) -> dict[str, Any]:
-        """The budget for a fingerprint; empty without."""
+    def by_loss(self) -> bool:
+        """Whether a budget is allocated by measured losses."""
+        return self.budget is not None and self.scope != "uniform"
+
+    @property
+    def budget_json(self) -> dict[str, Any] | None:
+        """The budget in fingerprint, report and forecast."""
         if self.budget is None:
-            return {}
-        return {"budget": {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx,
-                           "scope": self.scope}}  # fmt: skip
+            return None
+        return {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx, "scope": self.scope}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: where the checkpoint lies and what report.json says. `already_done`: nothing was computed."""
+    """A finished run: the output folder and the content of report.json. `already_done`: nothing was computed."""
 
     folder: Path
     report: dict[str, Any]
@@ -47,74 +52,85 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What `api.quantize` is asked for; `wanted` and `file` (of `plan`) say where the bits come from."""
+    """Everything that a run is asked for, checked as far as that needs no model.
+
+    `sensitivities`: a file of measured losses; without one a run with a budget measures first. `rounds`: 2 quantizes
+    once, measures again in the quantized model, plans and quantizes again.
+
+    Raises UserError for a value that is out of range or calibration data that are not there.
+    """
 
     model: str | Path
-    wanted: Wish
-    calibration: str | Path
-    out: Path | None
-    samples: int
-    self_samples: int
-    seq_len: int
-    seed: int
-    batch_size: int | None
-    work_dir: Path | None
-    skip: tuple[str, ...]
-    include_head: bool
-    outer: OuterBits
-    plan: str | Path | None
-    file: PlanFile | None
-    sensitivities: str | Path | None
-    rounds: int
-    device: torch.device
+    wish: Wish
+    calibration: Calibration = field(default_factory=Calibration)
+    selection: Selection = field(default_factory=Selection)
+    out: Path | None = None
+    sensitivities: Path | None = None
+    rounds: int = 1
+    batch_size: int | None = None
+    work_dir: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    @property
-    def by_worth(self) -> bool:
-        """Whether tables of loss decide where the bits go."""
-        return self.wanted.budget is not None and self.wanted.scope != "uniform"
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; wanted at least 1")
+        if self.rounds not in (1, 2) or (self.rounds == 2 and not self.wish.by_loss):
+            raise UserError(
+                f"rounds is {self.rounds}; wanted 1, or 2 with a budget that is allocated by losses, such as a size"
+            )
+        if self.wish.plan is not None:
+            _check_outer(self.wish.plan.outer, self.selection.outer)
+        if self.calibrates:
+            check_calibration(self.calibration)
 
     @property
     def measures(self) -> bool:
-        """Whether the run makes the first round's tables itself."""
-        return self.by_worth and self.sensitivities is None
+        """Whether the run measures the losses that its first plan uses."""
+        return self.wish.by_loss and self.sensitivities is None
 
     @property
     def calibrates(self) -> bool:
-        """Whether the run reads calibration text at all."""
-        return self.wanted.recipe.needs.calibration or self.measures or self.rounds == 2
+        """Whether the run reads calibration data at all."""
+        return self.wish.recipe.needs.calibration or self.measures or self.rounds == 2
+
+    @property
+    def outer(self) -> OuterBits:
+        """Bits of embedding and head: those of the plan, where there is one."""
+        return self.selection.outer if self.wish.plan is None else self.wish.plan.outer
 
 
 def wish(
-    recipe: str | Recipe, options: Mapping[str, Any], budget: Budget | None = None, scope: str | None = None
+    recipe: str | Recipe | None,
+    options: Mapping[str, Any],
+    budget: Budget | None = None,
+    scope: str | None = None,
+    plan: PlanFile | None = None,
 ) -> Wish:
-    """Sort out recipe, options and budget. A fraction of a bit, or `bpw`, is a budget for the whole model unless the
-    recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own); `allocation="global"`, or any
-    other scope that is no allocation of the recipe's own, makes it one there too.
+    """Make a wish from a recipe or its name and options, a budget and its scope, or a plan.
 
-    Raises UserError for two budgets, an unknown scope, or whatever `make_recipe` refuses.
+    Without `recipe`, take the plan's recipe, else slim-llm. A fraction of a bit, or `bpw`, is a budget for the whole
+    model, unless the recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own). A scope, or
+    `allocation="global"`, makes it a budget for the whole model there too.
+
+    Raises UserError for two budgets, for a budget together with a plan, for an unknown scope, and for whatever
+    `make_recipe` refuses.
     """
     if scope is not None and scope not in SCOPES:
         raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
     options = dict(options)
-    if isinstance(recipe, str):
-        allocation = options.get("allocation")
-        if allocation in SCOPES and allocation not in own_allocations(recipe):
-            scope = scope or options.pop("allocation")
-        given = [key for key in ("bits", "bpw") if options.get(key) is not None]
-        if budget is not None and given:
-            raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
-        layerwise = options.get("bpw") is not None and options.get("allocation") in own_allocations(recipe)[:-1]
-        aims = takes_fractions(recipe) and (takes_option(recipe, "bpw") or options.get("bpw") is None)
-        if not aims and not layerwise:
-            budget = budget or _budget_in(options)
-        recipe = make_recipe(recipe, **options)
-    elif options:
-        raise UserError(_NOT_BOTH.format(sorted(options)))
-    terms = recipe.plan_terms if isinstance(recipe, Plannable) else None
-    if terms is None:
+    if plan is not None:
+        return _wish_for_plan(plan, recipe, options, budget, scope)
+    if isinstance(recipe, str) or recipe is None:
+        name = recipe or _DEFAULT_RECIPE
+        budget, scope = _taken_from(options, name, budget, scope)
+        recipe = make_recipe(name, **options)
+    else:
+        _refuse_options(options)
+    if not isinstance(recipe, Plannable):
         if budget is not None or scope is not None:
             raise not_plannable(recipe.name)
         return Wish(recipe)
+    terms = recipe.plan_terms
     if budget is None and (terms.plan_required or scope is not None):
         budget = own_budget(recipe)
     if budget is not None:
@@ -123,7 +139,7 @@ def wish(
 
 
 def own_budget(recipe: Recipe) -> Budget:
-    """The bits that the recipe is set to. Raises UserError where only calibration data say how many these are."""
+    """Bits that the recipe is set to. Raises UserError for a recipe that cannot be planned or chooses bits itself."""
     if not isinstance(recipe, Plannable):
         raise not_plannable(recipe.name)
     if (budget := recipe.plan_terms.budget) is None:
@@ -134,78 +150,72 @@ def own_budget(recipe: Recipe) -> Budget:
     return budget
 
 
-def wish_for_plan(
-    made_for: Mapping[str, Any],
-    recipe: str | Recipe | None,
-    options: Mapping[str, Any],
-    budget: Budget | None = None,
-    scope: str | None = None,
-) -> Wish:
-    """A plan says where the bits go: a recipe without a budget. `made_for`: the plan's recipe as plan.json has it; its
-    settings stand where `recipe` and `options` do not say otherwise.
+def check_bytes(wish: Wish, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise UserError if the recipe stores the wish's plan in other bytes than the recipe that the plan was made for.
 
-    Raises UserError for a budget beside the plan, and for whatever `make_recipe` refuses.
+    `shapes`: `[out, in]` by path. A plan that names no recipe, or one that cannot be planned, promises no bytes.
     """
-    options = dict(options)
-    name: Any = made_for.get("name") if recipe is None else recipe
-    budgets = [str(budget)] if budget is not None else [f"{options['bpw']} bpw"] if options.get("bpw") else []
-    bits = options.get("bits")
-    fraction = isinstance(bits, float) and not bits.is_integer()
-    if fraction and not takes_fractions(name or "slim-llm"):
-        budgets.append(f"{bits} bits")
-    if budgets or scope is not None:
-        what = f"budget {budgets[0]}" if budgets else f"allocation {scope}"
-        raise UserError(f"a plan and the {what} both say where the bits go; give one")
-    if isinstance(recipe, str) or recipe is None:
-        if name == made_for.get("name"):
-            kept = {key: value for key, value in made_for.items() if key != "name"}
-            if kept.get("bpw") is not None:
-                kept.pop("bits", None)
-            options = {**kept, **options}
-        recipe = make_recipe(name or "slim-llm", **options)
-    elif options:
-        raise UserError(_NOT_BOTH.format(sorted(options)))
-    return Wish(recipe)
-
-
-def same_outer(made_for: OuterBits, asked: OuterBits) -> OuterBits:
-    """The bits of embedding and head: the plan's. Raises UserError if the run asks for others."""
-    for name, bits in asked.given.items():
-        planned = made_for.given.get(name)
-        if bits != planned:
-            raise UserError(
-                f"{name} bits is {bits}, the plan was made for {planned or 'none'}: it would take other bytes; leave "
-                f"out {name} bits, plan again with them, or set {name}_bits in the plan"
-            )
-    return made_for
-
-
-def check_bytes(
-    made_for: Mapping[str, Any],
-    recipe: Recipe,
-    shapes: Mapping[str, tuple[int, int]],
-    plans: Mapping[str, LayerPlan],
-) -> None:
-    """Raise UserError if `recipe` would store a plan in other bytes than the recipe that the plan was made for does.
-
-    A plan that names no recipe, or one that cannot be planned, promises no bytes.
-    """
-    if "name" not in made_for or not isinstance(recipe, Plannable):
+    recipe, plan = wish.recipe, wish.plan
+    if plan is None or "name" not in plan.recipe or not isinstance(recipe, Plannable):
         return
-    planned = wish_for_plan(made_for, None, {}).recipe
+    planned = make_recipe(plan.recipe["name"], **_options_in(plan))
     if not isinstance(planned, Plannable):
         return
-    for name, plan in plans.items():
-        one, other = planned.layout(*shapes[name], plan), recipe.layout(*shapes[name], plan)
+    for name, layer in plan.plans.items():
+        one, other = planned.layout(*shapes[name], layer), recipe.layout(*shapes[name], layer)
         if one != other:
             raise UserError(
-                f"the plan was made for {_told(planned, recipe)}: {name} would take {storage_bits(other) // 8} bytes "
-                f"instead of {storage_bits(one) // 8}; leave the recipe to the plan, plan again, or empty "
-                "the plan's recipe: a map alone is for any"
+                f"the plan was made for {_difference(planned, recipe)}: {name} would take {storage_bits(other) // 8} "
+                f"bytes instead of {storage_bits(one) // 8}; leave out the recipe to use the plan's, plan again, or "
+                'set "recipe" to {} in the plan to use its bits with any recipe'
             )
 
 
-def _told(planned: Recipe, recipe: Recipe) -> str:
+def _wish_for_plan(
+    plan: PlanFile, recipe: str | Recipe | None, options: dict[str, Any], budget: Budget | None, scope: str | None
+) -> Wish:
+    """A plan's own recipe with its settings, unless `recipe` and `options` say otherwise."""
+    made_for = plan.recipe.get("name")
+    name: Any = made_for if recipe is None else recipe
+    bits = options.get("bits")
+    given = None
+    if budget is not None:
+        given = f"budget {budget}"
+    elif options.get("bpw"):
+        given = f"budget {options['bpw']} bpw"
+    elif isinstance(bits, float) and not bits.is_integer() and not takes_fractions(name or _DEFAULT_RECIPE):
+        given = f"budget {bits} bits"
+    elif scope is not None:
+        given = f"allocation {scope}"
+    if given is not None:
+        raise UserError(f"a plan and the {given} both say where the bits go; give one")
+    if not (isinstance(recipe, str) or recipe is None):
+        _refuse_options(options)
+        return Wish(recipe, plan=plan)
+    if name == made_for:
+        options = {**_options_in(plan), **options}
+    return Wish(make_recipe(name or _DEFAULT_RECIPE, **options), plan=plan)
+
+
+def _options_in(plan: PlanFile) -> dict[str, Any]:
+    """Options of the recipe that a plan was made for. `bits` of a recipe with a `bpw` is only its default."""
+    options = {key: value for key, value in plan.recipe.items() if key != "name"}
+    if options.get("bpw") is not None:
+        options.pop("bits", None)
+    return options
+
+
+def _check_outer(planned: OuterBits, asked: OuterBits) -> None:
+    """Raise UserError if the run asks for other bits of embedding and head than the plan."""
+    for name, bits in asked.given.items():
+        if bits != (made_for := planned.given.get(name)):
+            raise UserError(
+                f"{name} bits is {bits}, the plan was made for {made_for or 'none'}, so the model would take other "
+                f"bytes; leave out {name} bits, plan again with them, or set {name}_bits in the plan"
+            )
+
+
+def _difference(planned: Recipe, recipe: Recipe) -> str:
     """What tells two recipes apart, in words."""
     if planned.name != recipe.name:
         return f"recipe {planned.name}, not {recipe.name}"
@@ -214,8 +224,31 @@ def _told(planned: Recipe, recipe: Recipe) -> str:
     return f"{planned.name} with " + ", ".join(f"{n}={getattr(planned, n)}, not {getattr(recipe, n)}" for n in differ)
 
 
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    if options:
+        raise UserError(f"options {sorted(options)} go with a recipe's name; set them on the recipe itself")
+
+
+def _taken_from(
+    options: dict[str, Any], name: str, budget: Budget | None, scope: str | None
+) -> tuple[Budget | None, str | None]:
+    """Take scope and budget out of the options of the recipe `name`, where they are not the recipe's own."""
+    own = own_allocations(name)
+    allocation = options.get("allocation")
+    if allocation in SCOPES and allocation not in own:
+        scope = scope or options.pop("allocation")
+    given = [key for key in ("bits", "bpw") if options.get(key) is not None]
+    if budget is not None and given:
+        raise UserError(f"{given[0]} and the budget {budget} are two budgets for the same run; give one")
+    layerwise = options.get("bpw") is not None and options.get("allocation") in own[:-1]
+    aims = takes_fractions(name) and (takes_option(name, "bpw") or options.get("bpw") is None)
+    if not aims and not layerwise:
+        budget = budget or _budget_in(options)
+    return budget, scope
+
+
 def _budget_in(options: dict[str, Any]) -> Budget | None:
-    """Take a budget out of a recipe's options, for recipes with whole bits in every layer."""
+    """Take a budget out of the options of a recipe that has whole bits in every layer."""
     bits, bpw = options.get("bits"), options.get("bpw")
     if bits is not None and bpw is not None:
         raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")

@@ -1,51 +1,50 @@
-"""One run from request to checkpoint: run(request, observe) -> Result. The only place where recipes and runtime meet.
+"""`run` turns a request into a checkpoint: the only place where planning and the loop over blocks meet.
 
-    settle what is asked for -> is it done already? -> refuse early -> calibrate -> give the bits out -> block by block
-    -> write, reload, compare -> publish
+    already done? -> refuse early -> calibrate -> allocate bits -> quantize block by block -> write, reload, compare
+    -> publish
 
-Everything up to the calibration is seconds and touches no disk; everything after it continues where it was interrupted.
+Everything up to the calibration takes seconds and writes nothing. Everything after it continues after an interruption.
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitquilt._version import __version__
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import check_plan, plan_to_json
+from bitquilt.core.plan_file import check_plan, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
+from bitquilt.core.settings import Calibration
 from bitquilt.core.types import LayerPlan
-from bitquilt.data.calibration import SELF, check_calibration, clip_to_context, make_calibration
+from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.planning.folder_size import folder_bytes
-from bitquilt.planning.plan_model import (
-    file_hash,
-    load_sensitivities,
-    measure_sensitivities,
-    open_planner,
-    prediction,
-    refuse_quantized,
-)
-from bitquilt.planning.planner import Planned, predicted_losses
-from bitquilt.planning.sensitivities import Sensitivities, read_sensitivities
-from bitquilt.planning.untouched import survey
+from bitquilt.planning.interaction import Prediction, predict
+from bitquilt.planning.measure_sensitivities import measure
+from bitquilt.planning.plan_model import refuse_quantized
+from bitquilt.planning.planner import Planned, Planner
+from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
+from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import Request, Result, check_bytes
-from bitquilt.stream.devices import check_disk
-from bitquilt.stream.embedding_and_head import tables_to_be
-from bitquilt.stream.job import Job, all_targets, shapes
+from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.hidden_states import check_activations_fit
+from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
-from bitquilt.stream.model_training import check_memory
-from bitquilt.stream.run_report import add_prediction, build_report, fingerprint_of, recipe_json
+from bitquilt.stream.model_training import TrainingMemory
+from bitquilt.stream.run_report import Promise, RunReport, recipe_json
 from bitquilt.stream.workdir import (
-    discard,
+    Fingerprint,
+    delete_workdir,
     full_disk_is_an_error,
     open_workdir,
-    read_mark,
+    read_fingerprint,
     read_tensors,
     write_tensors,
 )
@@ -58,212 +57,229 @@ _TABLES, _TABLES_AGAIN = "sensitivities.safetensors", "sensitivities-2.safetenso
 
 
 def run(request: Request, observe: Observer) -> Result:
-    """Make the checkpoint, or find it done. Raises UserError and VerificationError as `api.quantize` says."""
-    _check(request)
+    """Make the checkpoint, or find it done. Raises UserError and VerificationError as `api.quantize` does."""
     checkpoint = open_checkpoint(request.model)
     refuse_quantized(checkpoint)
-    recipe = request.wanted.recipe
-    seq_len, notice = clip_to_context(request.seq_len, checkpoint)
-    if notice and recipe.needs.calibration:
-        observe(Stage(notice))
-    out = request.out or Path(f"{_stem(request.model, checkpoint)}-{recipe.name}")
-    request = replace(request, seq_len=seq_len, out=out)
+    request = _settled(request, checkpoint, observe)
+    assert request.out is not None
     known = None
     if request.sensitivities is not None:
-        known = load_sensitivities(request.sensitivities, checkpoint, recipe)
+        known = load_sensitivities(request.sensitivities, checkpoint, request.wish.recipe)
     fingerprint = _fingerprint(request, checkpoint)
-    work_path = request.work_dir or out.with_name(f"{out.name}.work")
-    if (done := finished(out, fingerprint)) is not None:
-        if read_mark(work_path) == fingerprint:  # killed after the checkpoint was in place
-            discard(work_path)
-        return Result(out, done, already_done=True)
-    skeleton = open_skeleton(checkpoint)
-    layers = shapes(all_targets(skeleton, request.skip, request.include_head))
-    untouched = _refuse_early(request, skeleton, layers)
+    work_path = request.work_dir or request.out.with_name(f"{request.out.name}.work")
+    if (done := finished(request.out, fingerprint)) is not None:
+        if read_fingerprint(work_path) == fingerprint:  # killed after the checkpoint was in place
+            delete_workdir(work_path)
+        return Result(request.out, done, already_done=True)
+    model = _examined(request, checkpoint, known)
     clock = StageClock(observe)
-    observe = clock.observe
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
-        blocks, done_blocks = len(skeleton.blocks), len(committed(work, len(skeleton.blocks)))
-        observe(Started(str(request.model), blocks, done_blocks, len(layers), checkpoint.nbytes, untouched))
-        ids = _calibration(request, skeleton, work, observe) if request.calibrates else None
-        known, planned = _given_out(request, skeleton, layers, work, ids, known, observe)
-        source = planned or request.file
-        plans = None if source is None else source.plans
-        job = Job(
-            skeleton, recipe, ids if recipe.needs.calibration else None, work,
-            request.batch_size or max(1, _BATCH_TOKENS // seq_len), request.skip, request.include_head,
-            request.outer, plans, request.device,
-        )  # fmt: skip
-        records = stream(job, observe)
-        observe(Stage("writing the checkpoint and comparing its logits with the run's"))
-        folder = assemble(skeleton, work, records)
-        difference = verify(folder, work)
-        report = build_report(folder, skeleton, fingerprint, records, untouched, difference, clock, str(request.device))
-        _write_reports(request, folder, skeleton, records, report, plans, known, planned)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish(folder, out)
-        discard(work)
-    return Result(out, report)
+        report = _Run(request, model, work, clock.observe).make(fingerprint, clock, known)
+        delete_workdir(work)
+    return Result(request.out, report)
 
 
-def _check(request: Request) -> None:
-    """Raise UserError for what needs no model to be seen."""
-    batch_size = 1 if request.batch_size is None else request.batch_size
-    for name, value in (("samples", request.samples), ("seq_len", request.seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; wanted at least 1")
-    if request.calibrates:
-        check_calibration(request.calibration)
-    if request.self_samples < 0:
-        raise UserError(f"self_samples is {request.self_samples}; wanted 0 or more")
-    if request.self_samples and str(request.calibration) == SELF:
-        raise UserError(
-            "the model writes all of its calibration text already; give more samples instead of self_samples"
-        )
-    if request.rounds not in (1, 2) or (request.rounds == 2 and not request.by_worth):
-        raise UserError(
-            f"rounds is {request.rounds}; wanted 1, or 2 with a budget that is given out by worth, such as a size"
-        )
+def _settled(request: Request, checkpoint: Checkpoint, observe: Observer) -> Request:
+    """Return the request with the sequence length that the model can take and the name of the output folder."""
+    calibration, notice = clip_to_context(request.calibration, checkpoint)
+    if notice and request.wish.recipe.needs.calibration:
+        observe(Stage(notice))
+    # the folder of a hub model is named after its commit, which says nothing
+    stem = checkpoint.folder.resolve().name if Path(request.model).is_dir() else Path(request.model).name
+    out = request.out or Path(f"{stem}-{request.wish.recipe.name}")
+    return replace(request, calibration=calibration, out=out)
 
 
-def _stem(model: str | Path, checkpoint: Checkpoint) -> str:
-    """The folder of a hub model is named after its commit: that says nothing."""
-    return checkpoint.folder.resolve().name if Path(model).is_dir() else Path(model).name
-
-
-def _fingerprint(request: Request, checkpoint: Checkpoint) -> dict[str, Any]:
-    found = fingerprint_of(
-        checkpoint, request.wanted.recipe, request.calibration, request.samples, request.seq_len, request.seed,
-        request.skip, request.include_head, request.outer, request.plan,
-        measures=request.measures or request.rounds == 2, self_samples=request.self_samples,
-    )  # fmt: skip
-    found |= request.wanted.values
+def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
+    wish, selection = request.wish, request.selection
+    settings: dict[str, object] = {
+        "version": __version__,
+        "model": {"sha256": checkpoint.fingerprint()},
+        "recipe": recipe_json(wish.recipe),
+        "calibration": describe_calibration(request.calibration) if request.calibrates else None,
+        "seed": request.calibration.seed,
+        "skip": selection.skip,
+        "include_head": selection.include_head,
+        "embedding_bits": request.outer.embedding,
+        "plan": None if wish.plan is None else wish.plan.sha256,
+    }
+    if wish.budget is not None:
+        settings["budget"] = wish.budget_json
+    if request.outer.head is not None:
+        settings["head_bits"] = request.outer.head
     if request.rounds == 2:
-        found["rounds"] = request.rounds
+        settings["rounds"] = request.rounds
     if request.sensitivities is not None:
-        found["sensitivities"] = file_hash(request.sensitivities)
-    return found
+        settings["sensitivities"] = file_hash(request.sensitivities)
+    return Fingerprint(settings)
 
 
-def _refuse_early(request: Request, skeleton: Skeleton, layers: Mapping[str, tuple[int, int]]) -> tuple[Untouched, ...]:
-    """Raise UserError for whatever headers and shapes say cannot end well; else what stays as it is."""
-    recipe, file, budget = request.wanted.recipe, request.file, request.wanted.budget
-    tables = tables_to_be(skeleton, request.outer, layers)
-    check_memory(recipe, skeleton, layers, request.seq_len, request.device)
-    if file is not None:
-        check_plan(file.plans, layers, channels=isinstance(recipe, Plannable) and recipe.plan_terms.unit_columns == 1)
-        check_bytes(file.recipe, recipe, layers, file.plans)
-    elif budget is not None:
-        open_planner(skeleton, recipe, layers, outer=request.outer).check(budget)
-    elif isinstance(recipe, ChecksLayers):
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """What a run works on: the model, its layers `[out, in]` by path, what stays untouched, and the run's planner."""
+
+    skeleton: Skeleton
+    layers: Mapping[str, tuple[int, int]]
+    untouched: tuple[Untouched, ...]
+    planner: Planner | None
+
+
+def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
+    """Open the model without weights. Raises UserError for anything that headers and shapes show to be impossible."""
+    wish, selection = request.wish, request.selection
+    skeleton = open_skeleton(checkpoint)
+    layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
+    tables = rounded_tables(skeleton, request.outer, layers)
+    TrainingMemory(wish.recipe, skeleton, layers, request.calibration.seq_len).check(request.device)
+    planner = None
+    if wish.plan is not None:
+        channels = isinstance(wish.recipe, Plannable) and wish.recipe.plan_terms.unit_columns == 1
+        check_plan(wish.plan.plans, layers, channels=channels)
+        check_bytes(wish, layers)
+    elif wish.budget is not None:
+        planner = Planner(skeleton, wish.recipe, layers, outer=tables)
+        planner.check(wish.budget)
+        planner.units.losses(known)  # refuses tables that do not fit the layers
+    elif isinstance(wish.recipe, ChecksLayers):
         try:
-            recipe.check_layers(layers)
+            wish.recipe.check_layers(layers)
         except ValueError as error:
             raise UserError(str(error)) from None
-    return survey(skeleton, {*layers, *(table.path for table in tables)})
+    untouched = untouched_tensors(skeleton, {*layers, *(table.path for table in tables)})
+    return _Model(skeleton, layers, untouched, planner)
 
 
-def _calibration(request: Request, skeleton: Skeleton, work: Path, observe: Observer) -> torch.Tensor:
-    """Token ids `[samples, tokens]`; a continued run reads what it wrote."""
-    tokens = (request.samples + request.self_samples) * request.seq_len
-    check_disk(work, skeleton.checkpoint, request.wanted.recipe, tokens)
-    path = work / _IDS
-    if path.is_file():
-        return read_tensors(path)["input_ids"]
-    ids = make_calibration(
-        skeleton.checkpoint,
-        request.calibration,
-        samples=request.samples,
-        self_samples=request.self_samples,
-        seq_len=request.seq_len,
-        seed=request.seed,
-        vocabulary=vocabulary_size(skeleton.model),
-        progress=lambda text: observe(Stage(text)),
-    )
-    write_tensors(path, {"input_ids": ids})
-    return ids
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A run in its work directory `work`."""
+
+    request: Request
+    model: _Model
+    work: Path
+    observe: Observer
+
+    def make(self, fingerprint: Fingerprint, clock: StageClock, known: Sensitivities | None) -> dict[str, Any]:
+        """Quantize, write, verify and publish; return the content of report.json."""
+        request, skeleton, untouched = self.request, self.model.skeleton, self.model.untouched
+        assert request.out is not None
+        blocks, done = len(skeleton.blocks), len(committed(self.work, len(skeleton.blocks)))
+        layers, nbytes = len(self.model.layers), skeleton.checkpoint.nbytes
+        self.observe(Started(str(request.model), blocks, done, layers, nbytes, untouched))
+        ids = self._calibration() if request.calibrates else None
+        known, planned = self._allocated(ids, known)
+        source = planned or request.wish.plan
+        plans = None if source is None else source.plans
+        job = self._job(plans)
+        if ids is not None and request.wish.recipe.needs.calibration:
+            job = self._with_ids(job, ids)
+        records = stream(job, self.observe)
+        self.observe(Stage("writing the checkpoint and comparing its logits with the run's"))
+        folder = assemble(skeleton, self.work, records)
+        difference = verify(folder, self.work)
+        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device)
+        prediction = None if plans is None else predict(known, plans, request.wish.recipe, request.outer)
+        report = self._write_reports(folder, outcome, planned, prediction)
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        publish(folder, request.out)
+        return report
+
+    def _job(self, plans: Mapping[str, LayerPlan] | None = None) -> Job:
+        request = self.request
+        return Job(
+            skeleton=self.model.skeleton,
+            recipe=request.wish.recipe,
+            folder=self.work,
+            skip=tuple(request.selection.skip),
+            include_head=request.selection.include_head,
+            outer=request.outer,
+            plans=plans,
+            device=request.device,
+        )
+
+    def _with_ids(self, job: Job, ids: torch.Tensor) -> CalibratedJob:
+        return job.calibrated(ids, self.request.batch_size or max(1, _BATCH_TOKENS // self.request.calibration.seq_len))
+
+    def _calibration(self) -> torch.Tensor:
+        """Token ids `[samples, tokens]`; a continued run reads those that it wrote."""
+        asked, skeleton = self.request.calibration, self.model.skeleton
+        check_activations_fit(self.work, skeleton.checkpoint, self.request.wish.recipe, asked.tokens)
+        path = self.work / _IDS
+        if path.is_file():
+            return read_tensors(path)["input_ids"]
+        vocabulary = vocabulary_size(skeleton.model)
+        ids = make_calibration(
+            skeleton.checkpoint, asked, vocabulary=vocabulary, progress=lambda text: self.observe(Stage(text))
+        )
+        write_tensors(path, {"input_ids": ids})
+        return ids
+
+    def _allocated(
+        self, ids: torch.Tensor | None, known: Sensitivities | None
+    ) -> tuple[Sensitivities | None, Planned | None]:
+        """Return the first round's sensitivities and the budget's plan; (known, None) where there is no budget.
+
+        The loss prediction always uses the first round, because its correction was fitted on that.
+        """
+        wish, planner = self.request.wish, self.model.planner
+        if wish.budget is None or planner is None:
+            return known, None
+        if self.request.measures:
+            assert ids is not None
+            known = self._measured(_TABLES, ids)
+        tables = known
+        if self.request.rounds == 2:
+            assert ids is not None
+            tables = self._second_round(ids)
+        return known, planner.plan(wish.budget, wish.scope, tables)
+
+    def _measured(self, name: str, ids: torch.Tensor, at: Path | None = None) -> Sensitivities:
+        """Measure once per run, optionally in the quantized checkpoint `at`; a continued run reads the file."""
+        path = self.work / name
+        if not path.is_file():
+            job = self._with_ids(self._job(), ids)
+            measure(job, self.observe, seed=self.request.calibration.seed, at=at).save(path)
+        return read_sensitivities(path)
+
+    def _second_round(self, ids: torch.Tensor) -> Sensitivities:
+        """Measure in the model that the first round's sensitivities lead to."""
+        if (self.work / _TABLES_AGAIN).is_file():
+            return read_sensitivities(self.work / _TABLES_AGAIN)
+        asked = self.request.calibration
+        once = replace(
+            self.request,
+            calibration=Calibration(self.work / _IDS, len(ids), seq_len=ids.shape[1], seed=asked.seed),
+            out=self.work / "first",
+            work_dir=None,
+            sensitivities=self.request.sensitivities or self.work / _TABLES,
+            rounds=1,
+        )
+        first = run(once, partial(_tell_first_round, self.observe)).folder
+        found = self._measured(_TABLES_AGAIN, ids, at=first)
+        shutil.rmtree(first)
+        return found
+
+    def _write_reports(
+        self, folder: Path, outcome: RunReport, planned: Planned | None, prediction: Prediction | None
+    ) -> dict[str, Any]:
+        """Write plan.json and report.json, with the prediction next to the result; return the report."""
+        wish = self.request.wish
+        layers = {name: layer.plan for r in outcome.records if r.planned for name, layer in r.layers.items()}
+        plan = plan_json(recipe_json(wish.recipe), layers, self.request.outer)
+        promise = Promise(
+            folder_bytes(self.model.skeleton, folder, plan),
+            wish.budget_json,
+            None if planned is None else planned.spent,
+            {} if prediction is None else prediction.losses,
+            None if prediction is None else prediction.to_json(),
+        )
+        report = outcome.to_json(folder, promise)
+        write_reports(folder, plan, report, promise.folder_bytes, promised=wish.budget is not None)
+        return report
 
 
-def _given_out(
-    request: Request,
-    skeleton: Skeleton,
-    layers: Mapping[str, tuple[int, int]],
-    work: Path,
-    ids: torch.Tensor | None,
-    known: Sensitivities | None,
-    observe: Observer,
-) -> tuple[Sensitivities | None, Planned | None]:
-    """The budget's plan and the first round's tables, which what is predicted stays with: the law was measured for
-    them. (None, None) where the recipe or a plan file decides."""
-    wanted = request.wanted
-    if wanted.budget is None:
-        return known, None
-    if request.measures:
-        assert ids is not None
-        known = _tables(request, skeleton, work, ids, observe)
-    tables = known
-    if request.rounds == 2:
-        assert ids is not None
-        tables = _second_round(request, skeleton, work, ids, observe)
-    planner = open_planner(skeleton, wanted.recipe, layers, tables, outer=request.outer)
-    return known, planner.plan(wanted.budget, wanted.scope)
-
-
-def _tables(
-    request: Request, skeleton: Skeleton, work: Path, ids: torch.Tensor, observe: Observer, at: Path | None = None
-) -> Sensitivities:
-    """Measured once per run: a run that continues reads what it wrote. `at`: in this quantized checkpoint."""
-    path = work / (_TABLES if at is None else _TABLES_AGAIN)
-    if not path.is_file():
-        found = measure_sensitivities(
-            skeleton, request.wanted.recipe, ids, work, skip=request.skip, include_head=request.include_head,
-            seed=request.seed, observer=observe, at=at, device=request.device,
-        )  # fmt: skip
-        found.save(path)
-    return read_sensitivities(path)
-
-
-def _second_round(
-    request: Request, skeleton: Skeleton, work: Path, ids: torch.Tensor, observe: Observer
-) -> Sensitivities:
-    """Tables measured in the model that the first round's tables lead to."""
-
-    def retell(event: object) -> None:
-        if isinstance(event, Stage):
-            observe(Stage(f"first round: {event.text}"))
-        elif isinstance(event, BlockDone):
-            observe(Stage(f"first round: block {event.block + 1} of {event.blocks} is done"))
-
-    if (work / _TABLES_AGAIN).is_file():
-        return read_sensitivities(work / _TABLES_AGAIN)
-    once = replace(
-        request, calibration=work / _IDS, samples=len(ids), self_samples=0, seq_len=ids.shape[1], out=work / "first",
-        work_dir=None, sensitivities=request.sensitivities or work / _TABLES, rounds=1,
-    )  # fmt: skip
-    first = run(once, retell).folder
-    found = _tables(request, skeleton, work, ids, observe, at=first)
-    shutil.rmtree(first)
-    return found
-
-
-def _write_reports(
-    request: Request,
-    folder: Path,
-    skeleton: Skeleton,
-    records: list[dict[str, Any]],
-    report: dict[str, Any],
-    plans: Mapping[str, LayerPlan] | None,
-    known: Sensitivities | None,
-    planned: Planned | None,
-) -> None:
-    """plan.json and report.json, with what was predicted beside what came of it."""
-    plan_value = plan_to_json(recipe_json(request.wanted.recipe), records, request.outer)
-    losses: dict[str, float] = {}
-    predicted = None
-    if known is not None and plans is not None and known.method == "kfac":
-        losses = predicted_losses(known, plans, request.wanted.recipe)
-        predicted = prediction(losses, known, request.outer)
-    room = folder_bytes(skeleton, folder, plan_value)
-    spent = None if planned is None else planned.spent
-    add_prediction(report, request.wanted.values.get("budget"), spent, room, losses, predicted)
-    write_reports(folder, plan_value, report, room, promised=request.wanted.budget is not None)
+def _tell_first_round(observe: Observer, event: object) -> None:
+    """Report the events of the first of two rounds as stages."""
+    if isinstance(event, Stage):
+        observe(Stage(f"first round: {event.text}"))
+    elif isinstance(event, BlockDone):
+        observe(Stage(f"first round: block {event.block + 1} of {event.blocks} is done"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bitquilt import Result, UserError
+from bitquilt import Calibration, Result, UserError
 from bitquilt.data import calibration
 from bitquilt.data.calibration import describe_source, make_calibration
 from bitquilt.model.checkpoint import open_checkpoint
@@ -24,10 +24,7 @@ def sample(folder: Path, seed: int = 0, samples: int = 18, seq_len: int = 12) ->
     said: list[str] = []
     ids = make_calibration(
         open_checkpoint(folder),
-        "self",
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
+        Calibration(samples=samples, seq_len=seq_len, seed=seed),
         vocabulary=VOCAB,
         progress=said.append,
     )
@@ -112,10 +109,7 @@ def test_windows_of_a_file_depend_on_the_seed(make_model: Callable[..., Path], t
     def read(seed: int) -> Tensor:
         return make_calibration(
             open_checkpoint(make_model()),
-            token_file,
-            samples=3,
-            seq_len=16,
-            seed=seed,
+            Calibration(token_file, samples=3, seq_len=16, seed=seed),
             vocabulary=VOCAB,
             progress=lambda _: None,
         )
@@ -136,11 +130,14 @@ def test_a_source_is_described_by_its_content(token_file: Path, tmp_path: Path) 
 def test_own_sequences_stand_behind_those_of_the_text(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder, text = make_model(), tmp_path / "text.safetensors"
     write_tensors(text, {"input_ids": torch.arange(200).remainder(VOCAB)})
-    settings = {"seq_len": 12, "seed": 0, "vocabulary": VOCAB, "progress": lambda _text: None}
     checkpoint = open_checkpoint(folder)
-    alone = make_calibration(checkpoint, text, samples=5, **settings)
-    mixed = make_calibration(checkpoint, text, samples=5, self_samples=7, **settings)
-    own = make_calibration(checkpoint, "self", samples=7, **settings)
+
+    def read(calibration: Calibration) -> Tensor:
+        return make_calibration(checkpoint, calibration, vocabulary=VOCAB, progress=lambda _text: None)
+
+    alone = read(Calibration(text, samples=5, seq_len=12))
+    mixed = read(Calibration(text, samples=5, self_samples=7, seq_len=12))
+    own = read(Calibration(samples=7, seq_len=12))
     assert torch.equal(mixed, torch.cat([alone, own]))
 
 
@@ -162,6 +159,6 @@ def test_a_cache_that_grows_large_is_sampled_in_smaller_parts(
     each = checkpoint.model_config.cache_bytes(12)
     monkeypatch.setattr(calibration, "_CACHE_BYTES", 2 * each)
     said: list[str] = []
-    ids = make_calibration(checkpoint, "self", samples=5, seq_len=12, seed=0, vocabulary=VOCAB, progress=said.append)
+    ids = make_calibration(checkpoint, Calibration(samples=5, seq_len=12), vocabulary=VOCAB, progress=said.append)
     assert ids.shape == (5, 12)
     assert [text.split(": ")[1].split()[0] for text in said] == ["0", "2", "4"]

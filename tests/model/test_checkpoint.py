@@ -265,18 +265,21 @@ def test_weights_go_when_they_are_released(family: str, make_model: MakeModel) -
         return [name for name, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta]
 
     for _ in range(2):
-        skeleton.load("")
-        assert held()
-        assert not any(name.startswith(skeleton.blocks) for name in held())
-        skeleton.release_outer()
+        with skeleton.resident(""):
+            assert held()
+            assert not any(name.startswith(skeleton.blocks) for name in held())
         assert held() == []
     before = list(skeleton.model.modules())  # what a caller that looked at the layers goes on holding
-    template = skeleton.template(skeleton.blocks[0])
-    skeleton.load(skeleton.blocks[0])
-    assert held()
-    assert all(p.is_meta for module in before for p in module.parameters(recurse=False))
-    assert all(name.startswith(f"{skeleton.blocks[0]}.") for name in held())
-    skeleton.reset(skeleton.blocks[0], template)
+
+    def fail_in_the_block() -> None:
+        with skeleton.resident(skeleton.blocks[0]):
+            assert held()
+            assert all(p.is_meta for module in before for p in module.parameters(recurse=False))
+            assert all(name.startswith(f"{skeleton.blocks[0]}.") for name in held())
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fail_in_the_block()
     assert held() == []
 
 

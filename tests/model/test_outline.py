@@ -18,7 +18,7 @@ from bitquilt.model.outline import open_outline
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.model.ties import tied_layers
 from bitquilt.planning.plan_model import plan
-from bitquilt.planning.untouched import survey
+from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.stream.job import all_targets, head_path, shapes
 
 MakeModel = Callable[..., Path]
@@ -50,7 +50,7 @@ def facts(skeleton: Skeleton) -> dict[str, Any]:
         "tensors": own,
         "shapes": list(shapes(layers).items()),
         "ties": tied_layers(model, shapes(layers)),
-        "survey": survey(skeleton, layers),
+        "survey": untouched_tensors(skeleton, layers),
         "embedding": embedding_path(model),
         "tied": dict(model.all_tied_weights_keys),
     }

@@ -4,18 +4,21 @@ import math
 
 import pytest
 
-from bitquilt.planning.interaction import RANGE, perplexity_range, together
+from bitquilt.planning.interaction import RANGE, interaction_factors, perplexity_range
 
 
 def test_few_bits_lose_more_together_and_many_add_up():
-    factors = together(range(1, 9))
+    factors = interaction_factors(range(1, 9))
     assert factors == sorted(factors, reverse=True)
     assert len(set(factors[4:])) == 1
     assert 1.0 <= factors[4] < factors[3]
 
 
 def test_repaired_errors_add_up_to_less_at_every_width_alike():
-    shares = {round(a / b, 9) for a, b in zip(together(range(1, 9), True), together(range(1, 9)), strict=True)}
+    shares = {
+        round(a / b, 9)
+        for a, b in zip(interaction_factors(range(1, 9), True), interaction_factors(range(1, 9)), strict=True)
+    }
     assert len(shares) == 1
     assert shares.pop() < 1.0
 

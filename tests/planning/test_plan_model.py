@@ -20,13 +20,13 @@ from bitquilt.core.plan_file import OuterBits, PlanFile, plan_json, read_plan
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import open_skeleton
 from bitquilt.model.ties import tied_layers
-from bitquilt.planning import planner as planning
-from bitquilt.planning.planner import Planner, UnreachableError, predicted_losses
+from bitquilt.planning import search
+from bitquilt.planning.interaction import predicted_losses
+from bitquilt.planning.planner import Planned, Planner, UnreachableError
 from bitquilt.planning.sensitivities import Sensitivities, read_sensitivities
 from bitquilt.recipes import make_recipe, takes_option
 from bitquilt.request import wish
 from bitquilt.stream.job import all_targets, shapes
-from bitquilt.stream.run_report import recipe_json
 
 MakeModel = Callable[..., Path]
 Quantize = Callable[..., Result]
@@ -60,13 +60,23 @@ def measured(
     return make
 
 
-def planner(model: Path, path: Path | None, recipe: str = "slim-llm", **options: Any) -> Planner:
+class MeasuredPlanner(Planner):
+    """A planner that always plans by the same sensitivities."""
+
+    known: Sensitivities | None
+
+    def plan(self, budget: Budget, scope: Any = "global", known: Sensitivities | None = None) -> Planned:
+        return super().plan(budget, scope, known or self.known)
+
+
+def planner(model: Path, path: Path | None, recipe: str = "slim-llm", **options: Any) -> MeasuredPlanner:
     skeleton = open_skeleton(open_checkpoint(model))
     made: Any = make_recipe(recipe, **options_of(recipe))
     layers = shapes(all_targets(skeleton, (), False))
-    known = None if path is None else read_sensitivities(path)
     ties = tied_layers(skeleton.model, layers) if options.pop("tie", False) else []
-    return Planner(skeleton, made, recipe_json(made), layers, known, ties=ties)
+    found = MeasuredPlanner(skeleton, made, layers, ties=ties)
+    found.known = None if path is None else read_sensitivities(path)
+    return found
 
 
 # Plans
@@ -121,7 +131,7 @@ def test_a_width_that_few_channels_want_must_pay_for_its_tables(
     for bpw in (4.0, 5.0):
         found = made.plan(Budget("bpw", bpw))
         with monkeypatch.context() as context:
-            context.setattr(planning, "_FEW_UNITS", 0)
+            context.setattr(search, "_FEW_UNITS", 0)
             free = made.plan(Budget("bpw", bpw))
         assert found.spent <= bpw
         assert found.loss is not None
@@ -173,7 +183,7 @@ def test_layers_of_different_widths_cannot_be_tied(measured: Callable[..., tuple
     names = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
     layers = shapes(all_targets(skeleton, (), False))
     with pytest.raises(UserError, match=r"up_proj and .*down_proj are tied and have \[64, 96\] inputs"):
-        Planner(skeleton, recipe, recipe_json(recipe), layers, ties=[names])
+        Planner(skeleton, recipe, layers, ties=[names])
 
 
 def test_an_unreachable_budget_names_the_reach(measured: Callable[..., tuple[Path, Path]]) -> None:
@@ -223,9 +233,10 @@ def test_the_folder_takes_what_was_promised(
     report = result.report
     assert report["budget"]["bytes"] == report["folder_bytes"] == folder_bytes(result.folder)
     assert (report["budget"]["kind"], report["budget"]["target"]) == ("size", target)
+    assert found.planned.prediction is not None
     assert report["prediction"]["kl"] == pytest.approx(found.planned.loss)
     losses = {name: layer["predicted_loss"] for name, layer in report["layers"].items()}
-    assert losses == pytest.approx(found.planned.losses)
+    assert losses == pytest.approx(found.planned.prediction.losses)
     assert bitquilt.load(result.folder) is not None
 
 
@@ -419,7 +430,6 @@ def test_a_budget_counts_embedding_and_head_in_few_bits(
 
 def test_sensitivities_come_back_as_saved(measured: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     found = read_sensitivities(measured()[1])
-    assert found.method == "kfac"
     assert found.perplexity is not None
     assert found.perplexity > 1
     assert set(found.widths.values()) == {(1, 2, 3, 4, 5, 6, 7, 8)}
@@ -439,7 +449,7 @@ def test_files_that_are_no_sensitivities(measured: Callable[..., tuple[Path, Pat
     (tmp_path / "text").write_text("hello")
     shutil.copyfile(model / "model.safetensors", tmp_path / "weights")
     for name in ("cut", "text", "weights"):
-        with pytest.raises(UserError, match="no file of sensitivities, or damaged"):
+        with pytest.raises(UserError, match="not a file of sensitivities, or it is damaged"):
             read_sensitivities(tmp_path / name)
 
 
@@ -475,9 +485,9 @@ def test_tables_that_do_not_fit_the_layers(measured: Callable[..., tuple[Path, P
         ({k: v for k, v in found.losses.items() if k != name}, f"no table for {name}"),
         ({**found.losses, name: found.losses[name][:-1]}, "groups of 8; wanted 12 of 8"),
     ]:
-        Sensitivities(losses, {k: found.widths[k] for k in losses}, 8, "kfac", None).save(tmp_path / "bad")
+        Sensitivities(losses, {k: found.widths[k] for k in losses}, 8, None).save(tmp_path / "bad")
         with pytest.raises(UserError, match=message):
-            planner(model, tmp_path / "bad")
+            planner(model, tmp_path / "bad").plan(Budget("bpw", 5.0))
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-neox", "gemma3", "qwen3-moe", "bert"])

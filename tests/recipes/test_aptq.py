@@ -162,29 +162,30 @@ def test_the_head_takes_the_highest_width(make_model, quantize_tiny, tmp_path):
 
 def test_a_killed_run_looks_once(make_model, quantize_tiny, tmp_path, monkeypatch):
     """Stopped after the first block: what the first pass found is read, and the result is that of one run."""
-    from bitquilt.stream import first_pass as firstpass
-    from bitquilt.stream.activations import Flow
+    from bitquilt.stream import block, first_pass
+    from bitquilt.stream.hidden_states import CalibratedStates
 
     calls = []
-    original = firstpass.collect_gradients
+    original = first_pass.collect_gradients
 
     def counting(*args, **kwargs):
         calls.append(kwargs["hessian"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(firstpass, "collect_gradients", counting)
+    monkeypatch.setattr(first_pass, "collect_gradients", counting)
+    monkeypatch.setattr(block, "collect_gradients", counting)
     whole = quantize_tiny(make_model(), tmp_path / "whole", "aptq", bits=3)
     assert calls == [False, False, True, True]
-    real = Flow.drop
+    real = CalibratedStates.delete
 
-    def killed(flow, i):
-        real(flow, i)
+    def killed(states, i):
+        real(states, i)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Flow, "drop", killed)
+    monkeypatch.setattr(CalibratedStates, "delete", killed)
     with pytest.raises(KeyboardInterrupt):
         quantize_tiny(make_model(), tmp_path / "out", "aptq", bits=3)
-    monkeypatch.setattr(Flow, "drop", real)
+    monkeypatch.setattr(CalibratedStates, "delete", real)
     assert not list(tmp_path.glob("out.work/first-*"))
     calls.clear()
     result = quantize_tiny(make_model(), tmp_path / "out", "aptq", bits=3)

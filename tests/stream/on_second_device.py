@@ -12,7 +12,7 @@ import torch
 
 import bitquilt
 from bitquilt import api
-from bitquilt.stream import activations as flow
+from bitquilt.stream import hidden_states
 from tests.devices import DEVICE, SecondDevice
 
 COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # three layers: it is Python all the way down
@@ -21,7 +21,7 @@ COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # thr
 def main(model: str, tokens: str, out: str, *asked: str) -> None:
     torch.set_num_threads(1)
     api.choose_device = lambda _name: DEVICE
-    flow.stays_on_device = lambda nbytes, device: device == DEVICE
+    hidden_states.stays_on_device = lambda nbytes, device: device == DEVICE
     for name, options in zip(asked[::2], asked[1::2], strict=True):
         with SecondDevice() as there:
             bitquilt.quantize(model, name, tokens, Path(out) / name, **COMMON, **json.loads(options))

@@ -1,4 +1,4 @@
-"""Blocks on another device: nothing is left on the host by mistake, the next block is read ahead."""
+"""Blocks on another device: nothing is left on the host by mistake, the next block is prefetched."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ import transformers
 import bitquilt
 from bitquilt import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
-from bitquilt.model.structure import open_skeleton
+from bitquilt.model.structure import linear_layers, open_skeleton
 from bitquilt.recipes import make_recipe
-from bitquilt.stream import model_training as tune
+from bitquilt.stream import model_training
 from bitquilt.stream.devices import choose_device, stays_on_device, to_device
-from bitquilt.stream.prefetch import Blocks, open_blocks
+from bitquilt.stream.job import Job
+from bitquilt.stream.prefetch import BlockReader, open_blocks
 
 CPU = torch.device("cpu")
 COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # as in tests.stream.on_second_device
@@ -63,21 +65,22 @@ def test_a_device_too_small_to_train_a_model_is_refused_first(make_model, token_
     model, gpu = make_model("llama"), torch.device("cuda", 0)
     wanted = bitquilt.plan(model, "quilt", effort="best", bits=2, seq_len=8).summary["estimate"]["training_bytes"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted - 1 if device == gpu else wanted)
+    monkeypatch.setattr(model_training, "free_bytes", lambda device: wanted - 1 if device == gpu else wanted)
     asked = {"out": tmp_path / "out", "device": "cuda", "effort": "best", "bits": 2, "seq_len": 8}
     takes = f"takes {wanted / 1e9:.1f} GB and .* of cuda:0's memory are free; effort=normal .*, in 0.0 GB; or the host"
     with pytest.raises(UserError, match=takes):
         bitquilt.quantize(model, "quilt", token_file, **asked)
-    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted - 1)
+    monkeypatch.setattr(model_training, "free_bytes", lambda device: wanted - 1)
     with pytest.raises(UserError, match=r"in 0\.0 GB$"):  # nor does the host fit
         bitquilt.quantize(model, "quilt", token_file, **asked)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(tune, "free_bytes", lambda device: wanted if device == gpu else 0)
-    skeleton, recipe = skeleton_of(model), make_recipe("quilt", effort="best", bits=2)
+    monkeypatch.setattr(model_training, "free_bytes", lambda device: wanted if device == gpu else 0)
+    skeleton, recipe = open_skeleton(open_checkpoint(model)), make_recipe("quilt", effort="best", bits=2)
     shapes = {"model.layers.0.mlp.up_proj": (32, 32)}
-    tune.check_memory(recipe, skeleton, shapes, 8, gpu)
+    memory = model_training.TrainingMemory(recipe, skeleton, shapes, 8)
+    memory.check(gpu)
     with pytest.raises(UserError, match="memory are free"):
-        tune.check_memory(recipe, skeleton, shapes, 8)
+        memory.check()
 
 
 def test_where_a_model_is_loaded(make_quantized, monkeypatch):
@@ -137,13 +140,19 @@ def test_a_run_on_another_device_writes_the_same_bytes(make_model, token_file, t
             )
 
 
-def skeleton_of(folder: Path):
-    return open_skeleton(open_checkpoint(folder))
+def job_of(folder: Path) -> Job:
+    skeleton = open_skeleton(open_checkpoint(folder))
+    return Job(skeleton=skeleton, recipe=make_recipe("rtn"), folder=folder)
+
+
+def weights(reader: BlockReader, i: int) -> dict[str, torch.Tensor]:
+    with reader.open(i) as block:
+        return {name: value.clone() for name, value in block.module.state_dict().items()}
 
 
 def test_the_next_block_is_read_while_this_one_is_computed(make_model, monkeypatch):
-    skeleton = skeleton_of(make_model("llama", num_hidden_layers=3))
-    plain = [{k: v.clone() for k, v in Blocks(skeleton, CPU).load(i).state_dict().items()} for i in range(3)]
+    job = job_of(make_model("llama", num_hidden_layers=3))
+    plain = [weights(BlockReader(job), i) for i in range(3)]
     readers: list[str] = []
     second = threading.Event()
     original = Checkpoint.read
@@ -155,22 +164,22 @@ def test_the_next_block_is_read_while_this_one_is_computed(make_model, monkeypat
         return original(self, names)
 
     monkeypatch.setattr(Checkpoint, "read", read)
-    skeleton = skeleton_of(make_model("llama", num_hidden_layers=3))
-    blocks = Blocks(skeleton, CPU, ahead=True)
+    reader = BlockReader(job_of(make_model("llama", num_hidden_layers=3)), prefetch=True)
     for i in range(3):
-        block = blocks.load(i)
-        if i == 0:  # nobody asked for the second block yet
-            assert second.wait(timeout=30)
-        assert all(torch.equal(plain[i][k], v) for k, v in block.state_dict().items())
-    blocks.close()
+        with reader.open(i) as block:
+            if i == 0:  # nobody asked for the second block yet
+                assert second.wait(timeout=30)
+            assert all(torch.equal(plain[i][k], v) for k, v in block.module.state_dict().items())
+            assert set(block.linears) == {f"{block.path}.{name}" for name in linear_layers(block.module)}
+    reader.close()
     assert readers[0] == "MainThread"
     assert len(readers) == 3
     assert all(name.startswith("next-block") for name in readers[1:])
 
 
-def test_an_error_while_reading_ahead_belongs_to_its_block(make_model, monkeypatch):
-    skeleton = skeleton_of(make_model("llama"))
-    bad = skeleton.sources[skeleton.blocks[1]]
+def test_an_error_while_prefetching_belongs_to_its_block(make_model, monkeypatch):
+    job = job_of(make_model("llama"))
+    bad = job.skeleton.sources[job.skeleton.blocks[1]]
     original = Checkpoint.read
 
     def read(self, names):
@@ -179,15 +188,15 @@ def test_an_error_while_reading_ahead_belongs_to_its_block(make_model, monkeypat
         return original(self, names)
 
     monkeypatch.setattr(Checkpoint, "read", read)
-    blocks = Blocks(skeleton, CPU, ahead=True)
-    blocks.load(0)
+    reader = BlockReader(job, prefetch=True)
+    weights(reader, 0)
     with pytest.raises(UserError, match="is damaged"):
-        blocks.load(1)
-    blocks.close()
+        weights(reader, 1)
+    reader.close()
 
 
 def test_an_interruption_waits_for_the_reader_and_forgets_it(make_model, monkeypatch):
-    skeleton = skeleton_of(make_model("llama"))
+    job = job_of(make_model("llama"))
     reading, go = threading.Event(), threading.Event()
     original = Checkpoint.read
 
@@ -198,11 +207,10 @@ def test_an_interruption_waits_for_the_reader_and_forgets_it(make_model, monkeyp
         return original(self, names)
 
     monkeypatch.setattr(Checkpoint, "read", read)
-    monkeypatch.setattr(Blocks, "__init__", with_ahead(Blocks.__init__))
+    monkeypatch.setattr(BlockReader, "__init__", partialmethod(BlockReader.__init__, prefetch=True))
 
     def interrupted(other):
-        with open_blocks(skeleton, CPU) as blocks:
-            blocks.load(0)
+        with open_blocks(job) as reader, reader.open(0):
             assert reading.wait(timeout=30)
             other.submit(go.set)
             raise KeyboardInterrupt
@@ -210,16 +218,11 @@ def test_an_interruption_waits_for_the_reader_and_forgets_it(make_model, monkeyp
     with ThreadPoolExecutor(1) as other, pytest.raises(KeyboardInterrupt):
         interrupted(other)
     assert not any(t.name.startswith("next-block") and t.is_alive() for t in threading.enumerate())
-
-
-def with_ahead(original):
-    return lambda self, skeleton, device: original(self, skeleton, device, ahead=True)
+    assert all(parameter.is_meta for parameter in job.skeleton.model.model.layers.parameters())
 
 
 def test_blocks_out_of_order_are_read_when_asked_for(make_model):
-    skeleton = skeleton_of(make_model("llama", num_hidden_layers=3))
-    blocks = Blocks(skeleton, CPU, ahead=True)
-    first = blocks.load(0).state_dict()
-    third = blocks.load(2).state_dict()
+    reader = BlockReader(job_of(make_model("llama", num_hidden_layers=3)), prefetch=True)
+    first, third = weights(reader, 0), weights(reader, 2)
     assert not torch.equal(first["mlp.up_proj.weight"], third["mlp.up_proj.weight"])
-    blocks.close()
+    reader.close()

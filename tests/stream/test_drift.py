@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bitquilt
+from bitquilt import UserError
 from bitquilt.core.events import BlockDone
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes.gptq import GPTQ
-from bitquilt.stream.drift import Stage, beside, collect_pairs, find_stages, observe_pass
+from bitquilt.stream.drift import InputStage, beside, collect_pairs, find_stages, observe_pass
 
 REPAIRING = {"recipe": "gptq", "bits": 2, "alpha": 0.5, "stream_alpha": 0.5, "group_order": True}
 
@@ -119,7 +120,7 @@ def test_streams_are_found_by_looking(
 ) -> None:
     found: dict[str, str] = {}
 
-    def watching(*args: Any) -> list[Stage]:
+    def watching(*args: Any) -> list[InputStage]:
         stages = find_stages(*args)
         for stage in stages:
             found.update(stage.taps)
@@ -187,7 +188,7 @@ def test_a_pass_stops_when_everything_has_been_seen() -> None:
     passed: list[int] = []
     block[1].register_forward_hook(lambda *_: passed.append(1))
     with torch.no_grad():
-        seen = observe_pass(block, Stage(("0",), True, {}), lambda: block(x))
+        seen = observe_pass(block, InputStage(("0",), True, {}), lambda: block(x))
     assert torch.equal(seen.inputs["0"], x[0])
     assert passed == []
 
@@ -196,7 +197,7 @@ def test_shards_of_pairs_add_up_and_nan_names_the_layer() -> None:
     block = nn.Sequential(nn.Linear(4, 6, bias=False))
     other = beside(block)
     assert other[0].weight is block[0].weight
-    stage = Stage(("0",), True, {})
+    stage = InputStage(("0",), True, {})
     x, full = torch.randn(2, 4, 5, 4, generator=torch.Generator().manual_seed(0))
 
     def stats(rows: slice) -> LayerStats:
@@ -212,5 +213,5 @@ def test_shards_of_pairs_add_up_and_nan_names_the_layer() -> None:
     with pytest.raises(ValueError, match="one of the shards has no drift"):
         _ = whole + LayerStats(whole.hessian, 20)
     full[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="the input of layer 0 holds NaN"):
+    with pytest.raises(UserError, match="the input of layer 0 holds NaN"):
         stats(slice(0, 4))

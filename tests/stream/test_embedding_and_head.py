@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 import bitquilt
 from bitquilt.model.embedding import QuantizedEmbedding, SharedHead
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.stream import activations as flow
-from bitquilt.stream import loop as stream
+from bitquilt.stream import hidden_states, loop
 
 SETTINGS = {"samples": 6, "seq_len": 16, "bits": 3, "group_size": 8}
 
@@ -113,7 +112,7 @@ def test_interrupted_runs_give_the_same_bytes_and_the_plan_replays(
     def interrupt(*_):
         raise Interrupted
 
-    for module, name in ((flow, "check_order"), (stream, "quantize_block"), (stream, "finish")):
+    for module, name in ((hidden_states, "learn_calls"), (loop, "quantize_block"), (loop, "_write_logits")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
             with pytest.raises(Interrupted):
@@ -136,7 +135,7 @@ def test_what_cannot_be_done_is_refused_before_anything_happens(make_model, ids,
         bitquilt.quantize(make_model("gemma3"), "rtn", ids, tmp_path / "out", embedding_bits=8, **SETTINGS)
     with pytest.raises(bitquilt.UserError, match="head bits is 1; wanted 2 to 8"):
         bitquilt.quantize(make_model("llama"), "rtn", ids, tmp_path / "out", head_bits=1, **SETTINGS)
-    with pytest.raises(bitquilt.UserError, match="leave out --head-bits, give --embedding-bits: it rounds both"):
+    with pytest.raises(bitquilt.UserError, match="leave out --head-bits, or give --embedding-bits, which rounds both"):
         bitquilt.quantize(make_model("llama-tied-bias"), "rtn", ids, tmp_path / "out", head_bits=6, **SETTINGS)
     with pytest.raises(bitquilt.UserError, match=r"--include-head leaves the head lm_head .* give one of them"):
         bitquilt.quantize(make_model("llama"), "rtn", ids, tmp_path / "out", head_bits=6, include_head=True, **SETTINGS)

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import bitquilt
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.stream import loop as stream
+from bitquilt.stream import loop
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_a_run_interrupted_before_the_head_gives_the_same_bytes(untied, ids, tmp
     def interrupt(*_):
         raise Interrupted
 
-    for name in ("_head", "_quantized_head"):
+    for name in ("_quantize_head", "put_head"):
         with monkeypatch.context() as patch:
-            patch.setattr(stream, name, interrupt)
+            patch.setattr(loop, name, interrupt)
             with pytest.raises(Interrupted):
                 bitquilt.quantize(untied, "slim-llm", ids, tmp_path / "resumed", **settings)
     bitquilt.quantize(untied, "slim-llm", ids, tmp_path / "resumed", **settings)

@@ -208,7 +208,7 @@ def test_another_text_in_the_same_file_is_another_run(
 def test_another_version_is_another_run(
     begun: Path, source: Path, quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitquilt.stream.run_report.__version__", "99.0")
+    monkeypatch.setattr("bitquilt.run.__version__", "99.0")
     with pytest.raises(UserError, match=rf"version was '{bitquilt.__version__}', now it is '99.0'"):
         run(quantize_tiny, source, begun)
 
@@ -356,7 +356,7 @@ def test_every_copy_of_the_activations_counts(
     """A pass before the first block, or a full-precision model beside, keeps more than a block's inputs and outputs."""
     usage = shutil.disk_usage(tmp_path)
     one_short = copies * 4 * 6 * 16 * 32 - 1
-    monkeypatch.setattr("bitquilt.stream.devices.shutil.disk_usage", lambda _: usage._replace(free=one_short))
+    monkeypatch.setattr("bitquilt.stream.workdir.shutil.disk_usage", lambda _: usage._replace(free=one_short))
     with pytest.raises(UserError, match=r"activations need .* are free"):
         run(quantize_tiny, source, tmp_path / "out", recipe=recipe)
 
@@ -374,7 +374,7 @@ def test_activations_of_an_interrupted_run_count_as_space(
     """What the run needs is partly on the disk already when it comes back."""
     need = 2 * 4 * 6 * 16 * 32
     usage = shutil.disk_usage(begun.parent)
-    monkeypatch.setattr("bitquilt.stream.devices.shutil.disk_usage", lambda _: usage._replace(free=need // 2))
+    monkeypatch.setattr("bitquilt.stream.workdir.shutil.disk_usage", lambda _: usage._replace(free=need // 2))
     assert run(quantize_tiny, source, begun).folder == begun
 
 
@@ -402,7 +402,7 @@ def test_a_damaged_checkpoint_is_found_before_it_is_published(
                 tensors = {**tensors, name: tensor ^ 1}
         real(path, tensors)
 
-    monkeypatch.setattr("bitquilt.stream.block.write_tensors", flipping)
+    monkeypatch.setattr("bitquilt.stream.layers.write_tensors", flipping)
     with pytest.raises(bitquilt.VerificationError, match=r"logits differ by"):
         run(quantize_tiny, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

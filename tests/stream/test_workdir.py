@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from torch import nn
 from bitquilt import UserError
 from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import (
-    Activations,
-    check_fingerprint,
-    discard,
+    ActivationFile,
+    Fingerprint,
+    check_disk,
+    delete_workdir,
     full_disk_is_an_error,
     open_workdir,
-    read_mark,
+    read_fingerprint,
     read_tensors,
     write_json,
     write_tensors,
@@ -52,7 +54,7 @@ def test_tensors_come_back_as_they_went(tmp_path: Path) -> None:
 
 def test_activations_are_read_as_they_were_written(tmp_path: Path) -> None:
     values = torch.randn(5, 3, 4)
-    activations = Activations.create(tmp_path / "tmp", (5, 3, 4))
+    activations = ActivationFile.create(tmp_path / "tmp", (5, 3, 4))
     for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
         activations.write(rows, values[rows].to(torch.float64))
     activations = activations.commit(tmp_path / "done.f32")
@@ -65,7 +67,7 @@ def test_activations_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", {"seed": 0}):
+    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", Fingerprint({"seed": 0})):
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
 
@@ -77,11 +79,11 @@ def test_half_written_files_are_dropped_and_finished_ones_kept(tmp_path: Path) -
         (work / ".activations.tmp").write_bytes(b"half")
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", {"seed": 0}) as work:
+    with pytest.raises(RuntimeError, match="stop"), open_workdir(tmp_path / "work", Fingerprint({"seed": 0})) as work:
         work_and_stop(work)
     names = {path.name for path in (tmp_path / "work").iterdir()}
     assert names - {".lock"} == {"block-00000.json", "fingerprint.json"}
-    assert read_mark(tmp_path / "work") == {"seed": 0}
+    assert read_fingerprint(tmp_path / "work") == Fingerprint({"seed": 0})
 
 
 def test_a_killed_run_that_did_nothing_stands_in_no_ones_way(tmp_path: Path) -> None:
@@ -89,8 +91,8 @@ def test_a_killed_run_that_did_nothing_stands_in_no_ones_way(tmp_path: Path) -> 
     work.mkdir()
     write_json(work / "fingerprint.json", {"seed": 0})
     (work / ".calibration.safetensors.tmp").write_bytes(b"half")
-    with open_workdir(work, {"seed": 1}):
-        assert read_mark(work) == {"seed": 1}
+    with open_workdir(work, Fingerprint({"seed": 1})):
+        assert read_fingerprint(work) == Fingerprint({"seed": 1})
 
 
 def test_discarding_keeps_the_mark_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,21 +108,32 @@ def test_discarding_keeps_the_mark_to_the_last(tmp_path: Path, monkeypatch: pyte
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", recording)
-    discard(work)
+    delete_workdir(work)
     assert order == ["block-00000.json", "fingerprint.json"]
     assert not work.exists()
-    assert read_mark(work) is None
+    assert read_fingerprint(work) is None
 
 
 def test_the_first_difference_is_named_on_both_sides(tmp_path: Path) -> None:
-    there, here = {"a": {"b": 1, "c": None}, "long": "x" * 200}, {"a": {"b": 1, "c": [2]}, "long": "x" * 200}
-    check_fingerprint(tmp_path, there, there)
+    there, here = {"a": {"b": 1, "c": None}, "long": "x" * 200}, {"a": {"b": 1, "c": (2,)}, "long": "x" * 200}
+
+    def check(one: dict[str, object]) -> None:
+        Fingerprint(one).check_same(tmp_path, Fingerprint(there))
+
+    check(there)
     with pytest.raises(UserError, match=r"a\.c was not set, now it is \[2\]"):
-        check_fingerprint(tmp_path, there, here)
+        check(here)
     with pytest.raises(UserError, match=r"a\.d was not set, now it is 3"):
-        check_fingerprint(tmp_path, there, {**there, "a": {**there["a"], "d": 3}})
+        check({**there, "a": {"b": 1, "c": None, "d": 3}})
     with pytest.raises(UserError, match=r"long was 'x{76}\.\.\., now"):
-        check_fingerprint(tmp_path, there, {**there, "long": "y"})
+        check({**there, "long": "y"})
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_disk(tmp_path, free // 2, "the inputs")
+    with pytest.raises(UserError, match=rf"the inputs need [\d.]+ GB in {tmp_path}, .* give --work-dir on"):
+        check_disk(tmp_path, 2 * free, "the inputs")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -190,6 +203,6 @@ def test_statistics_that_are_not_asked_for_are_not_made() -> None:
 def test_inputs_that_are_no_numbers_name_the_layer_and_leave_no_hooks() -> None:
     model, x = Pair(), torch.randn(2, 3, 4)
     x[1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match="the input of layer one holds NaN or Inf"):
+    with pytest.raises(UserError, match="the input of layer one holds NaN or Inf"):
         _collect(model, x, 1)
     assert not any(module._forward_pre_hooks for module in model.children())

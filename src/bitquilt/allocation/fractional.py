@@ -1,4 +1,4 @@
-"""Bits per channel for a fractional mean: `fractional_bits` and `spread_bits` rank channels by activation norm.
+"""Bits per channel for a fractional mean: `spread_bits` ranks channels by activation norm.
 
 CMPQ (arXiv 2410.13056, section 3.1): channels with a larger norm get more bits. Two adjacent widths reach every mean
 exactly. `largest_within` finds the largest sum of bits that an exact size allows. Pure Python, no tensors.
@@ -12,30 +12,20 @@ from bitquilt.core.types import MAX_BITS, MIN_BITS
 FULL_PALETTE = tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
-def fractional_bits(
-    norms: Sequence[float], bits: float, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
-) -> tuple[int, ...]:
-    """Return bits per channel that sum to round(bits * channels), larger norms first; the earlier wins a tie.
-
-    `swap`: the share of channels with the largest norms that gets one bit more; as many with the smallest norms get one
-    bit less. Raises ValueError if the palette has a hole, `bits` or a swapped width is outside it, or a norm is not
-    finite.
-    """
-    check_budget(bits, palette)
-    return spread_bits(norms, round(bits * len(norms)), swap, palette)
-
-
 def spread_bits(
     norms: Sequence[float], total: int, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
 ) -> tuple[int, ...]:
-    """Return bits per channel as `fractional_bits` does, for a given sum of bits."""
+    """Return bits per channel that sum to `total`, larger norms first; the earlier channel wins a tie.
+
+    `swap`: the share of channels with the largest norms that gets one bit more; as many with the smallest norms get one
+    bit less. Raises ValueError if a width is outside the palette or a norm is not finite.
+    """
     count = len(norms)
     for channel, norm in enumerate(norms):
         if not math.isfinite(norm):
             raise ValueError(f"the activation norm of channel {channel} is {norm}; wanted a finite number")
     if not 0 <= swap <= 0.5:
         raise ValueError(f"swap is {swap}; wanted a share of the channels from 0 to 0.5")
-    # rounding the sum, not the mean, makes 2.9999999 bits 3 everywhere
     low, higher = divmod(total, count)
     bits = [low] * count
     order = sorted(range(count), key=lambda j: -norms[j])

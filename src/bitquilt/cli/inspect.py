@@ -19,7 +19,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD
 from bitquilt.model.outline import open_outline
-from bitquilt.planning.untouched import survey
+from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.recipes import RECIPES
 from bitquilt.report.evaluation import fp16_bytes, model_size
 from bitquilt.report.facts import LayerFacts, items, read_facts, section
@@ -103,7 +103,7 @@ def _layer(layer: LayerFacts) -> dict[str, Any]:
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
     skeleton = open_outline(checkpoint)
     targets = all_targets(skeleton, (), include_head=False)
-    untouched = survey(skeleton, targets)
+    untouched = untouched_tensors(skeleton, targets)
     stored = {name: checkpoint.tensors[source] for source, name in skeleton.parameters.items()}
     size = model_size(checkpoint.folder)
     layers = {}

@@ -29,7 +29,8 @@ from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_
 from bitquilt.cli.progress import watching
 from bitquilt.cli.quantize import chosen
 from bitquilt.errors import UserError
-from bitquilt.planning.plan_model import Outlook, measure_model
+from bitquilt.planning.forecast import Forecast
+from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions
@@ -98,7 +99,7 @@ def plan(
                 )  # fmt: skip
         used = path if sensitivities is not None or path.is_file() else None
 
-        def outlook(known: Path | None) -> Outlook:
+        def outlook(known: Path | None) -> Forecast:
             return run(
                 model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
                 sensitivities=known, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
@@ -153,7 +154,7 @@ def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
     }
 
 
-def _print(found: Outlook, then: str | None) -> None:
+def _print(found: Forecast, then: str | None) -> None:
     """`then`: the command that quantizes by the plan that was written."""
     value = found.summary
     shown = value["layers"].values()
@@ -196,7 +197,7 @@ def _print(found: Outlook, then: str | None) -> None:
         stdout.print(f"  [cyan]{escape(then)}[/]", soft_wrap=True)
 
 
-def _unmeasured(found: Outlook) -> str:
+def _unmeasured(found: Forecast) -> str:
     """Who gives the bits out, where this plan only says what they take."""
     name = found.wish.recipe.name
     if found.wish.budget is not None:

@@ -41,11 +41,11 @@ from bitquilt.cli.output import (
 )
 from bitquilt.cli.progress import watching
 from bitquilt.core.budget import Budget
-from bitquilt.core.plan_file import read_plan
+from bitquilt.core.plan_file import PlanFile, read_plan
 from bitquilt.errors import UserError
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
 from bitquilt.report.evaluation import fp16_bytes
-from bitquilt.request import Wish, wish, wish_for_plan
+from bitquilt.request import Wish, wish
 
 
 def quantize(
@@ -114,13 +114,14 @@ def quantize(
     """Quantize a model, block by block. Interrupted, the same command continues; finished, it says so."""
     budget = size_budget(bits, bpw, size, vram, ctx)
     asked = [*(settings or []), *([f"effort={effort}"] if effort is not None else [])]
-    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget, plan)
+    file = None if plan is None else read_plan(plan)
+    wanted = chosen(recipe, bits, bpw, group_size, published, asked, allocation, budget, file)
     with calm(quiet), watching(quiet) as observer:
         try:
             result = run(
                 model, wanted.recipe, calibration, out, samples=samples, self_samples=self_samples, seq_len=seq_len,
                 seed=seed, batch_size=batch_size, work_dir=work_dir, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, head_bits=head_bits, plan=plan, budget=wanted.budget,
+                embedding_bits=embedding_bits, head_bits=head_bits, plan=file, budget=wanted.budget,
                 scope=wanted.scope if wanted.budget else None, sensitivities=sensitivities, rounds=rounds,
                 device=device,
                 observer=observer,
@@ -156,12 +157,11 @@ def chosen(
     settings: list[str],
     allocation: str | None,
     budget: Budget | None,
-    plan: Path | None = None,
+    plan: PlanFile | None = None,
 ) -> Wish:
     """Recipe, budget and scope from the flags, or from a plan where they leave it to that. Raises UserError for flags
     that do not go together."""
-    made_for = None if plan is None else read_plan(plan).recipe
-    name = recipe or (made_for or {}).get("name") or "slim-llm"
+    name = recipe or ({} if plan is None else plan.recipe).get("name") or "slim-llm"
     fractions = takes_fractions(name)
     if group_size is not None and fractions and not takes_option(name, "group_size"):
         raise UserError(f"recipe {name} has no groups of columns to size; leave out --group-size")
@@ -178,9 +178,7 @@ def chosen(
         options[key] = value
     if "name" in options:  # a recipe's name is no field of it
         raise UserError(f"recipe {name} has no option 'name'; choose the recipe with --recipe")
-    if made_for is not None:
-        return wish_for_plan(made_for, recipe, options, budget, split.get("scope"))
-    return wish(name, options, budget, split.get("scope"))
+    return wish(name if plan is None else recipe, options, budget, split.get("scope"), plan)
 
 
 def _as_json(result: Result) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""plan.json, the record of where the bits went: `read_plan`, `plan_json`, `plan_to_json` and `check_plan`.
+"""plan.json, the record of where the bits went: `read_plan`, `plan_json` and `check_plan`.
 
     {"recipe": {"name": "slim-llm", "bits": 2, ...},
      "layers": {"model.layers.0.mlp.up_proj": {"group_size": 32, "bits": "1223222..."}, ...},
@@ -83,25 +83,10 @@ class PlanFile(BaseModel):
 
 
 def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: OuterBits) -> dict[str, Any]:
-    """Content of the file before a run; `plan_to_json` makes the same after one."""
+    """Content of the file for these plans by module path."""
     layers = {
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
-    return _content(recipe, layers, outer)
-
-
-def plan_to_json(recipe: Mapping[str, Any], records: list[dict[str, Any]], outer: OuterBits) -> dict[str, Any]:
-    """Content of the file after a run, from the records of its blocks."""
-    layers = {
-        name: {"group_size": entry["group_size"], "bits": entry["bits"]}
-        for record in records
-        if record.get("planned", True)
-        for name, entry in record["layers"].items()
-    }
-    return _content(recipe, layers, outer)
-
-
-def _content(recipe: Mapping[str, Any], layers: dict[str, Any], outer: OuterBits) -> dict[str, Any]:
     found: dict[str, Any] = {"recipe": dict(recipe), "layers": layers}
     found |= {f"{name}_bits": bits for name, bits in outer.given.items()}
     return dict(json.loads(json.dumps(found)))
@@ -119,11 +104,13 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
         plan = plans[name]
         if (plan.group_size == 1) != channels:
             wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
-            raise UserError(f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}")
+            raise UserError(
+                f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; plan again with this recipe"
+            )
         if len(plan.bits) != len(plan.widths(width)):
             raise UserError(
                 f"the plan's entry {name} gives {len(plan.bits)} groups of {plan.group_size} columns for {width} "
-                f"inputs; wanted {len(plan.widths(width))}"
+                f"inputs; wanted {len(plan.widths(width))} groups; plan again for this model"
             )
     if unknown := sorted(plans.keys() - shapes.keys()):
         raise UserError(
@@ -140,7 +127,9 @@ def read_plan(path: str | Path) -> PlanFile:
         found._sha256 = hashlib.sha256(data).hexdigest()
         return found
     except OSError as error:
-        raise UserError(f"cannot read the plan {path}: {error.strerror}") from None
+        raise UserError(
+            f"cannot read the plan {path}: {error.strerror}; `bitquilt plan MODEL --out FILE` writes one"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the plan {path} is not JSON: {error}") from None
     except ValidationError as error:

@@ -51,7 +51,7 @@ class Needs:
 
     def __post_init__(self) -> None:
         if self.stream_drift and not self.drift:
-            raise ValueError("needs ask for stream_drift without drift; both are measured together: ask for both")
+            raise ValueError("stream_drift is measured together with drift, which is not asked for; set both")
 
     @property
     def calibration(self) -> bool:
@@ -92,23 +92,18 @@ class Recipe(Protocol):
     @property
     def needs(self) -> Needs:
         """Statistics that calibration collects."""
-        ...
 
     def prepare(self, stats: LayerStats | None) -> Any:
         """Do the work that all layers with this input share, such as factoring the Hessian."""
-        ...
 
     def measure(self, layer: Layer, prepared: Any) -> Cost:
         """Return candidate plans for the layer and the loss of each."""
-        ...
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
         """Choose a plan; no tensors."""
-        ...
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
         """Solve the layer with the chosen plan."""
-        ...
 
 
 @runtime_checkable
@@ -118,11 +113,9 @@ class TrainsBlocks(Protocol):
     @property
     def train_batch(self) -> int:
         """Samples per training step, a power of two; 0 switches training off."""
-        ...
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train the block. Raises ValueError if it cannot be trained."""
-        ...
 
 
 @runtime_checkable
@@ -132,20 +125,16 @@ class TunesModel(Protocol):
     @property
     def tune_batch(self) -> int:
         """Samples per tuning step, a power of two; 0 switches tuning off."""
-        ...
 
     @property
     def tune_bytes(self) -> int:
         """Bytes of memory that tuning takes per quantized weight, in addition to the training of one block."""
-        ...
 
     def keep(self, solution: Solution) -> dict[str, Tensor]:
         """Return the tensors of a solved layer that tuning needs and the checkpoint does not store."""
-        ...
 
     def tune(self, problem: ModelProblem) -> TrainedLayers:
         """Train the model. Raises ValueError if it cannot be trained."""
-        ...
 
 
 @runtime_checkable
@@ -154,7 +143,6 @@ class ChecksLayers(Protocol):
 
     def check_layers(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError naming the first layer that the recipe cannot quantize; `shapes`: `[out, in]` by path."""
-        ...
 
 
 @runtime_checkable
@@ -164,23 +152,18 @@ class Plannable(Recipe, Protocol):
     @property
     def plan_terms(self) -> PlanTerms:
         """How the recipe takes part in a plan."""
-        ...
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """Code widths that a plan may use in a layer with `out_features` rows, ascending."""
-        ...
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """Layout that `quantize` will store for `plan`. Only the type of scales outside float16's range may differ."""
-        ...
 
     def rounded(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
         """Round every group of the weight `[out, in]` at `bits` without compensation: fast, for loss tables."""
-        ...
 
     def column_cost(self, layer: Layer, prepared: Any) -> Tensor:
         """Cost at the layer's output of a unit squared error in each column, per token `[in]`."""
-        ...
 
 
 @runtime_checkable
@@ -190,11 +173,9 @@ class RoundsInputs(Plannable, Protocol):
 
     def column_order(self, layer: Layer, prepared: Any) -> Tensor:
         """Columns `[in]` in the order in which the groups of a plan hold them."""
-        ...
 
     def input_error(self, layer: Layer, prepared: Any, bits: int) -> Tensor:
         """Mean squared rounding error of each input column `[in]` at `bits`: E[(x_j - Q(x_j))^2]."""
-        ...
 
 
 @runtime_checkable
@@ -203,8 +184,6 @@ class PlansModel(Protocol):
 
     def sense(self, layer: Layer, trace: float) -> dict[str, float]:
         """Return the numbers that `plan_model` needs of a layer; `trace`: trace of its sub-block's output Hessian."""
-        ...
 
     def plan_model(self, sensed: Mapping[str, Mapping[str, float]]) -> dict[str, LayerPlan]:
         """Return a plan for each layer; no tensors. Raises ValueError if the budget cannot be met."""
-        ...

@@ -1,10 +1,11 @@
-"""Which token ids does a run calibrate on? make_calibration(source, ...) -> int64 [samples, tokens].
+"""`make_calibration` returns the token ids that a run calibrates on, int64 `[samples, tokens]`.
 
-`self`, the default, lets the full-precision model write its own text by seeded sampling: nothing to download, and
-the text is in every language and format the model knows.
+The default source, `self`, lets the full-precision model write its own text by seeded sampling. Nothing has to be
+downloaded, and the text has every language and format that the model knows.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from bitquilt.core.settings import SELF, Calibration
 from bitquilt.data.documents import check_source, content_hash
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.errors import UserError
@@ -19,61 +21,63 @@ from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.model.transformers_logging import quiet_transformers
 
-SELF = "self"
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
 # a token of a small model takes as long for 256 sequences as for 32.
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
 
 
-def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | None]:
-    """A sequence length the model can take, and a notice if it is not the one asked for."""
-    limit = checkpoint.model_config.context_length
-    if limit is not None and seq_len > limit:
-        return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
-    return seq_len, None
+def clip_to_context(calibration: Calibration, checkpoint: Checkpoint) -> tuple[Calibration, str | None]:
+    """Return the calibration with sequences that the model can take, and a notice if that shortens them."""
+    limit, asked = checkpoint.model_config.context_length, calibration.seq_len
+    if limit is None or asked <= limit:
+        return calibration, None
+    notice = f"calibration sequences are clipped from {asked} to the model's context of {limit} tokens"
+    return replace(calibration, seq_len=limit), notice
 
 
-def check_calibration(source: str | Path) -> None:
-    """Raise UserError for a source that is not there, before a model is fetched or built."""
-    if str(source) != SELF:
-        check_source(source)
+def check_calibration(calibration: Calibration) -> None:
+    """Raise UserError for a source that does not exist, before a model is fetched or built."""
+    if not calibration.is_self:
+        check_source(calibration.source)
 
 
 def describe_source(source: str | Path) -> dict[str, Any]:
-    """What identifies the calibration source in a fingerprint."""
+    """Return what identifies a source of text."""
     return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}
 
 
+def describe_calibration(calibration: Calibration) -> dict[str, Any]:
+    """Return what identifies the calibration data in a fingerprint."""
+    own = {"self_samples": calibration.self_samples} if calibration.self_samples else {}
+    size = {"samples": calibration.samples, "seq_len": calibration.seq_len}
+    return {**describe_source(calibration.source), **size, **own}
+
+
 def make_calibration(
-    checkpoint: Checkpoint,
-    source: str | Path,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    vocabulary: int,
-    progress: Callable[[str], None],
-    self_samples: int = 0,
+    checkpoint: Checkpoint, calibration: Calibration, *, vocabulary: int, progress: Callable[[str], None]
 ) -> Tensor:
-    """Return token ids `[samples + self_samples, seq_len]` from any source `bitquilt.data.tokens` reads, or from the
-    model itself (`self`); the last `self_samples` are written by the model.
+    """Return token ids `[samples + self_samples, seq_len]`; the last `self_samples` are written by the model.
 
     Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
-    cannot sample for itself (too large for the memory, or no causal language model).
+    cannot write text (too large for the memory, or no causal language model).
     """
-    if str(source) == SELF:
+
+    def written(samples: int) -> Tensor:
         return sample_from_model(
-            checkpoint, samples=samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+            checkpoint,
+            samples=samples,
+            seq_len=calibration.seq_len,
+            seed=calibration.seed,
+            progress=progress,
+            vocabulary=vocabulary,
         )
-    progress(f"reading calibration text from {source}")
-    stream = token_stream(source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
-    ids = windows(stream, seq_len, samples, seed)
-    if not self_samples:
-        return ids
-    own = sample_from_model(
-        checkpoint, samples=self_samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
-    )
-    return torch.cat([ids, own])
+
+    if calibration.is_self:
+        return written(calibration.samples)
+    progress(f"reading calibration text from {calibration.source}")
+    stream = token_stream(calibration.source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
+    ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed)
+    return torch.cat([ids, written(calibration.self_samples)]) if calibration.self_samples else ids
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -5,8 +5,9 @@ checkpoint when its turn comes and dropped afterwards.
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,8 @@ from bitquilt.model.transformers_logging import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
@@ -37,8 +40,8 @@ class Skeleton:
     checkpoint: Checkpoint
     config: ModelConfig
     blocks: tuple[str, ...]
-    sources: dict[str, list[str]]
-    parameters: dict[str, str]
+    sources: Mapping[str, Sequence[str]]
+    parameters: Mapping[str, str]
 
     def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
@@ -61,21 +64,37 @@ class Skeleton:
                 raise UserError(f"tensor {full} is missing in {self.checkpoint.folder}: the checkpoint is incomplete")
         return module
 
-    def template(self, path: str) -> nn.Module:
-        """The empty block, to put back with `reset` when its weights are no longer needed; a copy takes its place.
+    @contextmanager
+    def resident(
+        self, path: str, device: torch.device = _HOST, tensors: dict[str, Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """Hold the weights of the block at `path` on `device`, or with "" those outside the blocks on the host.
 
-        The copy gets the weights: whoever still holds the model's first modules holds nothing then.
+        They are released on exit, also after an error. The yielded block is a copy of the empty one: references to the
+        model's own modules never hold weights. `tensors` and errors as in `load`.
         """
+        if not path:
+            try:
+                yield self.load("")
+            finally:
+                self._release_outer()
+            return
         empty = self.model.get_submodule(path)
         replace_module(self.model, path, copy.deepcopy(empty))
-        return empty
+        try:
+            yield self.load(path, tensors).to(device)
+        finally:
+            replace_module(self.model, path, empty)
 
-    def reset(self, path: str, template: nn.Module) -> None:
-        """Drop the block's weights."""
-        replace_module(self.model, path, template)
+    def kept_sources(self, path: str, replaced: Container[str]) -> list[str]:
+        """Return the checkpoint names of the tensors at `path` but for those of the parameters in `replaced`."""
+        return [name for name in self.sources[path] if self.parameters.get(name) not in replaced]
 
-    def release_outer(self) -> None:
-        """Drop the weights outside the blocks."""
+    def without(self, replaced: Container[str]) -> "Skeleton":
+        """Return the same model with the parameters in `replaced` left out of its sources, so that none is read."""
+        return replace(self, sources={path: self.kept_sources(path, replaced) for path in self.sources})
+
+    def _release_outer(self) -> None:
         inside = tuple(f"{block}." for block in self.blocks)
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and not parameter.is_meta:

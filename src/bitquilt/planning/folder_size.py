@@ -1,8 +1,9 @@
-"""How large will a checkpoint be, to the byte? Sizes(skeleton, ...).of(layouts) -> bytes, from headers alone.
+"""`Sizes(skeleton, ...).of(layouts)`: the bytes of an output folder, exactly, from headers alone.
 
-Every file of the folder is predicted as `writer.assemble` writes it; safetensors headers are spelled out, since their
-offsets have more digits in larger files. report.json holds times and cannot be predicted: it gets a reserve, and is
-padded with blanks to fill it, so that the folder takes exactly what was promised.
+Every file is predicted in the form in which `writer.assemble` writes it. Safetensors headers are spelled out, since
+their offsets have more digits in larger files. report.json holds times, which cannot be predicted: it gets a reserve
+and is padded with blanks to fill it, so that the folder takes exactly what was promised. `folder_bytes` does the same
+for a finished folder.
 """
 
 import json
@@ -20,11 +21,9 @@ from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.writer import rest_shards
 
-# safetensors writes wide types first, then by name: the rank of each type, as its header spells it.
-_RANK = {name: i for i, name in enumerate(
-    ("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16",
-     "I32", "U32", "F32", "C64", "F64", "I64", "U64")
-)}  # fmt: skip
+# The order of types in which safetensors writes tensors, the last one first; tensors of one type go by name.
+_TYPES = "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64"
+_RANK = {name: i for i, name in enumerate(_TYPES.split())}
 _SPELLED = {
     torch.uint8: "U8",
     torch.int16: "I16",
@@ -34,17 +33,17 @@ _SPELLED = {
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-# Per layer of report.json: a dozen numbers of up to 24 characters and their names, with room for an event.
+# A layer in report.json is a dozen numbers of up to 24 characters with their names, and room for an event.
 _REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
 
 Stored = tuple[str, str, tuple[int, ...], int]
-"""(name, type as safetensors spells it, shape, bytes)."""
+"""Name, type in the spelling of safetensors, shape and bytes of a tensor."""
 
 
 @dataclass(frozen=True)
 class FolderSize:
-    """Bytes of the files of an output folder: safetensors with headers, all other files but the report, and what is
-    reserved for the report."""
+    """Bytes of an output folder: `tensors` is the safetensors files, `small` the other files, `report` the reserve
+    for report.json."""
 
     tensors: int
     small: int
@@ -68,13 +67,13 @@ def file_bytes(tensors: Iterable[Stored]) -> int:
 
 
 def layout_tensors(name: str, layout: Layout) -> list[Stored]:
-    """The stored tensors of the layer `name`."""
+    """Stored tensors of the layer `name`."""
     specs = tensor_specs(layout)
     return [(f"{name}.{key}", _SPELLED[spec.dtype], spec.shape, spec.nbytes) for key, spec in specs.items()]
 
 
 class Sizes:
-    """The parts of a folder that do not depend on the plan are added up once; `of` adds the rest."""
+    """The parts of a folder's size that do not depend on the plan, added up once; `of` adds the rest."""
 
     def __init__(
         self,
@@ -85,12 +84,12 @@ class Sizes:
         digits: int,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`layers`: paths that are quantized; `plan_text`: bytes of plan.json, `digits` of them bits of groups, which
-        the report repeats; `config`: entries of config.json that differ from the source's."""
+        """`layers`: paths that are quantized. `plan_text`: bytes of plan.json, of which `digits` are bits of groups,
+        which the report repeats. `config`: entries of config.json that differ from those of the source."""
         self._config = {**skeleton.checkpoint.config, **(config or {})}
         infos = skeleton.checkpoint.tensors
         replaced = {f"{name}.weight" for name in layers}
-        self._files: list[tuple[list[str], list[Stored]]] = []  # (layers, what is copied beside them)
+        self._files: list[tuple[list[str], list[Stored]]] = []  # layers, tensors copied into their file
         for path in skeleton.blocks:
             inside = [name for name in layers if name.startswith(f"{path}.")]
             kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
@@ -105,7 +104,7 @@ class Sizes:
         self.report = _REPORT_BYTES + digits + paths + _REPORT_LAYER_BYTES * len(layers)
 
     def of(self, layouts: Mapping[str, Layout]) -> FolderSize:
-        """With these layouts of all layers."""
+        """Return the size of the folder with these layouts of all layers."""
         total = 0
         weight_map: dict[str, str] = {}
         for number, ((inside, kept), copied) in enumerate(zip(self._files, self._copied, strict=True), start=1):
@@ -116,7 +115,7 @@ class Sizes:
                 size = file_bytes(stored)
             total += size
             shard = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
-            # as `safe_open` lists them: the order does not change the length
+            # the order of the entries does not change the length
             weight_map |= {item[0]: shard for item in stored}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         config = with_quantization(self._config, layouts)
@@ -124,7 +123,7 @@ class Sizes:
 
 
 def folder_bytes(skeleton: Skeleton, folder: Path, plan: Mapping[str, Any]) -> int:
-    """What the finished checkpoint in `folder` is promised to take, report and all."""
+    """Promised bytes of the finished checkpoint in `folder`, including its report."""
     config = json.loads((folder / "config.json").read_text())
     layouts = read_layouts(config)
     sizes = Sizes(skeleton, list(layouts), plan_text=json_bytes(plan), digits=_digits(plan), config=config)
@@ -136,13 +135,16 @@ def _digits(plan: Mapping[str, Any]) -> int:
 
 
 def json_bytes(value: Any) -> int:
-    """Bytes of a value as `workdir.write_json` writes it: indented by one blank. Counted, because Python's encoder is
-    ten times slower with an indent, and a plan of 560 layers asks eight times."""
+    """Bytes of a value in the form in which `workdir.write_json` writes it, indented by one blank.
+
+    The indents are counted, because Python's encoder is ten times slower with an indent and a search over 560 layers
+    asks eight times.
+    """
     return len(json.dumps(value, separators=(",", ": "))) + _indents(value, 0) + 1
 
 
 def _indents(value: Any, depth: int) -> int:
-    """A line break before each item and before the bracket that closes them, each with its indent."""
+    """Characters of the line breaks before each item and before the closing bracket, each with its indent."""
     if not isinstance(value, (Mapping, list, tuple)) or not value:
         return 0
     items = value.values() if isinstance(value, Mapping) else value

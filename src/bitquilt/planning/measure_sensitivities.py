@@ -1,21 +1,19 @@
-"""What would each width cost the model's final loss? measure(...) -> Sensitivities: one pass forward, one backward, one
-block in memory at a time; saved to one safetensors file and reused for every later budget.
+"""`measure` finds what each width of every column group costs the model's loss, with one block in memory at a time.
 
-forward:   the inputs of every block go to the work directory, as `runtime.stream` writes them
-loss:      labels sampled from the model's own logits, the gradient at the last block's output
+forward:   the inputs of every block go to the work directory
+loss:      labels are sampled from the model's own logits, which gives the gradient at the last block's output
 backward:  block by block from the last, recomputed from its stored input; squared gradients at the outputs of the
-           linear layers and the Hessians of their inputs become tables of loss, then the block is dropped
-one bit:   for recipes with one-bit groups each layer is solved at one bit first, after one more pass forward: what that
-           really costs is in none of the statistics
+           linear layers and the Hessians of their inputs become loss tables, then the block is dropped
+one bit:   for recipes with one-bit groups, each layer is first solved at one bit, after one more forward pass, because
+           no statistic shows what that costs
 
-Blocks are computed on the job's device; the loss, which is the head's, on the host.
+Blocks are computed on the job's device, the loss on the host.
 """
 
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,33 +29,30 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
 from bitquilt.model.linear import QuantizedLinear, linear_weight
 from bitquilt.planning.output_gradients import squared_gradients
-from bitquilt.planning.sensitivities import Method, Sensitivities, measured_tokens
-from bitquilt.planning.tabulate import Tables
+from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
+from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
-from bitquilt.stream.block_calls import check_order, embed, finish, learn_extras, record_calls
-from bitquilt.stream.job import Job, all_targets, head_path, shapes, targets
-from bitquilt.stream.layers import check_weights
+from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.job import CalibratedJob, LoadedBlock, all_targets, check_weights, head_path, open_block, shapes
 from bitquilt.stream.statistics import collect
-from bitquilt.stream.workdir import Activations
+from bitquilt.stream.workdir import ActivationFile, check_disk
 
 MAX_SEQUENCE = 512
 
 
 def measure(
-    job: Job,
+    job: CalibratedJob,
     observe: Observer,
     *,
-    method: Method = "kfac",
     seed: int = 0,
-    about: dict[str, Any] | None = None,
     at: Path | None = None,
 ) -> Sensitivities:
-    """Tables for every layer of `job`, whose `recipe` rounds and whose `ids` calibrate. `at`: a quantized checkpoint of
-    the model, whose inputs and gradients are measured instead of the full-precision model's.
+    """Return loss tables for every layer of `job`, for its recipe and its calibration ids.
 
-    Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not finite.
+    `at`: a quantized checkpoint of the model, in which inputs and gradients are measured instead of in the
+    full-precision model. Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not
+    finite.
     """
-    assert job.ids is not None
     if not isinstance(job.recipe, Plannable):
         raise not_plannable(job.recipe.name)
     widest = max(
@@ -65,35 +60,39 @@ def measure(
     )
     ids = _subset(job.ids, widest)
     first = None if at is None else read_plan(at / "plan.json").plans
-    tables = Tables(job, job.recipe, method, len(ids) * ids.shape[1], first)
+    tables = LossTables(job.recipe, len(ids) * ids.shape[1], first)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
-        perplexity = _Pass(job, ids, folder, observe, seed, at).run(tables)
+        perplexity = _Measurement(job, ids, folder, observe, seed, at).run(tables)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     losses = {name: tables.losses[name] for name in sorted(tables.losses)}
-    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, method, perplexity, about or {})
+    about = measured_for(job.skeleton.checkpoint, job.recipe)
+    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, perplexity, about)
 
 
 def _subset(ids: Tensor, widest: int) -> Tensor:
-    """Of `[samples, tokens]` as many as are measured, sequences drawn evenly; `widest`: inputs of a layer."""
+    """Return the part of `[samples, tokens]` that is measured, spread evenly; `widest`: most inputs of a layer."""
     length = min(ids.shape[1], MAX_SEQUENCE)
     count = min(len(ids), -(-measured_tokens(ids.numel(), widest) // length))
     return ids[torch.linspace(0, len(ids) - 1, count).long(), :length]
 
 
-class _Pass:
-    """The two directions. Inputs of all blocks stay on disk until the way back."""
+class _Measurement:
+    """Forward and backward pass over all blocks. The inputs of all blocks stay on disk until the backward pass."""
 
-    def __init__(self, job: Job, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None) -> None:
-        self.standin = None if at is None else StandIn(at)
+    def __init__(
+        self, job: CalibratedJob, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None
+    ) -> None:
+        self.stored = None if at is None else StoredLayers(at)
         self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
         self.generator = torch.Generator().manual_seed(seed)
-        count = max(1, 2048 // ids.shape[1])  # sequences at once: a block's graph keeps a dozen activations per token
+        count = max(1, 2048 // ids.shape[1])  # a block's graph keeps a dozen activations per token
         self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
 
-    def run(self, tables: Tables) -> float | None:
+    def run(self, tables: LossTables) -> float | None:
+        """Fill `tables`; return the model's perplexity on the calibration ids."""
         job, skeleton = self.job, self.job.skeleton
         self._open()
         for i in range(len(skeleton.blocks)):
@@ -103,160 +102,143 @@ class _Pass:
         gradients, perplexity = self._loss(tables)
         for i in reversed(range(len(skeleton.blocks))):
             self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
-            path = skeleton.blocks[i]
-            template = skeleton.template(path)
-            block = skeleton.load(path).to(job.device)
-            linears = targets(skeleton, path, block, job.skip)
-            check_weights(linears)
-            weights, errors = self._weights(linears)
-            stats: dict[str, LayerStats] = {}
-            tried: dict[str, Tensor] = {}
-            if tables.tries and linears:
-                stats = self._collect(linears, self._again(i, block), path)
-                tried = tables.one_bit_errors(weights, stats)
-            wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
-            with squared_gradients(linears, wrong) as (squares, made):
-                back = self._backward(i, block, gradients)
-                if stats:  # of the same inputs
-                    deque(back, maxlen=0)
-                else:
-                    stats = self._collect(linears, back, path)
-            tables.add(weights, stats, squares, made)
-            skeleton.reset(path, template)
+            with open_block(job, i) as block:
+                self._measure(block, gradients, tables)
         return perplexity
+
+    def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> None:
+        """Add the layers of one block to the tables and pass the gradients back through it."""
+        linears = block.linears
+        check_weights(linears)
+        weights, errors = self._weights(linears)
+        stats: dict[str, LayerStats] = {}
+        tried: dict[str, Tensor] = {}
+        if tables.tries_one_bit and linears:
+            stats = self._collect(linears, self._again(block))
+            tried = tables.one_bit_errors(weights, stats)
+        wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
+        with squared_gradients(linears, wrong) as (squares, made):
+            back = self._backward(block, gradients)
+            if stats:  # those of the one-bit trial, of the same inputs
+                deque(back, maxlen=0)
+            else:
+                stats = self._collect(linears, back)
+        tables.add(weights, stats, squares, made)
 
     def _open(self) -> None:
         skeleton, ids = self.job.skeleton, self.ids
-        skeleton.load("")
-        first = skeleton.blocks[0]
-        template = skeleton.template(first)
-        skeleton.load(first)
-        self.extras = learn_extras(skeleton, ids[self.batches[0]])
-        skeleton.reset(first, template)
-        check_order(skeleton, ids[self.batches[0]], self.extras)
-        shapes = {tuple(ids[rows].shape): rows for rows in self.batches}
-        recorded = {shape: record_calls(skeleton, ids[rows], self.extras) for shape, rows in shapes.items()}
-        self.calls = {shape: [call.to(self.job.device) for call in found] for shape, found in recorded.items()}
-        width = embed(skeleton, ids[:1, :1]).shape[-1]
-        wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
-        free = shutil.disk_usage(self.folder).free
-        if wanted > free:
-            raise UserError(
-                f"the inputs of all blocks need {wanted / 1e9:.1f} GB in {self.folder}, {free / 1e9:.1f} GB are free; "
-                "give --work-dir on another disk, or fewer --samples"
-            )
-        self.shape = (*ids.shape, width)
-        inputs = Activations.create(self._path(0), self.shape)
-        for rows in self.batches:
-            inputs.write(rows, embed(skeleton, ids[rows]))
-        skeleton.release_outer()
+        with skeleton.resident(""):
+            self.calls = learn_calls(skeleton, [ids[rows] for rows in self.batches], self.job.device)
+            width = embed(skeleton, ids[:1, :1]).shape[-1]
+            wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
+            check_disk(self.folder, wanted, "the inputs of all blocks")
+            self.shape = (*ids.shape, width)
+            inputs = ActivationFile.create(self._path(0), self.shape)
+            for rows in self.batches:
+                inputs.write(rows, embed(skeleton, ids[rows]))
 
     @torch.no_grad()
     def _forward(self, i: int) -> None:
-        skeleton, path = self.job.skeleton, self.job.skeleton.blocks[i]
-        template = skeleton.template(path)
-        block = skeleton.load(path).to(self.job.device)
-        if self.standin is not None:
-            self.standin.put(targets(skeleton, path, block, self.job.skip))
-        inputs = self._inputs(i)
-        outputs = Activations.create(self._path(i + 1), self.shape)
-        for rows in self.batches:
-            outputs.write(rows, self._call(i, block, inputs.read(rows).to(self.job.device)))
-        skeleton.reset(path, template)
+        with open_block(self.job, i) as block:
+            if self.stored is not None:
+                self.stored.put(block.linears)
+            inputs = self._inputs(i)
+            outputs = ActivationFile.create(self._path(i + 1), self.shape)
+            for rows in self.batches:
+                outputs.write(rows, self.calls.run(block.number, block.module, inputs.read(rows).to(self.job.device)))
 
-    def _loss(self, tables: Tables) -> tuple[Activations, float | None]:
-        """Gradients at the last block's output, and the perplexity; the head's table where the head is quantized."""
+    def _loss(self, tables: LossTables) -> tuple[ActivationFile, float | None]:
+        """Return gradients at the last block's output and the perplexity; add the head's table if it is quantized."""
         skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
-        skeleton.load("")
-        gradients = Activations.create(self.folder / "gradients.f32", self.shape)
+        gradients = ActivationFile.create(self.folder / "gradients.f32", self.shape)
         inputs = self._inputs(count)
         losses: list[Tensor] = []
 
         def passes() -> Iterator[None]:
             for rows in self.batches:
                 hidden = inputs.read(rows).requires_grad_()
-                logits = finish(skeleton, self.ids[rows], hidden, self.extras, gradient=True).float()
+                logits = self.calls.finish(self.ids[rows], hidden, gradient=True).float()
                 if not bool(torch.isfinite(logits.detach()).all()):
-                    raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged")
+                    raise UserError(
+                        "the full-precision model's logits hold NaN or Inf: its weights are damaged; fetch it again"
+                    )
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
                     drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
-                    shifted, following = logits[:, :-1], self.ids[rows][:, 1:]
-                    if shifted.shape[-1] > int(following.max() if following.numel() else 0):
-                        losses.append(nn.functional.cross_entropy(
-                            shifted.reshape(-1, shifted.shape[-1]), following.reshape(-1), reduction="none"
-                        ))  # fmt: skip
+                    losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
                 assert hidden.grad is not None
                 gradients.write(rows, hidden.grad)
                 yield
 
-        if self.job.include_head:
-            path = head_path(skeleton)
-            linears = {path: skeleton.model.get_submodule(path)}
-            check_weights(linears)
-            with squared_gradients(linears, {}) as (squares, made):
-                stats = self._collect(linears, passes(), path)
-            tables.add({path: linear_weight(linears[path]).float()}, stats, squares, made)
-        else:
-            for _ in passes():
-                pass
-        skeleton.release_outer()
+        with skeleton.resident(""):
+            if self.job.include_head:
+                path = head_path(skeleton)
+                linears = {path: skeleton.model.get_submodule(path)}
+                check_weights(linears)
+                with squared_gradients(linears, {}) as (squares, made):
+                    stats = self._collect(linears, passes())
+                tables.add({path: linear_weight(linears[path]).float()}, stats, squares, made)
+            else:
+                deque(passes(), maxlen=0)
         mean = float(torch.cat(losses).double().mean()) if losses else None
         return gradients, None if mean is None else float(np.exp(min(mean, 700.0)))
 
-    def _backward(self, i: int, block: nn.Module, gradients: Activations) -> Iterator[None]:
-        inputs = self._inputs(i)
+    def _backward(self, block: LoadedBlock, gradients: ActivationFile) -> Iterator[None]:
+        inputs = self._inputs(block.number)
         for rows in self.batches:
             hidden = inputs.read(rows).to(self.job.device).requires_grad_()
             with torch.enable_grad():
-                output = self._call(i, block, hidden)
+                output = self.calls.run(block.number, block.module, hidden)
             output.backward(gradients.read(rows).to(output.device))
             assert hidden.grad is not None
             gradients.write(rows, hidden.grad)
             yield
 
-    def _again(self, i: int, block: nn.Module) -> Iterator[None]:
-        """One more pass forward through a block that is loaded."""
-        inputs = self._inputs(i)
+    def _again(self, block: LoadedBlock) -> Iterator[None]:
+        """Pass forward once more through a loaded block."""
+        inputs = self._inputs(block.number)
         for rows in self.batches:
             with torch.no_grad():
-                self._call(i, block, inputs.read(rows).to(self.job.device))
+                self.calls.run(block.number, block.module, inputs.read(rows).to(self.job.device))
             yield
 
     def _weights(self, linears: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the tables are about, and the errors of the weights that the modules compute with from then on."""
-        if self.standin is not None:
-            weights = self.standin.put(linears)
+        """Return full-precision weights and, in a quantized model, the errors of the weights put in their place."""
+        if self.stored is not None:
+            weights = self.stored.put(linears)
             return weights, {name: linear_weight(linears[name]).float() - weights[name] for name in weights}
         return {name: linear_weight(module).float() for name, module in linears.items()}, {}
 
-    def _collect(self, linears: Mapping[str, nn.Module], passes: Any, where: str) -> dict[str, LayerStats]:
-        try:
-            sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
-            return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; calibrate a model whose activations are finite") from None
+    def _collect(self, linears: Mapping[str, nn.Module], passes: Iterator[None]) -> dict[str, LayerStats]:
+        sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
+        return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
 
-    def _call(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        return self.calls[tuple(hidden.shape[:2])][i](block, hidden)
-
-    def _inputs(self, i: int) -> Activations:
-        return Activations(self._path(i), self.shape)
+    def _inputs(self, i: int) -> ActivationFile:
+        return ActivationFile(self._path(i), self.shape)
 
     def _path(self, i: int) -> Path:
         return self.folder / f"inputs-{i:05d}.f32"
 
 
-class StandIn:
-    """The layers of a quantized checkpoint of the same model, read when their turn comes."""
+def _next_token_losses(logits: Tensor, ids: Tensor) -> list[Tensor]:
+    """Cross-entropy of each next token, in a list; empty where the logits are not over the vocabulary."""
+    shifted, following = logits[:, :-1], ids[:, 1:]
+    if shifted.shape[-1] <= int(following.max() if following.numel() else 0):
+        return []
+    flat = shifted.reshape(-1, shifted.shape[-1])
+    return [nn.functional.cross_entropy(flat, following.reshape(-1), reduction="none")]
+
+
+class StoredLayers:
+    """Layers of a quantized checkpoint of the same model, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = open_checkpoint(folder)
         self.layouts = read_layouts(self.checkpoint.config)
 
     def put(self, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Put dequantized weights into `linears`, by full path; returns what was there, fp32 `[out, in]`."""
+        """Put dequantized weights into `linears` (by full path); return the weights before, fp32 `[out, in]`."""
         before = {}
         for name, module in linears.items():
             weight = linear_weight(module)

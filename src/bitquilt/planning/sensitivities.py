@@ -1,53 +1,67 @@
-"""What every width costs, as a value and a file: Sensitivities, read_sensitivities(path). One safetensors file, a table
-per layer, the rest as JSON in its metadata."""
+"""`Sensitivities`: what every width of every column group costs the model, as a value and as a file.
 
+`read_sensitivities` reads the file; `load_sensitivities` also checks that it was measured for this model and recipe.
+The file is one safetensors file with a table per layer; everything else is JSON in its metadata.
+"""
+
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.remote import RemoteCheckpoint
+from bitquilt.stream.run_report import recipe_json
 
-Method = Literal["kfac", "activation"]
-FORMAT = 1
-# Tokens of the pass: at most 16 k, which keep the inputs of 80 blocks 8192 wide at 43 GB of disk; and a quarter of
-# those that calibrate: a token costs twice what it does in a quantization, and fewer do as well (docs/benchmarks.md),
+FORMAT, _METHOD = 1, "kfac"  # tables by other methods, which older versions could measure, have no unit
+# At most 16 k tokens are measured, which keeps the inputs of 80 blocks 8192 wide at 43 GB of disk, and a quarter of
+# those that calibrate: a token costs twice what it does in a quantization, and fewer serve as well (docs/results.md),
 # down to the rank that the widest layer's Hessian needs.
 _MOST, _SHARE, _LEAST = 16_384, 0.25, 2048
+# Fields of a recipe that the tables do not depend on: how many bits there are, and who allocates them.
+_BUDGETED = ("bits", "bpw", "allocation", "swap")
 
 
 def measured_tokens(tokens: int, widest: int) -> int:
-    """Of `tokens` that calibrate, how many are measured where the widest layer has `widest` inputs."""
+    """Number of calibration tokens that are measured; `widest`: inputs of the widest layer."""
     return min(tokens, _MOST, max(int(_SHARE * tokens), _LEAST, widest))
+
+
+def has_one_bit(recipe: Plannable) -> bool:
+    """Whether a plan of `recipe` may hold one-bit groups."""
+    return 1 in recipe.widths(2**10)
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivities:
-    """`losses`: per layer fp32 `[groups, widths]`, nats per token with method "kfac"; `widths` per layer, ascending.
+    """Loss tables of all layers. `losses`: per layer fp32 `[groups, widths]`, in nats per token.
 
-    `perplexity` of the full-precision model on the calibration text, None where it gives no next-token logits.
-    `about`: what they were measured of, for `check`."""
+    `widths`: per layer, ascending. `perplexity`: of the full-precision model on the calibration text; None where the
+    model has no next-token logits. `about`: what `check` compares before the tables are used again.
+    """
 
     losses: dict[str, NDArray[np.float32]]
     widths: dict[str, tuple[int, ...]]
     group_size: int
-    method: Method
     perplexity: float | None
     about: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write one file, by a rename."""
+        """Write one file, replacing it in one step."""
         meta = {
             "format": FORMAT,
             "widths": self.widths,
             "group_size": self.group_size,
-            "method": self.method,
+            "method": _METHOD,
             "perplexity": self.perplexity,
             "about": self.about,
         }
@@ -57,7 +71,7 @@ class Sensitivities:
         temporary.replace(path)
 
     def check(self, about: Mapping[str, Any], where: str) -> None:
-        """Raise UserError naming the first thing that differs from what is wanted."""
+        """Raise UserError naming the first entry of `about` that differs; `where`: the file, for the message."""
         for key, wanted in about.items():
             if (got := self.about.get(key)) != wanted:
                 raise UserError(
@@ -66,22 +80,53 @@ class Sensitivities:
                 )
 
 
+def measured_for(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """What sensitivities depend on: the value of `Sensitivities.about`."""
+    values = {key: value for key, value in recipe_json(recipe).items() if key not in _BUDGETED}
+    found = {"recipe": json.loads(json.dumps(values))}
+    if isinstance(recipe, Plannable) and has_one_bit(recipe):
+        found["way to see one-bit groups"] = "each layer solved at one bit"  # older tables only guessed them
+    if not isinstance(checkpoint, RemoteCheckpoint):  # headers alone have no fingerprint
+        found["model"] = checkpoint.fingerprint()
+    return found
+
+
+def load_sensitivities(path: str | Path, checkpoint: Checkpoint, recipe: Recipe) -> Sensitivities:
+    """Read saved tables. Raises UserError if they belong to another model or another recipe."""
+    found = read_sensitivities(path)
+    found.check(measured_for(checkpoint, recipe), str(path))
+    return found
+
+
 def read_sensitivities(path: str | Path) -> Sensitivities:
-    """Raises UserError if the file is missing, damaged, or something else."""
+    """Read a file that `Sensitivities.save` wrote. Raises UserError if it is missing, damaged or something else."""
     try:
         with safe_open(path, framework="np") as handle:
             meta = json.loads((handle.metadata() or {})["sensitivities"])
             losses = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        if meta["format"] != FORMAT:
-            raise UserError(f"{path} has sensitivities of format {meta['format']}; this bitquilt reads {FORMAT}")
+        if (meta["format"], meta["method"]) != (FORMAT, _METHOD):
+            raise UserError(
+                f"{path} has sensitivities of format {meta['format']} by {meta['method']}; this bitquilt reads format "
+                f"{FORMAT} by {_METHOD}; measure again"
+            )
         widths = {name: tuple(map(int, value)) for name, value in meta["widths"].items()}
         if widths.keys() != losses.keys() or any(losses[n].shape[1:] != (len(w),) for n, w in widths.items()):
-            raise UserError(f"{path} is damaged: its tables do not have the widths it names")
-        return Sensitivities(losses, widths, meta["group_size"], meta["method"], meta["perplexity"], meta["about"])
+            raise UserError(f"{path} is damaged: its tables do not have the widths that it names; measure again")
+        return Sensitivities(losses, widths, meta["group_size"], meta["perplexity"], meta["about"])
     except FileNotFoundError:
         raise UserError(f"no sensitivities at {path}; `bitquilt plan MODEL --measure` writes them") from None
+    except UserError:
+        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no file of sensitivities, or damaged ({error}); measure again") from None
+        raise UserError(f"{path} is not a file of sensitivities, or it is damaged ({error}); measure again") from None
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, for a fingerprint. Raises UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""What do a block's statistics say each width of its layers costs the loss? Tables(job, ...).add(...) per block.
+"""`LossTables` turns the statistics of a block's layers into loss tables: what each width of each group costs.
 
-Also what solving the layers at one bit really does to them, which is in none of the statistics.
+For recipes with one-bit groups it also tries each layer at one bit, since the statistics do not show what that costs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,23 @@ from torch import Tensor
 from bitquilt.core.recipe import Plannable, RoundsInputs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, uniform_plan
 from bitquilt.errors import UserError
-from bitquilt.layer.sensitivity.kfac import activation_rows, corrected, tried_at_one_bit, width_losses
+from bitquilt.layer.sensitivity.kfac import corrected, tried_at_one_bit, width_losses
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.planning.sensitivities import Method
-from bitquilt.stream.job import Job
+from bitquilt.planning.sensitivities import has_one_bit
 from bitquilt.stream.layers import preparing
 
-_FLOOR, _LEAST = 1e-4, 1e-12  # of the mean squared gradient of the layer's rows; and in itself
+_FLOOR, _LEAST = 1e-4, 1e-12  # least squared gradient of a row: share of the mean over the layer's rows, and absolute
 
 
-def has_one_bit(recipe: Plannable) -> bool:
-    """Whether a plan of `recipe` may hold one-bit groups."""
-    return 1 in recipe.widths(2**10)
+class LossTables:
+    """Loss tables, built block by block: `losses` fp32 `[groups, widths]` and `widths`, by layer.
 
+    `tokens`: how many were measured. `first`: plans of the quantized model in which they were measured, if any.
+    """
 
-class Tables:
-    """Turns the statistics of loaded layers into tables, layer by layer."""
-
-    def __init__(
-        self, job: Job, recipe: Plannable, method: Method, tokens: int, first: Mapping[str, LayerPlan] | None
-    ) -> None:
-        self.job, self.recipe, self.method, self.tokens = job, recipe, method, tokens
-        self.first, self.tries = first, method == "kfac" and has_one_bit(recipe)
-        self._prepare = preparing(job.recipe)
+    def __init__(self, recipe: Plannable, tokens: int, first: Mapping[str, LayerPlan] | None = None) -> None:
+        self.recipe, self.tokens, self.first, self.tries_one_bit = recipe, tokens, first, has_one_bit(recipe)
+        self._prepare = preparing(recipe)
         self.losses: dict[str, NDArray[np.float32]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
 
@@ -48,22 +42,22 @@ class Tables:
         squares: Mapping[str, Tensor],
         made: Mapping[str, Sequence[float]],
     ) -> None:
-        """`weights` fp32 `[out, in]`; sums over tokens: `squares`, the squared gradient at each output `[out]`, and
-        `made`, the square of the loss's first order in the error that a stand-in made, then in that of one bit."""
-        # backwards: what was prepared last to try one bit, as a rule for the widest input of a block, is still there
+        """Add the tables of a block's layers.
+
+        `weights`: fp32 `[out, in]`. `squares`: summed squared gradient at each output `[out]`. `made`: sums of the
+        squared first-order loss of errors, first of the layer's quantized weight, then of its weight at one bit.
+        """
+        # in reverse: what was prepared last for the one-bit trial, usually for the widest input, is still cached
         for name, weight in reversed(list(weights.items())):
             seen = stats[name]
-            if seen.tokens == 0:  # an expert no token reached: every channel counts the same, and very little
+            if seen.tokens == 0:  # an expert that no token reached: every channel counts the same, and very little
                 seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1)
             layer = Layer(name, weight, None, seen)
             prepared = self._prepare(seen)
             columns = self.recipe.column_cost(layer, prepared)
-            if self.method == "activation":
-                rows = activation_rows(weight, columns)
-            else:
-                rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
-                # a row or an expert that no token reached: next to nothing, but not so little that bits are no gain
-                rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
+            rows = squares.get(name, weight.new_zeros(len(weight))).float() / self.tokens
+            # a row or an expert that no token reached costs next to nothing, but enough that more bits are still a gain
+            rows = rows.clamp_min(max(_FLOOR * float(rows.mean()), _LEAST))
             widths = self.recipe.widths(len(weight))
             try:
                 table = self._table(layer, prepared, rows, columns).cpu().numpy()
@@ -75,14 +69,16 @@ class Tables:
             if cost:
                 table = tried_at_one_bit(table, cost.pop())
             if not np.isfinite(table).all():
-                raise UserError(f"the sensitivity of {name} is not finite: its gradients or inputs overflow")
+                raise UserError(
+                    f"the sensitivity of {name} is not finite: its gradients or inputs overflow; check the model, or "
+                    f"leave the layer out with --skip {name}"
+                )
             self.losses[name], self.widths[name] = table, widths
-        self._prepare = preparing(self.job.recipe)  # nothing of this block stays
+        self._prepare = preparing(self.recipe)  # drop everything cached for this block
 
     @torch.no_grad()
     def one_bit_errors(self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> dict[str, Tensor]:
-        """By layer the error `[out, in]` of its weight solved at one bit, where the recipe has that width and tokens
-        reached the layer."""
+        """Error `[out, in]` of each weight solved at one bit, for layers that have that width and saw tokens."""
         errors, group_size = {}, self.recipe.plan_terms.unit_columns
         for name, weight in weights.items():
             seen = stats[name]
@@ -90,7 +86,7 @@ class Tables:
                 continue
             plan = uniform_plan(weight.shape[1], 1, group_size)
             try:
-                solved = self.job.recipe.quantize(Layer(name, weight, None, seen), plan, self._prepare(seen))
+                solved = self.recipe.quantize(Layer(name, weight, None, seen), plan, self._prepare(seen))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             solved_weight = QuantizedLinear.from_weight(solved.weight).dequantize()

@@ -1,7 +1,7 @@
-"""What gets its bits together, what does each width take and what does it lose? Units(recipe, shapes, ...) -> tables.
+"""`Units`: the parts of a model that get bits as one, what each width of them takes and what it loses.
 
-A unit is a column group (a channel, for recipes that work channel by channel) of one layer, or of several that are
-tied. Choices are positions in `palette`, one per unit.
+A unit is a column group (one channel, for recipes that work channel by channel) of one layer, or of several tied
+layers. A choice is a position in `palette`, one per unit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,29 @@ from bitquilt.core.packing import storage_bits
 from bitquilt.core.recipe import Plannable
 from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.errors import UserError
-from bitquilt.planning.interaction import together
+from bitquilt.planning.interaction import interaction_factors
 from bitquilt.planning.sensitivities import Sensitivities
-
-_GUESSED = 1e3  # one-bit groups may lose 190 times what a table without a trial says
 
 
 class Units:
-    """`costs` in bits and `losses`, fp32 `[units, palette]`, both by unit; `slices`: the units of each layer, or of
-    each set of tied layers by its first; `members`: the layers of each such set."""
+    """The units of a model. `costs`: bits, fp32 `[units, palette]`.
+
+    `slices`: the units of each layer, or of each set of tied layers by its first; `members`: the layers of each set.
+    """
 
     def __init__(
-        self,
-        recipe: Plannable,
-        shapes: Mapping[str, tuple[int, int]],
-        sensitivities: Sensitivities | None = None,
-        ties: Sequence[Sequence[str]] = (),
+        self, recipe: Plannable, shapes: Mapping[str, tuple[int, int]], ties: Sequence[Sequence[str]] = ()
     ) -> None:
-        """`shapes`: `[out, in]` by path. Raises UserError if the sensitivities do not fit the layers, or layers of
-        different widths are tied."""
-        self.recipe, self.shapes, self.sensitivities = recipe, dict(shapes), sensitivities
+        """`shapes`: `[out, in]` by path. Raises UserError if layers of different widths are tied."""
+        self.recipe, self.shapes = recipe, dict(shapes)
         self.group_size = recipe.plan_terms.unit_columns
         self._group(ties)
         self.palette = tuple(sorted({bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}))
-        self._tabulate()
+        self.costs = np.zeros((self.count, len(self.palette)), dtype=np.float32)
+        prices = {shape: self._prices(*shape) for shape in set(self.shapes.values())}
+        for head, tied in self.members.items():
+            for name in tied:
+                self.costs[self.slices[head]] += prices[self.shapes[name]]
 
     def _group(self, ties: Sequence[Sequence[str]]) -> None:
         leader = {name: tie[0] for tie in ties for name in tie if name in self.shapes and tie[0] in self.shapes}
@@ -55,18 +54,8 @@ class Units:
             start += count
         self.count = start
 
-    def _tabulate(self) -> None:
-        """A width that a layer cannot have costs as the widest it has and helps no more, so no step leads there."""
-        self.costs = np.zeros((self.count, len(self.palette)), dtype=np.float32)
-        self.losses = np.zeros((self.count, len(self.palette)), dtype=np.float32)
-        prices = {shape: self._prices(*shape) for shape in set(self.shapes.values())}
-        for head, tied in self.members.items():
-            for name in tied:
-                self.costs[self.slices[head]] += prices[self.shapes[name]]
-                if self.sensitivities is not None:
-                    self.losses[self.slices[head]] += self._table(name, self.sensitivities)
-
     def _prices(self, rows: int, width: int) -> NDArray[np.float32]:
+        """Bits of each group of a layer at each width. Widths that the layer cannot use are priced like its widest."""
         groups = -(-width // self.group_size)
         last = width - self.group_size * (groups - 1)
         widest = max(self.recipe.widths(rows))
@@ -74,7 +63,7 @@ class Units:
         def price(columns: int, bits: int) -> float:
             if self.group_size % 8 == 0:
                 return storage_bits(self._bare(rows, columns, min(bits, widest)))
-            # one more channel among many: alone it would pay for whole bytes in every row and for a shared table
+            # one more channel among many: a lone channel would pay for whole bytes per row and for a shared table
             more, fewer = (storage_bits(self._bare(rows, count * columns, min(bits, widest))) for count in (16, 8))
             return (more - fewer) / 8
 
@@ -84,9 +73,22 @@ class Units:
         return table
 
     def _bare(self, rows: int, columns: int, bits: int) -> Layout:
-        """One group by itself: no map, no outliers."""
+        """Layout of one group by itself, without map and outliers."""
         layout = self.recipe.layout(rows, columns, LayerPlan((bits,) * -(-columns // self.group_size), self.group_size))
         return Layout(rows, columns, layout.segments)
+
+    def losses(self, known: Sensitivities | None) -> NDArray[np.float32]:
+        """Losses `[units, palette]` by the measured tables; zeros without tables.
+
+        Widths that a layer cannot use gain nothing over its widest one, so they are never chosen. Raises UserError if
+        the tables do not fit the layers.
+        """
+        losses = np.zeros((self.count, len(self.palette)), dtype=np.float32)
+        if known is not None:
+            for head, tied in self.members.items():
+                for name in tied:
+                    losses[self.slices[head]] += self._table(name, known)
+        return losses
 
     def _table(self, name: str, found: Sensitivities) -> NDArray[np.float32]:
         if name not in found.losses:
@@ -101,18 +103,22 @@ class Units:
         if missing := set(self.recipe.widths(self.shapes[name][0])) - set(widths):
             raise UserError(f"the sensitivities of {name} lack {min(missing)} bits; measure again")
         column = [widths.index(min(b, max(widths))) if b >= min(widths) else 0 for b in self.palette]
-        if found.method != "kfac":  # one bit was not tried: as a last resort
-            return table[:, column] * np.where(np.array(self.palette) == 1, _GUESSED, 1).astype(np.float32)
-        return table[:, column] * np.array(together([widths[i] for i in column]), dtype=np.float32)
+        return table[:, column] * np.array(interaction_factors([widths[i] for i in column]), dtype=np.float32)
+
+    def assumed_losses(self) -> NDArray[np.float32]:
+        """Losses `[units, palette]` when none were measured: all weights alike, each bit leaving a quarter."""
+        left = 0.25 ** np.asarray(self.palette, dtype=np.float32)
+        weights = self.nominal()[:, :1] / np.float32(self.palette[0])
+        return np.asarray(weights * left, dtype=np.float32)
 
     @property
     def members_units(self) -> list[Ints]:
-        """The units of each layer or tied set, in column order."""
+        """Units of each layer or tied set, in column order."""
         return [np.arange(part.start, part.stop, dtype=np.int32) for part in self.slices.values()]
 
     @property
     def weights(self) -> list[float]:
-        """The weights of each layer or tied set."""
+        """Number of weights of each layer or tied set."""
         return [sum(float(np.prod(self.shapes[name])) for name in tied) for tied in self.members.values()]
 
     def nominal(self) -> NDArray[np.float32]:
@@ -127,14 +133,8 @@ class Units:
                 costs[self.slices[head]] += self.shapes[name][0] * columns[:, None] * bits[None, :]
         return costs
 
-    def alike(self) -> NDArray[np.float32]:
-        """Losses `[units, palette]` for when none were measured: all weights alike, a quarter left with each bit."""
-        left = 0.25 ** np.asarray(self.palette, dtype=np.float32)
-        weights = self.nominal()[:, :1] / np.float32(self.palette[0])
-        return np.asarray(weights * left, dtype=np.float32)
-
     def layouts(self, choices: Ints) -> dict[str, Layout]:
-        """Of every layer. Layers of one shape and the same bits share theirs: most do while a plan is sought."""
+        """Layout of every layer. Layers of one shape and the same bits share one: most do during a search."""
         bits = np.asarray(self.palette, dtype=np.int8)[choices]
         found: dict[str, Layout] = {}
         known: dict[tuple[tuple[int, int], bytes], Layout] = {}
@@ -149,7 +149,7 @@ class Units:
         return {name: found[name] for name in self.shapes}
 
     def plans(self, choices: Ints) -> dict[str, LayerPlan]:
-        """Of every layer."""
+        """Plan of every layer."""
         bits = np.asarray(self.palette)[choices]
         found = {}
         for head, tied in self.members.items():

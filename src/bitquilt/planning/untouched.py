@@ -1,4 +1,4 @@
-"""What will a run leave as it is? survey(skeleton, layers) -> reasons, each with its tensors and bytes."""
+"""`untouched_tensors` lists the tensors that a run copies unchanged, by reason, with their bytes."""
 
 from collections.abc import Container
 
@@ -6,8 +6,8 @@ from bitquilt.core.events import Untouched
 from bitquilt.model.structure import Skeleton, linear_layers
 
 
-def survey(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
-    """Everything but the weights of `layers` (full paths), largest share first."""
+def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
+    """Return everything except the weights of `layers` (full paths), the largest share first."""
     linear = {
         f"{path}.{name}" for path in skeleton.blocks for name in linear_layers(skeleton.model.get_submodule(path))
     }
@@ -21,7 +21,7 @@ def survey(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
             if layer in layers:
                 continue
             if name is not None and name not in own:
-                reason = "not part of this model class, kept as it is"
+                reason = "not part of this model class, copied unchanged"
             elif not path:
                 reason = "outside the blocks (embedding, final norm, head)"
             elif layer in linear:

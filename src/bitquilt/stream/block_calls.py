@@ -1,12 +1,13 @@
-"""How is each block called, and what happens before the first and after the last? Learned by watching the model.
+"""The model's own forward pass around its blocks: `embed` runs it up to the first, `BlockCalls.finish` from the last.
 
-The model's own forward pass runs once with its blocks listening instead of computing; whatever it hands to each of
-them (masks, rotary tables, positions; they differ between blocks in sliding-window models) is replayed later.
+`learn_calls` runs it with its blocks listening instead of computing and returns `BlockCalls`, which call the blocks
+later as the model does: with its masks, rotary tables and positions, which differ between the blocks of some models.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,103 +17,67 @@ from bitquilt.errors import UserError
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.devices import to_device
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments that a block receives besides the hidden states."""
+
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What a block receives beside the hidden states, for one batch shape."""
+class BlockCalls:
+    """How a model calls its blocks: `by_shape`, with which arguments for inputs `[batch, tokens]`, block by block.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    `extras`: what a block returns after the hidden states; None if it returns a tensor, not a tuple.
+    """
 
-    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Run `block` on `hidden` `[batch, tokens, width]` -> the same shape."""
-        output = block(hidden, *self.args, **self.kwargs)
+    skeleton: Skeleton
+    device: torch.device
+    extras: tuple[Any, ...] | None
+    by_shape: Mapping[tuple[int, ...], Sequence[Call]]
+
+    def run(self, i: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Call block i on `hidden` `[batch, tokens, width]` -> the same shape, on the device of the calls."""
+        args, kwargs = self.by_shape[tuple(hidden.shape[:2])][i]
+        output = block(hidden.to(self.device), *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    def to(self, device: torch.device) -> "Call":
-        """The same with every tensor on `device`."""
-        args, kwargs = to_device((self.args, self.kwargs), device)
-        return Call(args, kwargs)
+    def finish(self, ids: Tensor, hidden: Tensor, *, gradient: bool = False) -> Tensor:
+        """Return the model's output, logits if it has a head, when its last block returns `hidden`.
+
+        Needs the outer weights in memory. `gradient`: keep the graph from `hidden` to the output.
+        """
+
+        def returning(*_: Any, **__: Any) -> Any:
+            return _wrap(hidden, self.extras)
+
+        blocks = range(len(self.skeleton.blocks))
+        output = _run(self.skeleton, ids, dict.fromkeys(blocks, returning), gradient)
+        logits = getattr(output, "logits", None)
+        result: Tensor = logits if logits is not None else output[0]
+        return result
 
 
 class _Stop(Exception):
-    """Raised by the last listening block: nothing after it is needed."""
+    """Ends the model's forward pass: nothing after it is needed."""
 
 
-def open_outer(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
-    """Load the weights outside the blocks, and learn from the first block what blocks return (`learn_extras`)."""
-    skeleton.load("")
-    first = skeleton.blocks[0]
-    template = skeleton.template(first)
-    skeleton.load(first)
-    extras = learn_extras(skeleton, ids)
-    skeleton.reset(first, template)
-    return extras
+def learn_calls(skeleton: Skeleton, batches: Iterable[Tensor], device: torch.device) -> BlockCalls:
+    """Learn how the blocks are called for token ids shaped like those of `batches` `[batch, tokens]`.
 
-
-def learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
-    """What a block returns after the hidden states: None if it returns a tensor, else the rest of its tuple.
-
-    Needs the outer weights and the first block in memory. ids `[batch, tokens]`.
+    Needs the outer weights in memory and loads the first block. Arguments are put on `device`. Raises UserError for a
+    model that needs more than token ids, does not run each block once, in order, or gives them the tokens' own values.
     """
-    first = skeleton.model.get_submodule(skeleton.blocks[0])
-    output: Any = None
-
-    def watch(*args: Any, **kwargs: Any) -> Any:
-        nonlocal output
-        output = type(first).forward(first, *args, **kwargs)
-        raise _Stop
-
-    try:
-        _run(skeleton, ids, {0: watch})
-    except (TypeError, ValueError, AttributeError) as error:  # it wants pixels, or a decoder's inputs, or a mask
-        name = type(skeleton.model).__name__
-        raise UserError(
-            f"{name} does not run on token ids alone ({error}): wanted a causal LM or an encoder"
-        ) from error
-    return None if isinstance(output, Tensor) else tuple(output[1:])
-
-
-def check_order(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> None:
-    """Raise UserError unless the forward pass goes once through the blocks, in order; needs the outer weights."""
-    order: list[int] = []
-
-    def passing(i: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            order.append(i)
-            return _wrap(_split(args, kwargs)[0], extras)
-
-        return forward
-
-    blocks = range(len(skeleton.blocks))
-    _run(skeleton, ids, {i: passing(i) for i in blocks})
-    if order != list(blocks):
-        raise UserError(
-            f"{type(skeleton.model).__name__} does not go once through its {len(blocks)} blocks in order, it calls "
-            f"{order[:12]}: such an architecture cannot be streamed block by block"
-        )
-
-
-def record_calls(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:
-    """One `Call` per block for inputs shaped like ids `[batch, tokens]`; needs the outer weights in memory.
-
-    Raises UserError if what a block receives depends on the tokens: replaying it for others would be wrong.
-    """
-    calls = _listen(skeleton, ids, extras)
-    again = _listen(skeleton, ids.flip(0, 1).roll(1, 1), extras)
-    for path, one, other in zip(skeleton.blocks, calls, again, strict=True):
-        received = {**{f"argument {i + 2}": value for i, value in enumerate(one.args)}, **one.kwargs}
-        for key, value in zip(received, (*other.args, *other.kwargs.values()), strict=True):
-            if not _equal(received[key], value):
-                raise UserError(
-                    f"block {path} receives {key!r}, which depends on the tokens beside the hidden states: "
-                    "this architecture cannot be streamed block by block"
-                )
-    return calls
+    extras: tuple[Any, ...] | None = None
+    found: dict[tuple[int, ...], Sequence[Call]] = {}
+    for ids in batches:
+        if not found:
+            extras = _learn_extras(skeleton, ids)
+            _check_order(skeleton, ids, extras)
+        if (shape := tuple(ids.shape)) not in found:
+            found[shape] = to_device(_record_calls(skeleton, ids, extras), device)
+    return BlockCalls(skeleton, device, extras, found)
 
 
 def embed(skeleton: Skeleton, ids: Tensor) -> Tensor:
-    """What the first block reads for ids `[batch, tokens]` -> `[batch, tokens, width]`."""
+    """Return what the first block reads for ids `[batch, tokens]`: `[batch, tokens, width]`."""
     hidden: Tensor | None = None
 
     def catch(*args: Any, **kwargs: Any) -> Any:
@@ -125,20 +90,54 @@ def embed(skeleton: Skeleton, ids: Tensor) -> Tensor:
     return hidden
 
 
-def finish(
-    skeleton: Skeleton, ids: Tensor, hidden: Tensor, extras: tuple[Any, ...] | None, gradient: bool = False
-) -> Tensor:
-    """The model's output (logits where it has a head) when its last block returns `hidden`; needs the outer weights.
+def _learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
+    output: Any = None
 
-    `gradient`: keep the graph from `hidden` to the output."""
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        nonlocal output
+        output = type(first).forward(first, *args, **kwargs)
+        raise _Stop
 
-    def returning(*_: Any, **__: Any) -> Any:
-        return _wrap(hidden, extras)
+    try:
+        with skeleton.resident(skeleton.blocks[0]) as first:
+            _run(skeleton, ids, {0: watch})
+    except (TypeError, ValueError, AttributeError) as error:  # it wants pixels, or a decoder's inputs, or a mask
+        name = type(skeleton.model).__name__
+        raise UserError(
+            f"{name} does not run on token ids alone ({error}); give a causal language model or an encoder"
+        ) from error
+    return None if isinstance(output, Tensor) else tuple(output[1:])
 
-    output = _run(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), returning), gradient)
-    logits = getattr(output, "logits", None)
-    result: Tensor = logits if logits is not None else output[0]
-    return result
+
+def _check_order(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> None:
+    order: list[int] = []
+
+    def passing(i: int, *args: Any, **kwargs: Any) -> Any:
+        order.append(i)
+        return _wrap(_split(args, kwargs)[0], extras)
+
+    blocks = range(len(skeleton.blocks))
+    _run(skeleton, ids, {i: partial(passing, i) for i in blocks})
+    if order != list(blocks):
+        raise UserError(
+            f"{type(skeleton.model).__name__} does not go once through its {len(blocks)} blocks in order, it calls "
+            f"{order[:12]}: such an architecture cannot be streamed block by block"
+        )
+
+
+def _record_calls(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:
+    """Return a call per block. What depends on the tokens cannot be replayed for others: UserError."""
+    calls = _listen(skeleton, ids, extras)
+    again = _listen(skeleton, ids.flip(0, 1).roll(1, 1), extras)
+    for path, (args, kwargs), (other_args, other_kwargs) in zip(skeleton.blocks, calls, again, strict=True):
+        received = {**{f"argument {i + 2}": value for i, value in enumerate(args)}, **kwargs}
+        for (key, one), other in zip(received.items(), (*other_args, *other_kwargs.values()), strict=True):
+            if not _equal(one, other):
+                raise UserError(
+                    f"block {path} receives {key!r}, which depends on the tokens besides the hidden states: "
+                    "this architecture cannot be streamed block by block"
+                )
+    return calls
 
 
 def _listen(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:
@@ -146,7 +145,7 @@ def _listen(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> 
 
     def listening(*args: Any, **kwargs: Any) -> Any:
         hidden, rest, named = _split(args, kwargs)
-        calls.append(Call(rest, named))
+        calls.append((rest, named))
         if len(calls) == len(skeleton.blocks):
             raise _Stop
         return _wrap(hidden, extras)
@@ -165,7 +164,7 @@ def _run(skeleton: Skeleton, ids: Tensor, forwards: dict[int, Callable[..., Any]
 
 @contextmanager
 def _patched(skeleton: Skeleton, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
-    """Give blocks another forward while keeping the modules, whose attributes the model's loop may read."""
+    """Replace the forward methods of blocks but keep the modules, whose attributes the model's loop may read."""
     blocks = [skeleton.model.get_submodule(skeleton.blocks[i]) for i in forwards]
     for block, forward in zip(blocks, forwards.values(), strict=True):
         block.forward = forward

@@ -1,12 +1,12 @@
-"""How is a block handed to a recipe that trains it? train_block(job, flow, i, full, linears, done, observe).
+"""`train_block` hands a block to a recipe that trains it, `keep` stores what training the whole model needs of it.
 
 The recipe sees a function and samples. The function is the full-precision block with other weights in the places of
-its layers; samples are read from the work directory when they are asked for.
+its layers (`of_weights`); samples are read from the work directory when the recipe asks for them.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,101 +14,102 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bitquilt.core.events import Epoch, Observer
-from bitquilt.core.recipe import TrainsBlocks, TunesModel
 from bitquilt.core.training import BlockProblem, TrainedLayers
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_transposed
-from bitquilt.stream.activations import Flow
-from bitquilt.stream.job import Job
-from bitquilt.stream.layers import Done, put_in_place, tunes
-from bitquilt.stream.workdir import Activations, write_tensors
+from bitquilt.stream.hidden_states import CalibratedStates
+from bitquilt.stream.job import CalibratedJob, LoadedBlock
+from bitquilt.stream.layers import SolvedLayers, put_in_place
+from bitquilt.stream.records import TrainingRecord
+from bitquilt.stream.workdir import write_tensors
 
 OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def train_block(
-    job: Job, flow: Flow, i: int, full: nn.Module, linears: Mapping[str, nn.Module], done: Done, observe: Observer
-) -> None:
-    """Train the solved layers of block i, `full` being the block before; what is in `done` and in the model changes.
+    states: CalibratedStates, block: LoadedBlock, full: nn.Module, solved: SolvedLayers, observe: Observer
+) -> TrainingRecord:
+    """Train the solved layers of a block, given the block in full precision; changes `solved` and the model.
 
     Raises UserError naming the block if it cannot be trained.
     """
-    assert isinstance(job.recipe, TrainsBlocks)
-    path = job.skeleton.blocks[i]
-    here, there = flow.inputs(i), flow.inputs(i + 1, full=True)
-    assert job.ids is not None
-    assert here is not None
-    assert there is not None
-    told = Telling(path, observe)
+    job, i = states.job, block.number
+    assert job.trainer is not None
+    here, there = states.inputs(i), states.inputs(i + 1, "full")
+
+    @torch.no_grad()
+    def outputs(chosen: Sequence[int]) -> Tensor:
+        return states.calls.run(i, full, here.samples(chosen))
+
+    progress = TrainingProgress(block.path, observe)
     problem = BlockProblem(
-        path,
-        done.plans,
-        done.solutions,
-        of_weights(job, flow, i, full, linears),
-        len(job.ids),
-        lambda chosen: read_samples(here, chosen).to(job.device),
-        _outputs(flow, i, full, here),
-        lambda chosen: read_samples(there, chosen).to(job.device),
-        told,
+        name=block.path,
+        plans={name: solved.records[name].plan for name in solved.solutions},
+        solutions=solved.solutions,
+        forward=of_weights(states, replace(block, module=full)),
+        count=len(job.ids),
+        inputs=lambda chosen: here.samples(chosen).to(job.device),
+        outputs=outputs,
+        full_outputs=lambda chosen: there.samples(chosen).to(job.device),
+        told=progress,
     )
     try:
-        solved = job.recipe.train_block(problem)
+        trained = job.trainer.train_block(problem)
     except (ValueError, MemoryError) as error:
-        raise UserError(f"{path}: {error}") from None
-    for name, solution in solved.solutions.items():
-        before = done.record["layers"][name]
-        entry = put_in_place(job, done.layers[name], done.plans[name], solution, linears[name], done)
-        entry["seconds"] = before["seconds"]
-        done.solutions[name] = solution
-    done.record["events"] += [asdict(event) for event in solved.events]
-    done.record["training"] = told.finish(solved)
+        raise UserError(f"{block.path}: {error}") from None
+    for name, solution in trained.solutions.items():
+        before, layer = solved.records[name], solved.layers[name]
+        record = put_in_place(job, layer, block.linears[name], before.plan, solution, solved)
+        solved.records[name] = record.annotated(before.seconds, before.notes)
+        solved.solutions[name] = solution
+    solved.events += trained.events
+    return progress.finish(trained)
 
 
-def keep(job: Job, i: int, done: Done) -> None:
-    """Put aside what tuning needs of block i; nothing where the recipe does not tune."""
-    if tunes(job):
-        assert isinstance(job.recipe, TunesModel)
-        tensors = {f"{n}.{key}": t for n, s in done.solutions.items() for key, t in job.recipe.keep(s).items()}
+def keep(job: CalibratedJob, i: int, solved: SolvedLayers) -> None:
+    """Store what the recipe needs of block i to train the whole model, if it does."""
+    if (recipe := job.tuner) is not None:
+        tensors = {f"{n}.{key}": t for n, s in solved.solutions.items() for key, t in recipe.keep(s).items()}
         write_tensors(job.folder / kept_file(i), tensors)
 
 
 def kept_file(i: int) -> str:
-    """Where that of block i is."""
+    """Name of the file that `keep` writes for block i."""
     return f"kept-{i:05d}.safetensors"
 
 
-class Telling:
-    """Hands the epochs of a training on to the observer, with the time left, and notes what the report says of it."""
+class TrainingProgress:
+    """Passes the epochs of a training to the observer, with the time left, and makes the report's entry."""
 
     def __init__(self, where: str, observe: Observer, unit: str = "error") -> None:
-        self.where, self.observe, self.unit = where, observe, unit
-        self.begin, self.start = time.perf_counter(), float("nan")
+        self._where, self._observe, self._unit = where, observe, unit
+        self._begin, self._start = time.perf_counter(), float("nan")
 
     def __call__(self, done: int, of: int, loss: float) -> None:
-        """After `done` epochs, 0 for the start."""
+        """Report `done` epochs; 0 is the start."""
         if done == 0:
-            self.start = loss
+            self._start = loss
         if done < of:
-            left = (time.perf_counter() - self.begin) / done * (of - done) if done else float("nan")
-            self.observe(Epoch(self.where, done, of, self.start, loss, left, self.unit))
+            left = (time.perf_counter() - self._begin) / done * (of - done) if done else float("nan")
+            self._observe(Epoch(self._where, done, of, self._start, loss, left, self._unit))
 
-    def finish(self, solved: TrainedLayers) -> dict[str, Any]:
-        """The last word, and the report's entry."""
-        epochs = len(solved.losses)
-        self.observe(Epoch(self.where, epochs, epochs, solved.start_loss, solved.loss, 0.0, self.unit))
-        return {
-            "start_loss": solved.start_loss,
-            "loss": solved.loss,
-            "losses": list(solved.losses),
-            "seconds": round(time.perf_counter() - self.begin, 3),
-            **solved.notes,
-        }
+    def finish(self, trained: TrainedLayers) -> TrainingRecord:
+        """Report the end and return the report's entry."""
+        epochs = len(trained.losses)
+        self._observe(Epoch(self._where, epochs, epochs, trained.start_loss, trained.loss, 0.0, self._unit))
+        return TrainingRecord(
+            start_loss=trained.start_loss,
+            loss=trained.loss,
+            losses=trained.losses,
+            seconds=round(time.perf_counter() - self._begin, 3),
+            **trained.notes,
+        )
 
 
-def of_weights(job: Job, flow: Flow, i: int, block: nn.Module, linears: Mapping[str, nn.Module]) -> OfWeights:
-    """Block i as a function of the weights of `linears`, by full path, and its input."""
-    prefix = f"{job.skeleton.blocks[i]}."
-    transposed = {name for name, module in linears.items() if is_transposed(module)}
+def of_weights(states: CalibratedStates, block: LoadedBlock) -> OfWeights:
+    """Return the block as a function of the weights of its layers, by full path, and its input."""
+    prefix = f"{block.path}."
+    transposed = {name for name, module in block.linears.items() if is_transposed(module)}
 
     def forward(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         placed = {
@@ -117,21 +118,8 @@ def of_weights(job: Job, flow: Flow, i: int, block: nn.Module, linears: Mapping[
         }
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(block, placed, args, kwargs)
+            return functional_call(block.module, placed, args, kwargs)
 
-        return flow.run(i, called, hidden)
+        return states.calls.run(block.number, called, hidden)
 
     return forward
-
-
-def read_samples(activations: Activations, chosen: Sequence[int]) -> Tensor:
-    """`[chosen, tokens, width]`."""
-    return torch.cat([activations.read(slice(j, j + 1)) for j in chosen])
-
-
-def _outputs(flow: Flow, i: int, full: nn.Module, inputs: Activations) -> Callable[[Sequence[int]], Tensor]:
-    def outputs(chosen: Sequence[int]) -> Tensor:
-        with torch.no_grad():
-            return flow.run(i, full, read_samples(inputs, chosen))
-
-    return outputs

@@ -1,42 +1,48 @@
-"""What did the quantized layers before it do to each layer's input? The full-precision block runs beside the quantized
-one on the same tokens: collect_pairs(...) -> LayerStats with the drift between them.
+"""Drift: how far the quantized layers of a block move the inputs of the layers after them.
 
-Where the residual stream can be read is found by looking: a small change is added to a layer's output, and wherever
-exactly this change arrives, the output has been added to something: that is the stream.
+`beside` copies the full-precision block, `find_stages` groups its layers by input, `observe_pass` reads the inputs of
+one group in one model, and `collect_pairs` turns passes of both models into `LayerStats` with the drift between them.
+
+The residual stream is found by experiment: a small change is added to a layer's output, and wherever exactly this
+change arrives, the output has been added to the stream.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bitquilt.core.types import LayerStats
-from bitquilt.stream.statistics import Accumulator, check_statistics, stride_for
+from bitquilt.model.hooks import hooked
+from bitquilt.stream.statistics import InputSums
 
 Run = Callable[[], Tensor]
 """One forward pass of a block -> its output `[batch, tokens, width]`."""
-_OUTPUT = ""  # a tap: the block's output, else the path of the module whose input is read
+_OUTPUT = ""  # a tap: the block's output; any other tap is the path of the module whose input is read
 
 
-class _Stop(Exception):
-    """Everything asked for has been seen: the rest of the block need not run."""
+class _EverythingSeen(Exception):
+    """Ends a pass early: the rest of the block need not run."""
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """One pass: each layer's input `[tokens, in]`, and the residual stream its output is added to `[tokens, out]`."""
+class SeenInputs:
+    """One pass by layer: the input `[tokens, in]`, and the residual stream its output is added to `[tokens, out]`."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Layers that are measured together, because they read one input. `paired`: their tokens are the block's, in
-    order, so that two runs can be compared; `taps`: where the stream of some of them can be read."""
+class InputStage:
+    """Layers that are measured together because they read one input.
+
+    `paired`: their tokens are the block's, in order, so that two models can be compared. `taps`: where the stream that
+    a layer writes to can be read, by layer.
+    """
 
     names: tuple[str, ...]
     paired: bool
@@ -44,141 +50,117 @@ class Stage:
 
 
 def beside(block: nn.Module) -> nn.Module:
-    """The block once more around the same tensors: its layers may be replaced one by one, the copy's stay."""
+    """Copy the block around the same tensors, so that replacing the block's layers leaves the copy's in place."""
     shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
     return copy.deepcopy(block, shared)
 
 
-def find_stages(block: nn.Module, names: Sequence[str], run: Run, streams: bool) -> list[Stage]:
-    """`names` (paths inside `block`) by input, in the order in which a pass reaches them; `run`: a pass on a probe.
+def find_stages(block: nn.Module, names: Sequence[str], run: Run, streams: bool) -> list[InputStage]:
+    """Group the layers `names` (paths inside `block`) by input, in the order in which a pass reaches them.
 
-    Layers that see other tokens than the block (routed experts), are called twice or not at all are unpaired.
+    `run`: a pass on a probe. `streams`: look for taps. Layers that see other tokens than the block (routed experts),
+    or that are called twice or not at all, are unpaired.
     """
     calls: list[tuple[str, Tensor]] = []
-    hooks = [
-        block.get_submodule(n).register_forward_pre_hook(lambda _m, args, n=n: calls.append((n, args[0])))
-        for n in names
-    ]
-    try:
+
+    def read(name: str, x: Tensor) -> None:
+        calls.append((name, x))
+
+    with hooked(before=[(block.get_submodule(name), partial(read, name)) for name in names]):
         output = run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    counts = [name for name, _ in calls]
+    called = [name for name, _ in calls]
     stages: dict[int, list[str]] = {}
     for name, x in calls:
         # some families flatten the tokens on the way
         same_tokens = x.shape[:-1] in (output.shape[:2], (output.shape[:2].numel(),))
-        once = counts.count(name) == 1 and same_tokens
-        members = stages.setdefault(id(x) if once else 0, [])
+        members = stages.setdefault(id(x) if called.count(name) == 1 and same_tokens else 0, [])
         if name not in members:
             members.append(name)
-    if missing := [name for name in names if name not in counts]:
+    if missing := [name for name in names if name not in called]:
         stages.setdefault(0, []).extend(missing)
     found = []
     for key, members in stages.items():
         taps = {n: tap for n in members if (tap := _tap(block, n, run)) is not None} if key and streams else {}
-        found.append(Stage(tuple(members), bool(key), taps))
+        found.append(InputStage(tuple(members), bool(key), taps))
     return found
 
 
-def observe_pass(root: nn.Module, stage: Stage, run: Run) -> Seen:
-    """One pass of `root`, stopped when the stage's inputs and streams are there."""
-    seen, outputs = Seen(), dict[str, Tensor]()
-    last_needed = len(stage.names) + len(stage.taps)
+def observe_pass(root: nn.Module, stage: InputStage, run: Run) -> SeenInputs:
+    """Run one pass of `root` and stop it when the stage's inputs and streams have been seen."""
+    seen, outputs = SeenInputs(), dict[str, Tensor]()
+    wanted = len(stage.names) + len(stage.taps)
+    inner_taps = {name: tap for name, tap in stage.taps.items() if tap != _OUTPUT}
 
-    def done() -> None:
-        if _OUTPUT not in stage.taps.values() and len(seen.inputs) + len(seen.streams) == last_needed:
-            raise _Stop
+    def stop_early() -> None:
+        if len(inner_taps) == len(stage.taps) and len(seen.inputs) + len(seen.streams) == wanted:
+            raise _EverythingSeen
 
-    def reading(name: str) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.inputs[name] = _rows(args[0])
-            done()
+    def input_of(name: str, x: Tensor) -> None:
+        seen.inputs[name] = _rows(x)
+        stop_early()
 
-        return before
+    def output_of(name: str, _x: Tensor, output: Tensor) -> None:
+        outputs[name] = _rows(output)
 
-    def writing(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: outputs.__setitem__(name, _rows(output))
+    def at_tap(name: str, x: Tensor) -> None:
+        if name in outputs:
+            seen.streams[name] = _rows(x) - outputs[name]
+            stop_early()
 
-    def arriving(name: str) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in outputs and (tensor := _first_tensor(args, kwargs)) is not None:
-                seen.streams[name] = _rows(tensor) - outputs[name]
-                done()
-
-        return before
-
-    hooks = [root.get_submodule(n).register_forward_pre_hook(reading(n)) for n in stage.names]
-    hooks += [root.get_submodule(n).register_forward_hook(writing(n)) for n in stage.taps]
-    hooks += [
-        root.get_submodule(tap).register_forward_pre_hook(arriving(n), with_kwargs=True)
-        for n, tap in stage.taps.items()
-        if tap != _OUTPUT
-    ]
+    before = [(root.get_submodule(name), partial(input_of, name)) for name in stage.names]
+    before += [(root.get_submodule(tap), partial(at_tap, name)) for name, tap in inner_taps.items()]
+    after = [(root.get_submodule(name), partial(output_of, name)) for name in stage.taps]
     try:
-        result = run()
-        for name, tap in stage.taps.items():
-            if tap == _OUTPUT:
-                seen.streams[name] = _rows(result) - outputs[name]
-    except _Stop:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+        with hooked(before, after):
+            result = run()
+    except _EverythingSeen:
+        return seen
+    for name in stage.taps.keys() - inner_taps.keys():
+        seen.streams[name] = _rows(result) - outputs[name]
     return seen
 
 
 def collect_pairs(
-    stage: Stage, passes: Iterable[tuple[Seen, Seen]], *, sample: int, tokens: int
+    stage: InputStage, passes: Iterable[tuple[SeenInputs, SeenInputs]], *, sample: int, tokens: int, prefix: str = ""
 ) -> dict[str, LayerStats]:
-    """Statistics of a paired stage from passes (full precision, quantized) over `tokens` tokens.
+    """Sum up a paired stage over passes (full precision, quantized) with `tokens` tokens in all.
 
-    Raises ValueError naming the layer whose input, in either model, held NaN or Inf.
+    `prefix`: of the layers' names in the result. Raises UserError naming the layer whose input, in either model, held
+    NaN or Inf.
     """
     leader = stage.names[0]
-    sums: Accumulator | None = None
+    sums: InputSums | None = None
     streams: dict[str, Tensor] = {}
     for full, here in passes:
         x = here.inputs[leader]
-        width = x.shape[1]
-        if sums is None:
-            zeros = torch.zeros(width, width, device=x.device)
-            sums = Accumulator(width, stride_for(sample, tokens), sample, zeros, torch.zeros_like(zeros))
+        sums = sums or InputSums(x, sample, tokens, drift=True)
         sums.add(x, full.inputs[leader])
         for name, stream in here.streams.items():
             drift = (full.streams[name] - stream).float()
             if name not in streams:
-                streams[name] = torch.zeros(drift.shape[1], width, device=x.device)
+                streams[name] = torch.zeros(drift.shape[1], x.shape[1], device=x.device)
             streams[name].addmm_(drift.t(), x.float())
     assert sums is not None
-    shared = sums.result()
-    check_statistics(leader, shared, *streams.values())
-    return {n: replace(shared, stream_drift=streams[n]) if n in streams else shared for n in stage.names}
+    shared = sums.result(prefix + leader, *streams.values())
+    return {prefix + n: replace(shared, stream_drift=streams[n]) if n in streams else shared for n in stage.names}
 
 
 def _tap(block: nn.Module, name: str, run: Run) -> str | None:
-    """Where the sum of the layer's output and a stream can be read, or None where there is no such place."""
-    layer = block.get_submodule(name)
+    """Find where the sum of the layer's output and a stream can be read, or return None."""
     arrived: list[tuple[str, Tensor]] = []
     output: list[Tensor] = []
     change: list[Tensor] = []
 
-    def arriving(path: str) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = _first_tensor(args, kwargs)
-            if output and tensor is not None and tensor.dim() and _rows(tensor).shape == output[0].shape:
-                arrived.append((path, _rows(tensor).clone()))
+    def arriving(path: str, x: Tensor) -> None:
+        if output and x.dim() and _rows(x).shape == output[0].shape:
+            arrived.append((path, _rows(x).clone()))
 
-        return before
-
-    def writing(_module: nn.Module, _args: Any, result: Tensor) -> Tensor:
+    def changing(_x: Tensor, result: Tensor) -> Tensor:
         output.append(_rows(result).clone())
         return result + change[0].view_as(result) if change else result
 
-    hooks = [layer.register_forward_hook(writing)]
-    hooks += [m.register_forward_pre_hook(arriving(p), with_kwargs=True) for p, m in block.named_modules() if p]
-    try:
+    before = [(module, partial(arriving, path)) for path, module in block.named_modules() if path]
+    with hooked(before, after=[(block.get_submodule(name), changing)]):
         result = _rows(run())
         if not output or output[0].shape != result.shape:
             return None
@@ -189,19 +171,12 @@ def _tap(block: nn.Module, name: str, run: Run) -> str | None:
         output.clear()
         moved = _rows(run())
         changed = [*arrived, (_OUTPUT, moved)]
-    finally:
-        for hook in hooks:
-            hook.remove()
     tolerance = 1e-3 * float(change[0].abs().max())
-    for (path, before), (_, after) in zip(plain, changed, strict=True):
-        added_to_something = float((before - own).abs().max()) > tolerance
-        if added_to_something and float((after - before - change[0]).abs().max()) < tolerance:
+    for (path, first), (_, second) in zip(plain, changed, strict=True):
+        added_to_something = float((first - own).abs().max()) > tolerance
+        if added_to_something and float((second - first - change[0]).abs().max()) < tolerance:
             return path
     return None
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def _rows(tensor: Tensor) -> Tensor:

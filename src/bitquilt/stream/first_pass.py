@@ -1,52 +1,47 @@
-"""How does a recipe that plans all layers together see them? planned(job, full_pass) -> the job with its plans.
+"""`planned` gives a job its plans where the recipe plans all layers together.
 
-A pass over the full-precision model before anything is quantized, one block in memory; what it finds is kept in
-`sensitivities.json` in the work directory, so that a run that continues does not repeat it.
+A pass over the full-precision model before any block is quantized, one block in memory. Its findings are kept in
+`sensitivities.json` in the work directory, so that a continued run does not repeat it.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+import torch
 
 from bitquilt.core.events import Observer, Stage
 from bitquilt.core.recipe import PlansModel
 from bitquilt.core.types import Layer, LayerPlan
 from bitquilt.errors import UserError
 from bitquilt.model.linear import linear_weight
-from bitquilt.stream.gradients import Gradients, collect_gradients
-from bitquilt.stream.job import Job
+from bitquilt.stream.gradients import collect_gradients
+from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
+from bitquilt.stream.job import Job, LoadedBlock, check_weights
+from bitquilt.stream.prefetch import BlockReader
 from bitquilt.stream.workdir import write_json
 
 _FILE = "sensitivities.json"
-Look = Callable[[nn.Module, Mapping[str, nn.Module], Iterator[Tensor] | None], None]
-"""(block, its layers by full path, one forward pass of it per batch)"""
+Sensed = dict[str, dict[str, float]]
+"""Numbers that the recipe needs of each layer, by full path."""
 
 
-def planned(job: Job, full_pass: Callable[[int, Look], None], observe: Observer) -> Job:
-    """`job` with a plan for every layer where the recipe plans the model and no plan is given.
+def planned(states: HiddenStates, blocks: BlockReader, observe: Observer) -> Job:
+    """Return the job with a plan for every layer, if the recipe plans the model and no plan is given.
 
-    `full_pass(i, look)` shows block i. Raises UserError if the recipe cannot meet its budget.
+    Raises UserError if the recipe cannot meet its budget.
     """
-    if job.plans is not None or not isinstance(job.recipe, PlansModel):
+    job, recipe = states.job, states.job.recipe
+    if job.plans is not None or not isinstance(recipe, PlansModel):
         return job
-    recipe, path = job.recipe, job.folder / _FILE
+    path, count = job.folder / _FILE, len(job.skeleton.blocks)
+    sensed: Sensed = {}
     if path.is_file():
         sensed = json.loads(path.read_text())
     else:
-        sensed = {}
-        blocks = len(job.skeleton.blocks)
-
-        def look(block: nn.Module, linears: Mapping[str, nn.Module], passes: Iterator[Tensor] | None) -> None:
-            found = gradients_of(job, block, linears, passes, hessian=False)
-            for name, module in linears.items():
-                layer = Layer(name, linear_weight(module).float(), None, None)
-                sensed[name] = recipe.sense(layer, found[name].trace)
-
-        for i in range(blocks):
-            observe(Stage(f"looking at block {i + 1} of {blocks} before any is quantized"))
-            full_pass(i, look)
+        for i in range(count):
+            observe(Stage(f"looking at block {i + 1} of {count} before any is quantized"))
+            with blocks.open(i) as block:
+                sensed |= _sense(states, block, recipe)
         write_json(path, sensed)
     try:
         plans: dict[str, LayerPlan] = recipe.plan_model(sensed)
@@ -55,27 +50,15 @@ def planned(job: Job, full_pass: Callable[[int, Look], None], observe: Observer)
     return replace(job, plans=plans, notes=sensed)
 
 
-def gradients_of(
-    job: Job,
-    block: nn.Module,
-    linears: Mapping[str, nn.Module],
-    passes: Iterator[Tensor] | None,
-    *,
-    hessian: bool,
-) -> dict[str, Gradients]:
-    """`collect_gradients` as the recipe asks for it."""
-    probes = job.recipe.needs.probes
-
-    def own(path: str) -> bool:
-        return probes.feed_forward_at_layer and not is_attention(block, path)
-
-    return collect_gradients(
-        block, linears, passes or (), hessian=hessian, probes=probes.count, seed=probes.seed, own=own
-    )
-
-
-def is_attention(block: nn.Module, path: str) -> bool:
-    """Whether the sub-block at `path` computes attention, by its name or its class's."""
-    module = block.get_submodule(path)
-    words = f"{path} {type(module).__name__}".lower() if path else ""
-    return "attn" in words or "attention" in words
+@torch.no_grad()
+def _sense(states: HiddenStates, block: LoadedBlock, recipe: PlansModel) -> Sensed:
+    """Measure the layers of a full-precision block, and make the next one's inputs."""
+    check_weights(block.linears)
+    passes = states.passes(block, "first pass") if isinstance(states, CalibratedStates) else ()
+    found = collect_gradients(block.module, block.linears, passes, states.job.recipe.needs.probes, hessian=False)
+    if isinstance(states, CalibratedStates):
+        states.advance_calibration(block.number, block.module, "first pass")
+    return {
+        name: recipe.sense(Layer(name, linear_weight(module).float(), None, None), found[name].trace)
+        for name, module in block.linears.items()
+    }

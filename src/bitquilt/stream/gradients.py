@@ -1,18 +1,21 @@
-"""What does an error in each layer do at the output of its sub-block? collect_gradients(block, linears, passes).
+"""`collect_gradients` measures how an error in each layer changes the output of the layer's sub-block.
 
 One backward pass per sub-block (attention, feed-forward) and probe. Layers that stand in the block itself are measured
-at the block's output, which differs from their sub-block's by what does not depend on them.
+at the block's output. `attention_aware` puts the Hessians found this way into the statistics of the inputs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitquilt.core.recipe import Probes
 from bitquilt.core.types import Event, LayerStats
 from bitquilt.layer.sensitivity.attention import GradientSums, gradient_sums, probe_signs, sequence_gradients
+from bitquilt.model.hooks import hooked
 from bitquilt.model.linear import linear_weight
 
 # A trace below this share of its sub-block's largest is rounding: queries and keys of sequences of one token get 1e-15.
@@ -22,8 +25,11 @@ _BLOCK = ""  # the sub-block of layers that stand in the block itself
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Of one layer over all tokens: `trace` of its Gauss-Newton Hessian, `own_trace` of 2 sum x x^T for each row;
-    `hessian` fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None. `reason`: why there is no trace, or ""."""
+    """One layer's curvature, summed over all tokens.
+
+    `trace`: of the Gauss-Newton Hessian at the sub-block's output; `own_trace`: of 2 sum x x^T for each row;
+    `hessian`: fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None. `reason`: why there is no trace, or "".
+    """
 
     trace: float
     own_trace: float
@@ -33,62 +39,61 @@ class Gradients:
 
 @dataclass
 class _Watched:
-    """What one forward pass shows of a layer."""
+    """One layer: what a forward pass shows of it, and the sums so far."""
 
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     inputs: float = 0.0
     sums: GradientSums | None = None
     reason: str = ""
 
+    def see(self, x: Tensor, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        self.calls.append((x.detach(), output))
+        self.inputs += float(x.detach().double().square().sum())
+
 
 def collect_gradients(
-    block: nn.Module,
-    linears: Mapping[str, nn.Module],
-    passes: Iterable[Tensor],
-    *,
-    hessian: bool,
-    probes: int = 1,
-    seed: int = 0,
-    own: Callable[[str], bool] = lambda _path: False,
+    block: nn.Module, linears: Mapping[str, nn.Module], passes: Iterable[Tensor], probes: Probes, *, hessian: bool
 ) -> dict[str, Gradients]:
-    """By layer, while iterating `passes` sends calibration through `block`; each item: its output `[batch, tokens, w]`.
+    """Measure `linears` (full path -> module inside the block) while iterating `passes` runs the block.
 
-    `linears`: full path -> module inside the block. `own`: sub-blocks (by path inside the block) whose layers are
-    measured at their own output instead. A layer whose gradient does not exist, or is zero everywhere, has a `reason`.
+    Each item of `passes` is the block's output `[batch, tokens, width]`. `hessian`: return matrices, not only traces.
+    A layer whose gradient does not exist, or is zero everywhere, has a `reason`.
     """
     paths = {id(module): path for path, module in block.named_modules()}
     owner = {name: _sub_block(block, paths[id(module)]) for name, module in linears.items()}
+    at_layer = {p for p in set(owner.values()) if probes.feed_forward_at_layer and not is_attention(block, p)}
     watched = {name: _Watched() for name in linears}
+    members = {path: [watched[n] for n in linears if owner[n] == path] for path in dict.fromkeys(owner.values())}
     outputs: dict[str, Tensor] = {}
-    handles = [module.register_forward_hook(_watch_layer(watched[name])) for name, module in linears.items()]
-    handles += [
-        block.get_submodule(path).register_forward_hook(_watch_output(outputs, path))
-        for path in set(owner.values()) - {_BLOCK}
-    ]
+
+    def see_output(path: str, _x: Tensor, output: Any) -> None:
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(first, Tensor):
+            outputs[path] = first
+
+    after = [(module, watched[name].see) for name, module in linears.items()]
+    sub_blocks = [(block.get_submodule(path), partial(see_output, path)) for path in members if path != _BLOCK]
     seen = 0
     try:
-        with torch.enable_grad():
+        with hooked(after=[*after, *sub_blocks]), torch.enable_grad():
             for output in passes:
                 outputs[_BLOCK] = output
-                for path in dict.fromkeys(owner.values()):
-                    members = {name: watched[name] for name in linears if owner[name] == path and not own(path)}
-                    _backward(outputs.get(path), members, output.shape[0], seen, probes, seed, hessian)
+                signs = partial(_signs, range(seen, seen + len(output)), probes)
+                for path in members:
+                    if path not in at_layer:
+                        _backward(outputs.get(path), members[path], len(output), signs, hessian)
                 for layer in watched.values():
                     layer.calls.clear()
                 outputs.clear()
-                seen += output.shape[0]
+                seen += len(output)
     except RuntimeError as error:  # a block that writes into its layers' outputs, or has no derivative
         for layer in watched.values():
             layer.reason, layer.sums = f"no backward pass: {str(error).splitlines()[0]}", None
-    finally:
-        for handle in handles:
-            handle.remove()
-    largest: dict[str, float] = {}
-    for name, layer in watched.items():
-        squares = layer.sums.squares if layer.sums else 0.0
-        largest[owner[name]] = max(squares, largest.get(owner[name], 0.0))
+    largest = {path: max(layer.sums.squares if layer.sums else 0.0 for layer in members[path]) for path in members}
     return {
-        name: _result(layer, linears[name], own(owner[name]), probes, _SILENT * largest[owner[name]])
+        name: _result(layer, linears[name], owner[name] in at_layer, probes.count, _SILENT * largest[owner[name]])
         for name, layer in watched.items()
     }
 
@@ -96,7 +101,10 @@ def collect_gradients(
 def attention_aware(
     stats: Mapping[str, LayerStats], gradients: Mapping[str, Gradients]
 ) -> tuple[dict[str, LayerStats], list[Event]]:
-    """`stats` with the Hessians of the sub-blocks' outputs; a layer without one keeps its input's, and an event."""
+    """Replace the Hessians in `stats` by those at the sub-blocks' outputs.
+
+    A layer without one keeps the Hessian of its input and gets an event.
+    """
     found, events = dict(stats), []
     for name, value in gradients.items():
         if value.hessian is not None:
@@ -106,8 +114,15 @@ def attention_aware(
     return found, events
 
 
+def is_attention(block: nn.Module, path: str) -> bool:
+    """Whether the sub-block at `path` computes attention, judged by its name or its class's."""
+    module = block.get_submodule(path)
+    words = f"{path} {type(module).__name__}".lower() if path else ""
+    return "attn" in words or "attention" in words
+
+
 def _sub_block(block: nn.Module, path: str) -> str:
-    """The outermost module below the block that contains the layer and is called: lists are not."""
+    """Return the outermost module below the block that contains the layer and is called, as lists are not."""
     parts = path.split(".")
     for depth in range(1, len(parts)):
         outer = ".".join(parts[:depth])
@@ -116,37 +131,23 @@ def _sub_block(block: nn.Module, path: str) -> str:
     return _BLOCK
 
 
-def _watch_layer(layer: _Watched) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_(True)
-        x = inputs[0].detach()
-        layer.calls.append((x, output))
-        layer.inputs += float(x.double().square().sum())
-
-    return hook
-
-
-def _watch_output(outputs: dict[str, Tensor], path: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(first, Tensor):
-            outputs[path] = first
-
-    return hook
+def _signs(samples: range, probes: Probes, rows: Tensor) -> Iterator[Tensor]:
+    """Random signs shaped like `rows` `[samples, n, width]`, one tensor per probe, drawn on the host: the same on every
+    device."""
+    shape = (rows.shape[1], rows.shape[2])
+    for probe in range(probes.count):
+        yield torch.stack([probe_signs(shape, probes.seed, i, probe) for i in samples]).to(rows.device)
 
 
 def _backward(
     output: Tensor | None,
-    members: Mapping[str, _Watched],
+    members: Sequence[_Watched],
     batch: int,
-    first: int,
-    probes: int,
-    seed: int,
+    signs: Callable[[Tensor], Iterable[Tensor]],
     hessian: bool,
 ) -> None:
     """Add one batch to the sums of the layers of one sub-block, whose output is `output` `[batch, tokens, n]`."""
-    called = [layer for layer in members.values() if layer.calls]
+    called = [layer for layer in members if layer.calls]
     if not called:
         return
     if output is None or output.numel() == 0 or not output.requires_grad:
@@ -155,11 +156,8 @@ def _backward(
         return
     targets = [out for layer in called for _, out in layer.calls]
     rows = output.reshape(batch, -1, output.shape[-1])
-    for probe in range(probes):
-        shape = (rows.shape[1], rows.shape[2])
-        signs = torch.stack([probe_signs(shape, seed, first + i, probe) for i in range(batch)])
-        signs = signs.to(rows.device)  # drawn on the host: the same on every device
-        grads = iter(torch.autograd.grad((rows * signs).sum(), targets, retain_graph=True, allow_unused=True))
+    for drawn in signs(rows):
+        grads = iter(torch.autograd.grad((rows * drawn).sum(), targets, retain_graph=True, allow_unused=True))
         for layer in called:
             parts = [
                 sequence_gradients(x, grad.detach(), batch)
@@ -173,11 +171,11 @@ def _backward(
             layer.sums = sums if layer.sums is None else layer.sums + sums
 
 
-def _result(layer: _Watched, module: nn.Module, own: bool, probes: int, silent: float) -> Gradients:
+def _result(layer: _Watched, module: nn.Module, at_layer: bool, probes: int, silent: float) -> Gradients:
     out_features = len(linear_weight(module))
     own_trace = 2 * out_features * layer.inputs
     sums = layer.sums
-    if own:
+    if at_layer:
         return Gradients(own_trace, own_trace, None)
     if sums is None or sums.squares <= silent:
         reason = layer.reason or ("no token reached it" if layer.inputs == 0 else "its gradient is zero on all tokens")

@@ -1,7 +1,12 @@
-"""What a run is asked to do, and to which layers: the value every part of the runtime is handed."""
+"""`Job` says what a run quantizes and how; `CalibratedJob` adds the token ids it calibrates with.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+`targets`, `all_targets` and `head_path` find the layers to quantize, `shapes` measures them, and `open_block` holds one
+block with its layers in memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.core.plan_file import OuterBits
-from bitquilt.core.recipe import Recipe
-from bitquilt.core.types import LayerPlan
+from bitquilt.core.recipe import Recipe, TrainsBlocks, TunesModel
+from bitquilt.core.types import LayerPlan, check_finite
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_linear, linear_weight
 from bitquilt.model.structure import Skeleton, linear_layers
@@ -19,30 +24,87 @@ from bitquilt.model.structure import Skeleton, linear_layers
 _HOST = torch.device("cpu")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
-    """A run's inputs: model, method, calibration ids `[samples, tokens]` (None if the recipe needs none)."""
+    """A run without calibration data: model, recipe and work directory `folder`.
+
+    `device`: where blocks are computed; what is outside them stays on the host. `notes`: for the report, by layer.
+    """
 
     skeleton: Skeleton
     recipe: Recipe
-    ids: Tensor | None
     folder: Path
-    batch_size: int
     skip: tuple[str, ...] = ()
     include_head: bool = False
     outer: OuterBits = field(default_factory=OuterBits)
     plans: Mapping[str, LayerPlan] | None = None
-    device: torch.device = _HOST  # where blocks are computed; what is outside them stays on the host
-    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the report, by layer
+    device: torch.device = _HOST
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def calibrated(self, ids: Tensor, batch_size: int) -> "CalibratedJob":
+        """Return the job with token ids to calibrate with."""
+        return CalibratedJob(**vars(self), ids=ids, batch_size=batch_size)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CalibratedJob(Job):
+    """A run with calibration data: token `ids` `[samples, tokens]`, `batch_size` samples per forward pass."""
+
+    ids: Tensor
+    batch_size: int
+
+    @property
     def batches(self) -> list[slice]:
-        """Rows of `ids` that go through a block together; the last batch may be smaller."""
-        count = 0 if self.ids is None else len(self.ids)
+        """Rows of `ids` that pass through a block together; the last batch may be smaller."""
+        count = len(self.ids)
         return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+    @property
+    def trainer(self) -> TrainsBlocks | None:
+        """The recipe if this run trains blocks once their layers are solved."""
+        return self.recipe if isinstance(self.recipe, TrainsBlocks) and self.recipe.train_batch > 0 else None
+
+    @property
+    def tuner(self) -> TunesModel | None:
+        """The recipe if this run trains all blocks together once they are done."""
+        return self.recipe if isinstance(self.recipe, TunesModel) and self.recipe.tune_batch > 0 else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether this run trains anything."""
+        return self.trainer is not None or self.tuner is not None
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBlock:
+    """A block with its weights: its number, path and module, and its layers to quantize by full path.
+
+    The head counts as the block after the last; its module is the model.
+    """
+
+    number: int
+    path: str
+    module: nn.Module
+    linears: Mapping[str, nn.Module]
+
+    def only(self, names: Iterable[str]) -> "LoadedBlock":
+        """Return the block with some of its layers."""
+        return replace(self, linears={name: self.linears[name] for name in names})
+
+
+@contextmanager
+def open_block(job: Job, i: int, tensors: dict[str, Tensor] | None = None) -> Iterator[LoadedBlock]:
+    """Hold block i on the job's device until the context closes. `tensors`: its weights, where they are read already.
+
+    Raises UserError for a damaged or incomplete checkpoint.
+    """
+    path = job.skeleton.blocks[i]
+    with job.skeleton.resident(path, job.device, tensors) as module:
+        yield LoadedBlock(i, path, module, targets(job.skeleton, path, module, job.skip))
 
 
 def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
-    """The block's layers to quantize, by full path: linear, read unchanged, not skipped on request."""
+    """Return the block's layers to quantize by full path: linear, stored unchanged, not matching `skip`."""
     plain = set(skeleton.parameters.values())
     found = {}
     for name, module in linear_layers(block).items():
@@ -53,7 +115,7 @@ def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]
 
 
 def all_targets(skeleton: Skeleton, skip: Sequence[str], include_head: bool) -> dict[str, nn.Module]:
-    """Every layer a run will quantize, by full path, without weights.
+    """Return every layer a run will quantize by full path, without weights.
 
     Raises UserError if there is none, or if the head is asked for and cannot be quantized.
     """
@@ -69,7 +131,10 @@ def all_targets(skeleton: Skeleton, skip: Sequence[str], include_head: bool) -> 
 
 
 def head_path(skeleton: Skeleton, asked: str = "--include-head") -> str:
-    """The path of the layer that makes logits. Raises UserError where it is none of its own; `asked`: by which flag."""
+    """Return the path of the linear layer that makes the logits.
+
+    Raises UserError, naming the flag `asked`, if there is none or if it shares its weight with the embedding.
+    """
     head = skeleton.model.get_output_embeddings()
     path = next((name for name, module in skeleton.model.named_modules() if module is head), None)
     if head is None or path is None or not is_linear(head):
@@ -77,12 +142,21 @@ def head_path(skeleton: Skeleton, asked: str = "--include-head") -> str:
     if f"{path}.weight" not in skeleton.parameters.values() or skeleton.model.config.tie_word_embeddings:
         raise UserError(
             f"the head {path} shares its weight with the embedding, whose rows are looked up; leave out {asked}, "
-            "give --embedding-bits: it rounds both"
+            "or give --embedding-bits, which rounds both"
         )
     return path
 
 
+def check_weights(linears: Mapping[str, nn.Module]) -> None:
+    """Raise UserError naming the layer whose weight holds NaN or Inf, before others compute with it."""
+    try:
+        for name, module in linears.items():
+            check_finite(name, weight=linear_weight(module))
+    except ValueError as error:
+        raise UserError(f"{error}; the checkpoint is damaged, download or convert it again") from None
+
+
 def shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """`[out, in]` of each layer."""
+    """Return `[out, in]` of each layer."""
     weights = {name: linear_weight(module) for name, module in layers.items()}
     return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}

@@ -1,141 +1,120 @@
-"""The loop: one block in memory at a time, from the first to the last, each committed when it is done.
+"""`stream` quantizes a model block by block, one in memory at a time, and commits each when it is done.
 
 for block in blocks:
     stats   = collect(block, inputs)      # of the full-precision block, on the quantized blocks' outputs
     weights = solve(layers, recipe)
-    inputs  = forward(quantized block)    # errors of earlier blocks are seen by later ones
+    inputs  = forward(quantized block)    # later blocks see the errors of earlier ones
     commit(block)                         # tensors and activations, by atomic renames
 """
 
-import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitquilt.core.events import BlockDone, Observer, Stage
-from bitquilt.core.packing import layout_from_json
 from bitquilt.core.types import LayerStats
-from bitquilt.stream.activations import Flow, open_flow
-from bitquilt.stream.block import compares, look_at_block, paired_statistics, quantize_block, statistics
-from bitquilt.stream.block_calls import finish
-from bitquilt.stream.drift import Stage as Measured
-from bitquilt.stream.drift import observe_pass
+from bitquilt.stream.block import input_statistics, paired_statistics, quantize_block
+from bitquilt.stream.drift import InputStage
 from bitquilt.stream.embedding_and_head import committed_tables, put_head
 from bitquilt.stream.first_pass import planned
-from bitquilt.stream.job import Job, head_path
-from bitquilt.stream.layers import check_weights, mean_output_error, quantize_layers
+from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates, open_states
+from bitquilt.stream.job import Job, LoadedBlock, check_weights, head_path
+from bitquilt.stream.layers import SolvedLayers, quantize_layers
 from bitquilt.stream.model_training import committed_tuning, tuned
 from bitquilt.stream.prefetch import open_blocks
-from bitquilt.stream.workdir import Activations, read_tensors, write_json, write_tensors
+from bitquilt.stream.records import BlockRecord, read_record, write_record
+from bitquilt.stream.workdir import ActivationFile, read_tensors, tensors_of, write_tensors
 
-HEAD_FILE, _HEAD_RECORD = "head.safetensors", "head.json"
+_HEAD_FILE, _HEAD_RECORD, _LOGITS = "head.safetensors", "head.json", "logits.safetensors"
 
 
-def stream(job: Job, observe: Observer) -> list[dict[str, Any]]:
-    """Quantize every block; returns their records. Continues after the last committed block.
+def stream(job: Job, observe: Observer) -> list[BlockRecord]:
+    """Quantize every block, and the head if asked, and return their records; continue after the last committed block.
 
     Raises UserError naming layer or block where weights or activations are not finite.
     """
-    skeleton, blocks = job.skeleton, job.skeleton.blocks
-    records = committed(job.folder, len(blocks))
-    head = committed_head(job.folder)
-    if (job.folder / "logits.safetensors").exists():
-        return _all_records(job, committed_tuning(job.folder) or records, head)
-    observe(Stage("reading the embedding and making the first block's inputs"))
-    flow = open_flow(job, resumed=bool(records))
-    with open_blocks(skeleton, job.device) as loaded:
-        job = planned(job, partial(look_at_block, job, flow, loaded), observe)
-        for i in range(len(records), len(blocks)):
-            started = time.perf_counter()
-            record = quantize_block(job, flow, i, loaded, observe)
-            record["seconds"] = round(time.perf_counter() - started, 3)
-            write_json(job.folder / f"block-{i:05d}.json", record)
-            flow.drop(i)
-            records.append(record)
-            observe(BlockDone(i, len(blocks), mean_output_error(record), record["seconds"]))
-    records = tuned(job, flow, records, observe)
-    if job.include_head and not head:
-        head = [_head(job, flow, observe)]
-    observe(Stage("computing the quantized model's logits on the probe"))
-    skeleton.load("")
-    if head:
-        _quantized_head(job, head[0])
-    logits = finish(skeleton, flow.probe_ids, flow.probe(len(blocks)), flow.extras)
-    skeleton.release_outer()
-    write_tensors(job.folder / "logits.safetensors", {"ids": flow.probe_ids, "logits": logits.float()})
-    return _all_records(job, records, head)
+    count = len(job.skeleton.blocks)
+    records, head = committed(job.folder, count), read_record(job.folder / _HEAD_RECORD)
+    if (job.folder / _LOGITS).exists():
+        records = committed_tuning(job.folder) or records
+    else:
+        observe(Stage("reading the embedding and making the first block's inputs"))
+        states = open_states(job, resumed=bool(records))
+        with open_blocks(states.job) as blocks:
+            states.job = planned(states, blocks, observe)
+            for i in range(len(records), count):
+                started = time.perf_counter()
+                with blocks.open(i) as block:
+                    record = quantize_block(states, block, observe)
+                record = record.model_copy(update={"seconds": round(time.perf_counter() - started, 3)})
+                write_record(job.folder / f"block-{i:05d}.json", record)
+                states.delete(i)
+                records.append(record)
+                observe(BlockDone(i, count, record.mean_output_error, record.seconds))
+        records = tuned(states, records, observe)
+        if job.include_head and head is None:
+            head = _quantize_head(states, observe)
+        observe(Stage("computing the quantized model's logits on the probe"))
+        _write_logits(states, head)
+    return records + ([] if head is None else [head]) + committed_tables(job.folder)
 
 
-def _all_records(job: Job, blocks: list[dict[str, Any]], head: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return blocks + head + committed_tables(job.folder)
-
-
-def committed(folder: Path, blocks: int) -> list[dict[str, Any]]:
-    """Records of the blocks that are done, in order."""
-    records = []
-    for i in range(blocks):
-        path = folder / f"block-{i:05d}.json"
-        if not path.is_file():
-            break
-        records.append(json.loads(path.read_text()))
+def committed(folder: Path, blocks: int) -> list[BlockRecord]:
+    """Return the records of the blocks that are done, in order."""
+    records: list[BlockRecord] = []
+    while len(records) < blocks and (record := read_record(folder / f"block-{len(records):05d}.json")) is not None:
+        records.append(record)
     return records
 
 
-def committed_head(folder: Path) -> list[dict[str, Any]]:
-    """The head's record, if it is done."""
-    path = folder / _HEAD_RECORD
-    return [json.loads(path.read_text())] if path.is_file() else []
-
-
 @torch.no_grad()
-def _head(job: Job, flow: Flow, observe: Observer) -> dict[str, Any]:
-    """Quantize the head on the last block's outputs; its files are in place when this returns."""
-    skeleton, folder = job.skeleton, job.folder
-    path, count = head_path(skeleton), len(skeleton.blocks)
+def _quantize_head(states: HiddenStates, observe: Observer) -> BlockRecord:
+    """Quantize the head on the last block's outputs; its files are in place on return."""
+    job, skeleton, count = states.job, states.job.skeleton, len(states.job.skeleton.blocks)
+    path = head_path(skeleton)
     observe(Stage(f"quantizing the head {path}"))
-    started = time.perf_counter()
-    skeleton.load("")
-    linears = {path: skeleton.model.get_submodule(path)}
-    check_weights(linears)
-    done = quantize_layers(job, count, linears, _head_statistics(job, flow, path), observe)
-    record = done.record
-    write_tensors(folder / HEAD_FILE, done.tensors)
-    skeleton.release_outer()
-    record["seconds"] = round(time.perf_counter() - started, 3)
-    record = {"block": path, "file": HEAD_FILE, **record}
-    write_json(folder / _HEAD_RECORD, record)
-    flow.drop_activations(count)
+    started, solved = time.perf_counter(), SolvedLayers()
+    with skeleton.resident("") as model:
+        head = LoadedBlock(count, path, model, {path: model.get_submodule(path)})
+        check_weights(head.linears)
+        stats = _head_statistics(states, head) if isinstance(states, CalibratedStates) else {}
+        quantize_layers(job, head, stats, observe, solved)
+        write_tensors(job.folder / _HEAD_FILE, solved.tensors)
+    record = BlockRecord(
+        block=path,
+        file=_HEAD_FILE,
+        layers=solved.records,
+        events=tuple(solved.events),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    write_record(job.folder / _HEAD_RECORD, record)
+    if isinstance(states, CalibratedStates):
+        states.delete_activations(count)
     return record
 
 
-def _head_statistics(job: Job, flow: Flow, path: str) -> dict[str, LayerStats]:
-    model, ids, count = job.skeleton.model, job.ids, len(job.skeleton.blocks)
-    here = flow.inputs(count)
-    if ids is None or here is None:
-        return {}
+def _head_statistics(states: CalibratedStates, head: LoadedBlock) -> dict[str, LayerStats]:
+    job = states.job
 
-    def run(inputs: Activations, rows: slice) -> Tensor:
-        return finish(job.skeleton, ids[rows], inputs.read(rows).cpu(), flow.extras)
+    def run(inputs: ActivationFile, rows: slice) -> Tensor:
+        return states.calls.finish(job.ids[rows], inputs.read(rows).cpu())
 
-    if not compares(job):
-        linears = {path: model.get_submodule(path)}
-        return statistics(job, linears, (run(here, rows) for rows in job.batches()), path)
-    there, stage = flow.inputs(count, full=True), Measured((path,), True, {})
-    assert there is not None
-    passes = (
-        (observe_pass(model, stage, partial(run, there, rows)), observe_pass(model, stage, partial(run, here, rows)))
-        for rows in job.batches()
-    )
-    return paired_statistics(job, stage, passes, path)
+    here, needs = states.inputs(head.number), job.recipe.needs
+    if not needs.drift:
+        return input_statistics(job, head.linears, (run(here, rows) for rows in job.batches), hessian=needs.hessian)
+    there, stage = states.inputs(head.number, "full"), InputStage((head.path,), True, {})
+    return paired_statistics(job, stage, (head.module, partial(run, there)), (head.module, partial(run, here)))
 
 
-def _quantized_head(job: Job, record: dict[str, Any]) -> None:
-    """Put the stored head into the model."""
-    path = record["block"]
-    prefix = f"{path}."
-    tensors = {key.removeprefix(prefix): value for key, value in read_tensors(job.folder / HEAD_FILE).items()}
-    put_head(job.skeleton, path, tensors, layout_from_json(record["layers"][path]["layout"], path))
+def _write_logits(states: HiddenStates, head: BlockRecord | None) -> None:
+    """Compute the quantized model's logits on the probe, with the head of `head` if there is one."""
+    job, skeleton = states.job, states.job.skeleton
+    with skeleton.resident(""):
+        if head is not None:
+            tensors = tensors_of(head.block, read_tensors(job.folder / head.file))
+            put_head(skeleton, head.block, tensors, head.layers[head.block].layout)
+        logits = states.calls.finish(states.probe_ids, states.probe(len(skeleton.blocks)))
+    write_tensors(job.folder / _LOGITS, {"ids": states.probe_ids, "logits": logits.float()})

@@ -1,251 +1,228 @@
-"""How is a model handed to a recipe that trains all its blocks together? tuned(job, flow, records, observe) -> records.
+"""`tuned` hands a model to a recipe that trains all its blocks together, after the last block is committed.
 
-After the last block is committed: the quantized layers are read back from the work directory, the model's output is
-compared with that of the full-precision model, whose last hidden states lie there too. What comes of it is written
-beside the blocks (tuned-00003.safetensors), and `tuned.json`, written last, is the commit mark. A run that is killed
-before tunes again: seeded, the same bytes. Everything is computed on the job's device, the head and its loss too; the
-solved layers are read one at a time.
+The quantized layers are read back from the work directory one at a time, and the model's output is compared with that
+of the full-precision model, whose last hidden states are there too. The results are written next to the blocks
+(tuned-00003.safetensors), and `tuned.json`, written last, is the commit mark. A run that is killed earlier tunes again
+and, being seeded, writes the same bytes. Everything is computed on the job's device, the head and its loss too.
+`TrainingMemory` says what training takes.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitquilt.core.events import Observer, Stage
-from bitquilt.core.packing import layout_from_json, unpack
+from bitquilt.core.packing import unpack
 from bitquilt.core.recipe import TrainsBlocks, TunesModel
 from bitquilt.core.training import ModelProblem, TrainedLayers
-from bitquilt.core.types import Layer, LayerPlan, Solution
+from bitquilt.core.types import Layer, Solution
 from bitquilt.errors import UserError
 from bitquilt.model.linear import linear_weight
 from bitquilt.model.structure import Skeleton, vocabulary_size
-from bitquilt.stream.activations import Flow
-from bitquilt.stream.block import statistics
-from bitquilt.stream.block_calls import embed, finish
-from bitquilt.stream.block_training import Telling, kept_file, of_weights, read_samples
+from bitquilt.stream.block import input_statistics
+from bitquilt.stream.block_calls import embed
+from bitquilt.stream.block_training import OfWeights, TrainingProgress, kept_file, of_weights
 from bitquilt.stream.devices import free_bytes, move, to_device
-from bitquilt.stream.job import Job, targets
-from bitquilt.stream.layers import Done, put_in_place, tunes
-from bitquilt.stream.workdir import read_tensors, write_json, write_tensors
+from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
+from bitquilt.stream.job import Job, LoadedBlock, open_block
+from bitquilt.stream.layers import SolvedLayers, put_in_place
+from bitquilt.stream.records import BlockRecord
+from bitquilt.stream.workdir import read_tensors, tensors_of, write_json
 
 _RECORDS, _HOST = "tuned.json", torch.device("cpu")
-# Logits of a sample that are alive at once: ours and the full model's, their log-softmax, the gradients.
+# Logits of a sample in memory at once: ours and the full model's, their log-softmax, the gradients.
 _LOGITS_ALIVE = 6
-# fp32 numbers per weight of a block in training: where it is, its offset, the best, the gradient, steps, weight and the
-# weight's gradient; and per token and layer width: what backward keeps.
+# fp32 numbers per weight of a block in training (its rounding, offset, best offset, gradient, optimizer steps, weight
+# and the weight's gradient), and per token and layer width (what the backward pass keeps).
 _PER_WEIGHT, _PER_WIDTH = 7, 2
 
 
-def tuned(job: Job, flow: Flow, records: list[dict[str, Any]], observe: Observer) -> list[dict[str, Any]]:
-    """The blocks' records, of trained layers where the recipe tunes the model. Raises UserError if it cannot."""
-    if not tunes(job):
+@dataclass(frozen=True, eq=False)
+class TrainingMemory:
+    """Memory in bytes that training the layers of these `shapes` `[out, in]` takes on top of everything else."""
+
+    recipe: object
+    skeleton: Skeleton
+    shapes: Mapping[str, tuple[int, int]]
+    seq_len: int
+
+    @property
+    def total(self) -> int:
+        """The largest of what the run will train; 0 for a recipe that does not train."""
+        return max(self.block, self.model)
+
+    @property
+    def block(self) -> int:
+        """Training the largest block with a whole batch."""
+        if not isinstance(self.recipe, TrainsBlocks) or not self.recipe.train_batch:
+            return 0
+        weights, widths = self._largest_block()
+        return 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * self.seq_len * self.recipe.train_batch)
+
+    @property
+    def model(self) -> int:
+        """Training all blocks together, at least.
+
+        The state of all layers, one block's weights and their gradients, and one sample in that block, before every
+        block and at the output.
+        """
+        if not isinstance(self.recipe, TunesModel) or not self.recipe.tune_batch:
+            return 0
+        skeleton = self.skeleton
+        weights, widths = self._largest_block()
+        logits = vocabulary_size(skeleton.model) * self.seq_len
+        hidden = skeleton.config.hidden_size * self.seq_len * (len(skeleton.blocks) + 1)
+        outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
+        alive = 3 * weights + _PER_WIDTH * widths * self.seq_len + hidden + _LOGITS_ALIVE * logits
+        every = sum(rows * columns for rows, columns in self.shapes.values())
+        return self.recipe.tune_bytes * every + 4 * alive + 2 * outer
+
+    def check(self, device: torch.device = _HOST) -> None:
+        """Raise UserError if training the whole model takes more memory than is free on `device`."""
+        wanted, free = self.model, free_bytes(device)
+        if wanted <= free:
+            return
+        fits = [f"effort=normal trains one block at a time, in {self.block / 1e9:.1f} GB"]
+        if device != _HOST and wanted <= (on_host := free_bytes(_HOST)):
+            fits.append(f"the host has {on_host / 1e9:.1f} GB free: leave out the device")
+        where = "of memory" if device == _HOST else f"of {device}'s memory"
+        raise UserError(
+            f"training all blocks together takes {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB {where} are free; "
+            + "; or ".join(fits)
+        )
+
+    def _largest_block(self) -> tuple[int, int]:
+        """Weights of the largest block, and the sum of its layers' input and output widths."""
+        found = []
+        for path in self.skeleton.blocks:
+            inside = [shape for name, shape in self.shapes.items() if name.startswith(f"{path}.")]
+            found.append((sum(rows * columns for rows, columns in inside), sum(map(sum, inside))))
+        return max(found)
+
+
+def tuned(states: HiddenStates, records: list[BlockRecord], observe: Observer) -> list[BlockRecord]:
+    """Return the blocks' records, of trained layers if the recipe tunes the model. Raises UserError if it cannot."""
+    if not isinstance(states, CalibratedStates) or (recipe := states.job.tuner) is None:
         return records
+    job = states.job
     if (done := committed_tuning(job.folder)) is not None:
         return done
-    told = Telling("the whole model", observe, "KL")
+    progress = TrainingProgress("the whole model", observe, "KL")
     observe(Stage("training all blocks together"))
-    solved = _train(job, flow, records, told)
-    entry = told.finish(solved)
+    trained = _train(states, recipe, _StoredSolutions(job, records), progress)
+    entry = progress.finish(trained)
     found = []
     for i, record in enumerate(records):
         observe(Stage(f"writing the trained layers of block {i + 1} of {len(records)}"))
-        found.append(_commit(job, flow, i, record, solved.solutions))
-    found[-1]["events"] += [asdict(event) for event in solved.events]
-    found[-1]["tuning"] = entry
-    write_json(job.folder / _RECORDS, found)
+        with open_block(job, i) as block:
+            found.append(_commit(states, block, record, trained.solutions))
+    found[-1] = found[-1].model_copy(update={"events": (*found[-1].events, *trained.events), "tuning": entry})
+    write_json(job.folder / _RECORDS, [record.to_json() for record in found])
     return found
 
 
-def committed_tuning(folder: Path) -> list[dict[str, Any]] | None:
-    """The records of the tuned blocks, if that is done."""
+def committed_tuning(folder: Path) -> list[BlockRecord] | None:
+    """Return the records of the tuned blocks, or None if the tuning is not done."""
     path = folder / _RECORDS
-    return json.loads(path.read_text()) if path.is_file() else None
+    return [BlockRecord.model_validate(r) for r in json.loads(path.read_text())] if path.is_file() else None
 
 
-def check_memory(
-    recipe: object,
-    skeleton: Skeleton,
-    shapes: Mapping[str, tuple[int, int]],
-    seq_len: int,
-    device: torch.device = _HOST,
-) -> None:
-    """Raise UserError if tuning the layers of these `[out, in]` will not find the memory that it takes on `device`."""
-    wanted, free = tuning_bytes(recipe, skeleton, shapes, seq_len), free_bytes(device)
-    if wanted <= free:
-        return
-    block = _block_bytes(recipe, skeleton, shapes, seq_len)
-    fits = [f"effort=normal trains one block at a time, in {block / 1e9:.1f} GB"]
-    if device != _HOST and wanted <= (there := free_bytes(_HOST)):
-        fits.append(f"the host has {there / 1e9:.1f} GB free: leave out the device")
-    where = "of memory" if device == _HOST else f"of {device}'s memory"
-    raise UserError(
-        f"training all blocks together takes {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB {where} are free; "
-        + "; or ".join(fits)
-    )
-
-
-def tuning_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
-    """What tuning takes at least: the state of all layers, one block's weights and their gradients, and one sample in
-    that block, before every block and at the output; 0 for a recipe that does not tune."""
-    if not isinstance(recipe, TunesModel) or not recipe.tune_batch:
-        return 0
-    weights, widths = _largest_block(skeleton, shapes)
-    logits = vocabulary_size(skeleton.model) * seq_len
-    hidden = skeleton.config.hidden_size * seq_len * (len(skeleton.blocks) + 1)
-    outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
-    alive = 3 * weights + _PER_WIDTH * widths * seq_len + hidden + _LOGITS_ALIVE * logits
-    every = sum(rows * width for rows, width in shapes.values())
-    return recipe.tune_bytes * every + 4 * alive + 2 * outer
-
-
-def training_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
-    """What training takes beside everything else: of the largest block with a whole batch, or of the model; 0 for a
-    recipe that does not train."""
-    return max(
-        _block_bytes(recipe, skeleton, shapes, seq_len),
-        tuning_bytes(recipe, skeleton, shapes, seq_len),
-    )
-
-
-def _block_bytes(recipe: object, skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]], seq_len: int) -> int:
-    if not isinstance(recipe, TrainsBlocks) or not recipe.train_batch:
-        return 0
-    weights, widths = _largest_block(skeleton, shapes)
-    return 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * seq_len * recipe.train_batch)
-
-
-def _largest_block(skeleton: Skeleton, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
-    """Weights of the block that has most, and the sum of the widths of what its layers read and write."""
-    found = []
-    for path in skeleton.blocks:
-        inside = [shape for name, shape in shapes.items() if name.startswith(f"{path}.")]
-        found.append((sum(rows * width for rows, width in inside), sum(map(sum, inside))))
-    return max(found)
-
-
-def _train(job: Job, flow: Flow, records: Sequence[Mapping[str, Any]], told: Telling) -> TrainedLayers:
-    skeleton, count = job.skeleton, len(records)
-    assert isinstance(job.recipe, TunesModel)
-    assert job.ids is not None
-    ids = job.ids
-    flow.kept.clear()  # the memory that they take on the device is wanted for the layers
-    there = flow.inputs(count, full=True)
-    assert there is not None
-    blocks = []
-    templates = {}
-    for i in range(count):
-        path = skeleton.blocks[i]
-        templates[path] = skeleton.template(path)
-        block = skeleton.load(path)
-        linears = targets(skeleton, path, block, job.skip)
-        for module in linears.values():  # only what is not trained is needed of the block
-            empty = torch.empty_like(module.get_parameter("weight"), device="meta")
-            module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-        blocks.append((of_weights(job, flow, i, block, linears), tuple(linears)))
-    skeleton.load("")
-    move(skeleton.model, job.device)
-    solved = _Solved(job, records)
-    try:
+def _train(
+    states: CalibratedStates, recipe: TunesModel, solved: "_StoredSolutions", progress: TrainingProgress
+) -> TrainedLayers:
+    job, skeleton = states.job, states.job.skeleton
+    count, ids = len(skeleton.blocks), job.ids
+    states.release_device()  # the layers need that memory
+    outputs = states.inputs(count, "full")
+    host_job = replace(job, device=_HOST)
+    with ExitStack() as stack:
+        stack.callback(move, skeleton.model, _HOST)
+        blocks: list[tuple[OfWeights, tuple[str, ...]]] = []
+        for i in range(count):
+            block = stack.enter_context(open_block(host_job, i))
+            for module in block.linears.values():  # training replaces these weights; the rest of the block is needed
+                empty = torch.empty_like(module.get_parameter("weight"), device="meta")
+                module.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+            blocks.append((of_weights(states, block), tuple(block.linears)))
+        stack.enter_context(skeleton.resident(""))
+        move(skeleton.model, job.device)
         problem = ModelProblem(
-            solved.plans,
-            solved,
-            tuple(blocks),
-            len(ids),
-            lambda chosen: embed(skeleton, ids[list(chosen)].to(job.device)),
-            lambda chosen: read_samples(there, chosen).to(job.device),
-            _divergence(job, flow),
-            told,
+            plans={name: layer.plan for name, layer in solved.layers.items()},
+            solutions=solved,
+            blocks=tuple(blocks),
+            count=len(ids),
+            inputs=lambda chosen: embed(skeleton, ids[list(chosen)].to(job.device)),
+            targets=lambda chosen: outputs.samples(chosen).to(job.device),
+            loss=_divergence(states),
+            told=progress,
         )
-        return job.recipe.tune(problem)
-    except (ValueError, MemoryError) as error:
-        raise UserError(f"training all blocks together: {error}") from None
-    finally:
-        skeleton.release_outer()
-        for path, template in templates.items():
-            skeleton.reset(path, template)
-        move(skeleton.model, _HOST)
+        try:
+            return recipe.tune(problem)
+        except (ValueError, MemoryError) as error:
+            raise UserError(f"training all blocks together: {error}") from None
 
 
-def _divergence(job: Job, flow: Flow) -> Callable[[Tensor, Tensor], Tensor]:
-    """KL of the model's output, from the last block's: nats per token."""
-    assert job.ids is not None
-    ids, extras = job.ids.to(job.device), to_device(flow.extras, job.device)
+def _divergence(states: CalibratedStates) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the KL of the model's output, from the last block's, in nats per token."""
+    job = states.job
+    ids, calls = job.ids.to(job.device), replace(states.calls, extras=to_device(states.calls.extras, job.device))
+
+    def log_probabilities(hidden: Tensor, gradient: bool) -> Tensor:
+        some = ids[: len(hidden)]  # the model's loop wants token ids, though its blocks do not compute here
+        return torch.log_softmax(calls.finish(some, hidden, gradient=gradient).float(), dim=-1)
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
-        some = ids[: len(hidden)]  # the model's loop wants some; its blocks do not compute here
         with torch.no_grad():
-            right = torch.log_softmax(finish(job.skeleton, some, target, extras).float(), dim=-1)
-        ours = torch.log_softmax(
-            finish(job.skeleton, some, hidden, extras, gradient=torch.is_grad_enabled()).float(), dim=-1
-        )
+            right = log_probabilities(target, False)
+        ours = log_probabilities(hidden, torch.is_grad_enabled())
         total = torch.nn.functional.kl_div(ours, right, reduction="sum", log_target=True)
         return total / right[..., 0].numel()
 
     return loss
 
 
-class _Solved(Mapping[str, Solution]):
-    """The solved layers on the job's device, read from the work directory when asked for: one block is held. `plans`:
-    of all."""
+class _StoredSolutions(Mapping[str, Solution]):
+    """The solved layers on the job's device, read from the work directory on access; one block is in memory."""
 
-    def __init__(self, job: Job, records: Sequence[Mapping[str, Any]]) -> None:
-        self._job, self._records = job, records
-        self._block = {name: i for i, record in enumerate(records) for name in record["layers"]}
-        entries = {name: entry for record in records for name, entry in record["layers"].items()}
-        self.plans = {n: LayerPlan(tuple(map(int, e["bits"])), e["group_size"]) for n, e in entries.items()}
-        self._read: tuple[int, dict[str, Tensor], dict[str, Tensor]] | None = None
+    def __init__(self, job: Job, records: Sequence[BlockRecord]) -> None:
+        self.layers = {name: layer for record in records for name, layer in record.layers.items()}
+        self._job = job
+        self._files = {name: (record.file, kept_file(i)) for i, record in enumerate(records) for name in record.layers}
+        self._read = lru_cache(maxsize=1)(lambda *files: [read_tensors(job.folder / file) for file in files])
 
     def __getitem__(self, name: str) -> Solution:
-        i, folder = self._block[name], self._job.folder
-        record = self._records[i]
-        if self._read is None or self._read[0] != i:
-            self._read = i, read_tensors(folder / record["file"]), read_tensors(folder / kept_file(i))
-        stored, kept = (to_device(_below(tensors, name), self._job.device) for tensors in self._read[1:])
+        stored, kept = (
+            to_device(tensors_of(name, tensors), self._job.device) for tensors in self._read(*self._files[name])
+        )
         stored.pop("bias", None)
-        weight = unpack(stored, layout_from_json(record["layers"][name]["layout"], name), name)
-        return Solution(weight, None, (), kept)
+        return Solution(unpack(stored, self.layers[name].layout, name), None, (), kept)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._block)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._block)
+        return len(self._files)
 
 
+@torch.no_grad()
 def _commit(
-    job: Job, flow: Flow, i: int, record: Mapping[str, Any], solutions: Mapping[str, Solution]
-) -> dict[str, Any]:
-    """Write block i with its trained layers, and make what the next one reads."""
-    skeleton, path = job.skeleton, job.skeleton.blocks[i]
-    template = skeleton.template(path)
-    block = skeleton.load(path).to(job.device)
-    linears = targets(skeleton, path, block, job.skip)
-    here = flow.inputs(i)
-    assert here is not None
-    passes = (flow.run(i, block, here.read(rows)) for rows in job.batches())
-    stats = statistics(job, linears, passes, path, sample_only=True)
-    done = Done()
-    for name, module in linears.items():
-        before = record["layers"][name]
-        weight = linear_weight(module).float()
-        plan = LayerPlan(tuple(map(int, before["bits"])), before["group_size"])
-        entry = put_in_place(job, Layer(name, weight, None, stats.get(name)), plan, solutions[name], module, done)
-        done.record["layers"][name] = {**before, **entry}
-    flow.pass_on(i, block)
-    flow.pass_probe_on(i, block)
-    flow.drop(i)
-    replaced = {f"{name}.weight" for name in linears}
-    kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
+    states: CalibratedStates, block: LoadedBlock, record: BlockRecord, solutions: Mapping[str, Solution]
+) -> BlockRecord:
+    """Write a block with its trained layers, and make the next block's inputs."""
+    job, i, solved = states.job, block.number, SolvedLayers()
+    stats = input_statistics(job, block.linears, states.passes(block), hessian=False)
+    for name, module in block.linears.items():
+        before, layer = record.layers[name], Layer(name, linear_weight(module).float(), None, stats.get(name))
+        after = put_in_place(job, layer, module, before.plan, solutions[name], solved)
+        solved.records[name] = after.annotated(before.seconds, before.notes)
+    states.advance(i, block.module)
+    states.delete(i)
     file = f"tuned-{i:05d}.safetensors"
-    write_tensors(job.folder / file, done.tensors | skeleton.checkpoint.read(kept))
-    skeleton.reset(path, template)
-    return {**record, "file": file, "layers": done.record["layers"], "events": list(record["events"])}
-
-
-def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    solved.write(job, block, file)
+    return record.model_copy(update={"file": file, "layers": solved.records})

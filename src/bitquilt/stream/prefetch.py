@@ -1,64 +1,66 @@
-"""The next block's weights, read while the present one is computed. Blocks(skeleton, device).load(i) -> the block.
+"""`open_blocks` yields a `BlockReader`, which loads one block at a time and reads the next one in the background.
 
 On a CPU blocks are read when their turn comes: a second one in memory would double what a run needs, and the processor
 has nothing else to do. On a GPU a thread reads the file into pinned memory, from which the copy takes no time of the
-processor's. An error while reading is raised by the `load` that asks for that block.
+processor's. An error while reading is raised when that block is opened.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitquilt.model.structure import Skeleton
+from bitquilt.stream.job import Job, LoadedBlock, open_block
 
 
-class Blocks:
-    """See the module. `ahead`: read one block ahead; None: as the device wants it."""
+class BlockReader:
+    """Opens the blocks of a job. `prefetch`: read the next one meanwhile; by default wherever the device is no CPU."""
 
-    def __init__(self, skeleton: Skeleton, device: torch.device, ahead: bool | None = None) -> None:
-        self.skeleton, self.device = skeleton, device
-        self._ahead = device.type != "cpu" if ahead is None else ahead
-        self._reader: ThreadPoolExecutor | None = None
+    def __init__(self, job: Job, prefetch: bool | None = None) -> None:
+        self._job = job
+        self._prefetch = job.device.type != "cpu" if prefetch is None else prefetch
+        self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
 
-    def load(self, i: int) -> nn.Module:
-        """Block i with its weights, on the device. Raises UserError for a damaged or incomplete checkpoint."""
-        path = self.skeleton.blocks[i]
-        tensors = None
-        waiting, self._next = self._next, None
-        if waiting is not None:
-            number, future = waiting
-            if number == i:
-                tensors = future.result()
-            else:
-                future.cancel()
-        if tensors is not None and self.device.type != "cpu":
-            tensors = {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
-        block = self.skeleton.load(path, tensors).to(self.device)
-        if self._ahead and i + 1 < len(self.skeleton.blocks):
-            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="next-block")
-            self._next = (i + 1, self._reader.submit(self._read, self.skeleton.blocks[i + 1]))
-        return block
+    @contextmanager
+    def open(self, i: int) -> Iterator[LoadedBlock]:
+        """Hold block i as `open_block` does."""
+        with open_block(self._job, i, self._prefetched(i)) as block:
+            if self._prefetch and i + 1 < len(self._job.skeleton.blocks):
+                self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="next-block")
+                self._next = (i + 1, self._thread.submit(self._read, i + 1))
+            yield block
 
     def close(self) -> None:
-        """Wait for a read that is under way, forget what it read."""
+        """Wait for a read in progress and forget its result."""
         self._next = None
-        if self._reader is not None:
-            self._reader.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, path: str) -> dict[str, Tensor]:
-        tensors = self.skeleton.checkpoint.read(self.skeleton.sources[path])
-        return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
+    def _prefetched(self, i: int) -> dict[str, Tensor] | None:
+        """The tensors of block i on the device, or None if another block was read or none."""
+        waiting, self._next = self._next, None
+        if waiting is None:
+            return None
+        number, future = waiting
+        if number != i:
+            future.cancel()
+            return None
+        return {name: t.to(self._job.device, non_blocking=True) for name, t in future.result().items()}
+
+    def _read(self, i: int) -> dict[str, Tensor]:
+        skeleton = self._job.skeleton
+        tensors = skeleton.checkpoint.read(skeleton.sources[skeleton.blocks[i]])
+        on_gpu = self._job.device.type == "cuda"
+        return {name: t.pin_memory() for name, t in tensors.items()} if on_gpu else tensors
 
 
 @contextmanager
-def open_blocks(skeleton: Skeleton, device: torch.device) -> Iterator[Blocks]:
-    """`Blocks`, closed whatever happens."""
-    blocks = Blocks(skeleton, device)
+def open_blocks(job: Job) -> Iterator[BlockReader]:
+    """Yield a `BlockReader` and close it on exit, also after an error."""
+    reader = BlockReader(job)
     try:
-        yield blocks
+        yield reader
     finally:
-        blocks.close()
+        reader.close()

@@ -1,13 +1,14 @@
-"""What was a run asked to do, and what came of it? fingerprint_of(...) and build_report(...): plain JSON values."""
+"""`RunReport` is what a run reports in report.json, `Promise` what it promised before; `recipe_json` spells a recipe.
+
+`machine` describes the computer.
+"""
 
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,108 +17,99 @@ import torch
 
 from bitquilt._version import __version__
 from bitquilt.core.events import StageClock, Untouched, peak_memory_bytes
-from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Recipe
-from bitquilt.data.calibration import describe_source
-from bitquilt.model.checkpoint import Checkpoint
-from bitquilt.model.config import FORMAT_VERSION, read_layouts, total_bpw, total_nominal_bits
+from bitquilt.model.config import FORMAT_VERSION, total_bpw, total_nominal_bits
 from bitquilt.model.structure import Skeleton
-from bitquilt.stream.layers import mean_output_error
+from bitquilt.stream.records import BlockRecord
+from bitquilt.stream.workdir import Fingerprint
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's name and fields."""
+    """Return a recipe's name and fields."""
     return {"name": recipe.name, **asdict(recipe)}  # type: ignore[call-overload]
 
 
-def fingerprint_of(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    calibration: str | Path,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    skip: Sequence[str],
-    include_head: bool,
-    outer: OuterBits,
-    plan: str | Path | None,
-    measures: bool = False,
-    self_samples: int = 0,
-) -> dict[str, Any]:
-    """Everything that decides a run's result: two runs with the same fingerprint write the same bytes."""
-    described = None
-    if recipe.needs.calibration or measures:
-        described = {**describe_source(calibration), "samples": samples, "seq_len": seq_len}
-        if self_samples:
-            described["self_samples"] = self_samples
-    value = {
-        "version": __version__,
-        "model": {"sha256": checkpoint.fingerprint()},
-        "recipe": recipe_json(recipe),
-        "calibration": described,
-        "seed": seed,
-        "skip": list(skip),
-        "include_head": include_head,
-        "embedding_bits": outer.embedding,
-        "plan": None if plan is None else hashlib.sha256(Path(plan).read_bytes()).hexdigest(),
-    }
-    if outer.head is not None:
-        value["head_bits"] = outer.head
-    return dict(json.loads(json.dumps(value)))
+@dataclass(frozen=True)
+class Promise:
+    """What was predicted before the run: the folder's bytes, and the loss in nats per token.
 
-
-def build_report(
-    folder: Path,
-    skeleton: Skeleton,
-    fingerprint: dict[str, Any],
-    records: list[dict[str, Any]],
-    untouched: tuple[Untouched, ...],
-    difference: float,
-    clock: StageClock,
-    device: str,
-) -> dict[str, Any]:
-    """The content of report.json for the checkpoint in `folder`, computed on `device`.
-
-    `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
-    how many blocks this process found done. Seconds and bytes throughout.
+    `budget`: as the fingerprint has it, `spent` of it by the plan. `losses`: by layer; `prediction`: of the model.
     """
-    layouts = read_layouts(json.loads((folder / "config.json").read_text()))
-    stages = clock.stages()
-    return {
-        "format_version": FORMAT_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": _model(skeleton),
-        "fingerprint": fingerprint,
-        "bpw": total_bpw(layouts),
-        "nominal_bits": total_nominal_bits(layouts),
-        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "logit_difference": difference,
-        "untouched": [asdict(item) for item in untouched],
-        "events": [event for record in records for event in record["events"]],
-        "training": {record["block"]: record["training"] for record in records if "training" in record},
-        "tuning": next((record["tuning"] for record in records if "tuning" in record), None),
-        "layers": {
-            name: {key: value for key, value in layer.items() if key != "layout"}
-            for record in records
-            for name, layer in record["layers"].items()
-        },
-        "blocks": [
-            {"name": record["block"], "seconds": record["seconds"], "output_error": mean_output_error(record)}
-            for record in records
-        ],
-        "stages": stages,
-        "continued_after_block": clock.continued_after,
-        "seconds": {
-            "blocks": round(sum(record["seconds"] for record in records), 3),
-            "this_process": round(sum(float(stage["seconds"]) for stage in stages), 3),
-        },
-        "peak_memory_bytes": peak_memory_bytes(),
-        "machine": {**machine(), "device": device},
-    }
+
+    folder_bytes: int
+    budget: Mapping[str, Any] | None = None
+    spent: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    prediction: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """A finished run. `difference`: of the reloaded checkpoint's logits, relative to the largest."""
+
+    skeleton: Skeleton
+    fingerprint: Fingerprint
+    records: Sequence[BlockRecord]
+    untouched: tuple[Untouched, ...]
+    difference: float
+    clock: StageClock
+    device: torch.device
+
+    def to_json(self, folder: Path, promise: Promise) -> dict[str, Any]:
+        """Return the content of report.json for the checkpoint in `folder`. Seconds and bytes throughout.
+
+        `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
+        how many blocks this process found done.
+        """
+        layouts = {name: layer.layout for record in self.records for name, layer in record.layers.items()}
+        stages = self.clock.stages()
+        value = {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "model": _model(self.skeleton),
+            "fingerprint": self.fingerprint.settings,
+            "bpw": total_bpw(layouts),
+            "nominal_bits": total_nominal_bits(layouts),
+            "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "logit_difference": self.difference,
+            "untouched": [asdict(item) for item in self.untouched],
+            "events": [asdict(event) for record in self.records for event in record.events],
+            "training": {r.block: r.training.model_dump(mode="json") for r in self.records if r.training is not None},
+            "tuning": next((r.tuning.model_dump(mode="json") for r in self.records if r.tuning is not None), None),
+            "layers": self._layers(promise),
+            "blocks": [
+                {"name": record.block, "seconds": record.seconds, "output_error": record.mean_output_error}
+                for record in self.records
+            ],
+            "stages": stages,
+            "continued_after_block": self.clock.continued_after,
+            "seconds": {
+                "blocks": round(sum(record.seconds for record in self.records), 3),
+                "this_process": round(sum(float(stage["seconds"]) for stage in stages), 3),
+            },
+            "peak_memory_bytes": peak_memory_bytes(),
+            "machine": {**machine(), "device": str(self.device)},
+            "folder_bytes": promise.folder_bytes,
+        }
+        if promise.budget is not None:
+            size = {"spent": promise.spent, "bytes": promise.folder_bytes, "bpw": value["bpw"]}
+            value["budget"] = {**promise.budget, **size}
+        if promise.prediction is not None and promise.losses:
+            value["prediction"] = promise.prediction
+        return value
+
+    def _layers(self, promise: Promise) -> dict[str, Any]:
+        found = {}
+        for record in self.records:
+            for name, layer in record.layers.items():
+                found[name] = layer.model_dump(mode="json", exclude={"layout"})
+                if promise.prediction is not None and name in promise.losses:
+                    found[name]["predicted_loss"] = promise.losses[name]
+        return found
 
 
 def machine() -> dict[str, Any]:
-    """What computed: processor, memory in bytes, accelerators, versions."""
+    """Describe the computer: processor, memory in bytes, accelerators, versions."""
     return {
         "platform": platform.platform(),
         "cpu": _processor(),
@@ -133,7 +125,7 @@ def machine() -> dict[str, Any]:
 
 
 def _model(skeleton: Skeleton) -> dict[str, Any]:
-    """Which model it was. Of a local one the folder's name only: a path says more about the user than the model."""
+    """Describe the model. A local one by its folder's name only: a path says more about the user than the model."""
     checkpoint = skeleton.checkpoint
     local = Path(checkpoint.name).is_dir()
     return {
@@ -145,29 +137,10 @@ def _model(skeleton: Skeleton) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name as Linux gives it, else as Python does; ARM kernels give none."""
+    """Return the processor's name as Linux gives it, else as Python does; ARM kernels give none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def add_prediction(
-    report: dict[str, Any],
-    budget: dict[str, Any] | None,
-    spent: float | None,
-    folder_bytes: int,
-    losses: dict[str, float],
-    prediction: dict[str, Any] | None,
-) -> None:
-    """What was promised, beside what was measured: the budget, the whole folder's bytes, the predicted loss per layer
-    (nats per token) and of all."""
-    report["folder_bytes"] = folder_bytes
-    if budget is not None:
-        report["budget"] = {**budget, "spent": spent, "bytes": folder_bytes, "bpw": report["bpw"]}
-    if prediction is not None and losses:
-        report["prediction"] = prediction
-        for name, loss in losses.items():
-            report["layers"][name]["predicted_loss"] = loss

@@ -1,4 +1,7 @@
-"""What survives `kill -9`? A work directory: every file appears under its name by one rename, when it is complete.
+"""A work directory survives `kill -9`: every file appears under its name by one rename, once it is complete.
+
+`open_workdir` locks one for a run with a given `Fingerprint`, `delete_workdir` removes it, `write_json`,
+`write_tensors`, `read_tensors` and `ActivationFile` handle its files, and `check_disk` asks for room in advance.
 
 fingerprint.json           what the run was asked to do; another run is refused, with the difference named
 calibration.safetensors    token ids
@@ -11,8 +14,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,18 +28,41 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 
-FINGERPRINT = "fingerprint.json"
+_MARK = "fingerprint.json"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Every setting that decides a run's result: two runs with equal fingerprints write the same bytes.
+
+    `settings`: nested plain values, as fingerprint.json holds them.
+    """
+
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))  # tuples become lists
+
+    def check_same(self, folder: Path, found: "Fingerprint") -> None:
+        """Raise UserError naming the first setting in which `found`, read in `folder`, differs."""
+        ours, theirs = dict(_flatten(self.settings)), dict(_flatten(found.settings))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{folder} belongs to another run: {key} was {_shown(theirs.get(key))}, now it is "
+                    f"{_shown(ours.get(key))}; give another output folder, or delete this one to start afresh"
+                )
 
 
 @contextmanager
-def open_workdir(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
-    """Create or re-enter `folder` for this run, holding its lock.
+def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
+    """Create or re-enter `folder` for this run and hold its lock.
 
-    Raises UserError if another process holds it, if it belongs to a run with other inputs, or if it is not ours.
+    Raises UserError if another process holds the lock, or if the folder belongs to another run or to no run at all.
     """
-    mark = folder / FINGERPRINT
+    mark = folder / _MARK
     if folder.exists() and not mark.is_file() and any(p.name[0] != "." for p in folder.iterdir()):
-        raise UserError(f"{folder} exists and is no work directory of a run; move it away or give another --work-dir")
+        raise UserError(f"{folder} exists and is no work directory; move it away or give another --work-dir")
     with full_disk_is_an_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -44,50 +71,50 @@ def open_workdir(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Path]:
         except Timeout:
             raise UserError(f"another process is working in {folder}; wait for it or give another --work-dir") from None
         try:
-            _drop_temporaries(folder)
-            if mark.is_file() and not _nothing_done(folder):
-                check_fingerprint(folder, json.loads(mark.read_text()), fingerprint)
+            _delete_temporaries(folder)
+            found = read_fingerprint(folder)
+            if found is not None and not _nothing_done(folder):
+                fingerprint.check_same(folder, found)
             else:
-                write_json(mark, fingerprint)
+                write_json(mark, fingerprint.settings)
             yield folder
         finally:
             if folder.exists():
-                _drop_temporaries(folder)
+                _delete_temporaries(folder)
                 if _nothing_done(folder):
-                    discard(folder)
+                    delete_workdir(folder)
             lock.release()
 
 
-def read_mark(folder: Path) -> dict[str, Any] | None:
-    """The fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
-    mark = folder / FINGERPRINT
-    return dict(json.loads(mark.read_text())) if mark.is_file() else None
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """Return the fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
+    mark = folder / _MARK
+    return Fingerprint(json.loads(mark.read_text())) if mark.is_file() else None
 
 
-def discard(folder: Path) -> None:
-    """Delete a work directory, its mark last: when the process is killed half-way, what is left is still known."""
+def delete_workdir(folder: Path) -> None:
+    """Delete a work directory, its mark last, so that what a killed process leaves behind is still recognized."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in (FINGERPRINT, ".lock"):
+        elif path.name not in (_MARK, ".lock"):
             path.unlink(missing_ok=True)
-    (folder / FINGERPRINT).unlink(missing_ok=True)
+    (folder / _MARK).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_fingerprint(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise UserError naming the first setting in which two runs differ."""
-    ours, theirs = dict(_flatten(here)), dict(_flatten(there))
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{folder} belongs to another run: {key} was {_shown(theirs.get(key))}, now it is "
-                f"{_shown(ours.get(key))}; give another output folder, or delete this one to start afresh"
-            )
+def check_disk(folder: Path, wanted: int, what: str) -> None:
+    """Raise UserError unless `folder` has room for `wanted` more bytes of `what`, a plural."""
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(
+            f"{what} need {wanted / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free; "
+            "give --work-dir on another disk, or fewer --samples"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write and rename into place."""
+    """Write a JSON file and rename it into place."""
     _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
@@ -98,31 +125,43 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file this run wrote."""
+    """Return every tensor of a file that this run wrote."""
     return load_file(path)
 
 
-class Activations:
-    """A fp32 matrix `[samples, tokens, width]` on disk. A batch is mapped while it is used, then let go, so that
-    memory holds one batch whatever the size of the file. Space is reserved first: writing into a mapped hole of a
-    full disk would kill the process instead of raising an error."""
+def tensors_of(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the module at `path`, by their names inside the module."""
+    prefix = f"{path}."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], kept: Tensor | None = None) -> None:
-        """`kept`: the same matrix where it is computed with."""
-        self.path, self.shape, self._kept = path, shape, kept
+
+class ActivationFile:
+    """A fp32 matrix `[samples, tokens, width]` on disk.
+
+    A batch is mapped only while it is used, so memory holds one batch whatever the size of the file. Space is reserved
+    first: writing into a mapped hole of a full disk would kill the process instead of raising an error.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], on_device: Tensor | None = None) -> None:
+        """`on_device`: the same matrix on the device that computes, which is then read instead of the file."""
+        self.path, self.shape, self._on_device = path, shape, on_device
 
     @classmethod
-    def create(cls, path: Path, shape: tuple[int, int, int]) -> "Activations":
-        """Reserve the file. Raises OSError (no space) before anything is computed."""
+    def create(cls, path: Path, shape: tuple[int, int, int]) -> "ActivationFile":
+        """Reserve the file. Raises OSError without space for it."""
         with path.open("wb") as stream:
             os.posix_fallocate(stream.fileno(), 0, max(1, 4 * int(np.prod(shape))))
         return cls(path, shape)
 
     def read(self, rows: slice) -> Tensor:
-        """A batch, in memory, or on the device where it was kept."""
-        if self._kept is not None:
-            return self._kept[rows].clone()
+        """Return a copy of a batch, on the device if the matrix is there, else on the host."""
+        if self._on_device is not None:
+            return self._on_device[rows].clone()
         return torch.from_numpy(np.array(self._map("r", rows)))
+
+    def samples(self, chosen: Sequence[int]) -> Tensor:
+        """Return the samples `[chosen, tokens, width]`."""
+        return torch.cat([self.read(slice(j, j + 1)) for j in chosen])
 
     def write(self, rows: slice, values: Tensor) -> None:
         """Store a batch."""
@@ -130,12 +169,12 @@ class Activations:
         mapped[:] = values.detach().float().cpu().numpy()
         mapped.flush()
 
-    def commit(self, path: Path) -> "Activations":
+    def commit(self, path: Path) -> "ActivationFile":
         """Make the bytes durable and rename the file."""
         with self.path.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(self.path, path)
-        return Activations(path, self.shape)
+        return ActivationFile(path, self.shape)
 
     def _map(self, mode: Literal["r", "r+"], rows: slice) -> Any:
         count, tokens, width = self.shape
@@ -146,7 +185,7 @@ class Activations:
 
 @contextmanager
 def full_disk_is_an_error(folder: Path) -> Iterator[None]:
-    """Turn "no space left" into a message that says where, how much is free and how to go on."""
+    """Raise a UserError in place of "no space left" that says where, how much is free and how to go on."""
     try:
         yield
     except Exception as error:
@@ -160,7 +199,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _replace(path: Path, write: Any) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     with temporary.open("rb+") as stream:
@@ -169,18 +208,18 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _nothing_done(folder: Path) -> bool:
-    return all(path.name == FINGERPRINT or path.name.startswith(".") for path in folder.iterdir())
+    return all(path.name == _MARK or path.name.startswith(".") for path in folder.iterdir())
 
 
-def _drop_temporaries(folder: Path) -> None:
-    """Half-written files, ours and those safetensors makes, may hold the space that a full disk lacks."""
+def _delete_temporaries(folder: Path) -> None:
+    """Delete half-written files, ours and safetensors', which may take the space that a full disk lacks."""
     for path in folder.iterdir():
         if path.name.startswith(".") and path.name != ".lock" and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     else:

@@ -1,13 +1,15 @@
-"""How does a finished work directory become a checkpoint? assemble(...), then verify(...): reload, compare logits.
+"""`assemble` turns a finished work directory into a checkpoint folder, `verify` reloads it and compares logits.
 
-One shard per block, linked into place, so that a 70B model needs no second copy on the disk; the rest of the model
-is copied tensor by tensor, under its own names and types.
+`write_reports` adds plan.json and report.json, `publish` moves the folder to its place, and `finished` recognizes an
+output that is already there. One shard per block, linked into place, so that a 70B model needs no second copy on the
+disk; the rest of the model is copied tensor by tensor, under its own names and types.
 """
 
 import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,29 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitquilt.core.packing import layout_from_json
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton, open_skeleton
-from bitquilt.stream.block_calls import embed, finish, open_outer, record_calls
-from bitquilt.stream.workdir import check_fingerprint, read_tensors, write_json, write_tensors
+from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.records import BlockRecord
+from bitquilt.stream.workdir import Fingerprint, read_tensors, write_json, write_tensors
 
 _SHARD_BYTES = 10**9
 # The reloaded model runs the same ops on the same bytes: what differs is the order of thread sums at most.
 _LOGIT_TOLERANCE = 1e-4
 
 
-def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> Path:
-    """Build the checkpoint folder inside the work directory, from scratch; returns its path."""
+def assemble(skeleton: Skeleton, work: Path, records: Sequence[BlockRecord]) -> Path:
+    """Build the checkpoint folder inside the work directory from scratch and return its path."""
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    files = [work / record["file"] for record in records]
-    replaced = {f"{name}.weight" for record in records for name in record["layers"]}
-    files += _write_rest(skeleton, work, replaced)
+    layouts = {name: layer.layout for record in records for name, layer in record.layers.items()}
+    files = [work / record.file for record in records]
+    for number, names in enumerate(rest_shards(skeleton, {f"{name}.weight" for name in layouts})):
+        files.append(work / f"rest-{number:05d}.safetensors")
+        write_tensors(files[-1], skeleton.checkpoint.read(names))
     weight_map: dict[str, str] = {}
     total = 0
     for number, file in enumerate(files, start=1):
@@ -45,13 +49,10 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
             weight_map |= dict.fromkeys(handle.keys(), name)
         total += file.stat().st_size
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    layouts = {
-        name: layout_from_json(entry["layout"], name) for record in records for name, entry in record["layers"].items()
-    }
     config = with_quantization(skeleton.checkpoint.config, layouts)
     for record in records:
-        if "tied" in record:  # a config may call two tables tied that are stored apart; the loader must know which
-            config["tie_word_embeddings"] = record["tied"]
+        if record.tied is not None:  # a config may call two tables tied that are stored apart
+            config["tie_word_embeddings"] = record.tied
     write_json(folder / "config.json", config)
     for companion in skeleton.checkpoint.companions():
         shutil.copyfile(companion, folder / companion.name)
@@ -61,7 +62,7 @@ def assemble(skeleton: Skeleton, work: Path, records: list[dict[str, Any]]) -> P
 def verify(folder: Path, work: Path) -> float:
     """Reload the checkpoint block by block and compare its logits on the probe with the run's.
 
-    Returns the largest difference relative to the largest logit. Raises VerificationError if it is not tiny.
+    Return the largest difference relative to the largest logit. Raises VerificationError if it is not tiny.
     """
     checkpoint = open_checkpoint(folder)
     skeleton = open_skeleton(checkpoint, read_layouts(checkpoint.config))
@@ -79,34 +80,20 @@ def verify(folder: Path, work: Path) -> float:
 
 @torch.no_grad()
 def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
-    """The model's logits for ids `[batch, tokens]` with one block in memory at a time."""
-    extras = open_outer(skeleton, ids)
-    calls = record_calls(skeleton, ids, extras)
-    hidden = embed(skeleton, ids)
-    for path, call in zip(skeleton.blocks, calls, strict=True):
-        template = skeleton.template(path)
-        hidden = call(skeleton.load(path), hidden)
-        skeleton.reset(path, template)
-    return finish(skeleton, ids, hidden, extras).float()
-
-
-def _write_rest(skeleton: Skeleton, work: Path, replaced: set[str]) -> list[Path]:
-    """Everything outside the blocks that was not quantized, unchanged, in shards of about a gigabyte."""
-    files = []
-    for number, names in enumerate(rest_shards(skeleton, replaced)):
-        path = work / f"rest-{number:05d}.safetensors"
-        write_tensors(path, skeleton.checkpoint.read(names))
-        files.append(path)
-    return files
+    """Return the model's logits for ids `[batch, tokens]` with one block in memory at a time."""
+    with skeleton.resident(""):
+        calls, hidden = learn_calls(skeleton, [ids], ids.device), embed(skeleton, ids)
+        for i, path in enumerate(skeleton.blocks):
+            with skeleton.resident(path) as block:
+                hidden = calls.run(i, block, hidden)
+        return calls.finish(ids, hidden).float()
 
 
 def rest_shards(skeleton: Skeleton, replaced: set[str]) -> list[list[str]]:
-    """Checkpoint names of what lies outside the blocks and is not `replaced`, cut into shards."""
+    """Split what is outside the blocks and not `replaced` into shards of a gigabyte; return the checkpoint's names."""
     infos = skeleton.checkpoint.tensors
     shards: list[list[str]] = [[]]
-    for name in skeleton.sources[""]:
-        if skeleton.parameters.get(name) in replaced:
-            continue
+    for name in skeleton.kept_sources("", replaced):
         if shards[-1] and sum(infos[n].nbytes for n in shards[-1]) + infos[name].nbytes > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
@@ -120,10 +107,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any], total: int, promised: bool) -> None:
-    """plan.json and report.json beside the weights, the report padded with blanks so that the folder takes `total`
-    bytes. One that is too long for a total that was `promised` is written without line breaks, then without its last
-    events, which it says; without a promise the folder is larger, and `folder_bytes` says how large."""
+def write_reports(folder: Path, plan: Mapping[str, Any], report: Mapping[str, Any], total: int, promised: bool) -> None:
+    """Write plan.json and report.json, the report padded with blanks so that the folder takes `total` bytes.
+
+    A report too long for a `promised` total loses its line breaks, then its last events, and says so. Without a promise
+    the folder becomes larger instead, and the report's `folder_bytes` says how large.
+    """
     write_json(folder / "plan.json", plan)
     others = sum(path.stat().st_size for path in folder.iterdir())
     room = total - others
@@ -142,33 +131,28 @@ def write_reports(folder: Path, plan: dict[str, Any], report: dict[str, Any], to
     (folder / "report.json").write_text(text + " " * (room - len(text) - 1) + "\n")
 
 
-def finished(out: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of an output that is already there and is this run's. Raises UserError if it is anything else."""
+def finished(out: Path, fingerprint: Fingerprint) -> dict[str, Any] | None:
+    """Return the report of an output that this run finished before, or None if `out` is free.
+
+    Raises UserError if another run, or something else, made `out`.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    report = read_report(out) if out.is_dir() else None
-    if report is None:
-        raise UserError(f"{out} exists and was not made by bitquilt; give another output folder, or move it away")
-    check_fingerprint(out, report["fingerprint"], fingerprint)
-    return report
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a finished output folder, or None if the folder is not ours."""
-    path = folder / "report.json"
-    if not path.is_file():
-        return None
     try:
-        report = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return None
-    return report if isinstance(report, dict) and "fingerprint" in report else None
+        report = json.loads((out / "report.json").read_text())
+        found = Fingerprint(report["fingerprint"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{out} exists and was not made by bitquilt; give another output folder, or move it away"
+        ) from None
+    fingerprint.check_same(out, found)
+    return dict(report)
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Make the finished folder appear under its name; across disks a rename is a copy to a neighbour, then a rename."""
+    """Rename the finished folder to `out`; on another disk, copy it next to `out` first."""
     with contextlib.suppress(OSError):
-        out.rmdir()  # an empty folder the user made
+        out.rmdir()  # an empty folder that the user made
     try:
         folder.rename(out)
     except OSError:

@@ -1,6 +1,6 @@
 """Losses of the whole model by column group and width: `width_losses` tabulates them, `[groups, widths]`.
 
-`corrected` and `tried_at_one_bit` scale a table to measured losses, `activation_rows` replaces missing gradients.
+`corrected` and `tried_at_one_bit` scale a table to measured losses.
 
 The unit is the expected increase of KL(full precision || quantized) in nats per token. To second order that is half
 the error's norm in the Fisher matrix, here Kronecker-factored per layer (K-FAC, Martens and Grosse, arXiv 1503.05671):
@@ -96,12 +96,3 @@ def tried_at_one_bit(table: LossTable, made: float) -> LossTable:
     told = float(table[:, 0].sum(dtype=np.float64))
     found[:, 0] = np.maximum(table[:, 0] * (made / max(told, 1e-30)), table[:, 1])
     return found
-
-
-def activation_rows(weight: Tensor, columns: Tensor) -> Tensor:
-    """`rows` `[out]` for `width_losses` without gradients: a layer's error counts relative to its output.
-
-    The unit is then a share of the output's squared norm, not nats: at best a ranking inside one model.
-    """
-    norm = float((weight.square() @ columns.abs()).sum())
-    return weight.new_full((len(weight),), 2.0 / max(norm, 1e-30))

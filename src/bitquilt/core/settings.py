@@ -1,0 +1,93 @@
+"""Groups of a run's settings: `Calibration` is the data that a run reads, `Selection` the layers that it quantizes.
+
+`grouped` sorts the keywords of a simple call into the two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitquilt.core.plan_file import OuterBits
+from bitquilt.errors import UserError
+
+SELF = "self"
+_CALIBRATION = ("samples", "self_samples", "seq_len", "seed")
+_SELECTION = ("skip", "include_head", "embedding_bits", "head_bits")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data of a run.
+
+    `source`: text, jsonl, parquet, a folder of such files, a hub data set, token ids in a safetensors file, or "self",
+    which lets the model write its own text. `samples` sequences of `seq_len` tokens are drawn with `seed`.
+    `self_samples`: sequences that the model writes in addition to the text, for recipes that train.
+
+    Raises UserError for a count that is too small, or for `self_samples` with the source "self".
+    """
+
+    source: str | Path = SELF
+    samples: int = 128
+    self_samples: int = 0
+    seq_len: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("samples", self.samples), ("seq_len", self.seq_len)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; wanted at least 1")
+        if self.self_samples < 0:
+            raise UserError(f"self_samples is {self.self_samples}; wanted 0 or more")
+        if self.self_samples and self.is_self:
+            raise UserError(
+                f"self_samples is {self.self_samples}, but the model writes all of its calibration text already; "
+                "give more samples instead of self_samples, or give a text"
+            )
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the model writes its own text."""
+        return str(self.source) == SELF
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the run reads."""
+        return (self.samples + self.self_samples) * self.seq_len
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Parts of the model that a run quantizes.
+
+    `skip`: patterns of layer paths to leave unquantized, such as "model.layers.0.*". `include_head`: solve the layer
+    that makes logits like any other layer, unless it is tied to the embedding. `embedding_bits`: round the token
+    embedding, and a head tied to it, to 2 to 8 bits in groups of 32 with one scale each. `head_bits`: the same for a
+    head of its own. A budget counts both.
+    """
+
+    skip: Sequence[str] = ()
+    include_head: bool = False
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+
+    @property
+    def outer(self) -> OuterBits:
+        """Bits of embedding and head."""
+        return OuterBits(self.embedding_bits, self.head_bits)
+
+
+def grouped(
+    options: dict[str, Any], calibration: str | Path | Calibration = SELF, selection: Selection = Selection()
+) -> tuple[Calibration, Selection]:
+    """Take the fields of `Calibration` and `Selection` out of `options` and return both values with them set."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+
+    def taken(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    return replace(calibration, **taken(_CALIBRATION)), replace(selection, **taken(_SELECTION))
