@@ -9,7 +9,7 @@
 
 namespace bitquilt {
 
-// A contiguous tensor. dtype: 0 none (absent), then as in `ops/kernels.py`.
+// A contiguous tensor. dtype: 0 none (absent), then as in `ops/cpu_kernels.py`.
 enum class Dtype : int64_t { none = 0, uint8 = 1, int16 = 2, int32 = 3, float16 = 4, bfloat16 = 5, float32 = 6 };
 
 struct Array {

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from bitquilt import ops
 from bitquilt.core.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.core.types import Layout, QuantizedWeight
-from bitquilt.ops import gpu, kernels
-from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
-from bitquilt.ops.handles import Handle, StoredWeight, version
+from bitquilt.ops import cpu_kernels, gpu
+from bitquilt.ops.gpu_order import ARRANGED, arrange, arrangeable
 from bitquilt.ops.large_pages import place
 from bitquilt.ops.reference import LAYOUT_FIELDS, as_stored
+from bitquilt.ops.stored_weight import Handle, StoredWeight, version
 
 _PAGED_BYTES = 2**16  # smaller layers stay where they are: a page holds hundreds of them
 _settling = threading.Lock()
@@ -93,12 +93,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]` in the dtype of x."""
         bias = None if self.has_row_gains else self.bias
-        if not torch.compiler.is_compiling() and kernels.direct(x, self.bias):
+        if not torch.compiler.is_compiling() and cpu_kernels.direct(x, self.bias):
             handle = self._ready.of(self._buffers)
-            if handle is None or handle.level != kernels.level():
+            if handle is None or handle.level != cpu_kernels.level():
                 handle = self.settle()
             if handle is not None:
-                return self._by_row(kernels.product(x, handle, bias))
+                return self._by_row(cpu_kernels.product(x, handle, bias))
         output: Tensor = ops.quantized_matmul(x, *self._stored(), bias, self.out_features)
         return self._by_row(output)
 
@@ -121,18 +121,18 @@ class QuantizedLinear(nn.Module):
         were is freed, so at most one layer is held twice."""
         with _settling:
             stored = {name: t for name, t in self._buffers.items() if t is not None}
-            handle = kernels.handle(self._stored(), self.out_features)
+            handle = cpu_kernels.handle(self._stored(), self.out_features)
             if handle is None or any(t.device.type != "cpu" for t in stored.values()):
                 return None
             if self._ready.handle is None and sum(t.numel() * t.itemsize for t in stored.values()) >= _PAGED_BYTES:
                 self._buffers.update(zip(stored, place(list(stored.values())), strict=True))
-                handle = kernels.handle(self._stored(), self.out_features)
+                handle = cpu_kernels.handle(self._stored(), self.out_features)
                 assert handle is not None
             self._ready.set(handle, self._buffers)
             return handle
 
     def arrange(self) -> None:
-        """Put codes in the order in which a GPU reads them (`ops.arranged`), where there is one. Moving a layer to a
+        """Put codes in the order in which a GPU reads them (`ops.gpu_order`), where there is one. Moving a layer to a
         GPU and loading it there do; moving it and its `state_dict` give the stored order."""
         for i in range(len(self.layout.segments)):
             grid, bits, group_size, width = self._op_layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
