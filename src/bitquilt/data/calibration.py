@@ -1,10 +1,11 @@
-"""Which token ids does a run calibrate on? make_calibration(source, ...) -> int64 [samples, tokens].
+"""Calibration tokens: `make_calibration` reads them from a text, or lets the model write them (`sample_from_model`).
 
-`self`, the default, lets the full-precision model write its own text by seeded sampling: nothing to download, and
-the text is in every language and format the model knows.
+`self`, the default, samples from the full-precision model with a seed: nothing to download, and the text is in every
+language and format the model knows.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from bitquilt.model.config import config_of
 from bitquilt.model.transformers_logging import quiet_transformers
 
 SELF = "self"
-# Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
-# a token of a small model takes as long for 256 sequences as for 32.
+# Sequences sampled in one batch. Their key-value caches bound it (1.1B Llama: 45 MB per 2048 tokens, so 35). A token of a
+# small model takes as long for 256 sequences as for 32.
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
 
 
 def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | None]:
-    """A sequence length the model can take, and a notice if it is not the one asked for."""
+    """Return a sequence length the model can take, and a notice if it is shorter than requested."""
     limit = checkpoint.model_config.context_length
     if limit is not None and seq_len > limit:
         return limit, f"calibration sequences are clipped from {seq_len} to the model's context of {limit} tokens"
@@ -34,13 +35,13 @@ def clip_to_context(seq_len: int, checkpoint: Checkpoint) -> tuple[int, str | No
 
 
 def check_calibration(source: str | Path) -> None:
-    """Raise UserError for a source that is not there, before a model is fetched or built."""
+    """Raise UserError for a missing source, before a model is fetched or built."""
     if str(source) != SELF:
         check_source(source)
 
 
-def describe_source(source: str | Path) -> dict[str, Any]:
-    """What identifies the calibration source in a fingerprint."""
+def describe_source(source: str | Path) -> dict[str, str]:
+    """Identify the calibration source for a fingerprint."""
     return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}
 
 
@@ -55,29 +56,25 @@ def make_calibration(
     progress: Callable[[str], None],
     self_samples: int = 0,
 ) -> Tensor:
-    """Return token ids `[samples + self_samples, seq_len]` from any source `bitquilt.data.tokens` reads, or from the
-    model itself (`self`); the last `self_samples` are written by the model.
+    """Return token ids `[samples + self_samples, seq_len]`, of which the model writes the last `self_samples`.
 
-    Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
-    cannot sample for itself (too large for the memory, or no causal language model).
+    `source` is anything that `bitquilt.data.tokens` reads, or `self` for the model itself. Raises UserError if the
+    source is empty, too short or not text, if ids leave the vocabulary, or if the model cannot sample for itself (too
+    large for the memory, or no causal language model).
     """
+    sample = partial(
+        sample_from_model, checkpoint, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
+    )
     if str(source) == SELF:
-        return sample_from_model(
-            checkpoint, samples=samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
-        )
+        return sample(samples=samples)
     progress(f"reading calibration text from {source}")
     stream = token_stream(source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
     ids = windows(stream, seq_len, samples, seed)
-    if not self_samples:
-        return ids
-    own = sample_from_model(
-        checkpoint, samples=self_samples, seq_len=seq_len, seed=seed, progress=progress, vocabulary=vocabulary
-    )
-    return torch.cat([ids, own])
+    return torch.cat([ids, sample(samples=self_samples)]) if self_samples else ids
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside the model, or None where there is none."""
+    """Return the tokenizer in the model's folder, or None without one."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
@@ -96,15 +93,15 @@ def sample_from_model(
     vocabulary: int,
     progress: Callable[[str], None],
 ) -> Tensor:
-    """Sequences the full-precision model writes at temperature 1, from its BOS token (a random token without one).
+    """Let the full-precision model write sequences at temperature 1, `[samples, seq_len]`.
 
-    Own generator: the global random state is not touched. The whole model is in memory while it writes.
+    A separate generator leaves the global random state alone. The whole model is in memory while it writes.
     """
     from transformers import AutoModelForCausalLM
 
     from bitquilt.model.transformers_model import architecture
 
-    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(
             f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
@@ -117,20 +114,22 @@ def sample_from_model(
         model = model.float()  # half precision is slow and overflows on CPUs
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    bos = checkpoint.config.get("bos_token_id")
     parts = []
     each = config_of(model).cache_bytes(seq_len)
     at_once = min(_SAMPLED_AT_ONCE, max(1, _CACHE_BYTES // max(1, each)))
     for start in range(0, samples, at_once):
         progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")
-        count = min(at_once, samples - start)
-        first = (
-            torch.full((count, 1), bos)
-            if isinstance(bos, int)
-            else torch.randint(0, vocabulary, (count, 1), generator=generator)
-        )
+        first = first_tokens(checkpoint, min(at_once, samples - start), vocabulary, generator)
         parts.append(_sample(model, first, seq_len, generator))
     return torch.cat(parts)
+
+
+def first_tokens(checkpoint: Checkpoint, count: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Return the first tokens `[count, 1]` of self-written text: BOS, or random tokens for a model without BOS."""
+    bos = checkpoint.model_config.bos
+    if bos is None:
+        return torch.randint(0, vocabulary, (count, 1), generator=generator)
+    return torch.full((count, 1), bos)
 
 
 def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -154,6 +153,5 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     if wanted > available:
         raise UserError(
             f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: it cannot write "
-            "its own calibration text; give --calibration FILE (and no --self-samples): with a text, "
-            "one block at a time is enough"
+            "its own calibration text; give --calibration FILE (and no --self-samples), which needs one block at a time"
         )

@@ -111,7 +111,7 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
         return
     checkpoint = open_checkpoint(Path(files[0]).parent)
     _check_packed(checkpoint, layouts, f"{model.base_model_prefix}.")
-    if type(model) is not architecture(checkpoint.config.get("architectures")):
+    if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
     found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
