@@ -21,8 +21,8 @@ from bitquilt.model.config import config_of
 from bitquilt.model.transformers_logging import quiet_transformers
 
 SELF = "self"
-# Sequences sampled in one batch. Their key-value caches bound it (1.1B Llama: 45 MB per 2048 tokens, so 35). A token of a
-# small model takes as long for 256 sequences as for 32.
+# Sequences sampled in one batch. Their key-value caches bound it (1.1B Llama: 45 MB per 2048 tokens, so 35). A token of
+# a small model takes as long for 256 sequences as for 32.
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
 
 
