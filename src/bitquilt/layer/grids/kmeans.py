@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 
 Floats64 = np.ndarray
 # Elements of one batch of columns: the working set of a level (about ten such arrays of float64) stays near 10 MB.
@@ -31,8 +31,8 @@ def exact_kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tenso
         raise ValueError(f"values is {list(values.shape)}; wanted at least one row")
     x = values.detach().cpu().double().t().contiguous()
     w = weights.detach().cpu().double().t().contiguous()
-    if kernels.level() != kernels.REFERENCE:
-        centroids, boundaries = kernels.kmeans(x, w, k)
+    if cpu_kernels.level() != cpu_kernels.REFERENCE:
+        centroids, boundaries = cpu_kernels.kmeans(x, w, k)
     else:
         centroids, boundaries = kmeans_reference(x, w, k)
     device = values.device
