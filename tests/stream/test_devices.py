@@ -32,7 +32,7 @@ RECIPES = {
     "cmpq+": {"bits": 2.5, **BEST},
     "quilt": {"bits": 2, "group_size": 8, **BEST, "embedding_bits": 8, "head_bits": 6},
     "gptq": {"bpw": 6, "group_size": 8},  # a plan by what every width costs, measured there
-}  # fmt: skip
+}
 
 
 def test_names_of_devices(monkeypatch):
@@ -120,8 +120,12 @@ def test_a_run_on_another_device_writes_the_same_bytes(make_model, token_file, t
     asked = [text for name, options in RECIPES.items() for text in (name, json.dumps(options))]
     ran = subprocess.run(
         [sys.executable, "-m", "tests.stream.on_second_device", model, token_file, tmp_path / "there", *asked],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     counted = {fact["recipe"]: fact["operations"] for fact in map(json.loads, ran.stdout.splitlines())}
     for name, options in RECIPES.items():

@@ -1,4 +1,4 @@
-"""The full-precision model beside the quantized one: drift against whole models in memory, taps by family, resume."""
+"""The drift of a quantized model from the full-precision one: against whole models in memory, by family, resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes.gptq import GPTQ
-from bitquilt.stream.drift import InputStage, beside, collect_pairs, find_stages, observe_pass
+from bitquilt.stream.drift import InputStage, collect_pairs, find_stages, full_copy, observe_pass
 
 REPAIRING = {"recipe": "gptq", "bits": 2, "alpha": 0.5, "stream_alpha": 0.5, "group_order": True}
 
@@ -195,7 +195,7 @@ def test_a_pass_stops_when_everything_has_been_seen() -> None:
 
 def test_shards_of_pairs_add_up_and_nan_names_the_layer() -> None:
     block = nn.Sequential(nn.Linear(4, 6, bias=False))
-    other = beside(block)
+    other = full_copy(block)
     assert other[0].weight is block[0].weight
     stage = InputStage(("0",), True, {})
     x, full = torch.randn(2, 4, 5, 4, generator=torch.Generator().manual_seed(0))

@@ -54,9 +54,15 @@ def exact_trace(block: nn.Module, run: Any, x: Tensor, name: str, sub_block: str
 
 @pytest.mark.parametrize(
     ("name", "sub_block"),
-    [("self_attn.q_proj", "self_attn"), ("self_attn.k_proj", "self_attn"), ("self_attn.v_proj", "self_attn"),
-     ("self_attn.o_proj", "self_attn"), ("mlp.gate_proj", "mlp"), ("mlp.down_proj", "mlp")],
-)  # fmt: skip
+    [
+        ("self_attn.q_proj", "self_attn"),
+        ("self_attn.k_proj", "self_attn"),
+        ("self_attn.v_proj", "self_attn"),
+        ("self_attn.o_proj", "self_attn"),
+        ("mlp.gate_proj", "mlp"),
+        ("mlp.down_proj", "mlp"),
+    ],
+)
 def test_traces_of_a_real_block(build_model, name, sub_block):
     block, run, hidden = llama_block(build_model)
     linears = {name: block.get_submodule(name)}
@@ -150,9 +156,13 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("dictionary", "cannot be watched"), ("detached", "cannot be watched"), ("in place", "no backward pass"),
-     ("well", "")],
-)  # fmt: skip
+    [
+        ("dictionary", "cannot be watched"),
+        ("detached", "cannot be watched"),
+        ("in place", "no backward pass"),
+        ("well", ""),
+    ],
+)
 def test_what_cannot_be_measured_falls_back_and_says_why(kind, reason):
     block = Odd(kind)
     hidden = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))

@@ -353,7 +353,7 @@ def test_a_disk_too_small_for_the_activations_is_refused_before_the_work(
 def test_every_copy_of_the_activations_counts(
     source: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, copies: int
 ) -> None:
-    """A pass before the first block, or a full-precision model beside, keeps more than a block's inputs and outputs."""
+    """A pass before the first block, or a full-precision model, keeps more than a block's inputs and outputs."""
     usage = shutil.disk_usage(tmp_path)
     one_short = copies * 4 * 6 * 16 * 32 - 1
     monkeypatch.setattr("bitquilt.stream.workdir.shutil.disk_usage", lambda _: usage._replace(free=one_short))

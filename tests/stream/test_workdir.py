@@ -145,7 +145,7 @@ def test_only_a_full_disk_is_a_full_disk(code: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_recognised_whoever_says_it(tmp_path: Path) -> None:
+def test_a_full_disk_is_recognised_in_every_error(tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"the disk of .* is full"), full_disk_is_an_error(tmp_path):
         (tmp_path / "full").write_text("x")

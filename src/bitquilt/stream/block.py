@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitquilt.core.events import Observer
 from bitquilt.core.types import LayerStats
 from bitquilt.stream.block_training import keep, train_block
-from bitquilt.stream.drift import InputStage, SeenInputs, beside, collect_pairs, find_stages, observe_pass
+from bitquilt.stream.drift import InputStage, SeenInputs, collect_pairs, find_stages, full_copy, observe_pass
 from bitquilt.stream.gradients import attention_aware, collect_gradients
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, check_weights
@@ -75,15 +75,15 @@ def _calibrated(
 ) -> TrainingRecord | None:
     """Quantize with calibration data, and train if the recipe does."""
     job, needs, training = states.job, states.job.recipe.needs, None
-    full = beside(block.module) if needs.full_model else None
+    full = full_copy(block.module) if needs.full_model else None
     if full is not None and needs.drift:
         _by_stages(states, block, full, observe, solved)
     else:
         quantize_layers(job, block, _measured(states, block, solved), observe, solved)
     if full is not None:
         states.advance_calibration(block.number, full, "full")
-        if solved.solutions and job.trainer is not None:  # a block whose layers are all skipped has none
-            training = train_block(states, block, full, solved, observe)
+        if solved.solutions and (recipe := job.trainer) is not None:  # a block whose layers are all skipped has none
+            training = train_block(states, recipe, block, full, solved, observe)
         keep(job, block.number, solved)
     return training
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bitquilt.core.events import Epoch, Observer
+from bitquilt.core.recipe import TrainsBlocks
 from bitquilt.core.training import BlockProblem, TrainedLayers
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_transposed
@@ -27,14 +28,18 @@ OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def train_block(
-    states: CalibratedStates, block: LoadedBlock, full: nn.Module, solved: SolvedLayers, observe: Observer
+    states: CalibratedStates,
+    recipe: TrainsBlocks,
+    block: LoadedBlock,
+    full: nn.Module,
+    solved: SolvedLayers,
+    observe: Observer,
 ) -> TrainingRecord:
     """Train the solved layers of a block, given the block in full precision; changes `solved` and the model.
 
     Raises UserError naming the block if it cannot be trained.
     """
     job, i = states.job, block.number
-    assert job.trainer is not None
     here, there = states.inputs(i), states.inputs(i + 1, "full")
 
     @torch.no_grad()
@@ -54,7 +59,7 @@ def train_block(
         told=progress,
     )
     try:
-        trained = job.trainer.train_block(problem)
+        trained = recipe.train_block(problem)
     except (ValueError, MemoryError) as error:
         raise UserError(f"{block.path}: {error}") from None
     for name, solution in trained.solutions.items():

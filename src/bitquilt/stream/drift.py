@@ -1,7 +1,7 @@
 """Drift: how far the quantized layers of a block move the inputs of the layers after them.
 
-`beside` copies the full-precision block, `find_stages` groups its layers by input, `observe_pass` reads the inputs of
-one group in one model, and `collect_pairs` turns passes of both models into `LayerStats` with the drift between them.
+`full_copy` copies the full-precision block, `find_stages` groups its layers by input, `observe_pass` reads the inputs
+of one group in one model, and `collect_pairs` turns passes of both models into `LayerStats` with their drift.
 
 The residual stream is found by experiment: a small change is added to a layer's output, and wherever exactly this
 change arrives, the output has been added to the stream.
@@ -49,7 +49,7 @@ class InputStage:
     taps: Mapping[str, str]
 
 
-def beside(block: nn.Module) -> nn.Module:
+def full_copy(block: nn.Module) -> nn.Module:
     """Copy the block around the same tensors, so that replacing the block's layers leaves the copy's in place."""
     shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
     return copy.deepcopy(block, shared)
