@@ -1,99 +1,17 @@
 """`without_former_options` reads a recipe's entry of an older plan.json, whose options may no longer exist.
 
-An option that went has one value now, or two: the usual one, and another with `published=True`.
+former_options.json has, by recipe, each option that went with the value that is now fixed. A second value is the one
+that `published=True` computes with.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bitquilt.errors import UserError
 
-Values = tuple[Any, ...]
-_CLIPPING: dict[str, Values] = {
-    "epochs": (8,),
-    "rate": (1e-2,),
-    "batch": (8,),
-    "train_seed": (0,),
-    "autocast": (False,),
-    "kept_epoch": ("best",),
-}
-_EFFORT: dict[str, Values] = {
-    "batch": (4,),
-    "rounding": ("adam",),
-    "schedule": ("linear",),
-    "scale_rate": (1e-2,),
-    "tune_scale_rate": (3e-3,),
-    "patience": (0,),
-    "train_seed": (0,),
-}
-_SLIM: dict[str, Values] = {
-    "salience": ("cholesky",),
-    "group_statistic": ("mean", "sum"),
-    "objective": ("kl", "kl_reverse"),
-    "candidates": ("all", "published"),
-    "candidate_quantizer": ("fitted", "min_max"),
-    "search": ("wide", "published"),
-    "weighting": ("column", "none"),
-    "mask_threshold": (2.0,),
-    "mask_factor": (4.0,),
-    "one_bit": ("symmetric", "code"),
-}
-_CMPQ: dict[str, Values] = {
-    "statistic": ("l2",),
-    "act_rule": ("weight",),
-    "outlier_choice": ("measured", "asked"),
-    "swap": (0.0,),
-    "codebook": ("shared", "channel"),
-    "codebook_dtype": ("auto",),
-    "row_gains": ("auto", "off"),
-    "clustering": ("exact",),
-    "iterations": (50,),
-    "weighting": ("column",),
-    "act_order": (True,),
-}
-# by recipe and option: the usual value, then that with `published=True` where it is another
-FORMER: dict[str, dict[str, Values]] = {
-    "rtn": _CLIPPING,
-    "gptq": {**_CLIPPING, "weighting": ("column",)},
-    "slim-llm": {**_CLIPPING, **_SLIM},
-    "slim-llm+": {
-        **{option: values for option, values in _CLIPPING.items() if option != "epochs"},
-        **_SLIM,
-        "batch": (1,),
-        "start": ("gptq", "weight"),
-        "augmented": (True,),
-        "initial": (4.0,),
-        "patience": (0,),
-    },
-    "cmpq": {**_CMPQ, "compensation": (False,), "damp": (0.01,), "alpha": (0.0,), "stream_alpha": (0.0,)},
-    "cmpq+": {
-        **{option: values[:1] for option, values in _CMPQ.items()},
-        **_EFFORT,
-        "compensation": (True,),
-        "reach": (0.2,),
-    },
-    "quilt": {**_EFFORT, "reach": (0.5,), "group_order": (True,), "levels": ("auto",)},
-    "aptq": {
-        **_CLIPPING,
-        "sensitivity": ("mean",),
-        "hessian": ("attention",),
-        "measure_at": ("residual",),
-        "probes": (1,),
-        "seed": (0,),
-    },
-    "mg-ptq": {
-        **_CLIPPING,
-        "one_bit": ("symmetric",),
-        "top": (16,),
-        "width": (64,),
-        "steps": (200,),
-        "learning_rate": (1e-3,),
-        "budget_weight": (5.0,),
-        "straight_through": (True,),
-        "seed": (0,),
-    },
-    "micromix": {"scale_rule": ("ceil", "paper"), "thresholds": ("published",), "six": ("e3m2",), "runs": (32, 1)},
-}
+FORMER: dict[str, dict[str, list[Any]]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 
 
 def without_former_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
