@@ -36,8 +36,6 @@ ASKED = {"error_outliers": 0.0045, "act_outliers": 0.0005}  # those of cmpq
 ALONE = {"alpha": 0.0, "stream_alpha": 0.0}
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "all parts": ("cmpq", {}),
-    "O_q only": ("cmpq", {"act_outliers": 0.0}),
-    "O_act only": ("cmpq", {"error_outliers": 0.0}),
     "no outliers": ("cmpq", {"act_outliers": 0.0, "error_outliers": 0.0}),
     "error table": ("cmpq", {"allocation": "error_table"}),
     "compensation": ("cmpq+", {**ASKED, **ALONE, "allocation": "norm"}),

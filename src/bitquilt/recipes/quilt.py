@@ -73,6 +73,7 @@ class Quilt:
 
     name: ClassVar[str] = "quilt"
     traits: ClassVar[Traits] = Traits(why_not_clipped="trains scales and rounding: effort=normal")
+    tune_bytes: ClassVar[int] = TUNE_BYTES
 
     bits: int = 2
     group_size: int = 64
@@ -159,11 +160,6 @@ class Quilt:
     def tune_batch(self) -> int:
         """Samples per step in the whole model; 0 without training."""
         return self.training.tune_batch
-
-    @property
-    def tune_bytes(self) -> int:
-        """Memory per weight that training the whole model takes."""
-        return TUNE_BYTES
 
     def keep(self, solution: Solution) -> dict[str, Tensor]:
         """Tensors that training the whole model needs besides what is stored."""

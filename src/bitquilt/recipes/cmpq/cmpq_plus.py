@@ -53,6 +53,7 @@ class CMPQPlus(CMPQ):
         own_allocations=CMPQ.traits.own_allocations,
         why_not_clipped="has free levels, which no range holds together: effort=normal trains these",
     )
+    tune_bytes: ClassVar[int] = TUNE_BYTES
 
     error_outliers: float = 0.0
     act_outliers: float = 0.0
@@ -137,11 +138,6 @@ class CMPQPlus(CMPQ):
     def tune_batch(self) -> int:
         """Samples per step in the whole model; 0 without training."""
         return self.training.tune_batch
-
-    @property
-    def tune_bytes(self) -> int:
-        """Memory per weight that training the whole model takes."""
-        return TUNE_BYTES
 
     def keep(self, solution: Solution) -> dict[str, Tensor]:
         """Tensors that training the whole model needs besides what is stored."""
