@@ -105,7 +105,8 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
         if (plan.group_size == 1) != channels:
             wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
             raise UserError(
-                f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; plan again with this recipe"
+                f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; "
+                "plan again with this recipe"
             )
         if len(plan.bits) != len(plan.widths(width)):
             raise UserError(
