@@ -27,8 +27,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "no stream": ("quilt", {"stream_alpha": 0.0}),
     "alpha 0.5, stream 0.5": ("quilt", {"alpha": 0.5, "stream_alpha": 0.5}),
     "alpha 1, stream 1": ("quilt", {"alpha": 1.0, "stream_alpha": 1.0}),
-    "columns as they come": ("quilt", {"group_order": False}),
-    "other levels": ("quilt", {}),  # symmetric above 2 bits, with a zero at 2
     "no descent": ("quilt", {"passes": 0}),
 }
 
@@ -36,8 +34,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 def measure(model: str, row: str, bits: int, group_size: int, seed: int) -> dict[str, Any]:
     """One row on one model."""
     name, options = ROWS[row]
-    if row == "other levels":
-        options = {"levels": "zero" if bits == 2 else "symmetric"}
     return {"group_size": group_size, **measure_recipe(model, row, name, options, bits, group_size, seed)}
 
 

@@ -23,7 +23,7 @@ from benchmarks.scored import TEXTS
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.model.transformers_logging import quiet_transformers
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.report.evaluation.loading import as_model
 
 WINDOW, STEP = 256, 16
@@ -53,9 +53,9 @@ def row(name: str, bits: int, tokens: int) -> dict[str, Any]:
         ids = windows(token_stream(text, load_tokenizer(source), tokens), WINDOW)
         full, small = (logits(as_model(path, "cpu", "float32"), ids) for path in (source, out))
         model = as_model(out, "cpu", "float32")
-        kernels.use_activations("int8")
+        cpu_kernels.use_activations("int8")
         rounded = logits(model, ids)
-        kernels.use_activations(None)
+        cpu_kernels.use_activations(None)
     exact_kl, int8_kl = divergence(full, small), divergence(full, rounded)
     return {"model": name, "bits": bits, "KL, exact": exact_kl, "KL, int8": int8_kl,
             "int8 adds": int8_kl / exact_kl - 1, "KL of int8 to exact": divergence(small, rounded)}  # fmt: skip

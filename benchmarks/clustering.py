@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.cli.demo import DEMO_MODEL
 from bitquilt.layer.grids.codebook import fit_codebook
-from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd, squared_error
+from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd
 from bitquilt.layer.grids.shared_levels import fit_table
 
 Method = Callable[[Tensor, int], Tensor]  # sorted fp64 [n], k -> centroids [k]
@@ -69,6 +69,12 @@ def columns(count: int) -> dict[str, Tensor]:
     up = next(tensor for name, tensor in tensors.items() if "up_proj" in name).double()
     heavy = torch.from_numpy(np.random.default_rng(0).standard_t(5, (4096, count)))
     return {f"demo, {len(up)} values": up[:, :count].sort(dim=0).values, "t(5), 4096 values": heavy.sort(dim=0).values}
+
+
+def squared_error(values: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Weighted squared error of `values` `[n, columns]` to the nearest of `centroids` `[k, columns]`, `[columns]`."""
+    distance = (values.unsqueeze(0) - centroids.unsqueeze(1)).square().amin(dim=0)
+    return (distance * weights).sum(dim=0)
 
 
 def compare(count: int) -> list[dict[str, Any]]:

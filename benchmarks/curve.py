@@ -6,8 +6,8 @@
 
 Parts: `curve` = cmpq and cmpq+ on a grid of bpw from the smallest that all layers reach; `baselines` = RTN, GPTQ and
 SliM-LLM at 2, 3, 4 bits, group size 32; `equal` = cmpq and its options at exactly the bpw of these; `ablation` = cmpq
-without one of its parts at one bpw. Calibrates (32 x 256 tokens) and measures (8,000 tokens) on different files.
-Finished rows are kept (`benchmarks.rows`): an interrupted run continues, and --again measures anew.
+and cmpq+ with and without some of their parts at one bpw. Calibrates (32 x 256 tokens) and measures (8,000 tokens) on
+different files. Finished rows are kept (`benchmarks.rows`): an interrupted run continues, and --again measures anew.
 """
 
 import argparse
@@ -32,28 +32,17 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq+, each layer for itself": ("cmpq+", {"alpha": 0.0, "stream_alpha": 0.0}),
     "cmpq, published": ("cmpq", {"published": True}),
 }
-ASKED = {"outlier_choice": "asked"}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "all parts": {},
-    "bits not by activations": {"allocation": "first"},
-    "both kinds of outliers, as asked": ASKED,
-    "O_q only": {"act_outliers": 0.0, **ASKED},
-    "O_act only": {"error_outliers": 0.0, **ASKED},
-    "no outliers": {"act_outliers": 0.0, "error_outliers": 0.0},
-    "uniform levels": {"clustering": "uniform"},
-    "Lloyd": {"clustering": "lloyd"},
-    "table not weighted by activations": {"weighting": "none"},
-    "swap 10 %": {"swap": 0.1},
-    "mean abs": {"statistic": "mean_abs"},
-    "max abs": {"statistic": "max_abs"},
-    "error table": {"allocation": "error_table"},
-    "no gains per row": {"row_gains": "off"},
-    "compensation": {"compensation": True},
-    "compensation and error table": {"compensation": True, "allocation": "error_table"},
-    "both, and earlier layers' errors (cmpq+)": {
-        "compensation": True, "allocation": "error_table", "alpha": 0.75, "stream_alpha": 0.75,
-    },
-}  # fmt: skip
+ASKED = {"error_outliers": 0.0045, "act_outliers": 0.0005}  # those of cmpq
+ALONE = {"alpha": 0.0, "stream_alpha": 0.0}
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all parts": ("cmpq", {}),
+    "no outliers": ("cmpq", {"act_outliers": 0.0, "error_outliers": 0.0}),
+    "error table": ("cmpq", {"allocation": "error_table"}),
+    "compensation": ("cmpq+", {**ASKED, **ALONE, "allocation": "norm"}),
+    "compensation and error table": ("cmpq+", {**ASKED, **ALONE}),
+    "both, and earlier layers' errors": ("cmpq+", ASKED),
+    "cmpq+": ("cmpq+", {}),
+}
 GROUP_SIZE, HIGHEST, STEP = 32, 4.5, 0.25
 COLUMNS = ["model", "row", "bpw", "nominal_bits", "kl_mean", "perplexity", "top1_agreement", "seconds"]
 
@@ -90,8 +79,8 @@ def runs(model: str, arguments: argparse.Namespace) -> Iterator[tuple[str, str, 
                     chosen = [min(points), max(points)] if coarse else []
                 yield from (("curve", row, row, {"bpw": point}) for point in chosen)
     if "ablation" in arguments.parts:
-        for row, options in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
-            yield "ablation", row, "cmpq", {"bpw": arguments.ablation_bpw, **options}
+        for row, (name, options) in list(ABLATIONS.items())[: 2 if arguments.quick else None]:
+            yield "ablation", row, name, {"bpw": arguments.ablation_bpw, **options}
 
 
 def run_model(model: str, arguments: argparse.Namespace, size: dict[str, int]) -> list[dict[str, Any]]:

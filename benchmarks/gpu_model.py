@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from benchmarks.gpu_setup import Setting, Sizes
-from bitquilt.ops.decoder_ops import Shape
-from bitquilt.serve.decoder_step import Block, Ends, Step, captured
+from bitquilt.ops.decoder_ops import AttentionShape
+from bitquilt.serve.decoder_step import DecoderBlock, DecoderEnds, DecoderStep, captured
 
 Layer = Callable[[Tensor], Tensor]
 _DTYPE = torch.bfloat16
@@ -37,15 +37,15 @@ class LlamaShape:
         for i in range(sizes.layers):
             made = [make(*shape, 100 * i + k) for k, shape in enumerate(shapes)]
             layers = [layer for layer, _ in made]
-            blocks.append(Block(layers[:4], layers[4:], (norm, norm)))
+            blocks.append(DecoderBlock(layers[:4], layers[4:], (norm, norm)))
             self.nbytes += sum(nbytes for _, nbytes in made)
         angles = torch.arange(sizes.context, device=device).unsqueeze(1) * 10000.0 ** (
             -torch.arange(0, head_width, 2, device=device) / head_width
         )
         cosines, sines = (torch.cat([t, t], 1).to(_DTYPE) for t in (angles.cos(), angles.sin()))
-        ends = Ends(partial(_look_up, tables[0]), norm, partial(_times, tables[1]), cosines, sines)
-        shape = Shape(sizes.heads, sizes.heads, head_width, head_width**-0.5, 1e-5)
-        self.step = Step(blocks, ends, shape, sizes.vocabulary, _DTYPE, greedy=True)
+        ends = DecoderEnds(partial(_look_up, tables[0]), norm, partial(_times, tables[1]), cosines, sines)
+        shape = AttentionShape(sizes.heads, sizes.heads, head_width, head_width**-0.5, 1e-5)
+        self.step = DecoderStep(blocks, ends, shape, sizes.vocabulary, _DTYPE, greedy=True)
 
     def in_memory(self) -> int:
         """Bytes of the weights; on a GPU, before the first step, what was allocated for all but the cache."""

@@ -58,19 +58,19 @@ def sixteen(setting: Setting) -> dict[str, Any]:
 
 def prefill(setting: Setting) -> dict[str, Any]:
     """Many tokens: fused, through the weight written out, and as the body chooses, against bf16 in the same run."""
-    from bitquilt.ops.gpu import body
+    from bitquilt.ops.gpu import launch
 
-    found, limit = [], body.MAX_FUSED
+    found, limit = [], launch.MAX_FUSED
     for shape, tokens in itertools.product(setting.sizes.shapes, (setting.sizes.tokens // 4, setting.sizes.tokens)):
         dense = _dense_seconds(setting, shape, tokens)
         for bits, (path, fused) in itertools.product(BITS, (("fused", 2**30), ("written out", 0), ("chosen", limit))):
             if setting.tiny and path == "fused":
                 continue  # minutes under the interpreter
-            body.MAX_FUSED = fused
+            launch.MAX_FUSED = fused
             try:
                 taken = _seconds(setting, uniform(*shape, bits), tokens)
             finally:
-                body.MAX_FUSED = limit
+                launch.MAX_FUSED = limit
             found.append({"shape": _name(shape), "kind": f"{bits} bits", "tokens": tokens, "path": path,
                           "seconds": taken, "over_bf16": dense / taken})  # fmt: skip
     return {"rows": found}
@@ -97,7 +97,7 @@ def slim(setting: Setting) -> dict[str, Any]:
 
 def tune(setting: Setting) -> dict[str, Any]:
     """From `config.choose`'s cut of each product to better neighbours, until there is none; what it gains. A product's
-    cut goes at once to where products look (`ops.gpu.tuned`); what is there is not looked for again."""
+    tiling goes at once to where products look (`ops.gpu.tuned_tilings`); what is there is not looked for again."""
     return _tuned(setting, "bits", {bits: partial(uniform, bits=bits) for bits in BITS})
 
 
@@ -113,15 +113,15 @@ def tune_mx(setting: Setting) -> dict[str, Any]:
 
 def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], Layout]]) -> dict[str, Any]:
     from bitquilt.ops.gpu import tuned_tilings as tuned
-    from bitquilt.ops.gpu.tiling import Config
+    from bitquilt.ops.gpu.tiling import Tiling
 
     found: list[dict[str, Any]] = []
     file = tuned.path(setting.device)
     for shape, (bits, layout), tokens in itertools.product(setting.sizes.shapes, layouts.items(), (1, 16)):
         name = tuned.key(shape[0], shape[1] // 128, bits, tokens, kind)
-        if name in tuned.cuts(setting.device):
+        if name in tuned.known_tilings(setting.device):
             continue
-        timed: dict[Config, float] = {}
+        timed: dict[Tiling, float] = {}
         first, best = _descent(setting, layout(*shape), tokens, timed, kind == "codebook")
         file = tuned.remember(setting.device, {name: best})
         found.append({"shape": _name(shape), "kind": f"{bits} {kind}", "tokens": tokens, "best": str(best),
@@ -130,25 +130,25 @@ def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], 
 
 
 def _descent(setting: Setting, layout: Layout, tokens: int, timed: dict[Any, float], quads: bool) -> tuple[Any, Any]:
-    """The cut to begin with and the best one; `timed`: seconds of all that were tried."""
-    from bitquilt.ops.gpu import body
-    from bitquilt.ops.gpu.tiling import Config, choose, for_quads, neighbours
+    """The tiling to begin with and the best one; `timed`: seconds of all that were tried."""
+    from bitquilt.ops.gpu import launch
+    from bitquilt.ops.gpu.tiling import Tiling, choose_tiling, for_quads, neighbours
 
     works = _works(setting, layout, tokens)
 
-    def measure(config: Config) -> float:
-        if config not in timed:
-            body.use_config(config)
+    def measure(tiling: Tiling) -> float:
+        if tiling not in timed:
+            launch.use_tiling(tiling)
             try:
-                timed[config] = seconds_each(works, setting)
+                timed[tiling] = seconds_each(works, setting)
             except triton.runtime.errors.TritonError:  # more shared memory or registers than there are
-                timed[config] = float("inf")
+                timed[tiling] = float("inf")
             finally:
-                body.use_config(None)
-        return timed[config]
+                launch.use_tiling(None)
+        return timed[tiling]
 
-    first = best = choose(
-        layout.out_features, layout.in_features // 128, tokens, body.processors(setting.device), quads
+    first = best = choose_tiling(
+        layout.out_features, layout.in_features // 128, tokens, launch.processors(setting.device), quads
     )
     measure(first)
     while len(timed) < setting.sizes.cuts:

@@ -23,7 +23,7 @@ except ImportError:  # a bare machine: the package's rooms without its front doo
 from bitquilt import ops
 from bitquilt.core.packing import op_layout, storage_bits, tensor_specs
 from bitquilt.core.types import Format, Layout
-from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
+from bitquilt.ops.gpu_order import ARRANGED, arrange, arrangeable
 
 GROUP_SIZE = 128
 

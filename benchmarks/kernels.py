@@ -28,7 +28,7 @@ from bitquilt.core.packing import storage_bits, tensor_specs
 from bitquilt.core.types import Format, Layout
 from bitquilt.model import linear
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.ops.large_pages import reserve
 
 ROWS, COLUMNS, GROUP_SIZE, PREFILL = 4096, 11008, 128, 512
@@ -95,7 +95,7 @@ def layer_rows(name: str, threads: int, size: float, rounds: int, modes: list[st
     ready = (time.perf_counter() - started) / len(layers)
     x = torch.randn(1, COLUMNS, dtype=torch.bfloat16)
     for mode in modes:
-        kernels.use_activations(mode)
+        cpu_kernels.use_activations(mode)
         seconds = seconds_each(lambda i: layers[i](x), len(layers), rounds)
         yield {
             "weight": name,
@@ -107,7 +107,7 @@ def layer_rows(name: str, threads: int, size: float, rounds: int, modes: list[st
             "weight GB/s": layer_bytes / seconds / 1e9,
             "ready s/GB": ready / layer_bytes * 1e9,
         }
-    kernels.use_activations(None)
+    cpu_kernels.use_activations(None)
 
 
 def dense_row(threads: int, size: float, rounds: int) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def new_memory(size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
-    parser.add_argument("--activations", nargs="+", choices=kernels.MODES, default=["exact"])
+    parser.add_argument("--activations", nargs="+", choices=cpu_kernels.MODES, default=["exact"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=8)
@@ -163,21 +163,21 @@ def main() -> None:
     if arguments.small_pages:
         linear.place = lambda tensors: [t.clone() for t in tensors]
     size, rounds = arguments.gib * 2**30, arguments.rounds
-    if not kernels.built():
+    if not cpu_kernels.built():
         raise SystemExit("the package was installed without its kernels: nothing to measure")
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             fresh = new_memory(int(size))
-            limit = kernels.read_bandwidth(int(size), threads, rounds)
+            limit = cpu_kernels.read_bandwidth(int(size), threads, rounds)
             dense = dense_row(threads, size, rounds)
             prefill = prefills(arguments.formats, rounds)
             measured = [dense]
             for name in arguments.formats:
                 measured += layer_rows(name, threads, size, rounds, arguments.activations)
-                limit = max(limit, kernels.read_bandwidth(int(size), threads, 2))  # now and then somebody else reads
-            told = f"read bandwidth {limit / 1e9:.1f} GB/s, new memory {fresh:.2f} s/GB, {kernels.level()}"
+                limit = max(limit, cpu_kernels.read_bandwidth(int(size), threads, 2))  # others read too
+            told = f"read bandwidth {limit / 1e9:.1f} GB/s, new memory {fresh:.2f} s/GB, {cpu_kernels.level()}"
             print(f"{threads} threads: {told}", flush=True)
             for row in measured:
                 row["share"] = row["weight GB/s"] * 1e9 / limit
@@ -190,10 +190,10 @@ def main() -> None:
                "prefill ms", "prefill / bf16", "ready s/GB")  # fmt: skip
     table = markdown_table(columns, rows)
     OUTPUT.mkdir(exist_ok=True)
-    (OUTPUT / "kernels.json").write_text(
-        json.dumps({"stamp": stamp(), "level": kernels.level(), "rows": rows}, indent=1)
+    (OUTPUT / "cpu_kernels.json").write_text(
+        json.dumps({"stamp": stamp(), "level": cpu_kernels.level(), "rows": rows}, indent=1)
     )
-    (OUTPUT / "kernels.md").write_text(table)
+    (OUTPUT / "cpu_kernels.md").write_text(table)
     print(table)
 
 

@@ -31,9 +31,9 @@ from benchmarks.gguf_files import bits_per_weight, block_layers, bytes_read, qua
 from benchmarks.memory import make_model
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.report.evaluation.loading import as_model
-from bitquilt.serve.cpu_decoder import Decoder
+from bitquilt.serve.cpu_decoder import CpuDecoder
 
 TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}  # llama_ftype
 # The format of ours nearest in bits per weight of the layers: bits, group size.
@@ -95,8 +95,8 @@ class Ours:
         self.decoders.append(self._begin(model))
 
     @staticmethod
-    def _begin(model: Any) -> Decoder:
-        decoder = Decoder(model, 1024)
+    def _begin(model: Any) -> CpuDecoder:
+        decoder = CpuDecoder(model, 1024)
         assert decoder.begin(torch.arange(3, 3 + PROMPT)) is not None
         return decoder
 
@@ -159,7 +159,7 @@ def compare(folder: Path, kind: str, threads: int, plain: bool, gguf: Any) -> li
     theirs, limit = float("inf"), 0.0
     best = [float("inf")] * len(ours.decoders)
     for _ in range(TURNS):
-        limit = max(limit, kernels.read_bandwidth(2**30, threads, 1))
+        limit = max(limit, cpu_kernels.read_bandwidth(2**30, threads, 1))
         theirs = min(theirs, rival.seconds())
         for i, decoder in enumerate(ours.decoders):
             best[i] = min(best[i], typical(lambda decoder=decoder: decoder.step(7)))  # type: ignore[misc]

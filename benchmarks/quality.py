@@ -25,7 +25,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq + scale search": ("gptq", {"scale_search": True}),
     "slim-llm, published": ("slim-llm", {"published": True}),
     "slim-llm": ("slim-llm", {}),
-    "slim-llm, two-level 1 bit": ("slim-llm", {"one_bit": "two_level"}),
     "slim-llm, dp allocation": ("slim-llm", {"allocation": "dp"}),
     "mg-ptq": ("mg-ptq", {}),
     "mg-ptq, graph": ("mg-ptq", {"allocator": "graph"}),

@@ -117,7 +117,7 @@ def allocators(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]
     results = []
     for bits in (2, 3):
         for group_size in (8, 32):
-            chosen = {"bits": bits, "group_size": group_size}
+            chosen = {"bits": bits, "group_size": group_size, "allocator": "best"}
             found = measured(
                 Run(model, "mg-ptq", chosen, arguments.samples, arguments.tokens), arguments.again, arguments.kept
             )

@@ -42,32 +42,21 @@ ROWS: dict[str, Row] = {
     "quilt best": ("quilt", {"effort": "best"}, {}),
     "quilt best, self-samples": ("quilt", {"effort": "best"}, SELF),
 }
-# as published, with SliM-LLM's search and one-bit groups as they train best
-FROM_WEIGHT = {"start": "weight", "salience": "inverse_diag", "weighting": "none", "one_bit": "two_level"}
 NORMAL, BEST = {"effort": "normal"}, {"effort": "best"}
 LAST = {"kept_epoch": "last"}
-SIGN = {"rounding": "sign", "scale_rate": 3e-3, "batch": 8}  # as AutoRound moves them
 OPTIONS: dict[str, Row] = {
     "slim-llm+, 10 epochs": ("slim-llm+", {"epochs": 10}, {}),
-    "slim-llm+ from the weight": ("slim-llm+", FROM_WEIGHT, {}),
-    "slim-llm+ from the weight, 10 epochs": ("slim-llm+", {**FROM_WEIGHT, "epochs": 10}, {}),
+    "slim-llm+, published": ("slim-llm+", {"published": True}, {}),
+    "slim-llm+, published, 10 epochs": ("slim-llm+", {"published": True, "epochs": 10}, {}),
     "slim-llm+, uniform bits": ("slim-llm+", {"allocation": "uniform"}, {}),
-    "slim-llm+, one target": ("slim-llm+", {"augmented": False}, {}),
     "fast, self-samples": ("quilt", {}, SELF),
-    "normal, offsets by sign": ("quilt", {**NORMAL, **SIGN}, {}),
-    "normal, offsets by sign, 4 epochs": ("quilt", {**NORMAL, **SIGN, "epochs": 4}, {}),
     "normal, 4 epochs": ("quilt", {**NORMAL, "epochs": 4}, {}),
-    "normal, batch of 8": ("quilt", {**NORMAL, "batch": 8}, {}),
-    "normal, scales stay": ("quilt", {**NORMAL, "scale_rate": 0.0}, {}),
-    "normal, constant rates": ("quilt", {**NORMAL, "schedule": "constant"}, {}),
-    "normal, cosine": ("quilt", {**NORMAL, "schedule": "cosine"}, {}),
     "normal, 10 epochs": ("quilt", {**NORMAL, "epochs": 10}, {}),
     "normal, self-samples": ("quilt", NORMAL, SELF),
     "best, blocks not trained before": ("quilt", {**BEST, "epochs": 0}, {}),
     "best, blocks not trained before, self-samples": ("quilt", {**BEST, "epochs": 0}, SELF),
     "best, codes stay": ("quilt", {**BEST, "tune_rate": 0.0}, {}),
     "best, codes stay, self-samples": ("quilt", {**BEST, "tune_rate": 0.0}, SELF),
-    "best, scales stay, self-samples": ("quilt", {**BEST, "scale_rate": 0.0, "tune_scale_rate": 0.0}, SELF),
 }  # fmt: skip
 # AutoRound leaves layers alone whose sides are no multiples of 32, such as all of stories260k's MLP: ours beside it.
 ATTENTION = {"skip": ("*.mlp.*",)}
@@ -211,7 +200,7 @@ def searched_factors(model: str, bits: int, group_size: int) -> torch.Tensor:
 
 
 def draw_clipping(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Learned clipping factors (slim-llm+ from the weight) over the searched ones, a panel per model and bits."""
+    """Learned clipping factors (slim-llm+, published) over the searched ones, a panel per model and bits."""
     import matplotlib
 
     matplotlib.use("agg")

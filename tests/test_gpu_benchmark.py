@@ -13,19 +13,21 @@ pytest.importorskip("triton")
 from benchmarks import gpu, gpu_parts, gpu_setup, gpu_slim
 from benchmarks.common import ROOT
 
-from bitquilt.ops import kernels
-from bitquilt.ops.gpu import body
+from bitquilt.ops import cpu_kernels
+from bitquilt.ops.gpu import launch
 from bitquilt.ops.gpu import tuned_tilings as tuned
-from bitquilt.ops.gpu.tiling import choose
-from bitquilt.ops.gpu.weight import prepared
-from bitquilt.ops.handles import StoredWeight
+from bitquilt.ops.gpu.prepared_weight import prepared
+from bitquilt.ops.gpu.tiling import choose_tiling
+from bitquilt.ops.stored_weight import StoredWeight
 
 GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(
+    not GPU and not cpu_kernels.built(), reason="the package was installed without its kernels"
+)
 
 
 def test_parts_are_saved_as_they_come_and_stand_in_one_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
+    monkeypatch.setattr(cpu_kernels, "level", lambda: cpu_kernels.TRITON)
     monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
     monkeypatch.setattr(gpu_parts, "BITS", (2,))
     device = "cuda" if GPU else "cpu"
@@ -59,7 +61,7 @@ sys.meta_path.insert(0, Absent())
 from pathlib import Path
 from benchmarks import gpu
 from bitquilt.ops.gpu import decoder_kernels as decode
-from bitquilt.ops.gpu import body
+from bitquilt.ops.gpu import launch
 gpu.OUTPUT = Path(sys.argv[1])
 assert gpu.PARTS.keys() >= {"layers", "decode", "tune"}
 gpu.main(["--device", "cpu", "--tiny", "--only", "copy", "slim"])
@@ -86,28 +88,30 @@ def test_pytorch_and_triton_suffice(tmp_path):
     ],
 )
 def test_better_cuts_are_kept_and_used(part, kind, layout, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
+    monkeypatch.setattr(cpu_kernels, "level", lambda: cpu_kernels.TRITON)
     monkeypatch.setattr(gpu, "OUTPUT", tmp_path)
     monkeypatch.setattr(gpu_parts, "BITS", (2,))
     monkeypatch.setattr(gpu_parts, "MX_BITS", (4,))
     monkeypatch.setenv("BITQUILT_CACHE", str(tmp_path / "cache"))
     device = torch.device("cuda" if GPU else "cpu")
-    tuned.cuts.cache_clear()
+    tuned.known_tilings.cache_clear()
     try:
         found = gpu.main(["--device", device.type, "--tiny", "--only", part])[part]
         assert [(row["kind"], row["tokens"]) for row in found["rows"]] == [(kind, 1), (kind, 16)]
         assert all(row["seconds"] <= row["chosen"] < float("inf") for row in found["rows"])
         assert all(row["tried"] >= 3 for row in found["rows"])
-        kept = tuned.cuts(device)
+        kept = tuned.known_tilings(device)
         assert kept.keys() == {f"32x2 {kind}, 1 tokens", f"32x2 {kind}, 16 tokens"}
         known = prepared(StoredWeight(*gpu_setup.Packed.random(layout, device).arguments), 32)
-        assert str(body.cut(known, 1)) == found["rows"][0]["best"]
-        assert body.cut(known, 13) == kept[f"32x2 {kind}, 16 tokens"]
-        assert body.cut(known, 40) == choose(32, 2, 40, body.processors(device), known.quads)  # nobody measured that
+        assert str(launch.tiling_of(known, 1)) == found["rows"][0]["best"]
+        assert launch.tiling_of(known, 13) == kept[f"32x2 {kind}, 16 tokens"]
+        assert launch.tiling_of(known, 40) == choose_tiling(
+            32, 2, 40, launch.processors(device), known.quads
+        )  # nobody measured that
         assert "x the speed of the cut without measuring" in capsys.readouterr().out
         assert not gpu.main(["--device", device.type, "--tiny", "--only", part])[part]["rows"]  # all are known
     finally:
-        tuned.cuts.cache_clear()
+        tuned.known_tilings.cache_clear()
 
 
 def test_slim_llm_stage_by_stage(tmp_path, monkeypatch):

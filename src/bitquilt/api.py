@@ -106,6 +106,6 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
         raise UserError(f"device={device!r} and device_map both say where the model goes; give one")
     if device is not None and (where := choose_device(device)).type != "cpu":
         kwargs["device_map"] = {"": where}
-    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
     return model

@@ -10,13 +10,13 @@ import torch
 
 import bitquilt
 from bitquilt.cli import bench, machines
-from bitquilt.ops import kernels
-from bitquilt.serve import decoder as writing
+from bitquilt.ops import cpu_kernels
+from bitquilt.serve import generation
 from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
 from .conftest import Command
 
-pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(not cpu_kernels.built(), reason="the package was installed without its kernels")
 SMALL = ("--prompt", 8, "--tokens", 4)
 
 
@@ -56,13 +56,13 @@ def test_on_a_gpu(command: Command, quantized: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1234)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(bench, "Host", lambda: machines.Gpu(torch.device("cpu")))
-    monkeypatch.setattr(writing, "Decoder", GraphDecoder)
+    monkeypatch.setattr(generation, "CpuDecoder", GraphDecoder)
     figures = json.loads(command("bench", quantized, *SMALL, "--json").out)
     assert (figures["decoder"], figures["peak_bytes"]) == ("graph", 1234)
     assert figures["machine"] == "a GPU, triton"
     assert figures["bf16_decode_tokens_per_s"] > 0
     assert len(waits) >= 2 * (4 + 3)  # after every token and prompt of both models
-    monkeypatch.setattr(writing, "Decoder", lambda model, length: GraphDecoder(object(), length))
+    monkeypatch.setattr(generation, "CpuDecoder", lambda model, length: GraphDecoder(object(), length))
     ran = command("bench", quantized, *SMALL, "--no-compare")
     assert "transformers decoder" in ran.out
     assert "transformers wrote: it is built otherwise" in ran.out

@@ -8,7 +8,7 @@ import torch
 
 from bitquilt.cli.doctor import doctor as verb
 from bitquilt.cli.doctor import self_test
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 
 from .conftest import Command
 
@@ -25,7 +25,7 @@ def test_facts(command: Command) -> None:
     assert facts["memory"]["total"] > facts["memory"]["available"] > 0
     lines = command("doctor").out
     assert "self-test     ok" in lines
-    body = f"native kernels, {kernels.level()}" if kernels.built() else "installed without its kernels"
+    body = f"native kernels, {cpu_kernels.level()}" if cpu_kernels.built() else "installed without its kernels"
     assert body in facts["quantized_matmul"]["CPU"]
     assert facts["quantized_matmul"]["CUDA"] == f"Triton kernels, triton {facts['optional']['triton']}"
     if not facts["gpus"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitquilt.serve import decoder as writing
+from bitquilt.serve import generation
 from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
 from .conftest import Command
@@ -37,7 +37,7 @@ def test_the_graphs_decoder_writes_the_same(command: Command, quantized: Path, m
     """What a GPU's run goes through, on a CPU; and what is said where transformers must write."""
     line = ("generate", quantized, *PROMPT, "--temperature", 0, "--device", "cpu")
     native = command(*line).out
-    monkeypatch.setattr(writing, "Decoder", GraphDecoder)
+    monkeypatch.setattr(generation, "CpuDecoder", GraphDecoder)
     begun: list[str] = []
     whole = GraphDecoder.begin
     monkeypatch.setattr(GraphDecoder, "begin", lambda self, ids: begun.append(self.name) or whole(self, ids))

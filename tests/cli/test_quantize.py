@@ -130,7 +130,10 @@ def command_globals() -> dict[str, Any]:
         (["--recipe", "aptq", "--bits", "5.5"], "bits is 5.5; the palette (2, 4) reaches 2 to 4"),
         (["--recipe", "aptq", "--size", "20kB"], "the budget is 20000 bytes on disk; this model reaches"),
         (["--recipe", "micromix", "--allocation", "global"], "from calibration data, so it has no fixed budget"),
-        (["--recipe", "gptq", "--set", "hessian=attention", "--set", "alpha=0.5"], "what an alpha repairs"),
+        (
+            ["--recipe", "gptq", "--set", "hessian=attention", "--set", "alpha=0.5"],
+            "repair errors measured at the layer",
+        ),
         (["--recipe", "cmpq", "--set", "palette=[2, 4]"], "palette [2, 4] has a hole at 3"),
         (["--recipe", "cmpq", "--set", "error_outliers=0.6"], "error_outliers is 0.6; wanted a share"),
         (["--bits", "9"], "bits is 9; wanted a whole number from 2 to 8"),

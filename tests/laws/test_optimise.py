@@ -108,7 +108,7 @@ def test_a_fitted_law_stays_near_its_data_unless_told() -> None:
     far = best_under_compute(law, 18.0 * FLOPS_PER_UNIT, extrapolate=True)
     assert far.domain_loss < near.domain_loss
     assert any("extrapolates in N" in note and "best starts differ by" in note for note in far.warnings)
-    with pytest.raises(UserError, match="lies outside the fitted runs"):
+    with pytest.raises(UserError, match="is outside the fitted runs"):
         best_under_compute(law, 1e30)
 
 

@@ -68,5 +68,5 @@ def test_shares_are_checked():
     with pytest.raises(ValueError, match=r"stream_alpha is 1\.5; wanted a share"):
         check_feedback(1.0, 1.5)
     check_feedback(0.0, 0.0, 3, "attention")
-    with pytest.raises(ValueError, match="hessian is 'attention'; what an alpha repairs"):
+    with pytest.raises(ValueError, match="hessian is 'attention'; alpha and stream_alpha repair"):
         check_feedback(0.0, 0.5, 0, "attention")

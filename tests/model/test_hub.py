@@ -163,7 +163,7 @@ def test_a_plan_of_what_is_not_there(name: str, hub: Hub, make_model: Callable[.
 
 
 def test_a_repository_that_does_not_exist(hub: Hub) -> None:
-    with pytest.raises(UserError, match=r"neither a folder nor a hub repository: 'org/nothing'"):
+    with pytest.raises(UserError, match=r"'org/nothing' is neither a folder nor a hub repository"):
         open_checkpoint("org/nothing")
 
 

@@ -15,10 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitquilt.ops.gpu.decoder_kernels import attend_kernel
-from bitquilt.ops.gpu.dense import dense_kernel, outlier_kernel
-from bitquilt.ops.gpu.product import product_kernel
-from bitquilt.ops.gpu.unpack import has_ptx, plane_sizes
+from bitquilt.ops.gpu.activation_tiles import Tile
+from bitquilt.ops.gpu.decoder_kernels import Heads, attend_kernel
+from bitquilt.ops.gpu.dequantize_kernel import dense_kernel, outlier_kernel
+from bitquilt.ops.gpu.matmul_kernel import product_kernel
+from bitquilt.ops.gpu.unpack_codes import has_ptx, plane_sizes
 
 POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 TARGET = GPUTarget("cuda", 90, 32)
@@ -51,13 +52,13 @@ def product(
     integers = dict.fromkeys(("n_rows", "n_tokens", "in_features", "chunks", "parts"), "i32")
     signature = {
         "x": x, "plain_x": x, "runs": "*i32", "codes": codes, "scales": scales, "zeros": zeros,
-        "sizes": tuple(("i32",) * 7 for _ in segments), "outlier_values": "*fp16", "outlier_columns": "*i16",
-        "outlier_rows": "*i32", "bias": x, "out": x, "partial": "*fp32", "counters": "*i32", **integers,
+        "sizes": tuple(("i32",) * 7 for _ in segments), "outliers": ("*fp16", "*i16", "*i32"), "bias": x, "out": x,
+        "partial": "*fp32", "counters": "*i32", **integers,
     }  # fmt: skip
-    constants = {
-        "FORMS": forms, "GATHER": gather, "HAS_OUTLIERS": outliers, "HAS_BIAS": bias, "SHARED": shared,
-        "BN": tile[0], "BT": tile[1], "S": tile[2], "STAGES": stages, "WIDE": False,
-    }  # fmt: skip
+    given = {"runs": gather, "outliers": outliers, "bias": bias, "partial": shared, "counters": shared}
+    missing = [name for name, there in given.items() if not there]
+    signature = {name: kind for name, kind in signature.items() if name not in missing}
+    constants = {"FORMS": forms, "TILE": Tile(*tile, stages, gather, False), **dict.fromkeys(missing)}
     return build(product_kernel, signature, constants, warps, stages)
 
 
@@ -69,7 +70,7 @@ def dense(segments: list[tuple[int, int, int, bool, int]], dtype: str) -> Any:
         "out": POINTERS[dtype], "channels": "*i32", "codes": ("*u8",) * len(segments), "scales": scales,
         "zeros": zeros, "sizes": tuple(("i32",) * 7 for _ in segments), "n_rows": "i32", "in_features": "i32",
     }  # fmt: skip
-    return build(dense_kernel, signature, {"FORMS": tuple(segments), "GATHER": True, "BN": 32}, 4, 3)
+    return build(dense_kernel, signature, {"FORMS": tuple(segments), "BN": 32}, 4, 3)
 
 
 def outlier(dtype: str) -> Any:
@@ -79,13 +80,12 @@ def outlier(dtype: str) -> Any:
 
 def attention(dtype: str = "bf16") -> Any:
     """Of LLaMA-7B's heads."""
-    names = ("q", "k", "v", "query_norm", "key_norm", "cosines", "sines", "keys", "values", "out")
-    signature = dict.fromkeys(names, POINTERS[dtype]) | {
-        "position": "*i64", "partial": "*fp32", "counters": "*i32", "length": "i32", "scaling": "fp32",
-        "epsilon": "fp32",
+    x = POINTERS[dtype]
+    signature = {
+        "projected": (x,) * 3, "norms": (x,) * 2, "rotary": (x, x, "*i64"), "cache": (x,) * 2, "out": x,
+        "partial": "*fp32", "counters": "*i32", "length": "i32", "scaling": "fp32", "epsilon": "fp32",
     }  # fmt: skip
-    constants = {"GROUP": 1, "WIDTH": 128, "HALF": 64, "PLACES": 64, "PARTS": 8, "SLOTS": 8, "NORMS": True}
-    return build(attend_kernel, signature, constants, 4, 3)
+    return build(attend_kernel, signature, {"HEADS": Heads(1, 128, 64, 64, 8, 8, True)}, 4, 3)
 
 
 def build(kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int, stages: int) -> Any:

@@ -9,9 +9,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops.decoder_ops import Angles, Shape
-from bitquilt.ops.gpu import body
-from bitquilt.ops.gpu.decoder_kernels import Fused
+from bitquilt.ops.decoder_ops import AttentionShape, RotaryPosition
+from bitquilt.ops.gpu import launch
+from bitquilt.ops.gpu.decoder_kernels import FusedDecoderOps
 from tests.weights import make_weight
 
 
@@ -38,22 +38,22 @@ def main() -> None:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = stop_before_the_driver
-    body._takes_ptx = lambda: True
+    launch._takes_ptx = lambda: True
     for kind, tokens, dtype in (("two_bits", 1, torch.bfloat16), ("outliers", 600, torch.float16)):
         module = QuantizedLinear.from_weight(make_weight(kind), torch.zeros(12))
         x = torch.zeros(tokens, module.in_features, dtype=dtype)
-        body.quantized_matmul(x, *module._stored(), module.bias, 12)
+        launch.quantized_matmul(x, *module._stored(), module.bias, 12)
     _decode()
     print(*compiled)
 
 
 def _decode() -> None:
     x, table = (torch.zeros(rows, 64, dtype=torch.bfloat16) for rows in (1, 200))
-    cache, angles = torch.zeros(2, 1, 200, 32), Angles(table, table, torch.zeros(1, dtype=torch.int64))
-    glue = Fused(Shape(2, 1, 32, 0.2, 1e-5), 200, torch.device("cpu"))
-    glue.add_norm(x, x, x[0])
-    glue.attend(x, x, x, (x, x), angles, cache.bfloat16())
-    glue.gated(x, x)
+    cache, rotary = torch.zeros(2, 1, 200, 32), RotaryPosition(table, table, torch.zeros(1, dtype=torch.int64))
+    fused = FusedDecoderOps(AttentionShape(2, 1, 32, 0.2, 1e-5), 200, torch.device("cpu"))
+    fused.add_norm(x, x, x[0])
+    fused.attend((x, x, x), (x, x), rotary, cache.bfloat16())
+    fused.gated(x, x)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from bitquilt.ops import kernels
-from bitquilt.ops.decoder_ops import Angles, Plain, Shape
-from bitquilt.ops.gpu.decoder_kernels import Fused
+from bitquilt.ops import cpu_kernels
+from bitquilt.ops.decoder_ops import AttentionShape, RotaryPosition, TorchDecoderOps
+from bitquilt.ops.gpu.decoder_kernels import FusedDecoderOps
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(
+    not GPU and not cpu_kernels.built(), reason="the package was installed without its kernels"
+)
 
 
 def close(one, other, dtype):
@@ -29,8 +31,8 @@ def close(one, other, dtype):
     ],
 )
 def test_the_kernels_do_what_torch_does(heads, kv_heads, width, length, normed, dtype):
-    shape = Shape(heads, kv_heads, width, width**-0.5, 1e-5)
-    plain, fused = Plain(shape), Fused(shape, length, DEVICE)
+    shape = AttentionShape(heads, kv_heads, width, width**-0.5, 1e-5)
+    plain, fused = TorchDecoderOps(shape), FusedDecoderOps(shape, length, DEVICE)
     generator = torch.Generator().manual_seed(0)
 
     def random(*size):
@@ -44,12 +46,12 @@ def test_the_kernels_do_what_torch_does(heads, kv_heads, width, length, normed, 
     tables = random(length, width), random(length, width)
     norms = (random(width), random(width)) if normed else None
     for position in {0, 5, 63, length // 2, length - 1}:
-        angles = Angles(*tables, torch.tensor([position], device=DEVICE))
+        rotary = RotaryPosition(*tables, torch.tensor([position], device=DEVICE))
         inputs = random(1, heads * width), random(1, kv_heads * width), random(1, kv_heads * width)
         caches = [random(2, kv_heads, length, width)]
         caches.append(caches[0].clone())
-        one, other = (g.attend(*inputs, norms, angles, c) for g, c in zip((plain, fused), caches, strict=True))
+        one, other = (g.attend(inputs, norms, rotary, c) for g, c in zip((plain, fused), caches, strict=True))
         close(one, other, dtype)
         close(*caches, dtype)
-        assert torch.equal(fused.attend(*inputs, norms, angles, caches[1]), other)  # however they arrive
+        assert torch.equal(fused.attend(inputs, norms, rotary, caches[1]), other)  # however they arrive
         assert not fused.counters.any()

@@ -7,17 +7,17 @@ import torch
 
 from bitquilt.core.types import Permutation, QuantizedWeight
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from tests.ops.test_kernels import ROWS, check, inputs, outliers
 from tests.weights import codebook_segment, uniform_segment
 
-usable = kernels.built() and kernels._kernels.matrix_units() and "avx512" in kernels._kernels.levels()
+usable = cpu_kernels.built() and cpu_kernels._kernels.matrix_units() and "avx512" in cpu_kernels._kernels.levels()
 pytestmark = pytest.mark.skipif(not usable, reason="no matrix units here")
 
 
 @pytest.fixture(autouse=True)
 def level(monkeypatch):
-    monkeypatch.setattr(kernels, "level", lambda: "avx512")
+    monkeypatch.setattr(cpu_kernels, "level", lambda: "avx512")
 
 
 def mixed():
@@ -68,7 +68,7 @@ def test_several_python_threads_at_once():
 def test_some_tokens_at_a_time(monkeypatch):
     module, x = QuantizedLinear.from_weight(mixed()), inputs(150, 797, torch.bfloat16)
     whole = module(x)
-    monkeypatch.setattr(kernels, "_MOST_TOKENS", 64)
+    monkeypatch.setattr(cpu_kernels, "_MOST_TOKENS", 64)
     assert torch.equal(module(x), whole)
 
 
@@ -91,7 +91,7 @@ def test_beside_torchs_own_use_of_the_units(monkeypatch):
         expected = torch.nn.functional.linear(x, dense)
         torch.testing.assert_close(module(x), expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
         assert torch.equal(torch.nn.functional.linear(x, dense), expected)
-    monkeypatch.setattr(kernels._kernels, "matrix_units", lambda: False)
+    monkeypatch.setattr(cpu_kernels._kernels, "matrix_units", lambda: False)
     torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
 
 

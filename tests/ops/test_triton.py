@@ -21,28 +21,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitquilt import ops
 from bitquilt.core.types import Outliers, Permutation, QuantizedWeight
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import gpu, kernels, reference
-from bitquilt.ops.gpu import body, weight
+from bitquilt.ops import cpu_kernels, gpu, reference
+from bitquilt.ops.gpu import launch, prepared_weight
 from bitquilt.ops.gpu import tuned_tilings as tuned
-from bitquilt.ops.gpu.quads import lookup_constraints, lookup_ptx
-from bitquilt.ops.gpu.tiling import MAX_FUSED, Config, choose, neighbours
-from bitquilt.ops.gpu.unpack import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
-from bitquilt.ops.handles import StoredWeight
+from bitquilt.ops.gpu.quad_lookup import lookup_constraints, lookup_ptx
+from bitquilt.ops.gpu.tiling import MAX_FUSED, Tiling, choose_tiling, neighbours
+from bitquilt.ops.gpu.unpack_codes import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
+from bitquilt.ops.stored_weight import StoredWeight
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, mx_segment, uniform_segment
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 ROWS = 20
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU here: run this file on one, the kernels are then native")
-pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(
+    not GPU and not cpu_kernels.built(), reason="the package was installed without its kernels"
+)
 
 
 @pytest.fixture(autouse=True)
 def level(monkeypatch):
     """Modules on a CPU compute through the Triton body too."""
-    monkeypatch.setattr(kernels, "level", lambda: kernels.TRITON)
+    monkeypatch.setattr(cpu_kernels, "level", lambda: cpu_kernels.TRITON)
     yield
-    body.use_config(None)
+    launch.use_tiling(None)
 
 
 def inputs(tokens, columns, dtype=torch.float32):
@@ -106,7 +108,7 @@ def test_up_to_64_tokens(tokens):
 @pytest.mark.parametrize("bits", [3, 7])
 def test_planes_written_out(monkeypatch, bits):
     """Among other segments, and next to one that has no planes."""
-    monkeypatch.setattr(body, "MAX_FUSED", 1)
+    monkeypatch.setattr(launch, "MAX_FUSED", 1)
     parts = (uniform_segment(2, 128, 128, 1, rows=ROWS), uniform_segment(bits, 128, 128, 2, rows=ROWS),
              uniform_segment(bits, 72, 24, 3, rows=ROWS))  # fmt: skip
     check(QuantizedWeight(parts), inputs(2, 328, torch.float16), arranged=True)
@@ -122,7 +124,7 @@ def test_quads(monkeypatch, bits):
     )
     stored = QuantizedWeight(parts, None, outliers(331))
     check(stored, inputs(3, 331, torch.float16), torch.ones(ROWS), arranged=True)
-    monkeypatch.setattr(body, "MAX_QUADS", 1)
+    monkeypatch.setattr(launch, "MAX_QUADS", 1)
     check(stored, inputs(2, 331), arranged=True)
 
 
@@ -132,7 +134,7 @@ def test_the_ptx_looks_levels_up(bits, dtype):
     """The text itself, carried out on the tables that a product reads."""
     g = torch.Generator().manual_seed(bits)
     levels = torch.randn(128, 2**bits, generator=g).half().float()
-    tables = weight.lookup_tables(levels, dtype)
+    tables = prepared_weight.lookup_tables(levels, dtype)
     assert tables.shape == (1, 8, 2 ** (bits - 1), 16)
     j, lane = 5, 6  # neighbours in a register are two columns: those of lanes 6 and 7
     codes = torch.randint(0, 2**bits, (4, 2, 500), generator=g)
@@ -220,16 +222,16 @@ def everything():
 
 
 @pytest.mark.parametrize(
-    "config",
+    "tiling",
     [
         None,
-        Config(16, 1, 8, 1, 4, 4),
-        Config(16, 2, 4, 3, 4, 2),  # parts that begin and end inside segments
-        Config(32, 16, 1, 5, 2, 3),  # more parts than chunks: some have nothing
+        Tiling(16, 1, 8, 1, 4, 4),
+        Tiling(16, 2, 4, 3, 4, 2),  # parts that begin and end inside segments
+        Tiling(32, 16, 1, 5, 2, 3),  # more parts than chunks: some have nothing
     ],
 )
-def test_all_at_once_however_it_is_cut(config):
-    body.use_config(config)
+def test_all_at_once_however_it_is_cut(tiling):
+    launch.use_tiling(tiling)
     check(everything(), inputs(3, 448, torch.bfloat16), torch.ones(ROWS))
 
 
@@ -243,11 +245,11 @@ def test_channels_in_any_order_with_outliers():
 
 def test_sharing_a_row_out_is_repeatable_and_leaves_the_counters_at_zero():
     module = QuantizedLinear.from_weight(everything()).to(DEVICE)
-    body.use_config(Config(16, 4, 2, 3, 4, 2))
+    launch.use_tiling(Tiling(16, 4, 2, 3, 4, 2))
     x = inputs(3, 448, torch.float16)
     first = module(x)
     assert torch.equal(module(x), first)
-    prepared = weight.prepared(module._stored(), ROWS)
+    prepared = prepared_weight.prepared(module._stored(), ROWS)
     assert prepared.counters.numel() == 2
     assert not prepared.counters.any()
     assert prepared.counter(2) is prepared.counters
@@ -256,7 +258,7 @@ def test_sharing_a_row_out_is_repeatable_and_leaves_the_counters_at_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tokens_through_the_weight_written_out(monkeypatch, dtype):
-    monkeypatch.setattr(body, "MAX_FUSED", 4)
+    monkeypatch.setattr(launch, "MAX_FUSED", 4)
     check(everything(), inputs(6, 448, dtype), torch.ones(ROWS))
     check(make_weight("mx_with_inputs"), inputs(6, 169, dtype))
 
@@ -288,9 +290,9 @@ def test_a_weight_is_prepared_once_and_again_when_it_changed():
     module = QuantizedLinear.from_weight(stored).to(DEVICE)
     x = inputs(1, 24)
     before = module(x)
-    prepared = weight.prepared(module._stored(), ROWS)
+    prepared = prepared_weight.prepared(module._stored(), ROWS)
     module(x)
-    assert weight.prepared(module._stored(), ROWS) is prepared
+    assert prepared_weight.prepared(module._stored(), ROWS) is prepared
     assert torch.equal(copy.deepcopy(module)(x), before)
     module.permutation.copy_(torch.tensor([2, 0, 1], dtype=module.permutation.dtype))
     after = module(x)
@@ -348,18 +350,18 @@ def test_what_does_not_fit_is_named(changes, message):
 
 def test_devices_that_differ_are_named():
     x, *rest = on_device(*arguments())
-    with pytest.raises(ValueError, match="x lies on meta, the weight on"):
-        body.quantized_matmul(x.to("meta"), *rest)
+    with pytest.raises(ValueError, match="x is on meta, the weight on"):
+        launch.quantized_matmul(x.to("meta"), *rest)
     rest[1] = [rest[1][0].to("meta")]
-    with pytest.raises(ValueError, match=r"the weight lies on .* and on .*; move the whole layer"):
-        body.quantized_matmul(x, *rest)
+    with pytest.raises(ValueError, match=r"the weight is on .* and on .*; move the whole layer"):
+        launch.quantized_matmul(x, *rest)
 
 
 def test_outliers_twice_in_one_place_add_up():
     twice = {"outlier_columns": torch.tensor([3, 3], dtype=torch.int16),
              "outlier_rows": torch.tensor([0, 2, 2, 2, 2, 2], dtype=torch.int32)}  # fmt: skip
     x, *rest = on_device(*arguments(**twice))
-    assert weight.prepared(StoredWeight(*rest[:-2]), 5) is None
+    assert prepared_weight.prepared(StoredWeight(*rest[:-2]), 5) is None
     torch.testing.assert_close(gpu.quantized_matmul(x, *rest), reference.quantized_matmul(x, *rest))
 
 
@@ -374,8 +376,10 @@ def test_gradients_pass_the_kernels():
 def test_a_compiled_module_prepares_its_weight_once(monkeypatch):
     module = QuantizedLinear.from_weight(everything()).to(DEVICE)
     made = []
-    original = weight.Prepared.__init__
-    monkeypatch.setattr(weight.Prepared, "__init__", lambda self, *a: made.append(self) or original(self, *a))
+    original = prepared_weight.PreparedWeight.__init__
+    monkeypatch.setattr(
+        prepared_weight.PreparedWeight, "__init__", lambda self, *a: made.append(self) or original(self, *a)
+    )
     compiled = torch.compile(module, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     x = inputs(3, 448)
     with torch.no_grad():
@@ -415,9 +419,9 @@ def test_a_product_reads_nothing_back(kind, tokens, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append(self.name)
 
-    monkeypatch.setattr(body, "interpreted", lambda: not GPU)
+    monkeypatch.setattr(launch, "interpreted", lambda: not GPU)
     for name in ("product_kernel", "dense_kernel", "outlier_kernel"):
-        monkeypatch.setattr(body, name, Kernel(name))
+        monkeypatch.setattr(launch, name, Kernel(name))
     x = torch.zeros(tokens, module.in_features, dtype=torch.bfloat16, device=DEVICE)
     module(x)  # checks the weight: that may wait
     launched.clear()
@@ -513,35 +517,35 @@ def run_ptx(text, register, dtype):
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 33, 64, 65, MAX_FUSED])
 @pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (64, 1), (4096, 86), (11008, 32), (100000, 3), (8, 900)])
 def test_configurations(rows, chunks, tokens):
-    config = choose(rows, chunks, tokens, 132)
-    assert config.tokens * config.stack >= 8 or config.tokens >= 16
-    for size in (config.rows, config.tokens, config.stack, config.warps):
+    tiling = choose_tiling(rows, chunks, tokens, 132)
+    assert tiling.tokens * tiling.stack >= 8 or tiling.tokens >= 16
+    for size in (tiling.rows, tiling.tokens, tiling.stack, tiling.warps):
         assert size & (size - 1) == 0
-    assert config.rows * config.stack >= 16 * config.warps
-    assert 1 <= config.parts <= max(1, chunks)
+    assert tiling.rows * tiling.stack >= 16 * tiling.warps
+    assert 1 <= tiling.parts <= max(1, chunks)
 
 
 def test_neighbours_can_be_launched():
-    start = choose(4096, 86, 1, 132)
+    start = choose_tiling(4096, 86, 1, 132)
     seen = {start}
     for _ in range(2):
-        seen |= {config for one in seen for config in neighbours(one)}
+        seen |= {tiling for one in seen for tiling in neighbours(one)}
     assert len(seen) > 20
     assert all(16 * c.warps <= c.rows * c.stack <= 1024 for c in seen)
     assert all(min(c.rows, c.stack, c.parts, c.warps) >= 1 for c in seen)
 
 
-def test_a_file_that_holds_no_cuts_is_named(tmp_path, monkeypatch):
+def test_a_file_that_holds_no_tilings_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("BITQUILT_CACHE", str(tmp_path))
     device = torch.device("cpu")
     try:
         for text in ("{", "[1]", '{"a": [1, 2]}', '{"a": [3, 1, 8, 1, 4, 4]}'):
-            tuned.cuts.cache_clear()
+            tuned.known_tilings.cache_clear()
             tuned.path(device).write_text(text)
-            with pytest.raises(ValueError, match=r"gpu-interpreted-triton-.*json holds no cuts .*; delete it"):
-                tuned.cuts(device)
+            with pytest.raises(ValueError, match=r"gpu-interpreted-triton-.*json holds no tilings .*; delete it"):
+                tuned.known_tilings(device)
     finally:
-        tuned.cuts.cache_clear()
+        tuned.known_tilings.cache_clear()
 
 
 def test_the_kernels_compile_for_hopper():
@@ -565,7 +569,7 @@ def test_the_kernels_compile_for_hopper():
         assert use["stack"] == use["local"] == 0, (name, use)
         assert use["LDGSTS"] >= 2, (name, use)
         assert use["I2F"] <= 3, (name, use)  # of sizes; none of codes
-        # what docs/benchmarks.md predicts from, and a third for another compiler
+        # what docs/results.md predicts from, and a third for another compiler
         most = {"2 bits, 1 token": 2.2, "2 bits, 16 tokens": 2.7, "3 bits, 1 token": 2.7, "codebook": 3.2}[name]
         assert 1 < use["per_weight"] < 1.33 * most, (name, use)
 
@@ -583,4 +587,4 @@ def test_launches_bind_and_compile():
 def test_the_operator_on_a_gpu_is_this_body():
     assert torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", "CUDA") == gpu.has_triton()
     assert ops.quantized_matmul is torch.ops.bitquilt.quantized_matmul
-    assert body.interpreted() != GPU
+    assert launch.interpreted() != GPU

@@ -566,16 +566,16 @@ def test_wishes_that_contradict(options: dict[str, Any], budget: Any, scope: Any
 
 
 def test_the_predicted_peak_counts_what_training_takes(make_model: MakeModel) -> None:
-    """With rising effort, and with the batch; the state of all layers counts for the whole model only."""
+    """The peak rises with the effort; the state of all layers counts for the whole model only."""
     model = make_model(hidden_size=256, intermediate_size=512)
     settings = {"bits": 2, "group_size": 32, "seq_len": 512, "samples": 8}
 
     def peak(**options: Any) -> int:
         return bitquilt.plan(model, "quilt", **settings, **options).summary["estimate"]["peak_memory_bytes"]
 
-    fast, normal, large, best = peak(), peak(effort="normal"), peak(effort="normal", batch=64), peak(effort="best")
+    fast, normal, best = peak(), peak(effort="normal"), peak(effort="best")
     layers = shapes(all_targets(open_skeleton(open_checkpoint(model)), (), False)).values()
     weights = sum(rows * width for rows, width in layers)
-    assert fast < normal < large
+    assert fast < normal
     assert best - fast > 24 * weights
     assert bitquilt.plan(model, "quilt", **settings, effort="best", epochs=0, tune_rate=0.0).summary["estimate"]

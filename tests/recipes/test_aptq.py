@@ -90,11 +90,10 @@ def test_a_larger_palette_needs_hawq2():
         ({"bpw": 0.0}, r"bpw is 0\.0; wanted true bits"),
         ({"bpw": 3.0, "bits": 3.0}, "two budgets for the same run"),
         ({"palette": (2, 3, 4)}, "allocation=trace takes two widths"),
-        ({"palette": (1, 4)}, "layers take 2 to 8 bits"),
+        ({"palette": (1, 4)}, "wanted widths from 2 to 8"),
         ({"palette": (4, 2)}, "wanted ascending bits"),
-        ({"probes": 0}, "probes is 0; wanted 1 to 64"),
+        ({"probes": 4}, "option 'probes': got 4; it is no longer an option and is fixed at 1"),
         ({"group_size": 10}, "group size is 10"),
-        ({"measure_at": "home"}, "option 'measure_at': got 'home'"),
     ],
 )
 def test_bad_options_are_named_with_the_fix(options, message):

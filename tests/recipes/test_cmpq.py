@@ -9,35 +9,30 @@ import torch
 import bitquilt
 from bitquilt.core.packing import bits_per_weight, pack, storage_bits, unpack
 from bitquilt.core.recipe import ChecksLayers, Needs
-from bitquilt.core.types import Layer, LayerStats
+from bitquilt.core.types import Layer, LayerPlan, LayerStats
 from bitquilt.errors import UserError
 from bitquilt.layer.codebook_weight import LevelTables
 from bitquilt.layer.layouts import channel_layout
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes import make_recipe
+from bitquilt.recipes.cmpq.trial_losses import Trial
 from tests.recipes.test_contract import make_layer, output_error, run
 from tests.weights import naive_dense
 
+PLAIN = {"alpha": 0.0, "stream_alpha": 0.0}  # each layer for itself: bare layers have no drift
+SWEPT = {**PLAIN, "error_outliers": 0.0045, "act_outliers": 0.0005, "allocation": "norm"}
 VARIANTS = [
-    {},
-    {"error_outliers": 0.0, "act_outliers": 0.0},
-    {"error_outliers": 0.0, "act_outliers": 0.05, "act_rule": "column"},
-    {"error_outliers": 0.05, "act_outliers": 0.02},
-    {"clustering": "lloyd"},
-    {"clustering": "uniform", "statistic": "mean_abs"},
-    {"swap": 0.2, "statistic": "max_abs"},
-    {"allocation": "error_table"},
-    {"allocation": "first", "codebook_dtype": "bfloat16"},
-    {"weighting": "none", "outlier_choice": "asked"},
-    {"row_gains": "off"},
-    {"compensation": True},
-    {"compensation": True, "row_gains": "off"},
-    {"compensation": True, "act_order": False, "allocation": "error_table", "error_outliers": 0.03},
-    {"published": True},
-    {"published": True, "error_outliers": 0.0, "act_outliers": 0.0},
-    {"codebook": "channel", "clustering": "uniform", "allocation": "error_table"},
-    {"codebook": "channel", "codebook_dtype": "float8"},
-    {"codebook": "channel", "compensation": True},
+    ("cmpq", {}),
+    ("cmpq", {"error_outliers": 0.0, "act_outliers": 0.0}),
+    ("cmpq", {"error_outliers": 0.0, "act_outliers": 0.05}),
+    ("cmpq", {"error_outliers": 0.05, "act_outliers": 0.02}),
+    ("cmpq", {"allocation": "error_table"}),
+    ("cmpq", {"published": True}),
+    ("cmpq", {"published": True, "error_outliers": 0.0, "act_outliers": 0.0}),
+    ("cmpq", {"published": True, "allocation": "error_table"}),
+    ("cmpq+", PLAIN),
+    ("cmpq+", SWEPT),
+    ("cmpq+", {**SWEPT, "allocation": "error_table", "error_outliers": 0.03}),
 ]
 
 
@@ -46,18 +41,18 @@ def objective(layer, weight):
     return float(((layer.weight - naive_dense(weight)).double().square() * norms).sum())
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
 @pytest.mark.parametrize("bits", [2, 2.3, 3.5, 8])
-def test_contract(options, bits):
-    recipe = make_recipe("cmpq", bits=bits, **options)
+def test_contract(name, options, bits):
+    recipe = make_recipe(name, bits=bits, **options)
     layer = make_layer(out=300 if bits == 8 else 20)
     plan, solution = run(recipe, layer)
     layout = solution.weight.layout
     assert layout.in_features == len(plan.bits) == 44
     assert sum(plan.bits) == round(bits * 44)
     assert layout.nominal_bits == pytest.approx(round(bits * 44) / 44)
-    row_gain_dtype = None if recipe.codebook == "channel" or recipe.row_gains == "off" else torch.float8_e4m3fn
-    tables = LevelTables(recipe.codebook, dtype=layout.segments[0][0].scale_dtype, row_gain_dtype=row_gain_dtype)
+    scope, row_gain_dtype = ("channel", None) if recipe.published else ("shared", torch.float8_e4m3fn)
+    tables = LevelTables(scope, dtype=layout.segments[0][0].scale_dtype, row_gain_dtype=row_gain_dtype)
     assert layout == channel_layout(layer.weight.shape[0], plan.bits, tables, layout.outliers)
     tensors = pack(solution.weight)
     assert bits_per_weight(layout) == 8 * sum(t.nbytes for t in tensors.values()) / layer.weight.numel()  # law C8
@@ -67,40 +62,38 @@ def test_contract(options, bits):
     assert all(torch.equal(tensors[key], again[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
 @pytest.mark.parametrize(("out", "width"), [(5, 3), (1, 8), (2, 9), (9, 1)])
-def test_layers_of_few_rows_or_columns(options, out, width):
+def test_layers_of_few_rows_or_columns(name, options, out, width):
     layer = make_layer(out=out, width=width)
-    plan, solution = run(make_recipe("cmpq", bits=2.5, **options), layer)
-    own = make_recipe("cmpq", **options).codebook == "channel"
+    plan, solution = run(make_recipe(name, bits=2.5, **options), layer)
+    own = options.get("published", False)
     if own:
         assert max(plan.bits) <= max(1, (out - 1).bit_length())
     assert ("more levels than rows" in [event.kind for event in solution.events]) == (own and out < 5)
     assert output_error(layer, solution) < 0.2 * float((layer.stats.sample @ layer.weight.t()).square().sum())
 
 
-@pytest.mark.parametrize("options", VARIANTS)
-def test_the_scale_of_the_hessian_changes_nothing(options):
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_the_scale_of_the_hessian_changes_nothing(name, options):
     layer = make_layer()
     scaled = Layer(layer.name, layer.weight, layer.bias, LayerStats(64 * layer.stats.hessian, 300, layer.stats.sample))
-    one, other = (run(make_recipe("cmpq", bits=2.4, **options), each) for each in (layer, scaled))
+    one, other = (run(make_recipe(name, bits=2.4, **options), each) for each in (layer, scaled))
     assert one[0] == other[0]
     assert torch.equal(naive_dense(one[1].weight), naive_dense(other[1].weight))
 
 
-@pytest.mark.parametrize("options", VARIANTS)
-def test_rows_may_come_in_any_order(options):
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_rows_may_come_in_any_order(name, options):
     layer = make_layer()
     order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
     shuffled = Layer(layer.name, layer.weight[order], layer.bias[order], layer.stats)
-    one, other = (run(make_recipe("cmpq", bits=2.4, **options), each) for each in (layer, shuffled))
+    one, other = (run(make_recipe(name, bits=2.4, **options), each) for each in (layer, shuffled))
     assert one[0] == other[0]
     torch.testing.assert_close(naive_dense(other[1].weight), naive_dense(one[1].weight)[order])
 
 
-@pytest.mark.parametrize(
-    "options", [v for v in VARIANTS if not v.get("compensation") and v.get("allocation") != "first"]
-)
+@pytest.mark.parametrize("options", [options for name, options in VARIANTS if name == "cmpq"])
 def test_permuted_channels_permute_the_result(options):
     """Law C2."""
     layer = make_layer()
@@ -115,7 +108,7 @@ def test_permuted_channels_permute_the_result(options):
 def test_norms_choose_bits_but_leave_the_codes_of_a_channel():
     """Law C5, second half: without outliers a channel's codes depend on its weights and width alone."""
     layer = make_layer()
-    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0, codebook="channel")
+    recipe = make_recipe("cmpq", bits=3, error_outliers=0.0, act_outliers=0.0, published=True)
     other = Layer(layer.name, layer.weight, None, LayerStats(torch.diag(torch.rand(44)), 1, None))
     assert torch.equal(naive_dense(run(recipe, layer)[1].weight), naive_dense(run(recipe, other)[1].weight))
 
@@ -125,7 +118,7 @@ def test_protected_weights_are_exact_and_more_of_them_never_hurt():
     layer = make_layer(out=60)
     errors = []
     for share in (0.0, 0.002, 0.01, 0.03, 0.1, 0.2):
-        options = {"error_outliers": share, "act_outliers": 0.01, "codebook": "channel"}
+        options = {"error_outliers": share, "act_outliers": 0.01, "published": True}
         solution = run(make_recipe("cmpq", bits=2.5, **options), layer)[1]
         errors.append(objective(layer, solution.weight))
         sparse = solution.weight.outliers
@@ -142,7 +135,7 @@ def test_enough_levels_reconstruct_exactly():
     layer = make_layer(out=200)
     grid = (layer.weight * 2).round().clamp(-3, 4) / 2  # eight distinct values
     layer = Layer(layer.name, grid, None, layer.stats)
-    options = {"error_outliers": 0.0, "act_outliers": 0.0, "codebook": "channel"}
+    options = {"error_outliers": 0.0, "act_outliers": 0.0, "published": True}
     solution = run(make_recipe("cmpq", bits=3, **options), layer)[1]
     assert torch.equal(naive_dense(solution.weight), grid)
 
@@ -151,16 +144,11 @@ def test_channels_that_matter_get_the_bits_and_it_helps():
     layer = make_layer(out=120, width=64)
     plan, by_norm = run(make_recipe("cmpq", bits=2.5), layer)
     assert (set(plan.bits[:20]), set(plan.bits[-20:])) == ({2}, {3})  # the inputs' scales rise with the channel
-    blind = run(make_recipe("cmpq", bits=2.5, allocation="first"), layer)[1]
+    recipe = make_recipe("cmpq", bits=2.5)
+    backwards = LayerPlan(plan.bits[::-1], 1)
+    blind = recipe.quantize(layer, backwards, recipe.prepare(layer.stats))
     table = run(make_recipe("cmpq", bits=2.5, allocation="error_table"), layer)[1]
-    uniform = run(make_recipe("cmpq", bits=2.5, clustering="uniform"), layer)[1]
     assert objective(layer, table.weight) < objective(layer, by_norm.weight) < objective(layer, blind.weight)
-    assert objective(layer, by_norm.weight) < objective(layer, uniform.weight)
-    own, lloyd, steps = (
-        objective(layer, run(make_recipe("cmpq", bits=2.5, codebook="channel", clustering=kind), layer)[1].weight)
-        for kind in ("exact", "lloyd", "uniform")
-    )
-    assert own <= lloyd < steps
 
 
 def test_compensation_lowers_the_layers_output_error():
@@ -168,28 +156,20 @@ def test_compensation_lowers_the_layers_output_error():
     mixed = layer.stats.sample @ (torch.eye(64) + 0.4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
     layer = Layer(layer.name, layer.weight, None, LayerStats(mixed.t() @ mixed, 600, mixed))
     plain = run(make_recipe("cmpq", bits=2.5), layer)[1]
-    swept = run(make_recipe("cmpq", bits=2.5, compensation=True), layer)[1]
+    swept = run(make_recipe("cmpq+", bits=2.5, **SWEPT), layer)[1]
     assert output_error(layer, swept) < 0.9 * output_error(layer, plain)
     assert plain.loss is None
     assert swept.loss > 0
 
 
-def test_cmpq_plus_is_cmpq_with_compensation_and_bits_by_what_they_save():
-    layer = make_layer()
-    options = {"compensation": True, "allocation": "error_table", "error_outliers": 0.0, "act_outliers": 0.0}
-    one, other = (run(recipe, layer)[1] for recipe in (make_recipe("cmpq+"), make_recipe("cmpq", **options)))
-    assert torch.equal(naive_dense(one.weight), naive_dense(other.weight))
-    assert make_recipe("cmpq+", bpw=3.5).name == "cmpq+"
-
-
-@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
 @pytest.mark.parametrize("out", [96, 130])
-def test_true_bits_are_met_from_below(options, out):
+def test_true_bits_are_met_from_below(name, options, out):
     """Exact to one channel, and to an outlier where O_q takes what is left."""
     layer = make_layer(out=out, width=100)
-    least, most = make_recipe("cmpq", bpw=3.0, **options)._budget().reach(out, 100)
+    least, most = make_recipe(name, bpw=3.0, **options)._budget().reach(out, 100)
     for target in (least, least + 0.3, least + 0.9, least + 1.25, most):
-        recipe = make_recipe("cmpq", bpw=target, **options)
+        recipe = make_recipe(name, bpw=target, **options)
         layout = run(recipe, layer)[1].weight.layout
         bits = storage_bits(layout)
         assert bits <= target * out * 100 + 1e-6
@@ -200,7 +180,7 @@ def test_true_bits_are_met_from_below(options, out):
         step = 32 + 16 * (out + 1)
         if not (recipe.error_outliers and layout.outliers):
             step += 2 * 8 * out + 2 * 16 * 32 + 200
-        if options.get("allocation") != "error_table":
+        if recipe.allocation != "error_table":
             assert bits > target * out * 100 - step
 
 
@@ -209,8 +189,8 @@ def test_dead_channels_and_zero_inputs_rank_last():
     x = layer.stats.sample.clone()
     x[:, [3, 40]] = 0
     layer = Layer(layer.name, layer.weight, None, LayerStats(x.t() @ x, 300, x))
-    for options in ({}, {"allocation": "error_table"}, {"compensation": True}):
-        plan, solution = run(make_recipe("cmpq", bits=2.9, **options), layer)
+    for name, options in (("cmpq", {}), ("cmpq", {"allocation": "error_table"}), ("cmpq+", SWEPT)):
+        plan, solution = run(make_recipe(name, bits=2.9, **options), layer)
         assert plan.bits[3] == plan.bits[40] == min(plan.bits)
         assert bool(torch.isfinite(naive_dense(solution.weight)).all())
     dead = Layer(layer.name, layer.weight, None, LayerStats(torch.zeros(44, 44), 300, torch.zeros(300, 44)))
@@ -220,25 +200,18 @@ def test_dead_channels_and_zero_inputs_rank_last():
 def test_zero_columns_and_zero_weights_stay_zero():
     layer = make_layer()
     layer.weight[:, [0, 7]] = 0
-    dense = naive_dense(run(make_recipe("cmpq", bits=2.5, compensation=False), layer)[1].weight)
+    dense = naive_dense(run(make_recipe("cmpq", bits=2.5), layer)[1].weight)
     assert bool((dense[:, [0, 7]] == 0).all())
 
 
 def test_weights_beyond_half_precision_are_reported_and_not_protected():
     layer = make_layer()
     layer = Layer(layer.name, 1e6 * layer.weight, None, layer.stats)
-    for options in ({}, {"compensation": True}):
-        solution = run(make_recipe("cmpq", bits=4, **options), layer)[1]
+    for name, options in (("cmpq", {}), ("cmpq+", SWEPT)):
+        solution = run(make_recipe(name, bits=4, **options), layer)[1]
         kinds = [event.kind for event in solution.events]
         assert kinds == ["outliers out of float16 range", "scales out of float16 range"]
         assert bool(torch.isfinite(naive_dense(solution.weight)).all())
-
-
-def test_small_weights_do_not_fit_float8():
-    layer = make_layer()
-    small = Layer(layer.name, 0.01 * layer.weight, None, layer.stats)
-    with pytest.raises(ValueError, match=r"largest weight is 0\.0.*use codebook_dtype=float16"):
-        run(make_recipe("cmpq", codebook="channel", codebook_dtype="float8"), small)
 
 
 def test_missing_statistics_are_named():
@@ -248,9 +221,6 @@ def test_missing_statistics_are_named():
     broken = LayerStats(torch.full((44, 44), float("nan")), 300, layer.stats.sample)
     with pytest.raises(ValueError, match="norms holds 44 NaN"):
         make_recipe("cmpq").prepare(broken)
-    unsampled = Layer(layer.name, layer.weight, None, LayerStats(layer.stats.hessian, 300, None))
-    solution = run(make_recipe("cmpq", statistic="max_abs"), unsampled)[1]
-    assert [event.kind for event in solution.events] == ["no token sample"]
     layer.weight[1, 2] = float("nan")
     with pytest.raises(ValueError, match=r"block\.layer: weight holds 1 NaN"):
         run(make_recipe("cmpq"), layer)
@@ -265,16 +235,12 @@ def test_missing_statistics_are_named():
         ({"palette": ()}, "ascending widths"),
         ({"error_outliers": 0.6}, "error_outliers is 0.6"),
         ({"act_outliers": -1}, "act_outliers is -1"),
-        ({"swap": 0.7}, "swap is 0.7"),
+        ({"swap": 0.2}, "option 'swap': got 0.2; it is no longer an option and is fixed at 0.0"),
         ({"bpw": 0}, "bpw is 0"),
         ({"bpw": 3, "bits": 2}, "bits and bpw are two budgets"),
-        ({"iterations": 0}, "iterations is 0"),
-        ({"statistic": "l3"}, "option 'statistic': got 'l3'"),
+        ({"allocation": "first"}, "option 'allocation': got 'first'"),
         ({"group_size": 8}, "no option 'group_size'"),
-        ({"damp": 0}, "damp is 0"),
-        ({"codebook_dtype": "float8"}, "float8 goes with codebook=channel"),
-        ({"codebook": "row"}, "option 'codebook': got 'row'"),
-        ({"codebook": "channel", "row_gains": "on"}, "row_gains goes with codebook=shared"),
+        ({"codebook": "channel"}, r"'codebook': got 'channel'; .* fixed at 'shared' \('channel' with published=true\)"),
         ({"bits": 8.5}, "bits is 8.5; the palette reaches means from 1 to 8"),
     ],
 )
@@ -284,7 +250,7 @@ def test_bad_options_are_named_with_the_fix(options, message):
 
 
 def test_a_target_no_layer_can_meet_is_refused_with_what_it_can():
-    recipe = make_recipe("cmpq", bpw=2.5, codebook="channel")
+    recipe = make_recipe("cmpq", bpw=2.5, published=True, error_outliers=0.0, act_outliers=0.0)
     assert isinstance(recipe, ChecksLayers)
     with pytest.raises(ValueError, match=r"b \(16 x 64\) reaches 3\..* to .*; all layers together reach"):
         recipe.check_layers({"a": (4096, 64), "b": (16, 64)})
@@ -293,9 +259,12 @@ def test_a_target_no_layer_can_meet_is_refused_with_what_it_can():
     recipe.check_layers({"a": (4096, 4096)})
 
 
-@pytest.mark.parametrize("options", [{"bits": 2.4}, {"bpw": 5.0, "allocation": "error_table"}, {"compensation": True}])
-def test_from_checkpoint_to_logits(make_model, token_file, tmp_path, options):
-    recipe = make_recipe("cmpq", **options)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cmpq", {"bits": 2.4}), ("cmpq", {"bpw": 5.0, "allocation": "error_table"}), ("cmpq+", SWEPT)],
+)
+def test_from_checkpoint_to_logits(make_model, token_file, tmp_path, name, options):
+    recipe = make_recipe(name, **options)
     arguments = {"calibration": token_file, "samples": 6, "seq_len": 16}
     result = bitquilt.quantize(make_model(), recipe, out=tmp_path / "out", **arguments)
     report = result.report
@@ -330,8 +299,6 @@ def test_a_model_too_narrow_for_the_target_is_refused_before_the_work(make_model
 
 def test_published_is_a_table_per_channel_and_the_shares_as_asked():
     recipe = make_recipe("cmpq", published=True, bpw=4.0)
-    assert (recipe.codebook, recipe.outlier_choice, recipe.compensation) == ("channel", "asked", False)
-    assert recipe.row_gains == "off"
     layer = make_layer(out=200, width=64)
     layout = run(recipe, layer)[1].weight.layout
     assert {form.group_size for form, _ in layout.segments} == {1}
@@ -348,15 +315,20 @@ def test_outliers_are_kept_where_they_are_worth_more_than_bits():
     kept = run(recipe, wild)[1].weight.layout
     assert kept.outliers >= round(0.005 * 128 * 128)
     for layer in (wild, tame):
-        asked = run(make_recipe("cmpq", bpw=3.0, outlier_choice="asked"), layer)[1]
+        prepared = recipe.prepare(layer.stats)
+        cost = recipe.measure(layer, prepared)
+        asked = recipe.quantize(layer, cost.plans[0], prepared)  # most outliers first
         chosen = run(recipe, layer)[1]
         assert objective(layer, chosen.weight) <= objective(layer, asked.weight) * (1 + 1e-9)
 
 
 def test_bits_instead_of_outliers_where_these_cost_more_than_they_save():
     layer = make_layer(out=64, width=64)
+    recipe = make_recipe("cmpq", bpw=2.7)
+    prepared = recipe.prepare(layer.stats)
+    cost = recipe.measure(layer, prepared)
     asked, chosen = (
-        run(make_recipe("cmpq", bpw=2.7, outlier_choice=choice), layer)[1].weight for choice in ("asked", "measured")
+        recipe.quantize(layer, plan, prepared).weight for plan in (cost.plans[0], recipe.allocate(cost, 64))
     )
     assert chosen.layout.nominal_bits > asked.layout.nominal_bits
     assert objective(layer, chosen) < objective(layer, asked)
@@ -369,27 +341,29 @@ def with_unequal_rows(layer):
     return Layer(layer.name, weight, layer.bias, layer.stats)
 
 
-@pytest.mark.parametrize("options", [{}, {"compensation": True}, {"allocation": "error_table"}])
+@pytest.mark.parametrize(("name", "options"), [("cmpq", {}), ("cmpq+", SWEPT), ("cmpq", {"allocation": "error_table"})])
 @pytest.mark.parametrize("bpw", [2.6, 3.6, 4.6])
-def test_gains_of_rows_are_used_where_they_pay(options, bpw):
+def test_gains_of_rows_are_used_where_they_pay(name, options, bpw, monkeypatch):
     alike = make_layer(out=64, width=96, tokens=600)
     unequal = with_unequal_rows(alike)
+    recipe = make_recipe(name, bpw=bpw, **options)
     for layer, pays in ((alike, False), (unequal, True)):
-        auto, on, off = (
-            run(make_recipe("cmpq", bpw=bpw, row_gains=choice, **options), layer)[1] for choice in ("auto", "on", "off")
-        )
-        assert auto.weight.layout == (on if pays else off).weight.layout
-        assert (auto.weight.row_gains is not None) == pays
-        assert bits_per_weight(auto.weight.layout) <= bpw
+        chosen = run(recipe, layer)[1]
+        assert (chosen.weight.row_gains is not None) == pays
+        assert bits_per_weight(chosen.weight.layout) <= bpw
+        with monkeypatch.context() as patch:
+            patch.setattr(Trial, "gain_per_row_pays", lambda *_, pays=pays: not pays)
+            other = run(recipe, layer)[1]
+        assert (other.weight.row_gains is not None) != pays
         if pays:
-            assert objective(layer, on.weight) < 0.97 * objective(layer, off.weight)
-    if options.get("compensation"):
-        assert on.loss < off.loss
+            assert objective(layer, chosen.weight) < 0.97 * objective(layer, other.weight)
+            if name == "cmpq+":
+                assert chosen.loss < other.loss
 
 
 def test_the_loss_of_a_sweep_over_gains_of_rows_is_that_of_the_weight():
     layer = with_unequal_rows(make_layer(out=40, width=48, tokens=500))
-    recipe = make_recipe("cmpq", bits=3, compensation=True, error_outliers=0.0, act_outliers=0.0)
+    recipe = make_recipe("cmpq+", bits=3, allocation="norm", **PLAIN)
     solution = run(recipe, layer)[1]
     error = (naive_dense(solution.weight) - layer.weight).double()
     hessian = layer.stats.hessian.double() / layer.stats.tokens
@@ -424,7 +398,7 @@ def test_shared_tables_cost_little_on_narrow_layers_and_lose_less():
     """At the same bytes, on 64 rows."""
     layer = make_layer(out=64, width=96)
     shared, own = (
-        run(make_recipe("cmpq", bpw=4.0, codebook=scope), layer)[1].weight for scope in ("shared", "channel")
+        run(make_recipe("cmpq", bpw=4.0, published=published), layer)[1].weight for published in (False, True)
     )
     assert shared.layout.nominal_bits > own.layout.nominal_bits + 0.5
     assert objective(layer, shared) < 0.8 * objective(layer, own)
@@ -438,8 +412,7 @@ def test_tiny_weights_keep_their_digits():
     assert objective(small, little) == pytest.approx(1e-8 * objective(layer, big), rel=0.05)
 
 
-@pytest.mark.parametrize("act_order", [True, False])
-def test_a_layer_repairs_what_the_layers_before_it_broke(act_order):
+def test_a_layer_repairs_what_the_layers_before_it_broke():
     """Against the full-precision model's output on its own inputs, at the same bytes; 6 bits: rounding is small."""
     g = torch.Generator().manual_seed(1)
     layer = make_layer()
@@ -448,7 +421,7 @@ def test_a_layer_repairs_what_the_layers_before_it_broke(act_order):
     stats = replace(layer.stats, drift=(full - here).t() @ here)
     aim, errors, sizes = full @ layer.weight.t(), [], []
     for alpha in (0.0, 1.0):
-        recipe = make_recipe("cmpq+", bits=6, alpha=alpha, stream_alpha=0.0, act_order=act_order)
+        recipe = make_recipe("cmpq+", bits=6, alpha=alpha, stream_alpha=0.0)
         _, solution = run(recipe, replace(layer, stats=stats))
         errors.append(float((here @ naive_dense(solution.weight).t() - aim).square().sum()))
         sizes.append(storage_bits(solution.weight.layout))
@@ -456,8 +429,9 @@ def test_a_layer_repairs_what_the_layers_before_it_broke(act_order):
     assert sizes[0] == sizes[1]
 
 
-def test_repairing_needs_the_factor():
-    with pytest.raises(UserError, match="go with compensation=true"):
+def test_only_cmpq_plus_repairs():
+    with pytest.raises(UserError, match=r"recipe cmpq, option 'alpha': got 0\.5; it is no longer an option"):
         make_recipe("cmpq", alpha=0.5)
-    assert make_recipe("cmpq").needs == Needs(hessian=True, sample=True)
-    assert make_recipe("cmpq+").needs == Needs(hessian=True, sample=True, drift=True, stream_drift=True)
+    assert make_recipe("cmpq").needs == Needs(hessian=True)
+    assert make_recipe("cmpq+").needs == Needs(hessian=True, drift=True, stream_drift=True)
+    assert make_recipe("cmpq+", **PLAIN).needs == Needs(hessian=True)

@@ -1,17 +1,14 @@
 """What every recipe promises, on bare tensors: exact storage, bounded bits, invariances, named errors, determinism."""
 
-from typing import get_args
-
 import pytest
 import torch
 
 from bitquilt.core.packing import bits_per_weight, pack, unpack
-from bitquilt.core.recipe import Needs, Plannable, Probes
+from bitquilt.core.recipe import Needs, Plannable
 from bitquilt.core.types import Layer, LayerPlan, LayerStats
 from bitquilt.errors import UserError
-from bitquilt.layer.grids.uniform import OneBitRule
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.recipes import RECIPES, make_recipe, takes_fractions
+from bitquilt.recipes import RECIPES, make_recipe, takes_fractions, usual_options
 from tests.weights import naive_dense
 
 GROUPED = [name for name in RECIPES if not takes_fractions(name)]  # the others have a file of their own
@@ -20,19 +17,16 @@ VARIANTS = [
     ("rtn", {"scale_search": True}),
     ("gptq", {}),
     ("gptq", {"scale_search": True}),
-    ("gptq", {"scale_search": True, "weighting": "none", "act_order": True}),
+    ("gptq", {"scale_search": True, "act_order": True}),
     ("gptq", {"scale_search": True, "group_order": True, "symmetric": True, "alpha": 0.75, "stream_alpha": 0.75}),
     ("quilt", {}),
     ("slim-llm+", {}),
-    ("slim-llm+", {"start": "weight", "allocation": "uniform"}),
     ("slim-llm+", {"published": True}),
+    ("slim-llm+", {"published": True, "allocation": "uniform"}),
     ("slim-llm", {}),
     ("slim-llm", {"group_order": True, "symmetric": True, "alpha": 0.5}),
     ("slim-llm", {"published": True}),
     ("slim-llm", {"allocation": "dp"}),
-    ("slim-llm", {"weighting": "element", "one_bit": "two_level", "objective": "mse"}),
-    ("slim-llm", {"weighting": "mask", "salience": "inverse_diag", "allocation": "uniform"}),
-    ("slim-llm", {"salience": "paper_literal", "one_bit": "centered", "candidate_quantizer": "min_max"}),
 ]
 
 
@@ -96,8 +90,6 @@ def test_the_scale_of_the_hessian_changes_nothing(name, options):
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_rows_may_come_in_any_order(name, options):
-    if options.get("weighting") in ("element", "mask"):
-        pytest.skip("row statistics feed the group's mean and spread")
     recipe = make_recipe(name, bits=2, group_size=8, **options)
     layer = make_layer()
     order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
@@ -125,7 +117,7 @@ def test_salience_weights_of_the_calibration_matter():
         scales = torch.rand(64, generator=torch.Generator().manual_seed(seed)) * 4
         x = layer.stats.sample * scales
         layer = Layer(layer.name, layer.weight, layer.bias, LayerStats(x.t() @ x, 300, x))
-        plain = run(make_recipe("slim-llm", bits=3, group_size=16, allocation="uniform", weighting="none"), layer)
+        plain = run(make_recipe("slim-llm", bits=3, group_size=16, allocation="uniform", published=True), layer)
         weighted = run(make_recipe("slim-llm", bits=3, group_size=16, allocation="uniform"), layer)
         better += weighted[1].loss < plain[1].loss
     assert better >= 7
@@ -137,7 +129,7 @@ def test_the_search_sees_the_salience_of_the_groups():
     weight = layer.weight.clone()
     weight[:, :48] *= 0.05
     layer = Layer(layer.name, weight, layer.bias, layer.stats)
-    plan, mixed = run(make_recipe("slim-llm", bits=2, group_size=16, salience="inverse_diag"), layer)
+    plan, mixed = run(make_recipe("slim-llm", bits=2, group_size=16), layer)
     assert plan.bits[3] == 3
     assert 1 in plan.bits[:3]
     uniform = run(make_recipe("slim-llm", bits=2, group_size=16, allocation="uniform"), layer)[1]
@@ -195,9 +187,9 @@ def test_more_bits_in_a_layer_are_less_error_and_out_of_reach_is_refused():
 
 PLANNED = [
     *((name, {}) for name in GROUPED),
-    *(("slim-llm+", {"start": "weight", "one_bit": rule}) for rule in get_args(OneBitRule)),
+    ("slim-llm", {"published": True}),
+    ("slim-llm+", {"published": True}),
     ("mg-ptq", {}),
-    ("mg-ptq", {"one_bit": "two_level"}),
     ("aptq", {}),
 ]
 
@@ -287,7 +279,7 @@ def test_without_a_sample_slim_llm_keeps_uniform_bits():
         ("rtn", {"group_size": 0}, "multiple of 8"),
         ("gptq", {"damp": 0.0}, "damp is 0"),
         ("gptq", {"bits": 2.5}, "option 'bits': got 2.5"),
-        ("slim-llm", {"objective": "vibes"}, "option 'objective': got 'vibes'"),
+        ("slim-llm", {"allocation": "vibes"}, "option 'allocation': got 'vibes'"),
         ("rtn", {"published": True}, "no published variant"),
     ],
 )
@@ -296,9 +288,66 @@ def test_bad_options_are_named_with_the_fix(name, options, message):
         make_recipe(name, **options)
 
 
-def test_published_preset_can_be_refined():
-    recipe = make_recipe("slim-llm", published=True, bits=3, one_bit="paper")
-    assert (recipe.search, recipe.objective, recipe.one_bit, recipe.bits) == ("published", "kl_reverse", "paper", 3)
+def test_published_is_an_option_among_others():
+    recipe = make_recipe("slim-llm", published=True, bits=3, allocation="uniform")
+    assert (recipe.published, recipe.bits, recipe.allocation) == (True, 3, "uniform")
+    assert recipe.layout(20, 16, LayerPlan((1, 1), 8)).segments[0][0].symmetric is False  # an offset, as published
+    assert make_recipe("slim-llm").layout(20, 16, LayerPlan((1, 1), 8)).segments[0][0].symmetric
+
+
+PUBLISHED_ENTRY = {  # of a plan.json before `published` was an option
+    "group_statistic": "sum",
+    "objective": "kl_reverse",
+    "candidates": "published",
+    "candidate_quantizer": "min_max",
+    "search": "published",
+    "weighting": "none",
+    "one_bit": "code",
+}
+
+
+def test_options_of_old_plans_are_read_where_they_have_the_value_that_is_now_fixed():
+    old = {"bits": 3, "train_seed": 0, "rate": 1e-2, "salience": "cholesky", "mask_factor": 4.0}
+    assert make_recipe("slim-llm", **old, search="wide", one_bit="symmetric") == make_recipe("slim-llm", bits=3)
+    assert make_recipe("slim-llm", **old, **PUBLISHED_ENTRY) == make_recipe("slim-llm", bits=3, published=True)
+    published = {"codebook": "channel", "row_gains": "off", "outlier_choice": "asked", "damp": 0.01}
+    assert make_recipe("cmpq", **published) == make_recipe("cmpq", published=True)
+    assert make_recipe("slim-llm+", start="weight", batch=1, **PUBLISHED_ENTRY).published
+    for name in RECIPES:
+        usual = {option: value for option, value in usual_options(name).items() if option != "bits" or value}
+        if usual.get("bpw", 0) is None:
+            del usual["bpw"]
+        assert make_recipe(name, **usual) == make_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "slim-llm",
+            {"search": "published"},
+            r"got 'published'; .* fixed at 'wide' \('published' with published=true\)",
+        ),
+        ("slim-llm", {**PUBLISHED_ENTRY, "one_bit": "paper"}, "option 'group_statistic': got 'sum'; it is no longer"),
+        (
+            "slim-llm",
+            {"published": True, "search": "wide"},
+            "got 'wide'; it is no longer an option and is fixed at 'pub",
+        ),
+        (
+            "slim-llm+",
+            {"rate": 0.1},
+            r"option 'rate': got 0\.1; it is no longer an option and is fixed at 0\.01: leave it",
+        ),
+        ("aptq", {"measure_at": "layer"}, "fixed at 'residual': leave it out"),
+        ("cmpq", {"compensation": True}, "option 'compensation': got True"),
+        ("quilt", {"levels": "zero"}, "option 'levels': got 'zero'"),
+        ("cmpq+", {"published": True}, r"cmpq\+ has no published variant; .* use recipe cmpq"),
+    ],
+)
+def test_other_values_of_options_that_went_are_refused_with_the_fix(name, options, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe(name, **options)
 
 
 def test_needs_are_named_fields_that_reject_a_misspelling() -> None:
@@ -310,5 +359,5 @@ def test_needs_are_named_fields_that_reject_a_misspelling() -> None:
     assert Needs(full_outputs=True).full_model
     assert make_recipe("quilt").needs == Needs(hessian=True, drift=True, stream_drift=True)
     assert make_recipe("quilt", alpha=0, stream_alpha=0.5).needs.drift
-    assert make_recipe("aptq", probes=3, measure_at="layer").needs.probes == Probes(3, 0, feed_forward_at_layer=True)
+    assert make_recipe("aptq").needs == Needs(hessian=True, output_hessian=True)
     assert make_recipe("gptq", hessian="attention").needs == Needs(hessian=True, output_hessian=True)

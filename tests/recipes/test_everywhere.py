@@ -20,7 +20,6 @@ from tests.model.test_families import linear_names, load, logits, with_quantized
 OPTIONS: dict[str, dict[str, Any]] = {
     "micromix": {},  # its elements have 4, 6 and 8 bits
     "slim-llm+": {"bits": 3, "epochs": 1},
-    "mg-ptq": {"bits": 3, "steps": 2},  # of its network, beside the exact map
 }
 FEW: dict[str, Any] = {"samples": 4, "seq_len": 8}  # windows of the families are shorter
 

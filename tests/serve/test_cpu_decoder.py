@@ -23,12 +23,12 @@ from bitquilt.core.types import Layer, uniform_plan
 from bitquilt.layer.nearest import round_symmetric
 from bitquilt.model.embedding import QuantizedEmbedding, put_embedding
 from bitquilt.model.linear import QuantizedLinear, replace_module
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.recipes.rtn import RTN
-from bitquilt.serve import decoder as writing
-from bitquilt.serve.cpu_decoder import Decoder
+from bitquilt.serve import generation
+from bitquilt.serve.cpu_decoder import CpuDecoder
 
-pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(not cpu_kernels.built(), reason="the package was installed without its kernels")
 SIZES = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 FAMILIES = {
@@ -60,7 +60,7 @@ def quantized(family, config, dtype=torch.float32):
 def test_every_token_is_the_models(name):
     model = quantized(*FAMILIES[name])
     ids = torch.randint(0, 100, (20,), generator=torch.Generator().manual_seed(1))
-    decoder = Decoder(model, 20)
+    decoder = CpuDecoder(model, 20)
     expected = model(ids[None]).logits[0]
     logits = decoder.begin(ids[:5])
     assert logits is not None
@@ -86,7 +86,7 @@ def test_gains_of_rows_reach_products_and_head_before_the_bias():
             replace_module(model, path, QuantizedLinear.from_tensors(tensors, layout, module.bias))
     ids = torch.randint(0, 100, (6,), generator=torch.Generator().manual_seed(2))
     expected = model.generate(ids[None], max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
-    decoder = Decoder(model, 20)
+    decoder = CpuDecoder(model, 20)
     logits = decoder.begin(ids)
     assert logits is not None
     written = ids.tolist()
@@ -103,7 +103,7 @@ def test_gains_of_rows_reach_products_and_head_before_the_bias():
 def test_half_precision(dtype):
     model = quantized(*FAMILIES["llama"], dtype)
     ids = torch.arange(10)
-    decoder = Decoder(model, 10)
+    decoder = CpuDecoder(model, 10)
     logits = decoder.begin(ids)
     assert logits is not None
     expected = model(ids[None]).logits[0, -1].float()
@@ -121,7 +121,7 @@ def test_a_quantized_head(tied):
     else:
         model.lm_head = QuantizedLinear.from_weight(stored)
     ids = torch.arange(12)
-    decoder = Decoder(model, 13)
+    decoder = CpuDecoder(model, 13)
     assert decoder.begin(ids) is not None
     expected = model(torch.cat([ids, torch.tensor([7])])[None]).logits[0, -1]
     torch.testing.assert_close(decoder.step(7), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -131,7 +131,7 @@ def test_a_quantized_head(tied):
 def test_threads_do_not_change_the_logits():
     model = quantized(LlamaForCausalLM, LlamaConfig(**{**SIZES, "hidden_size": 512, "intermediate_size": 512}))
     ids = torch.arange(30)
-    decoder = Decoder(model, 30)
+    decoder = CpuDecoder(model, 30)
     first = decoder.begin(ids).clone()
     torch.set_num_threads(2)
     try:
@@ -150,8 +150,8 @@ def test_threads_do_not_change_the_logits():
     ],
 )
 def test_other_models_are_left_to_transformers(family, config, reason):
-    begun = writing.begin(quantized(family, config), torch.arange(3), 10)
-    assert begun.writer is None
+    begun = generation.start_generation(quantized(family, config), torch.arange(3), 10)
+    assert begun.decoder is None
     assert reason in begun.why
 
 
@@ -162,13 +162,15 @@ def test_a_model_that_only_looks_alike_is_found_out(monkeypatch):
     norm = type(model.model.norm)
     plain = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) * (1 + 1 / self.weight))
-    assert Decoder(model, 10).begin(torch.arange(5)) is None
-    assert writing.begin(model, torch.arange(5), 10).why == "it looks like Llama and computes something else"
+    assert CpuDecoder(model, 10).begin(torch.arange(5)) is None
+    assert (
+        generation.start_generation(model, torch.arange(5), 10).why == "it looks like Llama and computes something else"
+    )
 
 
 def test_an_unquantized_model_is_left_to_transformers():
-    begun = writing.begin(LlamaForCausalLM(FAMILIES["llama"][1]), torch.arange(3), 10)
-    assert (begun.writer, begun.why) == (None, "a layer is not quantized")
+    begun = generation.start_generation(LlamaForCausalLM(FAMILIES["llama"][1]), torch.arange(3), 10)
+    assert (begun.decoder, begun.why) == (None, "a layer is not quantized")
 
 
 @pytest.mark.parametrize(
@@ -182,11 +184,11 @@ def test_an_unquantized_model_is_left_to_transformers():
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
-        kernels.decoder(sizes, 1e-5, 1.0)
+        cpu_kernels.decoder(sizes, 1e-5, 1.0)
 
 
 def test_layers_that_do_not_fit_are_named():
-    decoder = kernels.decoder([64, 4, 2, 16, 16, 96, 10, 5], 1e-5, 1.0)
+    decoder = cpu_kernels.decoder([64, 4, 2, 16, 16, 96, 10, 5], 1e-5, 1.0)
     layer = quantized(*FAMILIES["llama"]).model.layers[0]
     good = layer.self_attn.q_proj.settle().native
     with pytest.raises(ValueError, match="7 products and 20 arrays"):

@@ -10,19 +10,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 pytest.importorskip("triton")
 
-from bitquilt.ops import gpu, kernels
-from bitquilt.ops.decoder_ops import Shape
-from bitquilt.ops.gpu.decoder_kernels import Fused
+from bitquilt.ops import cpu_kernels, gpu
+from bitquilt.ops.decoder_ops import AttentionShape
+from bitquilt.ops.gpu.decoder_kernels import FusedDecoderOps
 from bitquilt.serve import cuda_graph_decoder as graphed
-from bitquilt.serve import decoder as writing
 from bitquilt.serve import decoder_step as static
+from bitquilt.serve import generation
 from bitquilt.serve.cuda_graph_decoder import GraphDecoder
 
-from .test_decoding import FAMILIES, SIZES, quantized
+from .test_cpu_decoder import FAMILIES, SIZES, quantized
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-pytestmark = pytest.mark.skipif(not GPU and not kernels.built(), reason="the package was installed without its kernels")
+pytestmark = pytest.mark.skipif(
+    not GPU and not cpu_kernels.built(), reason="the package was installed without its kernels"
+)
 
 
 def recorded(work, device):
@@ -61,7 +63,7 @@ def test_what_is_recorded_once_writes_what_transformers_writes(name, monkeypatch
     logits = decoder._step.logits
     with monkeypatch.context() as patch:
         if not GPU:  # a replay runs none of it
-            patch.setattr(static.Step, "__call__", lambda self: pytest.fail("computed again"))
+            patch.setattr(static.DecoderStep, "__call__", lambda self: pytest.fail("computed again"))
         assert written(decoder, ids, 20) == by_transformers(model, ids, 20)
         assert decoder._step.logits is logits
         with pytest.raises(ValueError, match="position is 24; the cache has 24 places"):
@@ -73,8 +75,8 @@ def test_the_kernels_between_the_products():
     """The whole step by Triton, the products among it."""
     model = quantized(*FAMILIES["qwen3"], torch.float32).to(DEVICE)
     ids = torch.tensor([5, 17, 3, 99], device=DEVICE)
-    glue = Fused(Shape(4, 2, 32, 32**-0.5, model.config.rms_norm_eps), 12, DEVICE)
-    decoder = GraphDecoder(model, 12, glue)
+    fused = FusedDecoderOps(AttentionShape(4, 2, 32, 32**-0.5, model.config.rms_norm_eps), 12, DEVICE)
+    decoder = GraphDecoder(model, 12, fused)
     assert written(decoder, ids, 7) == by_transformers(model, ids, 7)
 
 
@@ -107,7 +109,7 @@ def test_what_cannot_be_recorded_is_named(monkeypatch):
         with pytest.raises(ValueError, match="Triton is not here"):
             GraphDecoder(model, 10)
     with monkeypatch.context() as patch:
-        patch.setattr("bitquilt.ops.gpu.weight.prepared", lambda *_: None)
+        patch.setattr("bitquilt.ops.gpu.prepared_weight.prepared", lambda *_: None)
         with pytest.raises(ValueError, match="the kernels do not know a layer's format"):
             GraphDecoder(model, 10)
     monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x * self.weight)
@@ -119,15 +121,15 @@ def test_who_writes_is_decided_by_the_device(monkeypatch):
     model = quantized(*FAMILIES["llama"]).to(DEVICE)
     ids = torch.arange(4, device=DEVICE)
     if not GPU:
-        assert writing.begin(model, ids, 8).writer.name == "native"
-        monkeypatch.setattr(writing, "Decoder", GraphDecoder)
-    assert writing.begin(model, ids, 8).writer.name == "graph"
+        assert generation.start_generation(model, ids, 8).decoder.name == "native"
+        monkeypatch.setattr(generation, "CpuDecoder", GraphDecoder)
+    assert generation.start_generation(model, ids, 8).decoder.name == "graph"
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
 
-    monkeypatch.setattr(writing, "Decoder" if not GPU else "GraphDecoder", full)
-    assert writing.begin(model, ids, 8).why == "CUDA out of memory."
+    monkeypatch.setattr(generation, "CpuDecoder" if not GPU else "GraphDecoder", full)
+    assert generation.start_generation(model, ids, 8).why == "CUDA out of memory."
 
 
 def test_what_is_captured_was_called_once_before(monkeypatch):

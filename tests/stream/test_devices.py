@@ -25,7 +25,7 @@ from bitquilt.stream.prefetch import BlockReader, open_blocks
 
 CPU = torch.device("cpu")
 COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # as in tests.stream.on_second_device
-BEST = {"effort": "best", "epochs": 1, "batch": 2, "tune_epochs": 1}
+BEST = {"effort": "best", "epochs": 1, "tune_epochs": 1}
 RECIPES = {
     "slim-llm": {"bits": 2, "group_size": 8, "error_outliers": 0.01, "act_outliers": 0.01},
     "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1},

@@ -24,7 +24,7 @@ def row(*values):
 
 def clipping(weight, bits, group_size=None, **options):
     groups = group_slices(weight.shape[1], group_size or weight.shape[1])
-    return Clipping.of(weight, groups, [bits] * len(groups), **{**FP32, **options})
+    return Clipping(weight, groups, [bits] * len(groups), **{**FP32, **options})
 
 
 def test_worked_example_at_the_published_start():

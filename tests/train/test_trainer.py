@@ -135,7 +135,7 @@ def test_a_block_with_dropout_is_refused():
     def noisy(weights, hidden):
         return forward(weights, hidden) * torch.rand(hidden.shape[0], 1, 1, generator=generator)
 
-    with pytest.raises(ValueError, match="two outputs for one input: is dropout left on"):
+    with pytest.raises(ValueError, match="two outputs for one input; training needs one"):
         run(TrainingSettings(2), noisy)
 
 

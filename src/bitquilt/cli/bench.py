@@ -21,10 +21,10 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.model.embedding import SharedHead
 from bitquilt.model.linear import QuantizedLinear, replace_module
-from bitquilt.ops import gpu, kernels, reference
+from bitquilt.ops import cpu_kernels, gpu, reference
 from bitquilt.report.evaluation.loading import as_model
-from bitquilt.serve.decoder import begin
 from bitquilt.serve.decoder_step import captured
+from bitquilt.serve.generation import start_generation
 from bitquilt.serve.llama_check import prompt_logits
 from bitquilt.stream.devices import choose_device, free_bytes
 
@@ -59,7 +59,7 @@ def bench(
 
 
 def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.device) -> dict[str, Any]:
-    if not (kernels.built() if where.type == "cpu" else gpu.has_triton()):
+    if not (cpu_kernels.built() if where.type == "cpu" else gpu.has_triton()):
         raise UserError(
             f"there are no kernels for {where}, so nothing to measure: install with a compiler, or Triton for a GPU"
         )
@@ -81,16 +81,16 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.
     ids = torch.randint(0, config.vocabulary or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
     speeds = _speeds(model, ids, tokens, machine)
     peak = machine.peak()
-    matmuls = _sum_of_products(model, machine, recorded=speeds.writer == "graph")
+    matmuls = _sum_of_products(model, machine, recorded=speeds.decoder == "graph")
     bandwidth = machine.bandwidth()
     read = _bytes_per_token(model)
     figures: dict[str, Any] = {
         "device": str(where),
         "machine": machine.title,
         "threads": torch.get_num_threads(),
-        "isa": kernels.level() if where.type == "cpu" else "triton",
-        "activations": kernels.activations(),
-        "decoder": speeds.writer,
+        "isa": cpu_kernels.level() if where.type == "cpu" else "triton",
+        "activations": cpu_kernels.activations(),
+        "decoder": speeds.decoder,
         "why_transformers": speeds.why or None,
         "prompt_tokens": prompt,
         "written_tokens": tokens,
@@ -115,33 +115,33 @@ def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Seconds: of the first prompt with all that is made once, of a prompt, of a token written; who wrote, and why
-    nobody but transformers."""
+    """Seconds of the first prompt (with one-time work), of a later prompt and of a token; the decoder, and why it is
+    transformers' own."""
 
     first: float
     prompt: float
     token: float
-    writer: str
+    decoder: str
     why: str
 
 
 def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gpu) -> _Speeds:
     started = time.perf_counter()
-    begun = begin(model, ids, len(ids) + tokens)
+    generation = start_generation(model, ids, len(ids) + tokens)
     machine.done()
     first = time.perf_counter() - started
     started = time.perf_counter()
     cache = DynamicCache(config=model.config)
-    if begun.writer is not None:
+    if generation.decoder is not None:
         logits = prompt_logits(model, ids, cache)
     else:
         logits = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
     machine.done()
     prompt = time.perf_counter() - started
-    if begun.writer is not None:
-        assert begun.logits is not None
+    if generation.decoder is not None:
+        assert generation.logits is not None
         del cache
-        logits, step = begun.logits, begun.writer.step
+        logits, step = generation.logits, generation.decoder.step
     else:
 
         def step(token: int) -> Tensor:
@@ -155,8 +155,8 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gp
         logits = step(int(logits.argmax()))
         machine.done()
         times.append(time.perf_counter() - started)
-    name = "transformers" if begun.writer is None else begun.writer.name
-    return _Speeds(first, prompt, _typical(times), name, begun.why)
+    name = "transformers" if generation.decoder is None else generation.decoder.name
+    return _Speeds(first, prompt, _typical(times), name, generation.why)
 
 
 def _typical(times: list[float]) -> float:

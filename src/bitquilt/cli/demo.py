@@ -122,7 +122,7 @@ def _own_text(out: Path, name: str, count: int, seq_len: int, seed: int) -> str:
     if not path.is_file():
         checkpoint = open_checkpoint(DEMO_MODEL)
         ids = sample_from_model(
-            checkpoint, samples=count, seq_len=seq_len, seed=seed, vocabulary=int(checkpoint.config["vocab_size"]),
+            checkpoint, samples=count, seq_len=seq_len, seed=seed, vocabulary=checkpoint.model_config.vocabulary or 0,
             progress=lambda _: None,
         )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)

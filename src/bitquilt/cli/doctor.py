@@ -19,7 +19,7 @@ from bitquilt.cli.output import EXIT_WRONG_RESULT, Json, print_json, size_text, 
 from bitquilt.core.packing import pack, unpack
 from bitquilt.core.types import Layer, LayerPlan
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.ops.reference import decode_uniform
 from bitquilt.recipes import make_recipe
 
@@ -146,16 +146,16 @@ def _version(package: str) -> str | None:
 def _body(device: str) -> str:
     own = torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", device)
     if device == "CUDA" and own:
-        asked = os.environ.get("BITQUILT_ISA") == kernels.REFERENCE
+        asked = os.environ.get("BITQUILT_ISA") == cpu_kernels.REFERENCE
         return f"{_REFERENCE}; BITQUILT_ISA asks for it" if asked else f"Triton kernels, triton {_version('triton')}"
     if not own and device == "CUDA":
         return f"{_REFERENCE}; for the kernels: pip install 'bitquilt[gpu]'"
     if not own:
         return f"{_REFERENCE}; the package was installed without its kernels"
-    level = kernels.level()
-    if level == kernels.REFERENCE:
+    level = cpu_kernels.level()
+    if level == cpu_kernels.REFERENCE:
         return f"{_REFERENCE}; BITQUILT_ISA asks for it"
-    return f"native kernels, {level}{' with matrix units' if kernels.matrix_units(level) else ''}"
+    return f"native kernels, {level}{' with matrix units' if cpu_kernels.matrix_units(level) else ''}"
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -21,10 +21,10 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.report.evaluation.loading import as_model, check_causal
-from bitquilt.serve.decoder import Begun, Writer, begin
+from bitquilt.serve.generation import Generation, TokenDecoder, start_generation
 from bitquilt.stream.devices import choose_device
 
-_NOT_PLAIN = Begun(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
+_NOT_PLAIN = Generation(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
 
 
 def generate(
@@ -72,13 +72,13 @@ def write_text(
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         check_causal(model, ids[0])
         torch.manual_seed(seed)
-        begun = begin(model, ids[0], ids.shape[1] + max_new_tokens) if _plain(model) else _NOT_PLAIN
-        if begun.writer is not None and begun.logits is not None:
+        generation = start_generation(model, ids[0], ids.shape[1] + max_new_tokens) if _plain(model) else _NOT_PLAIN
+        if generation.decoder is not None and generation.logits is not None:
             choose = _choice(model, temperature)
-            written = _decode(begun.writer, begun.logits, ids[0], max_new_tokens, choose, streamer)
+            written = _decode(generation.decoder, generation.logits, ids[0], max_new_tokens, choose, streamer)
             return str(tokenizer.decode(written, skip_special_tokens=True))
         if model.device.type != "cpu":
-            stderr.print(f"transformers' own loop writes, which is slower: {begun.why}")
+            stderr.print(f"transformers' own loop writes, which is slower: {generation.why}")
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         written = model.generate(
@@ -116,7 +116,7 @@ def _choice(model: Any, temperature: float) -> Callable[[torch.Tensor], int]:
 
 
 def _decode(
-    writer: Writer, logits: torch.Tensor, ids: torch.Tensor, most: int, choose: Callable[[torch.Tensor], int],
+    writer: TokenDecoder, logits: torch.Tensor, ids: torch.Tensor, most: int, choose: Callable[[torch.Tensor], int],
     streamer: TextStreamer | None,
 ) -> list[int]:  # fmt: skip
     """The prompt's tokens and up to `most` more, until one that ends a text."""

@@ -20,7 +20,7 @@ from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD
 from bitquilt.model.outline import open_outline
 from bitquilt.planning.untouched import untouched_tensors
-from bitquilt.recipes import RECIPES
+from bitquilt.recipes import usual_options
 from bitquilt.report.evaluation import fp16_bytes, model_size
 from bitquilt.report.facts import LayerFacts, items, read_facts, section
 from bitquilt.report.remembered import Record, newest, number, protocol_text
@@ -266,8 +266,7 @@ def _chosen(recipe: dict[str, Any], planned: bool) -> dict[str, Any]:
     """Its size, and what differs from the recipe's defaults. `planned`: its own bits do not count."""
     recipe = {key: value for key, value in recipe.items() if not planned or key not in ("bits", "bpw", "allocation")}
     size: dict[str, Any] = {key: recipe[key] for key in ("bits", "bpw", "group_size") if key in recipe}
-    kind = RECIPES.get(recipe.get("name", ""))
-    usual = {} if kind is None else json.loads(json.dumps(asdict(kind())))
+    usual = json.loads(json.dumps(usual_options(recipe.get("name", ""))))
     changed = {key: value for key, value in recipe.items() if key == "name" or value != usual.get(key, ...)}
     return {**size, **changed}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bitquilt.ops import gpu, kernels
+from bitquilt.ops import cpu_kernels, gpu
 from bitquilt.stream.devices import free_bytes
 
 _READ = 2**31  # memory of the read loop: more than caches hold
@@ -28,7 +28,7 @@ class Host:
     @property
     def title(self) -> str:
         """For the table's head."""
-        return f"{torch.get_num_threads()} threads, {kernels.level()}, {kernels.activations()} activations"
+        return f"{torch.get_num_threads()} threads, {cpu_kernels.level()}, {cpu_kernels.activations()} activations"
 
     def done(self) -> None:
         """Wait until what was asked for is computed."""
@@ -39,7 +39,7 @@ class Host:
 
     def bandwidth(self) -> float:
         """Bytes per second that are read from memory."""
-        return kernels.read_bandwidth(_READ, torch.get_num_threads())
+        return cpu_kernels.read_bandwidth(_READ, torch.get_num_threads())
 
 
 class Gpu:

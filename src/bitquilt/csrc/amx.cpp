@@ -18,7 +18,7 @@ constexpr int64_t pair_tokens = 2 * tile_rows;
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The compiler's own intrinsics do not say that they read memory. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 tokens.
+// The compiler's own intrinsics do not declare that they read memory. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 tokens.
 template <int tile>
 inline void load_tile(const void* at) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(at), "r"(line), "i"(tile) : "memory");
@@ -79,7 +79,7 @@ inline __m512i load_columns(const uint16_t* at, int64_t left) {
     return left > 0 ? _mm512_maskz_loadu_epi16((1u << left) - 1u, at) : _mm512_setzero_si512();
 }
 
-// The tiles of one token block: slab by slab, of a slab 16 tokens by 16, of those in the order of their columns.
+// The tiles of one token block, ordered by slab, then by 16 tokens, then by column.
 struct Packed {
     int64_t first, tiles, steps;  // of the block: bytes before it, tiles of tokens, tiles of columns
     Packed(int64_t tokens, int64_t columns, int64_t block) {
@@ -92,7 +92,7 @@ struct Packed {
     int64_t tile(int64_t s, int64_t tile) const { return slab(s) + tile * steps_of(s) * tile_bytes; }
 };
 
-// 32 rows of a slab, of which `rows` exist: their first 16 and last 16 in turns, 32 columns at a time.
+// 32 rows of a slab, of which `rows` exist: the first 16 and the last 16 alternate, 32 columns at a time.
 void pack_panel(const uint16_t* weight, int64_t rows, int64_t columns, int64_t slab, char* panel) {
     const int64_t first = slab * slab_columns;
     const int64_t steps = up(least(slab_columns, columns - first), tile_columns) / tile_columns;
@@ -129,7 +129,7 @@ inline void multiply_slab(const char* panel, const char* tokens, int64_t steps, 
     store_tile<3>(sums + 3 * tile_bytes);
 }
 
-// fp32 -> bf16 in the low halves, to nearest, ties to even; NaN stays one.
+// fp32 -> bf16 in the low halves, to nearest, ties to even; NaN stays NaN.
 inline __m256i narrow(__m512 value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -224,7 +224,7 @@ void product(const uint16_t* weight, int64_t rows, int64_t columns, const char* 
 }  // namespace amx
 }  // namespace bitquilt
 
-#else  // no such units, or a compiler that does not know them
+#else  // no such units, or a compiler without them
 
 namespace bitquilt {
 namespace amx {

@@ -1,9 +1,9 @@
-// What the AVX-512 kernels share. Every file that includes this is compiled with that instruction set's flags.
+// Declarations that the AVX-512 kernels share. Every file that includes this is compiled with that instruction set's flags.
 //
 // Activations become fixed-point numbers per token and column group, written as signed bytes ("digits"): three of
 // them (24 bits) for fp32 input, two (16 bits) for bf16 and fp16, one in the int8 mode. Products with the codes are
-// then exact integers, 64 per instruction and digit; one conversion to fp32 per group and digit follows. The same in
-// fp32 arithmetic would take a conversion and an FMA per 16 weights: 3 times as many instructions.
+// then exact integers, 64 per instruction and digit; one conversion to fp32 per group and digit follows. fp32
+// arithmetic would take a conversion and an FMA per 16 weights: 3 times as many instructions.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ namespace avx512 {
 
 constexpr int tile = 4;         // tokens per pass over the codes: 4 x 3 digits of accumulators fit the 32 registers
 constexpr int wide_bytes = 64;  // of a register
-// Bytes ahead of the codes in use that are asked for. The processor's own prefetcher stops at every 4 KiB; measured at
+// Prefetch distance in bytes. The processor's own prefetcher stops at every 4 KiB; measured at
 // 2 bits on one thread, share of the read bandwidth: none 60 %, 2 KiB 85 %, 4 KiB 94 %.
 constexpr int64_t ahead = 4096;
 
@@ -25,7 +25,7 @@ int64_t plane_bytes(const Segment&, int digits);
 // Rows begin..end, at most row_block, of all uniform segments: totals[t * row_block + row - begin] += their share.
 void uniform_block(const Weight&, const Inputs&, int64_t begin, int64_t end, float* scratch, float* totals);
 int64_t uniform_scratch(const Weight&, const Inputs&);
-// The same of one codebook segment of up to 4 bits.
+// The same for one codebook segment of up to 4 bits.
 void codebook_block(const Segment&, const Inputs&, int64_t begin, int64_t end, float* totals);
 void dequantize(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
 

@@ -1,7 +1,7 @@
 // Codebook columns: y = sum_j x_j * level[j][code_j] without a multiplication. A register holds the products of
 // 64 >> bits columns with all their levels, as bytes of one digit; a byte permutation looks up 64 codes at once, 8
-// columns of 8 rows, or 4 of 16 rows at 4 bits; `vpdpbusd` with ones adds them up. Per 64 weights: a multishift, a mask,
-// and per digit a permutation and an addition, beside a gather of 8 rows per 16 to 64 columns.
+// columns of 8 rows, or 4 of 16 rows at 4 bits; `vpdpbusd` with ones sums them. Per 64 weights: a multishift, a mask,
+// and per digit a permutation and an addition, plus a gather of 8 rows per 16 to 64 columns.
 #include "avx512_codebook.h"
 
 namespace bitquilt {

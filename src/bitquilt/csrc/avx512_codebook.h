@@ -1,5 +1,5 @@
-// How 8 rows of a codebook segment are read together: a 64-bit word of each, 8 columns at a time as 64 places in a
-// register of 64 table entries.
+// Reads 8 rows of a codebook segment together: a 64-bit word of each, 8 columns at a time, as 64 places in a register
+// of 64 table entries.
 #pragma once
 
 #include "avx512.h"
@@ -22,10 +22,10 @@ struct Lookup {
     static constexpr int steps = bits == 1 ? 8 : bits == 2 ? 4 : 2;  // of 8 columns in a 64-bit word
     static constexpr int per_table = bits == 4 ? 1 : 8 >> bits;      // steps that share a register of entries
     static constexpr int tables = bits == 4 ? 2 : 1;                 // registers of one step
-    // Columns 4 to 7 of a step have the second register at 4 bits: their places begin again.
+    // At 4 bits columns 4 to 7 of a step use the second register: their places restart.
     static constexpr long long place = bits == 4 ? 0x3020100030201000 : 0x0706050403020100ll << bits;
 
-    // Where in their table the codes of step k are: byte 8 i + j is row i, column j.
+    // Places of the codes of step k in their table: byte 8 i + j is row i, column j.
     static __m512i index(__m512i words, int k) {
         const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
         const __m512i shift = _mm512_set1_epi64(0x0706050403020100ll * bits);
@@ -36,7 +36,7 @@ struct Lookup {
         return _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(shifts, words), mask, places, 0xea);
     }
 
-    // 64 entries; `second` bytes further the second register of 4 bits.
+    // 64 entries; the second register of 4 bits is `second` bytes further.
     static __m512i entries(__m512i index, const void* table, int64_t second) {
         const char* at = static_cast<const char*>(table);
         const __m512i found = _mm512_permutexvar_epi8(index, _mm512_loadu_si512(at));

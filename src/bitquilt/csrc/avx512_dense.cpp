@@ -15,7 +15,7 @@ void unpack_wide(const uint8_t* stream, int64_t bytes, int bits, int64_t first, 
     unpack_bytes(stream, bytes, bits, first, count, codes);
 }
 
-// What codes mean in one group of one row, rounded as the reference rounds.
+// The levels of one group of one row, rounded as the reference rounds.
 struct Level {
     __m512 step, base;
     bool offset;
@@ -52,7 +52,7 @@ void group_values(const Level& level, int bits, const uint8_t* codes, int64_t co
     }
 }
 
-// Steps, and zeros or lower levels, of up to 16 groups of a row. Packed zeros of a row stand at the same bit of each group.
+// Steps, and zeros or lower levels, of up to 16 groups of a row. Packed zeros of a row are at the same bit of each group.
 void group_numbers(const Segment& s, int64_t row, int64_t group, int64_t count, float* steps, float* bases) {
     for (int64_t i = 0; i < count; ++i) steps[i] = load(s.scale, s.scale_type, row * s.groups + group + i);
     if (s.offset) {
@@ -94,7 +94,7 @@ void segment_values(const Segment& s, int64_t row, const uint8_t* codes, uint16_
     }
 }
 
-// All levels as `type`, 64 low bytes and 64 high bytes in turns.
+// All levels as `type`; 64 low bytes and 64 high bytes alternate.
 template <Type type>
 void narrow_levels(const float* levels, int64_t entries, uint8_t* tables) {
     for (int64_t e = 0; e < entries; e += wide_bytes, tables += 2 * wide_bytes) {
@@ -153,8 +153,8 @@ void rows_values(const Segment& s, int64_t row, const uint8_t* tables, uint16_t*
     }
 }
 
-// Eight rows side by side, whole: in strips of columns, whose tables stay in the L1 cache, every row's piece of memory is
-// met unawares (24 ms instead of 8 for 4096 x 11008). Outliers while the rows are in the L2 cache.
+// Eight whole rows together. Strips of columns would keep the tables in the L1 cache, but the prefetcher would miss every
+// row's piece of memory (24 ms instead of 8 for 4096 x 11008). Outliers follow while the rows are in the L2 cache.
 template <Type type>
 void dense_rows(const Weight& w, int64_t begin, int64_t end, float* scratch, uint16_t* out) {
     uint8_t* tables = reinterpret_cast<uint8_t*>(scratch);

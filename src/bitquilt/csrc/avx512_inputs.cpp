@@ -48,7 +48,7 @@ inline void next_digit(int32_t* q, int8_t* to) {
     _mm512_store_si512(q, _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8));
 }
 
-// What a unit of each group is worth; `sum` is set to what its activations are multiplied by.
+// The value of one unit of each group; `sum` is set to the factor of its activations.
 void set_units(const Segment& s, const float* x, float largest, float* unit, float* sum) {
     for (int64_t g = 0; g < s.groups; ++g) {
         const int64_t first = g * s.group_size, left = s.width - first;

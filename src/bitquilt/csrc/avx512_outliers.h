@@ -1,5 +1,4 @@
-// Weights with an outlier, in rows that are unpacked already: both are added before anything is rounded, so they are
-// written once more.
+// Weights with an outlier, in unpacked rows. Weight and outlier are added before rounding, so these are written again.
 #pragma once
 
 #include "avx512.h"

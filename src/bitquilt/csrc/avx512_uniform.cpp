@@ -1,4 +1,4 @@
-// Uniform grids on the codes as they are stored: integer dot products, a scale and a zero per group.
+// Uniform grids on the stored codes: integer dot products, a scale and a zero per group.
 #include <cstring>
 
 #include "avx512_unpack.h"
@@ -14,7 +14,7 @@ inline __m512 load16(const void* data, Type type, int64_t index, __mmask16 keep)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
-// What one unit of code times one unit of activation is worth, per token and group; and the zeros' share of the row.
+// The value of one unit of code times one unit of activation, per token and group, and the zeros' share of the row.
 template <int T>
 void coefficients(const Segment& s, const Inputs& in, int64_t row, int token, const uint8_t* zeros, float* factors,
                   int64_t stride, __m512* y) {
@@ -66,7 +66,7 @@ inline void unpack_planes(const U& unpack, const Raw& raw, __m512i* codes) {
 }
 
 // Products of `count` registers of codes, per token and lane. A chain of dependent products waits 6 cycles for each of
-// them and fills the processor's queue: at most four stand in one.
+// them and fills the processor's queue, so a chain has at most four.
 template <int T, int D, int count>
 inline void few_products(const __m512i* codes, const int8_t* x, int64_t token_bytes, __m512* values) {
     constexpr int chains = count > 4 ? 2 : 1;

@@ -1,11 +1,9 @@
-// How stored codes become bytes in AVX-512 registers.
-//
-// Codes become bytes in one of three ways, always 16 lanes of 4 bytes:
+// Unpacks stored codes into bytes in AVX-512 registers, in one of three ways, always 16 lanes of 4 bytes:
 //   planes  1, 2, 4 bits: one GFNI bit matrix product (shift and mask at once) turns 64 stored bytes into 64 codes,
 //           every 8/bits-th column of the chunk; the activations are stored in that order once per call.
-//   triplets 3 bits: eight codes are three bytes, of which six lie inside a byte. The first, second and third bytes of
+//   triplets 3 bits: eight codes are three bytes; six of the codes are inside a byte. The first, second and third bytes of
 //           64 triplets are put into a register each; then every code is one GFNI product, of two merged registers for
-//           the two that lie astride. 19 operations per 512 codes, every eighth column of the chunk.
+//           the two that cross bytes. 19 operations per 512 codes, every eighth column of the chunk.
 //   words   any width: a byte permutation gives each 64-bit word its 8 codes, `vpmultishiftqb` shifts each to its
 //           byte, a mask. 3 operations per 64 codes, columns in order.
 #pragma once
@@ -92,7 +90,7 @@ struct Words : WordControl {
     }
 }
 
-// The matrix that moves bits first .. first + count of each byte to its low end: byte 7 - i says what makes bit i.
+// The matrix that moves bits first .. first + count of each byte to its low end: byte 7 - i selects the bits that make bit i.
 constexpr long long bit_field(int first, int count) {
     unsigned long long matrix = 0;
     for (int i = 0; i < count; ++i) matrix |= (1ull << (first + i)) << (8 * (7 - i));
@@ -114,7 +112,7 @@ struct Planes {
     }
 };
 
-// Where byte `part` of triplet i is found: byte 3 i + part of three registers one after the other.
+// The place of byte `part` of triplet i: byte 3 i + part of three registers one after the other.
 struct TripletTables {
     alignas(64) uint8_t place[3][64];
     uint64_t from_second[3], from_third[3];

@@ -18,7 +18,7 @@ double read_bandwidth(int64_t bytes, int threads, int rounds) {
     check_threads(threads);
     if (bytes < 1 << 20 || rounds < 1) throw std::invalid_argument("wanted at least one round over at least 1 MiB");
     const int64_t piece = 1 << 18, pieces = bytes / (8 * piece);
-    // In large pages where the system has them: with small ones a read loop is half as fast, and no limit.
+    // In large pages where the system has them: with small ones a read loop is half as fast, which is not the limit.
     constexpr size_t large = 1 << 21;
     const size_t size = static_cast<size_t>(pieces * piece * 8) + large;
     void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

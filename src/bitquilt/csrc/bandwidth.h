@@ -1,4 +1,4 @@
-// What the machine's memory gives: the limit that decoding is held against.
+// Measures the memory's read bandwidth, the limit of decoding speed.
 #pragma once
 
 #include <cstdint>

@@ -79,7 +79,7 @@ BITQUILT_EVERY_ISA float exponentials(float* scores, int64_t count, float most) 
     return sum;
 }
 
-// What the product with the codes leaves to do: a gain per row, then the bias.
+// Completes the product with the codes: a gain per row, then the bias.
 BITQUILT_EVERY_ISA void by_row(float* y, const float* gains, const float* bias, int64_t count) {
     if (bias) {
         for (int64_t i = 0; i < count; ++i) y[i] = y[i] * gains[i] + bias[i];
@@ -238,7 +238,7 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
         const int64_t row_bytes = hidden_ * (head_type_ == Type::f32 ? 4 : 2);
         for (int64_t row = begin; row < end; ++row) {
             const char* next = static_cast<const char*>(head_) + std::min(row + 1, vocabulary_ - 1) * row_bytes;
-            for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(next + i);  // it would stop at 4 KiB
+            for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(next + i);  // the hardware prefetcher stops at 4 KiB
             y[row] = dot(in.data(), head_, head_type_, row * hidden_, hidden_);
         }
     });

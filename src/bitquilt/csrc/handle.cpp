@@ -84,7 +84,7 @@ class Scratch {
     int64_t size_ = 0;
 };
 
-// Which memory of a thread: what a call prepares is read while the same thread works on its rows.
+// Two memories per thread: a call's inputs are read while the same thread works on its rows.
 enum Use { widened, reordered, prepared, results, of_rows, uses };
 
 float* scratch_of(Use use, int64_t floats) {
@@ -122,7 +122,7 @@ BITQUILT_EVERY_ISA void pick(const float* from, const int32_t* order, int64_t co
     for (int64_t j = 0; j < count; ++j) to[j] = from[order[j]];
 }
 
-// In stored order; the given memory itself where the order is the original one.
+// In stored order; the given memory itself where that is the original order.
 const float* stored_order(const Weight& w, const float* x, int tokens) {
     if (!w.order) return x;
     float* to = scratch_of(reordered, tokens * w.columns);
@@ -130,8 +130,8 @@ const float* stored_order(const Weight& w, const float* x, int tokens) {
     return to;
 }
 
-// Sums of one row's outliers times their activations. 16 at a time: one by one a layer with 0.5 % of them took as long
-// for these as for everything else.
+// Sums of one row's outliers times their activations. 16 at a time: one by one, 0.5 % of outliers took as long as the
+// rest of a layer.
 BITQUILT_EVERY_ISA float outlier_sum(const uint16_t* values, const int16_t* columns, int64_t count, const float* x) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -215,7 +215,7 @@ void Handle::matmul(const void* x, Type type, int64_t tokens, int64_t columns, c
     in.planes = reinterpret_cast<int8_t*>(memory);
     in.unit = memory + plane_bytes * tokens / 4;
     in.sum = in.unit + sums;
-    std::fill_n(in.unit, 2 * sums, 0.0f);  // what lies between the segments is read and must be finite
+    std::fill_n(in.unit, 2 * sums, 0.0f);  // the gaps between segments are read and must be finite
     isa_.prepare(w, in);
     const int pieces = static_cast<int>((w.rows + row_block - 1) / row_block);
     if (owned_.code_bytes * tokens < threaded_bytes) threads = 1;
@@ -257,7 +257,7 @@ void Handle::dequantize(int64_t first, int64_t last, bool as_stored, void* out, 
         throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(last) +
                                     " are not among the layer's " + std::to_string(w.rows));
     }
-    // Columns of codebooks have tables that are made anew for each piece.
+    // Tables of codebook columns are made again for each piece.
     const int64_t rows = std::any_of(w.segments, w.segments + w.count,
                                      [](const Segment& s) { return s.grid == Grid::codebook; }) ? 128 : 16;
     const int pieces = static_cast<int>((last - first + rows - 1) / rows);

@@ -1,4 +1,4 @@
-// Products with one stored weight: checked once, then called with addresses. No Python in here.
+// Products with one stored weight, which is checked once and then called with addresses. This file knows no Python.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ void check_threads(int threads);
 Type checked_type(const char* name, int64_t type);
 
 // A weight that was checked once, for one instruction set. The caller keeps the tensors alive and unchanged.
-// Everything that does not fit throws std::invalid_argument.
+// Sizes that do not fit throw std::invalid_argument.
 class Handle {
   public:
     Handle(const std::string& level, const std::vector<int64_t>& description);
@@ -36,10 +36,10 @@ class Handle {
     // x [tokens, columns] of `item` bytes each -> out, in stored order.
     void reorder(const void* x, int64_t item, int64_t tokens, void* out, int threads) const;
 
-    // Rows first..last of the weight into out [last - first, columns], the columns as stored or as they were.
+    // Rows first..last of the weight into out [last - first, columns], with the columns in stored or original order.
     void dequantize(int64_t first, int64_t last, bool as_stored, void* out, Type type, int threads) const;
 
-    // The same product for many tokens, x in stored order and both of bf16, on the matrix units; only where
+    // The product for many tokens on the matrix units, x in stored order, all in bf16; only where
     // amx::usable(). memory: prefill_bytes(tokens, threads), at a cache line.
     void prefill(const void* x, int64_t tokens, int64_t columns, const float* bias, void* out, void* memory,
                  int threads) const;

@@ -1,9 +1,9 @@
-// What the kernels share: a stored weight as plain pointers, the inputs of one call, and the table of functions
-// that each instruction set fills.
+// Declarations that the kernels share: a stored weight as plain pointers, the inputs of one call, and the table of
+// functions that each instruction set fills.
 //
 // The files of an instruction set (portable.cpp, avx2.cpp, avx512.cpp) are compiled with that set's flags. They
 // include only this header, the C library and intrinsics: an inline function or a std:: template compiled there could
-// be the copy the linker keeps for everybody, and an old processor would meet an instruction it does not know.
+// be the one copy that the linker keeps, and an old processor would run an instruction it does not have.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ struct Segment {
     int64_t first_plane;    // in Inputs::digits, bytes per token before it
     const uint8_t* codes;   // [rows, row_bytes]
     int64_t row_bytes;
-    const uint8_t* codes_end;  // of the tensor: what a wide load finds behind a row's end meets activations of zero
+    const uint8_t* codes_end;  // of the tensor; bytes that a wide load reads past a row meet activations of zero
     const void* scale;      // uniform [rows, groups]
     Type scale_type;
     const float* levels;    // codebook [width, 2^bits], fp32
@@ -48,14 +48,14 @@ struct Outliers {
     const void* columns;     // int16 or, if wide, int32
     bool wide;
     const int32_t* rows;     // [rows + 1]
-    bool rising;             // the columns of every row: no two entries are of one weight
+    bool rising;             // the columns of every row rise: no two entries are of one weight
 };
 
 struct Weight {
     const Segment* segments;
     int count;
     int64_t rows, columns;
-    const int32_t* order;  // the original channel of each stored column; null: as they come
+    const int32_t* order;  // the original channel of each stored column; null: unchanged
     const int32_t* place;  // the stored column of each channel; null without an order
     Outliers outliers;
 };
@@ -67,7 +67,7 @@ struct Inputs {
     const float* x;        // [tokens, columns], original order
     const float* stored;   // [tokens, columns], stored order
     int64_t groups;        // floats of one token in the two arrays below
-    float* unit;           // what one unit of the activations of a group is worth (1 without digits)
+    float* unit;           // value of one unit of a group's activations (1 without digits)
     float* sum;            // sum of the activations of a group
     int64_t plane_bytes;   // bytes of one token in `planes`
     int8_t* planes;        // fixed-point activations in the order in which the codes are unpacked; for codebooks
@@ -85,12 +85,12 @@ struct Isa {
     // scratch: scratch_floats(weight, inputs) floats.
     void (*matmul)(const Weight&, const Inputs&, int64_t begin, int64_t end, float* scratch, float* out);
     int64_t (*scratch_floats)(const Weight&, const Inputs&);
-    // out [rows, columns] of `type` for rows begin..end, columns as stored or as they were originally; scratch:
+    // out [rows, columns] of `type` for rows begin..end, columns in stored or original order; scratch:
     // dense_scratch(columns, count) floats.
     void (*dequantize)(const Weight&, int64_t begin, int64_t end, bool as_stored, float* scratch, void* out, Type type);
     // to[j] = from[order[j]]; beyond: whether one more entry may be read behind the last.
     void (*pick_halves)(const uint16_t* from, const int32_t* order, int64_t count, bool beyond, uint16_t* to);
-    // Sum of one row's outliers times their activations, in original order; null: plain loops serve as well.
+    // Sum of one row's outliers times their activations, in original order; null: plain loops are as fast.
     float (*outliers)(const Outliers&, int64_t row, const float* x);
 };
 

@@ -24,7 +24,7 @@ inline double gain(const KmeansScratch& s, int64_t begin, int64_t end) {
     return sum * sum / std::max(s.s0[end] - s.s0[begin], tiny);
 }
 
-// From the least errors of all prefixes, `best`, to those with one more cluster, and where that cluster starts.
+// Extends the least errors of all prefixes, `best`, by one more cluster, and finds where that cluster starts.
 void one_cluster_more(const KmeansScratch& s, int64_t size, int32_t* split) {
     for (int64_t i = 0; i < size; ++i) s.reduced[i] = s.best[i] - s.s2[i];
     split[0] = 0;

@@ -19,7 +19,7 @@ void kmeans_column(const double* x, const double* w, int64_t n, int64_t k, const
                    double* centroids, int64_t* boundaries);
 
 // Columns [columns, n] of x and w, each ascending -> centroids [columns, k], boundaries [columns, k + 1].
-// Throws std::invalid_argument for sizes that cannot be meant, std::bad_alloc where the working memory does not fit.
+// Throws std::invalid_argument for impossible sizes, std::bad_alloc where the working memory does not fit.
 void kmeans(const double* x, const double* w, int64_t columns, int64_t n, int64_t k, double* centroids,
             int64_t* boundaries, int threads);
 

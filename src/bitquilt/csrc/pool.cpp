@@ -48,9 +48,9 @@ struct Round {
     std::unique_ptr<Share[]> shares;
 };
 
-// Look again and again for some 100 us: sleeping and waking costs 5 to 50 us, and the next layer's product comes sooner.
-// Without yielding: whoever gets the processor then keeps it for milliseconds, however low its priority. Beside one busy
-// process at nice 12 a layer took 1.2 ms instead of 0.6 on two threads; beside one of equal rank 1.2 instead of 0.9.
+// Workers spin for some 100 us: sleeping and waking costs 5 to 50 us, and the next layer's product comes sooner. They do
+// not yield: another process would keep the processor for milliseconds, however low its priority. With one busy process
+// at nice 12, yielding made a layer take 1.2 ms instead of 0.6 on two threads; at equal priority 1.2 instead of 0.9.
 template <class Condition>
 bool spin_until(const Condition& condition) {
     const auto started = std::chrono::steady_clock::now();
@@ -114,7 +114,7 @@ class Pool {
         }
     }
 
-    // Where the system allows no further thread, the work is done by those there are.
+    // Where the system allows no further thread, the existing ones do the work.
     void grow(int workers) {
         try {
             for (; workers_ < workers; ++workers_) std::thread([this] { loop(); }).detach();
@@ -132,7 +132,7 @@ class Pool {
 
 std::atomic<Pool*> current{nullptr};
 
-// The pool is never destroyed: its threads may outlive main. After a fork the child has none of them: a new pool.
+// The pool is never destroyed: its threads may outlive main. A forked child has none of them and gets a new pool.
 Pool& pool() {
     Pool* seen = current.load();
     const pid_t here = getpid();

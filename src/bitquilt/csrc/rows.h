@@ -1,5 +1,5 @@
-// What rows mean at every instruction set: dequantization, codebook columns, and the product in floating point.
-// Included by each instruction set's file and compiled with its flags; plain loops that the compiler makes vectors of.
+// Rows at every instruction set: dequantization, codebook columns, and the product in floating point. Each instruction
+// set's file includes this and compiles it with its flags; the compiler vectorizes the plain loops.
 #pragma once
 
 #include "scalar.h"

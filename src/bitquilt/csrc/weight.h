@@ -1,4 +1,4 @@
-// From tensors, as addresses and sizes, to a checked Weight. Everything a kernel indexes by is checked here.
+// Makes a checked Weight from tensors given as addresses and sizes: every number that a kernel indexes by is checked.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace bitquilt {
 
-// A contiguous tensor. dtype: 0 none (absent), then as in `ops/kernels.py`.
+// A contiguous tensor. dtype: 0 none (absent), then as in `ops/stored_weight.py`.
 enum class Dtype : int64_t { none = 0, uint8 = 1, int16 = 2, int32 = 3, float16 = 4, bfloat16 = 5, float32 = 6 };
 
 struct Array {

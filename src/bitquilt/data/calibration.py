@@ -81,7 +81,7 @@ def make_calibration(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside the model, or None where there is none."""
+    """Return the tokenizer in the model's folder, or None without one."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
@@ -100,15 +100,15 @@ def sample_from_model(
     vocabulary: int,
     progress: Callable[[str], None],
 ) -> Tensor:
-    """Sequences the full-precision model writes at temperature 1, from its BOS token (a random token without one).
+    """Let the full-precision model write sequences at temperature 1, `[samples, seq_len]`.
 
-    Own generator: the global random state is not touched. The whole model is in memory while it writes.
+    A separate generator leaves the global random state alone. The whole model is in memory while it writes.
     """
     from transformers import AutoModelForCausalLM
 
     from bitquilt.model.transformers_model import architecture
 
-    kind = architecture(checkpoint.config.get("architectures")) or AutoModelForCausalLM
+    kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(
             f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
@@ -121,20 +121,22 @@ def sample_from_model(
         model = model.float()  # half precision is slow and overflows on CPUs
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    bos = checkpoint.config.get("bos_token_id")
     parts = []
     each = config_of(model).cache_bytes(seq_len)
     at_once = min(_SAMPLED_AT_ONCE, max(1, _CACHE_BYTES // max(1, each)))
     for start in range(0, samples, at_once):
         progress(f"the model writes its calibration text: {start} of {samples} sequences of {seq_len} tokens")
-        count = min(at_once, samples - start)
-        first = (
-            torch.full((count, 1), bos)
-            if isinstance(bos, int)
-            else torch.randint(0, vocabulary, (count, 1), generator=generator)
-        )
+        first = first_tokens(checkpoint, min(at_once, samples - start), vocabulary, generator)
         parts.append(_sample(model, first, seq_len, generator))
     return torch.cat(parts)
+
+
+def first_tokens(checkpoint: Checkpoint, count: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Return the first tokens `[count, 1]` of self-written text: BOS, or random tokens for a model without BOS."""
+    bos = checkpoint.model_config.bos
+    if bos is None:
+        return torch.randint(0, vocabulary, (count, 1), generator=generator)
+    return torch.full((count, 1), bos)
 
 
 def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
@@ -158,6 +160,5 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     if wanted > available:
         raise UserError(
             f"the model takes {wanted / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free: it cannot write "
-            "its own calibration text; give --calibration FILE (and no --self-samples): with a text, "
-            "one block at a time is enough"
+            "its own calibration text; give --calibration FILE (and no --self-samples), which needs one block at a time"
         )

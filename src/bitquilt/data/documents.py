@@ -1,16 +1,16 @@
-"""What does a source of text hold? `read_documents(source)` -> its documents, in order, read lazily.
+"""Sources of text: `read_documents` reads one lazily, `check_source` refuses a missing one, `content_hash` names it.
 
 A source is one of
 
-    notes.txt            one plain stream, no special tokens (so is any other file that decodes as UTF-8)
-    stories.jsonl        a document a line: {"text": "..."} or a bare JSON string (.json is read the same way)
-    stories.parquet      a document a row, in the string column `text`
+    notes.txt            one plain stream without special tokens, as is any other file that decodes as UTF-8
+    stories.jsonl        one document per line: {"text": "..."} or a bare JSON string (.json is read the same way)
+    stories.parquet      one document per row, in the string column `text`
     folder/              its .txt, .jsonl and .parquet files, recursively, in the order of their paths
     name[:config][@split][#revision]
-                         a dataset of the Hugging Face hub, streamed; the split is `train` unless given,
-                         as in `Salesforce/wikitext:wikitext-2-raw-v1@test`. A path that exists wins.
+                         a dataset of the Hugging Face hub, streamed; the split defaults to `train`,
+                         as in `Salesforce/wikitext:wikitext-2-raw-v1@test`. An existing path takes precedence.
 
-Bytes are taken as they are: line ends are not translated; only a UTF-8 byte order mark is dropped.
+Line ends are not translated; only a UTF-8 byte order mark is dropped.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from typing import NamedTuple
 from bitquilt.errors import UserError
 
 IN_A_FOLDER = (".jsonl", ".parquet", ".txt")
-# A source that ends so is a file even when it does not exist: a typing error must not become a download.
+# A source with such an ending is a file even when it does not exist: a typing error must not become a download.
 _FILE_NAME = re.compile(r"\.(txt|md|jsonl?|parquet|safetensors|csv|tsv|arrow|gz|zip|zst)$", re.IGNORECASE)
 
-# A plain file up to this size is tokenized in one go, so that figures are those of the whole text. A
-# larger one is tokenized in pieces cut after a line end: the tokenizer takes about 160 bytes of memory per
-# byte of text (5.0 GB for 31 MB, measured), nothing is read beyond what is wanted, and a cut changes at
-# most a token or two (1 to 7 more tokens in 8.8 to 17.5 million for 7 cuts, measured).
+# A plain file up to this size is tokenized in one go, so that figures are those of the whole text. A larger
+# one is tokenized in pieces that end at a line end. The tokenizer takes about 160 bytes of memory per byte of
+# text (5.0 GB for 31 MB, measured), nothing is read beyond what is wanted, and a piece's end changes at most a
+# token or two (1 to 7 more tokens in 8.8 to 17.5 million for 7 ends, measured).
 WHOLE_BYTES = 8 * 2**20
 PIECE_BYTES = 2**20
 
@@ -50,10 +50,11 @@ class Document(NamedTuple):
 
 
 def read_documents(source: str | Path) -> Iterator[Document]:
-    """The documents of `source` in order, read lazily; a plain file over 8 MiB comes in several pieces.
+    """Yield the documents of `source` in order, read lazily; a plain file over 8 MiB comes in several pieces.
 
-    UserError: no such source, an empty file or folder, bytes that are not UTF-8 (with their offset), a
-    broken JSON line (with its number), a document without text."""
+    Raises UserError for a missing source, an empty file or folder, bytes that are not UTF-8 (with their offset), a
+    broken JSON line (with its number) and a document without text.
+    """
     files = _files(source)
     if files is None:
         yield from _read_hub(str(source))
@@ -71,13 +72,15 @@ def read_documents(source: str | Path) -> Iterator[Document]:
 
 
 def check_source(source: str | Path) -> None:
-    """Raise UserError if `source` is nowhere on this machine and cannot be a hub id, or a folder without texts."""
+    """Raise UserError if `source` is neither on this machine nor a hub id, or is a folder without texts."""
     _files(source)
 
 
 def content_hash(source: str | Path) -> str:
-    """SHA-256 (hex) of what `source` holds: of the file's bytes; for a folder, of its files' hashes and
-    paths in it. For a hub id, of the id as it resolves: only `#revision` pins what lies behind it."""
+    """SHA-256 (hex) of a file's bytes, or of the hashes and relative paths of a folder's files.
+
+    For a hub id it is the hash of the resolved id: only `#revision` pins the content.
+    """
     files = _files(source)
     if files is None:
         return hashlib.sha256(json.dumps(_hub_id(str(source))).encode()).hexdigest()
@@ -89,7 +92,7 @@ def content_hash(source: str | Path) -> str:
 
 
 def _files(source: str | Path) -> list[Path] | None:
-    """The files of a source that is on this machine; None when it is a hub id."""
+    """Return the files of a source on this machine, or None for a hub id."""
     path = Path(source)
     if path.is_file():
         return [path]
@@ -115,12 +118,12 @@ def _read_plain(path: Path) -> Iterator[Document]:
     with path.open("rb") as file:
         while block := file.read(piece):
             held += block
-            cut = len(held) if file.tell() == size else held.rfind(b"\n") + 1 or held.rfind(b" ")
-            if cut < 1:
+            end = len(held) if file.tell() == size else held.rfind(b"\n") + 1 or held.rfind(b" ")
+            if end < 1:
                 continue
-            text = _decode(held[:cut], path, offset)
+            text = _decode(held[:end], path, offset)
             yield Document(text.removeprefix("\ufeff") if offset == 0 else text, plain=True)
-            offset, held = offset + cut, held[cut:]
+            offset, held = offset + end, held[end:]
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
@@ -150,7 +153,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); "
-                    'wanted one document a line, as {"text": "..."} or a bare string'
+                    'wanted one document per line, as {"text": "..."} or a bare string'
                 ) from None
             yield Document(_text_of(value, f"{path}, line {number}"), plain=False)
 
@@ -159,7 +162,7 @@ def _text_of(value: object, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if isinstance(text, str):
         if half := _HALF_CHARACTER.search(text):
-            raise UserError(f"{where}: {half[0]!r} is half a character; drop it from the text")
+            raise UserError(f"{where}: {half[0]!r} is half a character; remove it from the text")
         return text
     if isinstance(value, dict):
         fields = ", ".join(f"{key} ({type(held).__name__})" for key, held in value.items()) or "none"
@@ -193,7 +196,9 @@ def _read_hub(source: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{source} is no path here; reading it as a hub dataset {_NEED_DATASETS}") from None
+        raise UserError(
+            f"{source} is not a path on this machine; reading it as a hub dataset {_NEED_DATASETS}"
+        ) from None
     hub = _hub_id(source)
     try:
         where = {"split": hub["split"], "revision": hub["revision"]}
@@ -204,7 +209,7 @@ def _read_hub(source: str) -> Iterator[Document]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{source} is no path here, and the hub dataset {hub['name']} (config {hub['config']}, split "
+            f"{source} is not a path on this machine, and the hub dataset {hub['name']} (config {hub['config']}, split "
             f"{hub['split']}) cannot be read: {error}; check the name, or give a local file"
         ) from error
 

@@ -1,10 +1,10 @@
-"""How does text become one stream of token ids? `token_stream(source, tokenizer) -> int64 [tokens]`.
+"""Token ids of a text: `token_stream` reads a source, `windows` picks samples, `starts_with_bos` decides about BOS.
 
-A source is whatever `data/documents.py` reads: a file, a folder, a dataset of the hub; or token ids:
+A source is a file, a folder or a dataset of the hub (`data/documents.py`), or token ids:
 
     ids.safetensors      1-D or 2-D integers, named `input_ids` or the only tensor
 
-Documents are tokenized one by one with the tokenizer's own special tokens and concatenated.
+Documents are tokenized one by one and concatenated.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +24,11 @@ def token_stream(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The first `max_tokens` token ids of `source` (all without it) as int64 [tokens], on the CPU.
+    """Return the first `max_tokens` token ids of `source` (by default all) as int64 [tokens], on the CPU.
 
-    `source` is read only as far as needed, or is the ids themselves as a tensor. UserError: unreadable or
-    empty source, text without a tokenizer, ids outside `[0, vocab_size)`."""
+    `source` is read only as far as needed; it may also be the ids themselves as a tensor. Raises UserError for an
+    unreadable or empty source, text without a tokenizer and ids outside `[0, vocab_size)`.
+    """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; wanted at least 1")
     if isinstance(source, Tensor):
@@ -36,8 +37,8 @@ def token_stream(
         stream = _stored_ids(Path(source))[:max_tokens]
     elif tokenizer is None:
         raise UserError(
-            f"{source} is text and there is no tokenizer to read it with; put the tokenizer files beside "
-            "the model, or give token ids in a .safetensors file, or calibrate on `self`"
+            f"{source} is text and the model's folder has no tokenizer; put the tokenizer files there, "
+            "or give token ids in a .safetensors file, or calibrate on `self`"
         )
     else:
         stream = _tokenize(read_documents(source), tokenizer, max_tokens, str(source))
@@ -45,11 +46,21 @@ def token_stream(
     return stream
 
 
-def windows(stream: Tensor, seq_len: int, count: int | None = None, seed: int | None = None) -> Tensor:
-    """`count` windows of `stream` [tokens] as [count, seq_len]: disjoint, in the order of the text.
+def starts_with_bos(document: Document) -> bool:
+    """Decide whether a document gets BOS: one from .jsonl, .parquet or the hub does, a plain stream does not.
 
-    With a seed they lie at random places (of a generator of their own), without one they follow each other
-    from the start; count=None takes all that fit. UserError: a stream too short for that many."""
+    The tokenizer adds it, with its other special tokens, if it has one. Text that a model writes for its own
+    calibration also starts with BOS (`calibration.first_tokens`).
+    """
+    return not document.plain
+
+
+def windows(stream: Tensor, seq_len: int, count: int | None = None, seed: int | None = None) -> Tensor:
+    """Return `count` disjoint windows of `stream` [tokens] as [count, seq_len], in the order of the text.
+
+    With a seed they are at random places (from a separate generator), without one they follow each other from the
+    start. count=None takes all that fit. Raises UserError for a stream too short for that many.
+    """
     tokens = stream.numel()
     if seq_len < 1 or (count is not None and count < 1):
         raise UserError(f"seq_len is {seq_len} and count is {count}; wanted at least 1 of each")
@@ -62,7 +73,7 @@ def windows(stream: Tensor, seq_len: int, count: int | None = None, seed: int | 
         )
     starts = torch.arange(count) * seq_len
     if seed is not None:
-        # The tokens left over are dealt out at random as gaps, so any set of disjoint windows can come up.
+        # The tokens left over become gaps of random length, so any set of disjoint windows is possible.
         generator = torch.Generator().manual_seed(seed)
         starts += torch.randint(tokens - count * seq_len + 1, (count,), generator=generator).sort().values
     return stream[starts[:, None] + torch.arange(seq_len)]
@@ -76,9 +87,9 @@ def _tokenize(
     for document in documents:
         if not document.text:  # an empty row is no document: it would leave a lone special token
             continue
-        special = not document.plain
-        # verbose=False: a stream is meant to be longer than the model's context, that is no news.
-        ids = tokenizer(document.text, add_special_tokens=special, truncation=False, verbose=False)
+        # verbose=False: no warning that a stream is longer than the model's context
+        options = {"add_special_tokens": starts_with_bos(document), "truncation": False, "verbose": False}
+        ids = tokenizer(document.text, **options)
         parts.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
         total += len(parts[-1])
         if max_tokens is not None and total >= max_tokens:

@@ -1,4 +1,4 @@
-"""Laws that say what a loss will be before it is paid for: D-CPT (mixtures), cross-domain, and loss against bits.
+"""Laws that predict a loss before it is paid for: D-CPT (mixtures), cross-domain, and loss against bits.
 
 Start at `dcpt.py`; `fit.py` is the one fitter under every law.
 """

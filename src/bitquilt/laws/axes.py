@@ -1,4 +1,4 @@
-"""What can these points show? `identify(runs) -> Axes`: which terms of the law are free, dropped, or doubtful.
+"""The axes of the data: `identify` says which terms of a law they support, `notes_on` which questions they do not.
 
 A term without variation in the data is dropped and its value merged into E (no variation in N, or in r) or into B
 (none in D); predictions along that axis are then refused instead of invented.
@@ -12,6 +12,7 @@ import numpy as np
 from bitquilt.errors import UserError
 from bitquilt.laws.data import Runs
 from bitquilt.laws.fit import Array
+from bitquilt.laws.summary import FitReport
 
 LABELS = {"n": "N (n_params, in 1e9)", "d": "D (n_tokens, in 1e9)", "ratio": "ratio"}
 FAR = 2.0  # times the largest, or below half the smallest, fitted N or D
@@ -19,13 +20,13 @@ _SAME = 1e-6
 
 
 class LawWarning(UserWarning):
-    """The law answered where the data say little: an extrapolation, or a parameter nothing identifies."""
+    """A prediction that the data hardly support: an extrapolation, or a parameter that nothing identifies."""
 
 
 @dataclass(frozen=True)
 class Axes:
     """`free` parameters of the D-CPT form, fitted `ranges` (low, high) of n, d, ratio, the constant value of every
-    `dropped` axis, and one sentence for each parameter the data cannot identify."""
+    `dropped` axis, and one sentence for each parameter that the data cannot identify."""
 
     free: tuple[str, ...]
     ranges: Mapping[str, tuple[float, float]]
@@ -34,7 +35,7 @@ class Axes:
 
 
 def identify(runs: Runs) -> Axes:
-    """Axes of the runs of one domain. Raises UserError when neither N nor D nor the ratio varies."""
+    """Find the axes of the runs of one domain. Raises UserError when neither N nor D nor the ratio varies."""
     values = {"n": runs.n, "d": runs.d, "ratio": runs.ratio}
     ranges = {axis: (float(column.min()), float(column.max())) for axis, column in values.items()}
     dropped = {axis: low for axis, (low, high) in ranges.items() if high - low <= _SAME * high}
@@ -52,6 +53,7 @@ def identify(runs: Runs) -> Axes:
 
 
 def _doubts(runs: Runs, dropped: Mapping[str, float], free: int) -> list[str]:
+    """One sentence for each parameter that the points cannot identify."""
     said = []
     if "n" in dropped:
         said.append(
@@ -83,26 +85,27 @@ def _doubts(runs: Runs, dropped: Mapping[str, float], free: int) -> list[str]:
 
 
 def _distinct(column: Array) -> int:
-    """How many values differ by more than rounding."""
+    """The number of values that differ by more than rounding."""
     return 1 + int(np.sum(np.diff(np.sort(column)) > _SAME * column.max()))
 
 
-def refuse_dropped(dropped: Mapping[str, float], point: Mapping[str, Array]) -> None:
-    """Raise UserError for points off an axis the data did not vary."""
-    for axis, value in dropped.items():
+def notes_on(report: FitReport | None, **point: Array) -> list[str]:
+    """One sentence for each axis, such as `n`, on which some point is far outside the fitted range.
+
+    Raises UserError for points off an axis that the data did not vary.
+    """
+    if report is None:
+        return []
+    for axis, value in report.dropped.items():
         off = np.abs(point[axis] - value) > 1e-3 * max(abs(value), _SAME)
         if off.any():
             raise UserError(
                 f"the law knows one {LABELS[axis]} only: got {point[axis][off][0]:g}, wanted {value:g}, the value of "
                 "every fitted point; fit runs that vary it"
             )
-
-
-def extrapolations(ranges: Mapping[str, tuple[float, float]], point: Mapping[str, Array]) -> list[str]:
-    """One sentence for each axis on which some point lies far outside the fitted range."""
     said = []
     for axis, column in point.items():
-        low, high = ranges[axis]
+        low, high = report.ranges[axis]
         reach = (low / FAR, high * FAR) if axis != "ratio" else (low - 0.01, high + 0.01)
         far = (column < reach[0]) | (column > reach[1])
         if far.any():

@@ -1,10 +1,10 @@
-"""How far can a fit be trusted? `bootstrap(form, x, loss, solution, runs) -> parameters [draws, p]`.
+"""The uncertainty of a fit: `bootstrap` refits a law to noisy copies of its own predictions.
 
-A parametric bootstrap: noise like the fit's own residuals is laid on its predictions, the law is refitted, and the
-spread of the refitted laws is the uncertainty. The noise has two parts, because the evaluations of one training
-run share its luck: one draw per run and one per point, in the proportion the residuals show. Multiplying the
-residuals themselves (a wild bootstrap) covers too rarely: a robust fit passes exactly through about as many points
-as it has parameters, and those residuals are zero. [ours: the paper gives none]
+A parametric bootstrap: noise like the fit's residuals is added to its predictions, the law is refitted, and the spread
+of the refitted laws is the uncertainty. The noise has two parts, because the evaluations of one training run share its
+luck: one draw per run and one per point, in the proportion of the residuals. Multiplying the residuals themselves (a
+wild bootstrap) gives intervals that are too narrow: a robust fit passes exactly through about as many points as it has
+parameters, and those residuals are zero. [ours: the paper gives none]
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from bitquilt.laws.fit import HUBER_DELTA, Array, BestFit, Form, polish
 
-OUTLIER = 4.0  # residuals beyond this many robust deviations are cut there: the fit ignored them as well
+OUTLIER = 4.0  # residuals are cut at this many robust deviations, beyond which the fit ignores them too
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of the log residuals shared by a run, and of each point; `freedom` behind the estimate."""
+    """Standard deviations of the log residuals: one shared by a `run`, one per `point`; `freedom` of the estimate."""
 
     run: float
     point: float
@@ -27,13 +27,13 @@ class Noise:
 
 
 def estimate_noise(residual: Array, runs: NDArray[np.int64], free: int) -> Noise:
-    """Variance components of `residual [points]` over the runs it numbers, after a fit of `free` parameters.
+    """Estimate the noise from `residual [points]` after a fit of `free` parameters; `runs` numbers the points' runs.
 
-    Needs more points than parameters. With one point per run, or fewer runs than parameters, all of it is
-    counted as point noise: the two cannot be told apart.
+    Needs more points than parameters. With one point per run, or fewer runs than parameters, the two parts cannot be
+    told apart and all noise counts as point noise.
     """
     points, groups = len(residual), int(runs.max()) + 1
-    largest = np.sort(np.abs(residual))[free:]  # the others are zero or nearly so: the fit passes through them
+    largest = np.sort(np.abs(residual))[free:]  # the others are nearly zero: the fit passes through them
     limit = OUTLIER * 1.4826 * float(np.median(largest))
     residual = np.clip(residual, -limit, limit)
     if groups <= free or points <= 2 * groups:
@@ -58,10 +58,9 @@ def bootstrap(
     seed: int = 0,
     delta: float = HUBER_DELTA,
 ) -> Array:
-    """Refitted parameters `[draws, p]`; `runs [points]` numbers the training run each point belongs to.
+    """Return refitted parameters `[draws, p]`; `runs [points]` numbers the training run of each point.
 
-    Empty `[0, p]` when there are no more points than parameters: then residuals say nothing, and the spread of
-    the starts must do.
+    Empty `[0, p]` when there are no more points than parameters: residuals then say nothing about the noise.
     """
     points, free = x.shape[0], len(form.names)
     if points <= free or draws == 0:
@@ -71,7 +70,7 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     refitted = []
     for _ in range(draws):
-        # The scale is itself uncertain: this makes the draws Student's t instead of normal.
+        # The noise scale is itself uncertain: this makes the draws Student's t instead of normal.
         wider = np.sqrt(noise.freedom / generator.chisquare(noise.freedom))
         shared = noise.run * generator.standard_normal(runs.max() + 1)
         luck = wider * (shared[runs] + noise.point * generator.standard_normal(points))

@@ -1,47 +1,36 @@
-"""What does a bit buy? `BpwLaw.fit(bpw, loss).predict(bpw)`: loss against bits per weight, on the same fitter.
+"""Loss against bits per weight: `BpwLaw.fit(bpw, loss).predict(bpw)`, on the same fitter as the other laws.
 
     L(b) = E + A 2^(-k b)
 
 Why this form [ours]: the error of a uniform grid has a variance proportional to 2^(-2b), and a small error of the
 weights near a minimum costs loss in proportion to that variance, so k = 2 is what theory expects at many bits. At 2
-to 3 bits the error is no longer small and the loss grows faster, so k is fitted instead of fixed. A power of b would
-be a third choice; it has no reason, and does not tend to E fast enough. E is the loss without quantization; give it
-when it was measured, because two or three points above it cannot identify it.
+to 3 bits the error is no longer small and the loss grows faster, so k is fitted instead of fixed. A power of b has no
+theory behind it and does not tend to E fast enough. E is the loss without quantization; pass it when it was measured,
+because two or three points above it cannot identify it.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
 from bitquilt.laws.fit import HUBER_DELTA, Array, Form
-from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.summary import FitSettings, FittedLaw, Points, Prediction, fit_points, predict_with
 
 NAMES = ("E", "A", "k")
 _CENTRE = 3.0  # bits: A is fitted as the excess loss there, so that one set of starts serves
 
 
 @dataclass(frozen=True)
-class BpwLaw:
+class BpwLaw(FittedLaw):
     """E in nats per token, A the excess extrapolated to 0 bits, k in powers of two per bit."""
 
     E: float
     A: float
     k: float
-    report: FitReport | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """Name -> value."""
-        return {"E": self.E, "A": self.A, "k": self.k}
-
-    @property
-    def theta(self) -> Array:
-        """The parameters as an array `[3]`."""
-        return np.array([self.E, self.A, self.k])
 
     @staticmethod
     def fit(
@@ -54,19 +43,15 @@ class BpwLaw:
         delta: float = HUBER_DELTA,
         draws: int = 100,
     ) -> "BpwLaw":
-        """Fit losses `[points]` at bits per weight `[points]`; `full_precision_loss` fixes E.
+        """Fit losses `[points]` at bits per weight `[points]`; a `full_precision_loss` fixes E.
 
         Raises UserError for unequal lengths, impossible values, or fewer than two different bpw.
         """
         b, y = np.asarray(bpw, dtype=np.float64), np.asarray(loss, dtype=np.float64)
         _check(b, y, full_precision_loss)
         law_form = _form(full_precision_loss)
-        doubts = []
-        distinct = len(np.unique(b))
-        if distinct < len(law_form.names):
-            doubts.append(
-                f"{distinct} different bpw for {len(law_form.names)} parameters: E, A and k are not identified"
-            )
+        distinct, free = len(np.unique(b)), len(law_form.names)
+        doubt = f"{distinct} different bpw for {free} parameters: E, A and k are not identified"
         sha256 = hashlib.sha256(repr(sorted(zip(b.tolist(), y.tolist(), strict=True))).encode()).hexdigest()
         ranges = {"bpw": (float(b.min()), float(b.max()))}
         theta, report = fit_points(
@@ -75,16 +60,16 @@ class BpwLaw:
             FitSettings(starts, draws, seed, delta),
             full=lambda free: _full(free, full_precision_loss),
             value=lambda theta: _value(theta, b),
-            doubts=doubts,
+            doubts=[doubt] if distinct < free else [],
         )
-        return BpwLaw(E=float(theta[0]), A=float(theta[1]), k=float(theta[2]), report=report)
+        return BpwLaw(*theta.tolist(), report=report)
 
     def predict(self, bpw: ArrayLike) -> Array:
-        """Loss at `bpw` bits per weight, any shape."""
+        """Predict the loss at `bpw` bits per weight, of any shape."""
         return _value(self.theta, np.asarray(bpw, dtype=np.float64))
 
     def interval(self, bpw: ArrayLike, level: float = 0.9) -> Prediction:
-        """Like `predict`, with the uncertainty at `level` and a note outside the fitted range."""
+        """Predict with the uncertainty at `level`, and a warning outside the fitted range."""
         b = np.atleast_1d(np.asarray(bpw, dtype=np.float64))
         notes = []
         if self.report is not None:
@@ -101,6 +86,7 @@ class BpwLaw:
 
 
 def _form(fixed: float | None) -> Form:
+    """The form for the fitter, with E free unless it is `fixed`."""
     free = NAMES if fixed is None else NAMES[1:]
 
     def evaluate(theta: Array, x: Array) -> tuple[Array, Array]:
@@ -121,7 +107,7 @@ def _form(fixed: float | None) -> Form:
 
 
 def _full(theta: Array, fixed: float | None) -> Array:
-    """Parameters of the fit -> (E, A at 0 bits, k)."""
+    """(E, A at 0 bits, k) from the parameters of the fit."""
     e, a, k = theta if fixed is None else (fixed, *theta)
     return np.array([e, a * 2.0 ** (k * _CENTRE), k])
 
@@ -131,6 +117,7 @@ def _value(theta: Array, b: Array) -> Array:
 
 
 def _check(b: Array, y: Array, fixed: float | None) -> None:
+    """Raise UserError for the first point that is impossible, for a single bpw, or for an impossible `fixed` loss."""
     if b.shape != y.shape or b.ndim != 1:
         raise UserError(f"bpw and loss must be equally long lists: got {b.shape} and {y.shape}")
     for i, (bits, loss) in enumerate(zip(b.tolist(), y.tolist(), strict=True), start=1):

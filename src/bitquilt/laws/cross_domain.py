@@ -1,4 +1,4 @@
-"""What will a NEW domain cost, seen only for a moment? The Cross-Domain D-CPT Law, arXiv 2406.01375, section 3.
+"""The Cross-Domain D-CPT Law (arXiv 2406.01375, section 3): `CrossDomainLaw` predicts a NEW domain from a short run.
 
     L = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma + F K^-mu,      K = w1 / k1 + w2 k2
 
@@ -11,32 +11,31 @@ geometric mean 1 over the fitted points, as F absorbs any common factor.
 """
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
-from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
+from bitquilt.laws import formula
+from bitquilt.laws.axes import LawWarning, identify, notes_on
 from bitquilt.laws.data import Runs
 from bitquilt.laws.dcpt import check_points, unit_scale
-from bitquilt.laws.fit import HUBER_DELTA, Array, Form
-from bitquilt.laws.formula import NAMES as BASE_NAMES
-from bitquilt.laws.formula import form as base_form
-from bitquilt.laws.formula import slopes_by_log
-from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.fit import HUBER_DELTA, Array, Form, geometric_mean
+from bitquilt.laws.summary import FitSettings, FittedLaw, Points, Prediction, fit_points, predict_with
 
-NAMES = (*BASE_NAMES, "F", "mu", "w1", "w2")
+_BASE = len(formula.NAMES)
+NAMES = (*formula.NAMES, "F", "mu", "w1", "w2")
 EARLY = 0.05  # of the run: the window of k2
 _EXTRA_LOWER = (1e-5, 0.02, 1e-4, 1e-4)
 _EXTRA_UPPER = (10.0, 6.0, 10.0, 10.0)
 
 
 def early_signals(tokens: ArrayLike, losses: ArrayLike, total: float) -> tuple[float, float]:
-    """(k1, k2) of a domain from the first validation losses of a run of `total` tokens (both in 1e9).
+    """Return (k1, k2) of a domain from the first validation losses of a run of `total` tokens (both in 1e9).
 
-    k1 is the loss before training (`tokens[0]` = 0), k2 = (k1 - loss at 5 % of the run) / (0.05 total), the loss
-    between two evaluations taken on the straight line. Raises UserError when the evaluations do not span that.
+    k1 is the loss before training (`tokens[0]` = 0), k2 = (k1 - loss at 5 % of the run) / (0.05 total), with losses
+    interpolated between evaluations. Raises UserError when the evaluations do not reach that far.
     """
     at, loss = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(at) < 2 or at[0] != 0 or at[-1] < EARLY * total:
@@ -49,7 +48,7 @@ def early_signals(tokens: ArrayLike, losses: ArrayLike, total: float) -> tuple[f
 
 
 @dataclass(frozen=True)
-class CrossDomainLaw:
+class CrossDomainLaw(FittedLaw):
     """The thirteen parameters, for N and D in 1e9, k1 in nats per token, k2 in nats per 1e9 tokens."""
 
     E: float
@@ -65,22 +64,6 @@ class CrossDomainLaw:
     mu: float
     w1: float
     w2: float
-    report: FitReport | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for name, value in self.parameters.items():
-            if not np.isfinite(value) or value < 0:
-                raise UserError(f"the parameter {name} of the law is {value}, wanted a finite number of at least 0")
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """Name -> value, in the order of the formula."""
-        return {name: float(getattr(self, name)) for name in NAMES}
-
-    @property
-    def theta(self) -> Array:
-        """The parameters as an array `[13]`."""
-        return np.array(list(self.parameters.values()))
 
     @staticmethod
     def fit(
@@ -101,7 +84,7 @@ class CrossDomainLaw:
         doubts = list(axes.warnings)
         if kinds < 4:
             doubts.append(f"{kinds} different (k1, k2), wanted at least 4: F, mu, w1 and w2 cannot be told apart")
-        units = (float(np.exp(np.log(k1).mean())), float(k2.mean()) or 1.0)
+        units = (geometric_mean(k1), float(k2.mean()) or 1.0)
         scale = (*unit_scale(runs), 1.0, *units)
         x = np.column_stack([runs.x, k1, k2]) / np.array(scale)
         theta, report = fit_points(
@@ -112,40 +95,33 @@ class CrossDomainLaw:
             value=lambda theta: _value(theta, runs.n, runs.d, runs.ratio, k1, k2),
             doubts=doubts,
         )
-        return CrossDomainLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
+        return CrossDomainLaw(*theta.tolist(), report=report)
 
     def learnability(self, k1: ArrayLike, k2: ArrayLike) -> Array:
-        """K of a domain; larger is easier."""
+        """K of a domain; a larger K means a lower loss."""
         return np.asarray(self.w1 / np.asarray(k1, dtype=np.float64) + self.w2 * np.asarray(k2, dtype=np.float64))
 
     def predict(self, n: ArrayLike, d: ArrayLike, r: ArrayLike, k1: ArrayLike, k2: ArrayLike) -> Array:
-        """Loss at N, D (1e9) and ratio r of a domain with the early signals k1, k2, all broadcast together.
+        """Predict the loss at N, D (1e9) and ratio r of a domain with the early signals k1, k2, broadcast together.
 
         Raises UserError like `DCPTLaw.predict`, and for k1 <= 0 or k2 < 0; warns with `LawWarning` far outside.
         """
         inputs = _inputs(n, d, r, k1, k2)
-        for note in self._notes(inputs):
+        for note in notes_on(self.report, n=inputs[0], d=inputs[1], ratio=inputs[2]):
             warnings.warn(note, LawWarning, stacklevel=2)
         return _value(self.theta, *inputs)
 
     def interval(
         self, n: ArrayLike, d: ArrayLike, r: ArrayLike, k1: ArrayLike, k2: ArrayLike, level: float = 0.9
     ) -> Prediction:
-        """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
+        """Predict with the uncertainty at `level`; the warnings are part of the result."""
         inputs = _inputs(n, d, r, k1, k2)
-        notes = self._notes(inputs)
+        notes = notes_on(self.report, n=inputs[0], d=inputs[1], ratio=inputs[2])
         return predict_with(self.report, self.theta, lambda theta: _value(theta, *inputs), level, notes)
-
-    def _notes(self, inputs: tuple[Array, ...]) -> list[str]:
-        if self.report is None:
-            return []
-        point = dict(zip(("n", "d", "ratio"), inputs[:3], strict=True))
-        refuse_dropped(self.report.dropped, point)
-        return extrapolations(self.report.ranges, point)
 
 
 def _inputs(*columns: ArrayLike) -> tuple[Array, ...]:
-    """N, D, r, k1, k2 as arrays of one shape, at least 1-D. Raises UserError for what no law can answer."""
+    """N, D, r, k1, k2 as arrays of one shape, at least 1-D. Raises UserError for impossible values."""
     inputs = np.broadcast_arrays(*(np.atleast_1d(np.asarray(column, dtype=np.float64)) for column in columns))
     check_points(*inputs[:3])
     _check_signals(inputs[3], inputs[4])
@@ -153,8 +129,8 @@ def _inputs(*columns: ArrayLike) -> tuple[Array, ...]:
 
 
 def _form(free: tuple[str, ...]) -> Form:
-    """The fitter's view: the free parameters of the D-CPT form, then F, mu, w1, w2; x has k1 and k2 as well."""
-    base = base_form(free)
+    """The form for the fitter: the free parameters of the D-CPT form, then F, mu, w1, w2; x has k1 and k2 as well."""
+    base = formula.form(free)
     count = len(free)
 
     def evaluate(theta: Array, x: Array) -> tuple[Array, Array]:
@@ -180,23 +156,18 @@ def _form(free: tuple[str, ...]) -> Form:
 
 
 def _value(theta: Array, n: Array, d: Array, r: Array, k1: Array, k2: Array) -> Array:
-    f, mu, w1, w2 = theta[len(BASE_NAMES) :]
-    base: Array = slopes_by_log(theta[: len(BASE_NAMES)], n, d, r)[0]
+    f, mu, w1, w2 = theta[_BASE:]
+    base = formula.loss(theta[:_BASE], n, d, r)
     return np.asarray(base + f * (w1 / k1 + w2 * k2) ** -mu, dtype=np.float64)
 
 
 def _to_units(theta: Array, free: tuple[str, ...], scale: tuple[float, ...], k1: Array, k2: Array) -> Array:
-    """Free parameters in the units of the fit -> all thirteen in 1e9 and nats, K of geometric mean 1."""
-    full = np.zeros(len(NAMES))
-    full[[NAMES.index(name) for name in (*free, "F", "mu", "w1", "w2")]] = theta
-    full[1] *= scale[0] ** full[2]
-    full[3] *= scale[1] ** full[4]
-    full[11] *= scale[3]
-    full[12] /= scale[4]
-    typical = float(np.exp(np.log(full[11] / k1 + full[12] * k2).mean()))
-    full[11:] /= typical
-    full[9] *= typical ** -full[10]
-    return full
+    """All thirteen parameters in 1e9 and nats, K of geometric mean 1, from the free ones in the units of the fit."""
+    f, mu, w1, w2 = theta[len(free) :]
+    w1, w2 = w1 * scale[3], w2 / scale[4]
+    typical = geometric_mean(w1 / k1 + w2 * k2)
+    extra = [f * typical**-mu, mu, w1 / typical, w2 / typical]
+    return np.concatenate([formula.in_billions(theta[: len(free)], free, scale), extra])
 
 
 def _signals(runs: Runs) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Where do the points come from? `read_runs(path) -> Runs`, checked row by row before anything is fitted.
+"""Measured losses as `Runs`: `read_runs` and `read_points` read CSV files and check them row by row.
 
 CSV columns: `n_params`, `n_tokens` (plain counts), `ratio`, `loss` (nats per token), and optionally `domain`, `k1`,
 `k2`. `ratio` is the share of the row's OWN corpus in the training mixture: the corpus whose loss the row gives,
@@ -10,8 +10,9 @@ import csv
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ class Runs:
         k1: Iterable[float] | None = None,
         k2: Iterable[float] | None = None,
     ) -> "Runs":
-        """Runs from equally long columns, N and D in 1e9. Raises UserError naming the row (counted from 1)."""
+        """Build runs from equally long columns, N and D in 1e9. Raises UserError naming the row (counted from 1)."""
         columns = {"n": _floats(n), "d": _floats(d), "ratio": _floats(ratio), "loss": _floats(loss)}
         columns |= {name: _floats(c) for name, c in (("k1", k1), ("k2", k2)) if c is not None}
         lengths = {name: len(column) for name, column in columns.items()}
@@ -84,27 +85,25 @@ class Runs:
 
     @property
     def sha256(self) -> str:
-        """Hash of the values, whatever the order of the rows or how the numbers are written."""
+        """Hash of the values, independent of the order of the rows and the notation of the numbers."""
         columns = [c for c in (self.n, self.d, self.ratio, self.loss, self.k1, self.k2) if c is not None]
         rows = zip(self.domain.tolist(), *(column.tolist() for column in columns), strict=True)
         return hashlib.sha256("\n".join(sorted(map(repr, rows))).encode()).hexdigest()
 
     def where(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Runs":
         """The points chosen by a mask or by indices."""
-        return Runs(
-            self.n[keep], self.d[keep], self.ratio[keep], self.loss[keep], self.domain[keep],
-            None if self.k1 is None else self.k1[keep], None if self.k2 is None else self.k2[keep],
-        )  # fmt: skip
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: column[keep] for name, column in columns.items() if column is not None})
 
     def of_domain(self, name: str) -> "Runs":
-        """The points of one domain. Raises UserError for a name that is not there."""
+        """The points of one domain. Raises UserError for an unknown name."""
         if name not in self.domains:
             raise UserError(f"no domain {name!r} in the data: got {', '.join(self.domains)}; choose one of them")
         return self.where(self.domain == name)
 
     def decaying_sample(self, per_run: int = POINTS_PER_RUN) -> "Runs":
-        """At most `per_run` evaluations of each run, ever further apart in tokens: early ones carry most of the
-        shape, late ones mostly repeat each other. (D-CPT paper: exponentially decaying sampling; spacing: ours.)"""
+        """At most `per_run` evaluations of each run, at growing distances in tokens: early ones determine most of the
+        shape, late ones are alike. (D-CPT paper: exponentially decaying sampling; spacing: ours.)"""
         keep: list[int] = []
         for run in range(int(self.run.max()) + 1):
             mine = np.flatnonzero(self.run == run)
@@ -139,7 +138,7 @@ def read_points(path: Path) -> Runs:
 def read_table(
     path: Path, required: Sequence[str], optional: Sequence[str] = ()
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """(columns of text, the place of every row for messages) of a CSV file.
+    """Read a CSV file into columns of text, and the place of every row for messages.
 
     Raises UserError for an unreadable or empty file, missing columns and rows of the wrong length.
     """
@@ -168,7 +167,7 @@ def read_table(
 
 
 def as_floats(table: Mapping[str, Sequence[str]], places: Sequence[str]) -> dict[str, Array]:
-    """Text columns as numbers. Raises UserError for text that is no number and for nan or infinity."""
+    """Convert text columns to numbers. Raises UserError for other text and for nan or infinity."""
     columns: dict[str, Array] = {}
     for name, cells in table.items():
         values = []
@@ -207,7 +206,7 @@ def _floats(values: Iterable[float]) -> Array:
 
 
 def _check(columns: Mapping[str, Array], names: NDArray[np.str_], places: Sequence[str]) -> None:
-    """Raise UserError for the first value that cannot be: what, where, what was wanted and the likely cause."""
+    """Raise UserError for the first impossible value: what, where, what was wanted and the likely cause."""
     for name, column in columns.items():
         for value, place in zip(column.tolist(), places, strict=True):
             if not math.isfinite(value):
@@ -228,6 +227,7 @@ def _check(columns: Mapping[str, Array], names: NDArray[np.str_], places: Sequen
 
 
 def _check_duplicates(columns: Mapping[str, Array], names: NDArray[np.str_], places: Sequence[str]) -> None:
+    """Raise UserError for two rows of one point with different losses."""
     seen: dict[tuple[float | str, ...], int] = {}
     keys = zip(names.tolist(), *(columns[name].tolist() for name in ("n", "d", "ratio")), strict=True)
     for i, key in enumerate(keys):

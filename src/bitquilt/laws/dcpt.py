@@ -1,4 +1,4 @@
-"""What will a mixture cost in loss? `DCPTLaw.fit(runs).predict(N, D, r)`. The D-CPT Law, arXiv 2406.01375.
+"""The D-CPT Law (arXiv 2406.01375): `DCPTLaw.fit(runs).predict(N, D, r)` is the loss of a mixture.
 
     L(N, D, r) = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma      (section 3 of the paper)
 
@@ -10,25 +10,24 @@ Deviations: Huber on log residuals with delta 1e-3, starts, bounds and the scali
 means are ours (the paper gives L-BFGS, Huber and many starts only); uncertainty by bootstrap is ours.
 """
 
-import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bitquilt.errors import UserError
-from bitquilt.laws.axes import LawWarning, extrapolations, identify, refuse_dropped
+from bitquilt.laws import formula
+from bitquilt.laws.axes import LawWarning, identify, notes_on
 from bitquilt.laws.data import Runs
-from bitquilt.laws.fit import HUBER_DELTA, Array
-from bitquilt.laws.formula import NAMES, derivatives, form, slopes_by_log, terms
-from bitquilt.laws.summary import FitReport, FitSettings, Points, Prediction, fit_points, predict_with
+from bitquilt.laws.fit import HUBER_DELTA, Array, geometric_mean
+from bitquilt.laws.summary import FitSettings, FittedLaw, Points, Prediction, fit_points, predict_with
 
 
 @dataclass(frozen=True)
 class Sign:
     """One demand of section 3: the derivative is negative on the whole fitted range. `worst` is its largest value,
-    reached `at` (N, D, r); a term that was dropped makes it 0 everywhere and it counts as holding."""
+    reached `at` (N, D, r); a dropped term makes it 0 everywhere, which counts as holding."""
 
     derivative: str
     holds: bool
@@ -38,11 +37,8 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class DCPTLaw:
-    """The nine parameters, for N and D in 1e9. All positive; A, B or C = 0 (or an exponent 0) switches a term off.
-
-    Raises UserError for negative or non-finite parameters.
-    """
+class DCPTLaw(FittedLaw):
+    """The nine parameters, for N and D in 1e9. A, B or C = 0 (or an exponent 0) switches a term off."""
 
     E: float
     A: float
@@ -53,22 +49,6 @@ class DCPTLaw:
     C: float
     eps: float
     gamma: float
-    report: FitReport | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for name, value in self.parameters.items():
-            if not math.isfinite(value) or value < 0:
-                raise UserError(f"the parameter {name} of a D-CPT law is {value}, wanted a finite number of at least 0")
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """Name -> value, in the order of the formula."""
-        return {name: float(getattr(self, name)) for name in NAMES}
-
-    @property
-    def theta(self) -> Array:
-        """The nine parameters as an array `[9]`."""
-        return np.array(list(self.parameters.values()))
 
     @staticmethod
     def fit(runs: Runs, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA, draws: int = 100) -> "DCPTLaw":
@@ -83,23 +63,22 @@ class DCPTLaw:
             )
         axes = identify(runs)
         scale = unit_scale(runs)
-        x = runs.x / np.array([*scale, 1.0])
         theta, report = fit_points(
-            form(axes.free),
-            Points(x, runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
+            formula.form(axes.free),
+            Points(runs.x / np.array([*scale, 1.0]), runs.loss, runs.run, axes.ranges, axes.dropped, runs.sha256),
             FitSettings(starts, draws, seed, delta),
-            full=lambda free: _to_billions(free, axes.free, scale),
-            value=lambda theta: slopes_by_log(theta, *runs.x.T)[0],
+            full=lambda free: formula.in_billions(free, axes.free, scale),
+            value=lambda theta: formula.loss(theta, *runs.x.T),
             doubts=axes.warnings,
         )
-        return DCPTLaw(**dict(zip(NAMES, theta.tolist(), strict=True)), report=report)
+        return DCPTLaw(*theta.tolist(), report=report)
 
     def value(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
-        """The formula and nothing else: no checks, no warnings. Shapes broadcast."""
-        return _value(self.theta, _arrays(n, d, r))
+        """The formula alone, without checks or warnings. Shapes broadcast."""
+        return formula.loss(self.theta, *_arrays(n, d, r))
 
     def predict(self, n: ArrayLike, d: ArrayLike, r: ArrayLike) -> Array:
-        """Loss at N (1e9 parameters), D (1e9 tokens), r (share), broadcast together.
+        """Predict the loss at N (1e9 parameters), D (1e9 tokens), r (share), broadcast together.
 
         Raises UserError for impossible inputs and for points along an axis the fit had to drop; warns with
         `LawWarning` beyond twice the fitted range.
@@ -109,15 +88,16 @@ class DCPTLaw:
         return self.value(n, d, r)
 
     def interval(self, n: ArrayLike, d: ArrayLike, r: ArrayLike, level: float = 0.9) -> Prediction:
-        """Like `predict`, with the uncertainty at `level`, and the notes returned instead of warned."""
+        """Predict with the uncertainty at `level`; the warnings are part of the result."""
         point = _arrays(n, d, r)
         notes = self._notes(*point)
-        return predict_with(self.report, self.theta, lambda theta: _value(theta, point), level, notes)
+        return predict_with(self.report, self.theta, lambda theta: formula.loss(theta, *point), level, notes)
 
     def check(self, steps: int = 25) -> tuple[Sign, ...]:
-        """The signs that the paper demands (section 3): dL/dN, dL/dD, dL/dr and d2L/dDdr are negative, on a grid of
-        `steps` values an axis over the fitted range (N, D 0.1 to 100 and all ratios for a law without a report).
-        Positive parameters guarantee all but dL/dr."""
+        """Check the signs that the paper demands (section 3): dL/dN, dL/dD, dL/dr and d2L/dDdr are negative.
+
+        On a grid of `steps` values per axis over the fitted range (N, D 0.1 to 100 and all ratios for a law without a
+        report). Positive parameters guarantee all but dL/dr."""
         ranges = self.report.ranges if self.report else {"n": (0.1, 100.0), "d": (0.1, 100.0), "ratio": (0.0, 1.0)}
         low_r, high_r = ranges["ratio"]
         ratios = np.linspace(max(low_r, min(1e-3, high_r or 1e-3)), high_r or 1e-3, steps)
@@ -125,7 +105,7 @@ class DCPTLaw:
             np.geomspace(*ranges["n"], steps), np.geomspace(*ranges["d"], steps), ratios, indexing="ij"
         )
         signs = []
-        for name, slope in derivatives(self.theta, n, d, r).items():
+        for name, slope in formula.derivatives(self.theta, n, d, r).items():
             worst = int(slope.argmax())
             at = (float(n.flat[worst]), float(d.flat[worst]), float(r.flat[worst]))
             failing = float(np.mean(slope > 0))
@@ -134,20 +114,16 @@ class DCPTLaw:
 
     def _notes(self, n: Array, d: Array, r: Array) -> list[str]:
         check_points(n, d, r)
-        if self.report is None:
-            return []
-        point = {"n": np.atleast_1d(n), "d": np.atleast_1d(d), "ratio": np.atleast_1d(r)}
-        refuse_dropped(self.report.dropped, point)
-        return extrapolations(self.report.ranges, point)
+        return notes_on(self.report, n=np.atleast_1d(n), d=np.atleast_1d(d), ratio=np.atleast_1d(r))
 
 
 def unit_scale(runs: Runs) -> tuple[float, float]:
     """The geometric means of N and D: the units of the fit."""
-    return float(np.exp(np.log(runs.n).mean())), float(np.exp(np.log(runs.d).mean()))
+    return geometric_mean(runs.n), geometric_mean(runs.d)
 
 
 def check_points(n: Array, d: Array, r: Array) -> None:
-    """Raise UserError for inputs no law can answer."""
+    """Raise UserError for inputs that are impossible: N or D not above 0, a ratio outside 0 to 1."""
     for name, column in (("N", n), ("D", d)):
         if not (np.isfinite(column) & (column > 0)).all():
             raise UserError(f"{name} is {np.min(column):g}, wanted a number above 0, in units of 1e9")
@@ -159,19 +135,6 @@ def check_points(n: Array, d: Array, r: Array) -> None:
         )
 
 
-def _to_billions(theta: Array, free: tuple[str, ...], scale: tuple[float, float]) -> Array:
-    """The free parameters in the units of the fit -> all nine in 1e9: A N^-alpha is unchanged."""
-    full = np.zeros(len(NAMES))
-    full[[NAMES.index(name) for name in free]] = theta
-    full[1] *= scale[0] ** full[2]
-    full[3] *= scale[1] ** full[4]
-    return full
-
-
 def _arrays(n: ArrayLike, d: ArrayLike, r: ArrayLike) -> tuple[Array, Array, Array]:
     first, second, third = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in (n, d, r)))
     return first, second, third
-
-
-def _value(theta: Array, point: tuple[Array, Array, Array]) -> Array:
-    return np.asarray(sum(terms(theta, *point)), dtype=np.float64)

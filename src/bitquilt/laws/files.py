@@ -1,10 +1,10 @@
-"""How is a law kept? `save(path, fitted)` and `load(path) -> LawFile`: one JSON file, a law for every domain.
+"""Law files: `save` and `load` a `LawFile`, one JSON file with a law for every domain.
 
     {"format": "bitquilt-law", "version": 1, "kind": "dcpt", "source": "runs.csv",
      "laws": {"code": {"parameters": {"E": ...}, "report": {"data_sha256": ..., ...}}}}
 
-`kind` is dcpt, cross-domain or bpw. Everything a prediction needs is in the file, the refits of the bootstrap
-included; the runs themselves are not, only their hash.
+`kind` is dcpt, cross-domain or bpw. The file holds everything that a prediction needs, the refits of the bootstrap
+included; it holds the hash of the runs, not the runs.
 """
 
 import json
@@ -16,31 +16,28 @@ from typing import Any
 import numpy as np
 
 from bitquilt.errors import UserError
-from bitquilt.laws.bpw import NAMES as BPW_NAMES
 from bitquilt.laws.bpw import BpwLaw
-from bitquilt.laws.cross_domain import NAMES as CROSS_NAMES
 from bitquilt.laws.cross_domain import CrossDomainLaw
 from bitquilt.laws.dcpt import DCPTLaw
 from bitquilt.laws.fit import Goodness
-from bitquilt.laws.formula import NAMES as DCPT_NAMES
 from bitquilt.laws.summary import FitReport
 
 FORMAT, VERSION = "bitquilt-law", 1
 Law = DCPTLaw | CrossDomainLaw | BpwLaw
-_PARAMETERS = {"dcpt": DCPT_NAMES, "cross-domain": CROSS_NAMES, "bpw": BPW_NAMES}
+_LAWS: dict[str, type[Law]] = {"dcpt": DCPTLaw, "cross-domain": CrossDomainLaw, "bpw": BpwLaw}
 _REPORT = tuple(FitReport.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
 class LawFile:
-    """The laws of one file by domain; all of one kind. `source` is the name of the CSV file they came from."""
+    """The laws of one file by domain, all of one kind. `source` is the name of the CSV file they were fitted on."""
 
     kind: str
     laws: Mapping[str, Law]
     source: str
 
     def dcpt(self, domain: str | None = None) -> DCPTLaw:
-        """The D-CPT law of `domain`, or the only one. Raises UserError for another kind, name, or no clear choice."""
+        """The D-CPT law of `domain`, or the only one. Raises UserError for another kind or name, or several laws."""
         if self.kind != "dcpt":
             raise UserError(f"this needs a D-CPT law: got a {self.kind} law; fit runs.csv with --kind dcpt")
         name = domain if domain is not None else next(iter(self.laws))
@@ -52,9 +49,9 @@ class LawFile:
         return law
 
     def domain_name(self, domain: str | None = None, general: str | None = None) -> str:
-        """The domain to improve: the one named, or the only law that is not the general one.
+        """The domain to improve: `domain`, or the only law that is not the general one.
 
-        Raises UserError when that is not clear.
+        Raises UserError when there are several.
         """
         if domain is not None:
             return domain
@@ -67,7 +64,7 @@ class LawFile:
         return rest[0]
 
     def general_name(self, domain: str | None) -> str | None:
-        """The general law beside `domain` when it is clear: the one named general, or the only other one."""
+        """The name of the general law: "general", or the only one other than `domain`; None when there are several."""
         others = [name for name in self.laws if name != domain]
         if "general" in others:
             return "general"
@@ -100,14 +97,14 @@ def load(path: Path) -> LawFile:
     if content.get("version") != VERSION:
         raise UserError(f"{path} has version {content.get('version')}, wanted {VERSION}; fit the runs again")
     kind = content.get("kind")
-    if kind not in _PARAMETERS or not isinstance(content.get("laws"), dict) or not content["laws"]:
-        raise UserError(f"{path} has kind {kind!r} and no readable laws, wanted one of {', '.join(_PARAMETERS)}")
+    if kind not in _LAWS or not isinstance(content.get("laws"), dict) or not content["laws"]:
+        raise UserError(f"{path} has kind {kind!r} and no readable laws, wanted one of {', '.join(_LAWS)}")
     laws = {name: _law(kind, entry, f"{path}, law {name!r}") for name, entry in content["laws"].items()}
     return LawFile(kind, laws, str(content.get("source", "")))
 
 
 def _law(kind: str, entry: Any, place: str) -> Law:
-    names = _PARAMETERS[kind]
+    names = _LAWS[kind].names()
     parameters = entry.get("parameters") if isinstance(entry, dict) else None
     if not isinstance(parameters, dict) or set(parameters) != set(names):
         got = ", ".join(parameters) if isinstance(parameters, dict) else "none"
@@ -117,11 +114,7 @@ def _law(kind: str, entry: Any, place: str) -> Law:
         raise UserError(f"{place}: the parameter {bad[0]} is {parameters[bad[0]]!r}, wanted a number")
     values = {name: float(parameters[name]) for name in names}
     report = None if entry.get("report") is None else _report(entry["report"], len(names), place)
-    if kind == "dcpt":
-        return DCPTLaw(**values, report=report)
-    if kind == "cross-domain":
-        return CrossDomainLaw(**values, report=report)
-    return BpwLaw(**values, report=report)
+    return _LAWS[kind](**values, report=report)
 
 
 def _plain(report: FitReport) -> dict[str, Any]:
@@ -137,7 +130,7 @@ def _plain(report: FitReport) -> dict[str, Any]:
 
 
 def _rounded(thetas: np.ndarray[Any, np.dtype[np.float64]]) -> list[list[float]]:
-    """Nine digits: an interval needs no more, and the file stays a third smaller."""
+    """Nine digits, which are enough for an interval and make the file a third smaller."""
     return [[float(f"{value:.9g}") for value in theta] for theta in thetas.tolist()]
 
 

@@ -1,10 +1,10 @@
-"""Which parameters make a law fit its points? `solve(form, x, loss) -> Solution`, for any law with positive parameters.
+"""The one fitter under every law: `solve` finds the positive parameters that fit the points, `polish` refines them.
 
 A law is a `Form`: names, bounds, starts, and one function giving loss and slope. Residuals are log(predicted / loss),
 so an error of one per cent weighs the same at every loss; the objective is their mean Huber loss, which a few bad
 runs cannot move far. Following D-CPT (arXiv 2406.01375): L-BFGS from many starts, because the answer
 depends on the start. Ours: the logarithms of the parameters are optimised (so they stay positive), with analytic
-slopes, and the best few starts are polished by bounded robust least squares, because L-BFGS creeps along the long
+slopes, and the best few starts are polished by bounded robust least squares, because L-BFGS is slow in the long
 flat valleys of such a law.
 """
 
@@ -42,8 +42,8 @@ class Form:
 
 @dataclass(frozen=True)
 class BestFit:
-    """The best parameters `[p]`, their mean Huber loss, and every polished start as good as the best `[k, p]`,
-    k <= 10: where they disagree, the data do not say."""
+    """The best parameters `[p]`, their mean Huber loss, and every polished start as good as the best, `[k, p]`,
+    k <= 10: where they disagree, the data do not decide."""
 
     theta: Array
     objective: float
@@ -54,8 +54,8 @@ class BestFit:
 
 @dataclass(frozen=True)
 class Goodness:
-    """How well predictions meet losses: mean Huber loss of log residuals, R2 of the losses, the largest and the
-    root mean square error in nats per token."""
+    """The fit of predictions to losses: mean Huber loss of log residuals, R2 of the losses, the largest and the root
+    mean square error in nats per token."""
 
     huber: float
     r2: float
@@ -68,6 +68,11 @@ def huber(residual: Array, delta: float = HUBER_DELTA) -> Array:
     """0.5 x^2 within delta, delta (|x| - delta / 2) beyond; elementwise."""
     size = np.abs(residual)
     return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
+
+
+def geometric_mean(values: Array) -> float:
+    """The typical size of positive values: a unit for the fit."""
+    return float(np.exp(np.log(values).mean()))
 
 
 def goodness(loss: Array, predicted: Array, delta: float = HUBER_DELTA) -> Goodness:
@@ -102,7 +107,7 @@ def solve(form: Form, x: Array, loss: Array, *, starts: int = 60, seed: int = 0,
             "wanted a scale of nats per token; check the units of the columns"
         )
     found.sort(key=lambda item: item[0])
-    # Coarsely first: in a flat valley the last digits of ten starts would cost more than the rest of the fit.
+    # Coarsely first: in a flat valley the last digits of ten starts would take longer than the rest of the fit.
     polished = sorted(
         (polish(form, x, loss, theta, delta, tolerance=1e-7) for _, theta in found[:POLISHED]),
         key=lambda item: item[0],
@@ -131,9 +136,18 @@ def polish(
 
     inside = np.clip(np.log(theta), low + 1e-9, high - 1e-9)  # the solver wants a start off the bounds
     result = least_squares(
-        residual, inside, jac=slope, bounds=(low, high), loss="huber", f_scale=delta,
-        x_scale="jac", ftol=tolerance, xtol=tolerance, gtol=tolerance, max_nfev=300 if tolerance < 1e-10 else 40,
-    )  # fmt: skip
+        residual,
+        inside,
+        jac=slope,
+        bounds=(low, high),
+        loss="huber",
+        f_scale=delta,
+        x_scale="jac",
+        ftol=tolerance,
+        xtol=tolerance,
+        gtol=tolerance,
+        max_nfev=300 if tolerance < 1e-10 else 40,
+    )
     return float(result.cost) / len(loss), np.exp(result.x)
 
 
@@ -154,16 +168,20 @@ def _descend(
         if not np.isfinite(objective(start)[0]):
             return None
         result = minimize(
-            objective, start, jac=True, method="L-BFGS-B", bounds=list(zip(*bounds, strict=True)),
+            objective,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=list(zip(*bounds, strict=True)),
             options={"maxiter": 300, "ftol": 1e-9, "gtol": 1e-7},
-        )  # fmt: skip
+        )
     if not np.isfinite(result.fun):
         return None
     return float(result.fun) * delta, np.exp(np.clip(result.x, *bounds))
 
 
 def at_bounds(form: Form, theta: Array) -> list[str]:
-    """A sentence naming the parameters that ended on a bound, where the data no longer say anything about them."""
+    """A warning that names the parameters that ended on a bound, which the data do not identify; or none."""
     stuck = [
         f"{name} at {value:.3g}"
         for name, value, low, high in zip(form.names, theta, form.lower, form.upper, strict=True)
@@ -171,4 +189,4 @@ def at_bounds(form: Form, theta: Array) -> list[str]:
     ]
     if not stuck:
         return []
-    return [f"{', '.join(stuck)} (units of the fit): on the bound, so not identified; other parameters make up for it"]
+    return [f"{', '.join(stuck)} (units of the fit): on the bound, so not identified; other parameters compensate"]

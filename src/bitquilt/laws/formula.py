@@ -1,9 +1,11 @@
-"""The D-CPT formula and its slopes, over plain arrays. Every function takes `theta [9]` and n, d, r of one shape.
+"""The D-CPT formula over plain arrays: `loss`, its `terms`, `slopes_by_log` and `derivatives`, and the `form` of a fit.
+
+Functions take `theta [9]` and n, d, r of one shape.
 
     L(N, D, r) = E + A N^-alpha + B r^eta D^-beta + C (r + eps)^-gamma
 
 arXiv 2406.01375, section 3. N in 1e9 parameters, D in 1e9 tokens, r in [0, 1] the share
-of the corpus whose loss L (nats per token) is modelled. A term the data could not show is switched off by
+of the corpus whose loss L (nats per token) is modelled. A term that the data do not show is switched off by
 A = 0, B = 0 or C = 0, or by an exponent of 0.
 """
 
@@ -17,7 +19,7 @@ NAMES = ("E", "A", "alpha", "B", "beta", "eta", "C", "eps", "gamma")
 LOWER = dict(zip(NAMES, (1e-3, 1e-5, 0.02, 1e-5, 0.02, 0.02, 1e-5, 1e-5, 0.02), strict=True))
 UPPER = dict(zip(NAMES, (30.0, 10.0, 6.0, 10.0, 6.0, 6.0, 10.0, 1.0, 6.0), strict=True))
 
-_NOTHING = 1e-12  # a law with eps = 0 has no finite loss at r = 0: it gets a very large one
+_NOTHING = 1e-12  # a law with eps = 0 has no finite loss at r = 0: this makes it very large
 
 Terms = tuple[Array, Array, Array, Array]
 
@@ -30,6 +32,11 @@ def terms(theta: Array, n: Array, d: Array, r: Array) -> Terms:
     tokens = np.broadcast_to(b * r**eta * d**-beta, shape) if b else np.zeros(shape)
     ratio = np.broadcast_to(c * np.maximum(r + eps, _NOTHING) ** -gamma, shape) if c else np.zeros(shape)
     return np.full(shape, e), size, tokens, ratio
+
+
+def loss(theta: Array, n: Array, d: Array, r: Array) -> Array:
+    """L(N, D, r), of the inputs' shape."""
+    return np.asarray(sum(terms(theta, n, d, r)), dtype=np.float64)
 
 
 def slopes_by_log(theta: Array, n: Array, d: Array, r: Array) -> tuple[Array, Array]:
@@ -65,10 +72,10 @@ def derivatives(theta: Array, n: Array, d: Array, r: Array) -> dict[str, Array]:
 
 
 def form(free: tuple[str, ...]) -> Form:
-    """The fitter's view of the law with only the parameters `free`; the others are 0, which drops their terms.
+    """The form of the law for the fitter, with only the parameters `free`; the others are 0, which drops their terms.
 
     `x` has the columns n, d, r, with n and d divided by a typical value of the data: A and B are then the size of
-    their terms in the middle of the data, and one set of starts and bounds serves every scale of model.
+    their terms in the middle of the data, and one set of starts and bounds fits every scale of model.
     """
     places = np.array([NAMES.index(name) for name in free])
 
@@ -78,17 +85,13 @@ def form(free: tuple[str, ...]) -> Form:
         value, by_log = slopes_by_log(full, x[:, 0], x[:, 1], x[:, 2])
         return value, by_log[:, places]
 
-    def draw(generator: np.random.Generator, loss: Array) -> Array:
-        """One start, log-uniform or uniform over the ranges that published fits fall in."""
+    def draw(generator: np.random.Generator, losses: Array) -> Array:
+        """Draw one start, log-uniform or uniform over the ranges of published fits."""
         exponents = generator.uniform(0.1, 2.0, 4)
         a, b, c = 10 ** generator.uniform(-2.0, 0.5, 3)
-        start = {
-            "E": generator.uniform(0.1, 1.0) * float(loss.min()),
-            "A": a, "alpha": exponents[0],
-            "B": b, "beta": exponents[1], "eta": exponents[2],
-            "C": c, "eps": 10 ** generator.uniform(-3.0, -0.3), "gamma": exponents[3],
-        }  # fmt: skip
-        return np.array([start[name] for name in free])
+        e, eps = generator.uniform(0.1, 1.0) * float(losses.min()), 10 ** generator.uniform(-3.0, -0.3)
+        start = (e, a, exponents[0], b, exponents[1], exponents[2], c, eps, exponents[3])
+        return np.array(start)[places]
 
     return Form(
         names=free,
@@ -97,3 +100,12 @@ def form(free: tuple[str, ...]) -> Form:
         draw=draw,
         evaluate=evaluate,
     )
+
+
+def in_billions(theta: Array, free: tuple[str, ...], scale: tuple[float, ...]) -> Array:
+    """All nine parameters for N and D in 1e9, from the `free` ones of a fit in units of `scale`."""
+    full = np.zeros(len(NAMES))
+    full[[NAMES.index(name) for name in free]] = theta
+    full[1] *= scale[0] ** full[2]
+    full[3] *= scale[1] ** full[4]
+    return full

@@ -1,21 +1,21 @@
-"""Which mixture, how much data, what size? The three uses of the D-CPT Law (arXiv 2406.01375, "usages").
+"""The three uses of the D-CPT Law (arXiv 2406.01375, "usages"): the best mixture, amount of data and size.
 
     best_ratio(domain, n, d, bound)            lowest domain loss while the general loss keeps its bound
     best_scarce_ratio(domain, n, domain_d)     domain text is scarce: D = D_d / r
     best_under_compute(domain, compute)        size, tokens and ratio for a budget of 6 N D operations
 
 N, D in 1e9; ratios are the DOMAIN's share r_d, and a general law is asked at 1 - r_d. Everything is searched on a
-grid and then polished, never solved by a root that may not exist: L_d need not fall in r_d, nor L_g rise.
+grid and then polished, never solved by a root that may not exist: L_d may rise in r_d, and L_g may fall.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
 from bitquilt.errors import UserError
-from bitquilt.laws.axes import FAR, extrapolations, refuse_dropped
+from bitquilt.laws.axes import FAR, notes_on
 from bitquilt.laws.dcpt import DCPTLaw
 from bitquilt.laws.fit import Array
 
@@ -36,7 +36,7 @@ class GeneralBound:
 
     @staticmethod
     def tolerance(law: DCPTLaw, n: float, d: float, share: float, general_loss: float | None = None) -> "GeneralBound":
-        """(1 + share) times the general loss, by default the one predicted for general text alone at N, D."""
+        """Bound by (1 + share) times `general_loss`, by default the prediction for general text alone at N, D."""
         start = float(law.value(n, d, 1.0)) if general_loss is None else general_loss
         if share < 0 or start <= 0:
             raise UserError(f"tolerance {share:g} of a general loss {start:g}: wanted at least 0 of a loss above 0")
@@ -45,8 +45,8 @@ class GeneralBound:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen mixture: `ratio` is the domain's share. `feasible` is False when no mixture keeps the bound (then
-    the one with the least domain text is returned); `warnings` name extrapolations and edges."""
+    """The chosen mixture: `ratio` is the domain's share. `feasible` is False when no mixture keeps the bound, and the
+    choice is then the one with the least domain text; `warnings` name extrapolations and edges."""
 
     n: float
     d: float
@@ -73,8 +73,7 @@ def best_scarce_ratio(
 ) -> Choice:
     """Use 2: only `domain_d` (1e9) domain tokens exist, used once, so D = domain_d / r_d; minimise L_d.
 
-    `max_d` caps D. Starts from the closed form for eps = 0 besides the grid. Raises UserError when the cap leaves no
-    ratio.
+    `max_d` caps D. The closed form for eps = 0 joins the grid. Raises UserError when the cap leaves no ratio.
     """
     if domain_d <= 0 or (max_d is not None and max_d < domain_d):
         raise UserError(f"got {domain_d:g}e9 domain tokens and at most {max_d}e9 in all, wanted 0 < domain <= all")
@@ -150,13 +149,13 @@ def best_under_compute(
     n = float(np.exp(best_log))
     choice = _choice(domain, n, product / n, best, bound, feasible)
     if not extrapolate and domain.report and min(n / low, high / n) < 1.01:
-        note = "the best size lies on the edge of what the data support (twice the fitted range); measure further out"
-        return Choice(**{**choice.__dict__, "warnings": (*choice.warnings, note)})
+        note = "the best size is at the edge of twice the fitted range; measure larger or smaller runs"
+        return replace(choice, warnings=(*choice.warnings, note))
     return choice
 
 
 def _sizes(law: DCPTLaw, product: float, extrapolate: bool) -> tuple[float, float]:
-    """The sizes N (1e9) to search: all, or those for which N and D = product / N lie near the fitted ranges."""
+    """The range of N (1e9) to search: any, or where N and D = product / N are near the fitted ranges."""
     if product <= 0:
         raise UserError(f"the compute budget is {product * FLOPS_PER_UNIT:g} operations, wanted a number above 0")
     if law.report is None or extrapolate:
@@ -172,8 +171,8 @@ def _sizes(law: DCPTLaw, product: float, extrapolate: bool) -> tuple[float, floa
     if low > high:
         smallest, largest = (v * FLOPS_PER_UNIT for v in (low_n * low_d / FAR**2, high_n * high_d * FAR**2))
         raise UserError(
-            f"the budget of {product * FLOPS_PER_UNIT:.3g} operations lies outside the fitted runs: wanted "
-            f"{smallest:.3g} to {largest:.3g}; measure larger runs, or extrapolate on purpose"
+            f"the budget of {product * FLOPS_PER_UNIT:.3g} operations is outside the fitted runs: wanted "
+            f"{smallest:.3g} to {largest:.3g}; measure larger runs, or pass --extrapolate (extrapolate=True)"
         )
     return low, high
 
@@ -186,7 +185,7 @@ def _excess(bound: GeneralBound | None, n: float, tokens: Curve) -> Curve | None
 
 
 def _search(ratios: Array, loss: Curve, excess: Curve | None) -> tuple[float, bool]:
-    """(ratio of the lowest loss where excess <= 0, whether there is one): grid, then the edge, then the minimum."""
+    """The ratio of the lowest loss where excess <= 0, and whether there is one: grid, then edge, then minimum."""
     losses = loss(ratios)
     allowed = np.ones(len(ratios), dtype=bool) if excess is None else excess(ratios) <= 0
     if not allowed.any():
@@ -202,16 +201,18 @@ def _search(ratios: Array, loss: Curve, excess: Curve | None) -> tuple[float, bo
     candidates = [centre, *ends]
     if ends[1] > ends[0]:
         polished = minimize_scalar(
-            lambda r: float(loss(np.array([r]))[0]), bounds=(ends[0], ends[1]), method="bounded",
+            lambda r: float(loss(np.array([r]))[0]),
+            bounds=(ends[0], ends[1]),
+            method="bounded",
             options={"xatol": 1e-10},
-        )  # fmt: skip
+        )
         candidates.append(float(polished.x))
     values = loss(np.array(candidates))
     return candidates[int(values.argmin())], True
 
 
 def _edge(excess: Curve, inside: float, outside: float) -> float:
-    """The last ratio on the way from `inside` to `outside` that still keeps the bound."""
+    """The last ratio between `inside` and `outside` that keeps the bound."""
 
     def at(r: float) -> float:
         return float(excess(np.array([r]))[0])
@@ -219,7 +220,7 @@ def _edge(excess: Curve, inside: float, outside: float) -> float:
     if at(inside) == 0:
         return inside
     root = float(brentq(at, inside, outside, xtol=1e-12))
-    for step in (0.0, 1e-12, 1e-11, 1e-10):  # the root may fall a rounding error beyond the bound
+    for step in (0.0, 1e-12, 1e-11, 1e-10):  # the root may be a rounding error beyond the bound
         candidate = root + step * (inside - outside) / abs(inside - outside)
         if at(candidate) <= 0:
             return candidate
@@ -227,16 +228,15 @@ def _edge(excess: Curve, inside: float, outside: float) -> float:
 
 
 def _choice(domain: DCPTLaw, n: float, d: float, ratio: float, bound: GeneralBound | None, feasible: bool) -> Choice:
-    """The chosen point with what both laws say about it. Raises UserError along a dropped axis."""
+    """The chosen point with the losses and warnings of both laws. Raises UserError along a dropped axis."""
     notes = []
     for law, share, name in ((domain, ratio, "domain"), (bound.law if bound else None, 1 - ratio, "general")):
         if law is None or law.report is None:
             continue
-        point = {"n": np.array([n]), "d": np.array([d]), "ratio": np.array([share])}
         if "ratio" in law.report.dropped:
             raise UserError(f"the {name} law was fitted on one ratio and cannot choose another; fit several ratios")
-        refuse_dropped(law.report.dropped, point)
-        far = [f"{name} law: {note}" for note in extrapolations(law.report.ranges, point)]
+        questions = notes_on(law.report, n=np.array([n]), d=np.array([d]), ratio=np.array([share]))
+        far = [f"{name} law: {note}" for note in questions]
         if far:
             far[-1] += f"; the best starts differ by {law.interval(n, d, share).spread.item():.4f} nats there"
         notes += far
@@ -246,5 +246,12 @@ def _choice(domain: DCPTLaw, n: float, d: float, ratio: float, bound: GeneralBou
             f"no mixture keeps the general loss at or below {bound.limit:.4f}: it is {general:.4f} at ratio {ratio:g}"
         )
     return Choice(
-        n, d, ratio, float(domain.value(n, d, ratio)), general, bound.limit if bound else None, feasible, tuple(notes)
+        n=n,
+        d=d,
+        ratio=ratio,
+        domain_loss=float(domain.value(n, d, ratio)),
+        general_loss=general,
+        limit=bound.limit if bound else None,
+        feasible=feasible,
+        warnings=tuple(notes),
     )

@@ -1,12 +1,12 @@
-"""How does a law look beside its points? `draw_law(law, runs, path, general)`: one picture of up to four panels.
+"""Pictures of a law with its points: `draw_law` draws up to four panels into one file.
 
 The fitted surface with the points in the same colours, loss against ratio with the interval, residuals, and the
-trade-off curve between general and domain loss. matplotlib is an extra and imported here only when asked for.
+trade-off curve between general and domain loss. matplotlib is an extra and is imported only when something is drawn.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,15 +73,14 @@ def _surface(axes: "Axes", law: DCPTLaw, runs: Runs, domain: str) -> None:
     tokens = np.geomspace(runs.d.min(), runs.d.max(), 120)
     r, d = np.meshgrid(ratios, tokens)
     loss = law.value(float(runs.n.max()), d, r)
-    # The steep corner at ratio 0 would take all the colours.
+    # Cut at the 90th percentile: the steep corner at ratio 0 would take up the whole range of colours.
     low, high = float(min(loss.min(), largest.loss.min())), float(np.quantile(largest.loss, 0.9))
-    mesh = axes.pcolormesh(r, d * 1e9, loss, cmap="viridis_r", vmin=low, vmax=high, shading="gouraud", rasterized=True)
+    colours: dict[str, Any] = {"cmap": "viridis_r", "vmin": low, "vmax": high}
+    mesh = axes.pcolormesh(r, d * 1e9, loss, shading="gouraud", rasterized=True, **colours)
     levels = np.linspace(low, high, 9)[1:-1]
     axes.contour(r, d * 1e9, loss, levels=levels, colors="white", linewidths=0.6, alpha=0.7)
-    axes.scatter(
-        largest.ratio, largest.d * 1e9, c=largest.loss, cmap="viridis_r", vmin=low, vmax=high, s=46,
-        edgecolors="white", linewidths=1.2, zorder=3, clip_on=False,
-    )  # fmt: skip
+    points: dict[str, Any] = {"s": 46, "edgecolors": "white", "linewidths": 1.2, "zorder": 3, "clip_on": False}
+    axes.scatter(largest.ratio, largest.d * 1e9, c=largest.loss, **colours, **points)
     axes.set_yscale("log")
     axes.figure.colorbar(mesh, ax=axes, label="loss, nats per token", extend="max")
     axes.set(xlabel=_share(domain), ylabel="tokens", title=f"Fitted surface, {_count(runs.n.max())} parameters")
@@ -103,7 +102,7 @@ def _against_ratio(axes: "Axes", law: DCPTLaw, runs: Runs) -> None:
 
 
 def _residuals(axes: "Axes", law: DCPTLaw, runs: Runs) -> None:
-    """Relative error of every point: shapes here are what the law does not know."""
+    """Relative error of every point: a pattern shows what the law misses."""
     predicted = law.value(runs.n, runs.d, runs.ratio)
     percent = 100 * (predicted / runs.loss - 1)
     for n, colour in _sizes(runs):
@@ -161,7 +160,7 @@ def _share(domain: str) -> str:
 
 
 def _count(billions: float) -> str:
-    """A count given in 1e9, as people say it: 388 k, 1.23 M, 1.8 B."""
+    """A count given in 1e9, in words: 388 k, 1.23 M, 1.8 B."""
     for unit, factor in (("B", 1.0), ("M", 1e-3), ("k", 1e-6)):
         if billions >= factor:
             return f"{billions / factor:.3g} {unit}"

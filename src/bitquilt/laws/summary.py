@@ -1,7 +1,8 @@
-"""What does a fit know beyond its parameters, and how sure is a prediction? Shared by all laws."""
+"""Shared by all laws: the base `FittedLaw`, `fit_points` with its `FitReport`, `predict_with` for intervals."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,8 @@ from bitquilt.laws.fit import Array, Form, Goodness, at_bounds, goodness, solve
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """What a fit knows beyond its parameters. `near_best [k, p]` and `bootstrap [draws, p]` hold the parameters of
-    the best starts and of the refits; `ranges` and `dropped` are the fitted axes (1e9, 1e9, share)."""
+    """A fit beyond its parameters. `near_best [k, p]` and `bootstrap [draws, p]`: the parameters of the best starts and
+    of the refits; `ranges` and `dropped`: the fitted axes (1e9, 1e9, share)."""
 
     points: int
     goodness: Goodness
@@ -28,10 +29,39 @@ class FitReport:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class FittedLaw:
+    """A law: its parameters are the fields of the subclass, finite and at least 0, in the formula's order.
+
+    `report`: how they were found, None for parameters from elsewhere. Raises UserError for other values."""
+
+    report: FitReport | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in self.parameters.items():
+            if not math.isfinite(value) or value < 0:
+                raise UserError(f"the parameter {name} of a law is {value}, wanted a finite number of at least 0")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the parameters."""
+        return tuple(item.name for item in fields(cls) if item.name != "report")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Name -> value."""
+        return {name: float(getattr(self, name)) for name in self.names()}
+
+    @property
+    def theta(self) -> Array:
+        """The parameters as an array `[p]`."""
+        return np.array(list(self.parameters.values()))
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """Losses `[points]` with the bootstrap interval `low`..`high` at `level` (of the law's value; a single run also
-    has its own noise), the `spread` between the best starts, and what the law has to say about the question."""
+    has its own noise), the `spread` between the best starts, and warnings about the points."""
 
     loss: Array
     low: Array
@@ -43,8 +73,8 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """What a law is fitted to: inputs `x [points, axes]` in the units of the fit, losses `[points]`, the run each point
-    belongs to `[points]` (the bootstrap draws runs), the axes and their hash."""
+    """The points of a fit: inputs `x [points, axes]` in the units of the fit, losses `[points]`, the run of each point
+    `[points]` (the bootstrap draws runs), the axes and the hash of the data."""
 
     x: Array
     loss: Array
@@ -73,8 +103,10 @@ def fit_points(
     value: Callable[[Array], Array],
     doubts: Sequence[str] = (),
 ) -> tuple[Array, FitReport]:
-    """The parameters and the report. `full`: free parameters in the units of the fit -> all of the law's; `value`: the
-    law's losses `[points]` for those; `doubts`: warnings known before the fit."""
+    """Fit a law and return its parameters and the report.
+
+    `full`: free parameters in the units of the fit -> all of the law's; `value`: those -> the law's losses `[points]`;
+    `doubts`: warnings known before the fit."""
     x, loss = points.x, points.loss
     solution = solve(form, x, loss, starts=effort.starts, seed=effort.seed, delta=effort.delta)
     refits = bootstrap(form, x, loss, solution, points.run, draws=effort.draws, seed=effort.seed, delta=effort.delta)
@@ -97,8 +129,8 @@ def fit_points(
 def predict_with(
     report: FitReport | None, theta: Array, value: Callable[[Array], Array], level: float, notes: Sequence[str] = ()
 ) -> Prediction:
-    """`value` (parameters -> losses) at `theta`, with the interval at `level` from the refits, or from the best starts
-    where there are none. Raises UserError for a level that is no probability."""
+    """Predict `value` (parameters -> losses) at `theta`, with the interval at `level` from the refits, or from the best
+    starts where there are none. Raises UserError for a level outside 0 to 1."""
     if not 0 < level < 1:
         raise UserError(f"level is {level:g}, wanted a probability between 0 and 1, such as 0.9")
     loss = value(theta)

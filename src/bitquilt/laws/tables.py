@@ -1,4 +1,4 @@
-"""What does a law say about a table of points? `predict_rows(file, points) -> (rows, notes)`, ready for JSON."""
+"""Predictions for a table of points: `predict_rows` returns rows ready for JSON, `write_rows` writes them as CSV."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ def predict_rows(
 ) -> tuple[list[Row], list[str]]:
     """Predict every row of the CSV `points`: its own columns, then loss, low, high, spread (nats per token).
 
-    Rows name their law in a `domain` column; `domain` says it for a table without one. Raises UserError for bad
-    tables and for a law that the file does not hold.
+    Rows name their law in a `domain` column; `domain` names it for a table without one. Also returns the warnings.
+    Raises UserError for bad tables and for a law that the file does not hold.
     """
     if file.kind == "bpw":
         return _predict_bpw(file, points, level)
@@ -92,5 +92,5 @@ def _rows(inputs: Mapping[str, list[Any]], prediction: Prediction) -> list[Row]:
 
 
 def _counts(billions: Any) -> list[float | int]:
-    """Back to plain counts; whole where they were whole."""
+    """Plain counts from 1e9; integers where they were integers."""
     return [round(v) if abs(v - round(v)) < 1e-6 * v else v for v in (billions * BILLION).tolist()]

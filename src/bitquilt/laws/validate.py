@@ -1,8 +1,8 @@
-"""Would the law have known? `cross_validate(runs, over)`: fit without some sizes, ratios or token counts, predict them.
+"""Cross-validation of a law: `cross_validate` fits without some sizes, ratios or token counts and predicts them.
 
 As in the D-CPT paper (arXiv 2406.01375): every size is left out once; every pair of ratios is left out
 once (9 ratios: 36 splits; with fewer than six ratios, one at a time); token counts are cut into three stretches and
-each is left out once, so that the last asks the law about training longer than it has seen.
+each is left out once, the last of which tests longer training than the fit has seen.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _STRETCHES = 3
 
 @dataclass(frozen=True)
 class Split:
-    """The held-out values (N or D in 1e9, or ratios) and how well the law fitted without them met their points."""
+    """The held-out values (N or D in 1e9, or ratios), and the fit of a law without them to their points."""
 
     held_out: tuple[float, ...]
     goodness: Goodness

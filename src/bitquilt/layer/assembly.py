@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitquilt.core.types import LayerPlan, Outliers, Permutation, QuantizedWeight, group_slices
 from bitquilt.layer.gptq_sweep import Sweep
-from bitquilt.layer.grids import GRIDS, Grid
+from bitquilt.layer.grids import GRID_CLASSES, Grid
 
 
 def assemble(
@@ -43,7 +43,7 @@ def disassemble(weight: QuantizedWeight, plan: LayerPlan, compensated: Tensor) -
         start = 0
         for k in groups:
             columns = slice(start, start + slices[k].stop - slices[k].start)
-            grids[k] = GRIDS[segment.format.grid].of_segment(segment, columns)
+            grids[k] = GRID_CLASSES[segment.format.grid].of_segment(segment, columns)
             codes[:, slices[k]] = segment.codes[:, columns]
             dense[:, slices[k]] = grids[k].decode(segment.codes[:, columns].float())
             start = columns.stop

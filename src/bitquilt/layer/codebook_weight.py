@@ -7,7 +7,7 @@ be multiplied by a gain per row too: then the rows over their gains are clustere
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,23 +47,10 @@ class LevelTables:
 
     def fitter(self, weight: Tensor, bits: int, counted: Tensor, importance: Tensor | None) -> FitChannels:
         """Return the fit for channels of so many bits; a shared table is fitted here, to `weight` fp32 `[out, n]`."""
-        clustering, iterations, dtype = self.clustering, self.iterations, self.dtype
+        options: dict[str, Any] = {"clustering": self.clustering, "iterations": self.iterations, "dtype": self.dtype}
         if self.scope == "shared":
-            return fit_table(
-                weight,
-                bits,
-                counted,
-                importance,
-                clustering=clustering,
-                iterations=iterations,
-                dtype=dtype,
-                gain_dtype=self.gain_dtype,
-            ).fit
-
-        def fit_own(columns: Tensor, mass: Tensor) -> CodebookGrid:
-            return fit_codebook(columns, bits, mass, clustering=clustering, iterations=iterations, dtype=dtype)
-
-        return fit_own
+            return fit_table(weight, bits, counted, importance, gain_dtype=self.gain_dtype, **options).fit
+        return lambda columns, mass: fit_codebook(columns, bits, mass, **options)
 
     def over_row_gains(self, weight: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`weight` and `counted` `[out, in]` as the tables see them, and the gains as stored `[out]`, or None.

@@ -78,7 +78,7 @@ def sweep(
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         loss += errors.double().square().sum()
     rest = None if remainder is None else remainder.t().contiguous()
-    # a column changes no more once it is rounded
+    # a column no longer changes once it is rounded
     return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest, columns.t())
 
 

@@ -1,4 +1,4 @@
-"""What a plan stores, before anything is solved: `grouped_layout` for column groups, `channel_layout` for codebooks.
+"""Layouts of plans before anything is solved: `grouped_layout` for column groups, `channel_layout` for codebooks.
 
 Both describe what `assemble` will store, for arrays of millions of groups or channels too.
 """

@@ -1,5 +1,8 @@
-"""Rounding to nearest, without feedback: `round_to_nearest` by groups, `round_groups` for tables of loss,
-`round_symmetric` for tables of which single rows are read, such as embeddings."""
+"""Rounding to nearest, without feedback: `round_to_nearest`, `round_groups` and `round_symmetric`.
+
+`round_to_nearest` gives codes and grids of any kind, `round_groups` the rounded weight for tables of loss.
+`round_symmetric` is for tables of which single rows are read, such as embeddings.
+"""
 
 from collections.abc import Sequence
 
@@ -8,14 +11,7 @@ from torch import Tensor
 
 from bitquilt.core.types import QuantizedWeight, Segment, group_slices
 from bitquilt.layer.gptq_sweep import FitGroup, G, Sweep
-from bitquilt.layer.grids.uniform import (
-    OneBitRule,
-    RangeSearch,
-    UniformGrid,
-    fit,
-    fit_symmetric,
-    scale_dtype_for,
-)
+from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, fit_range, scale_dtype_for
 
 # For tables, which need an error and not the best grid: 7 ranges instead of 72, a tenth of the time.
 COARSE = RangeSearch(taus=(1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95))
@@ -69,7 +65,7 @@ def round_symmetric(weight: Tensor, bits: int, group_size: int) -> QuantizedWeig
     groups = group_slices(weight.shape[1], group_size)
 
     def fit_group(_k: int, columns: Tensor) -> UniformGrid:
-        return fit_symmetric(columns, bits, search=_SYMMETRIC_SEARCH, scale_dtype=dtype)
+        return fit_range(columns, bits, search=_SYMMETRIC_SEARCH, symmetric=True, scale_dtype=dtype)
 
     parts = []
     for rows in weight.split(_ROWS):

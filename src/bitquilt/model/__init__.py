@@ -1,1 +1,1 @@
-"""Checkpoints read lazily, structure found by inspection, quantized modules."""
+"""Checkpoints read lazily, model structure found by inspection, and quantized modules."""

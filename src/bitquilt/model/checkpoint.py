@@ -1,4 +1,4 @@
-"""What is in a checkpoint? open_checkpoint(path or hub id) -> Checkpoint, whose tensors are read on demand."""
+"""Checkpoints on disk: `open_checkpoint` returns a `Checkpoint`, whose tensors are read on demand."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from bitquilt.model.config import ModelConfig, read_config
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".lock"}
-# Said about the source, not about what is made of it.
+# These describe the source, not the quantized model.
 _OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 # Enough of each file to tell two fine-tunes of one model apart without reading 140 GB.
@@ -27,7 +27,7 @@ _HASH_PROBES, _HASH_PROBE_BYTES = 64, 1 << 16
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is, from the file's header alone."""
+    """A tensor's file, shape, type and size, from the file's header alone."""
 
     file: Path
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder of safetensors with a config.json. `tensors` by name; nothing is in memory until `read`."""
+    """A folder of safetensors with a config.json; no tensor is in memory until `read`."""
 
     folder: Path
     name: str
@@ -45,7 +45,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, each its own copy. Raises UserError naming a tensor whose bytes are damaged."""
+        """Read tensors by name, each a copy of its own. Raises UserError for a damaged file."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -67,11 +67,11 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def companions(self) -> list[Path]:
-        """Small files that belong to the model and are copied along: tokenizer, generation settings, custom code."""
+        """Small files of the model that are copied to the output: tokenizer, generation settings, custom code."""
         return sorted(path for path in self.folder.iterdir() if path.is_file() and is_companion(path.name))
 
     def companion_bytes(self) -> dict[str, int]:
-        """Sizes of the companions by name."""
+        """Bytes of the companions by name."""
         return {path.name: path.stat().st_size for path in self.companions()}
 
     def fingerprint(self) -> str:
@@ -90,12 +90,12 @@ class Checkpoint:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name in a model's folder is copied beside the quantized weights."""
+    """Whether a file of this name in a model's folder is copied to the output."""
     return Path(name).suffix not in _NEVER_COPIED and name not in _OWN_FILES and not name.startswith(".")
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """A local folder, or a hub id such as `org/name`, which is downloaded first (safetensors and small files only).
+    """Open a local folder, or a hub id such as `org/name`, of which safetensors and small files are downloaded first.
 
     Raises UserError if there is no such folder or repository, no config.json, no safetensors (pickled weights are
     refused), or if a file is truncated or an indexed tensor is missing.
@@ -111,8 +111,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
 
 def _download(source: str, revision: str | None) -> Path:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UserError(f"no folder at {source!r}, and it is no hub id (org/name); give the path of a model folder")
-    # half a second to import, for what is not here
+        raise UserError(f"no folder at {source!r}, and it is not a hub id (org/name); give the path of a model folder")
+    # late: half a second to import, for hub ids only
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -129,7 +129,7 @@ def _download(source: str, revision: str | None) -> Path:
         )
     except RepositoryNotFoundError:
         raise UserError(
-            f"neither a folder nor a hub repository: {source!r} (private ones need `hf auth login`)"
+            f"{source!r} is neither a folder nor a hub repository (private ones need `hf auth login`)"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(f"no folder at {source!r}, and downloading it from the hub failed: {error}") from None
@@ -143,7 +143,7 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
         if not isinstance(indexed, dict):
             raise UserError(f"{index_path} has no weight_map: the file is damaged; download it again")
         files = sorted({folder / file for file in indexed.values()})
-    else:  # transformers' own name first: adapters and other formats' copies may lie beside it
+    else:  # transformers' own name first: adapters and copies in other formats may be in the folder too
         single = folder / "model.safetensors"
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
@@ -179,7 +179,7 @@ def _refuse_without_safetensors(folder: Path) -> None:
             f"{folder} has pickled weights only ({pickled[0]}), which run code when they are loaded; convert first: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
-    # Of a repository pickled files are not even downloaded, so the folder cannot tell whether there are any.
+    # Pickled files of a repository are not downloaded, so the folder does not show whether there are any.
     raise UserError(
         f"{folder} has no .safetensors file; wanted a Hugging Face model with safetensors weights. Pickled ones, which "
         "run code when they are loaded, are not downloaded from the hub; convert first: "

@@ -21,18 +21,21 @@ _WINDOWED = "sliding_attention"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a language model, 0 or None where its config does not state them.
+    """What a config states about a language model; sizes are 0 or None where it does not state them.
 
-    `windows` has an entry per layer: how many tokens its attention reaches back, or None without a limit.
-    `quantized_by` is the tool that quantized the model, None for full precision.
+    `architectures` are transformers' class names. `windows` has an entry per layer: how many tokens its attention
+    reaches back, or None without a limit. `bos` is the token that starts a text. `quantized_by` is the tool that
+    quantized the model, None for full precision.
     """
 
+    architectures: tuple[str, ...]
     hidden_size: int
     vocabulary: int | None
     context_length: int | None
     windows: tuple[int | None, ...]
     key_value_heads: int
     head_size: int
+    bos: int | None
     quantized_by: str | None
 
     def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
@@ -47,13 +50,16 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     text = nested if isinstance(nested, dict) else values
     width = _number(text, "hidden_size", "n_embd", "d_model")
     heads = _number(text, "num_attention_heads", "n_head")
+    names, bos = values.get("architectures"), values.get("bos_token_id")
     return ModelConfig(
+        architectures=tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else (),
         hidden_size=width,
         vocabulary=_number(text, "vocab_size") or None,
         context_length=_number(text, "max_position_embeddings", "n_positions", "max_seq_len") or None,
         windows=_windows(text),
         key_value_heads=_number(text, "num_key_value_heads") or heads,
         head_size=_number(text, "head_dim") or width // max(1, heads),
+        bos=bos if isinstance(bos, int) else None,
         quantized_by=_quantized_by(values.get(_ENTRY)),
     )
 

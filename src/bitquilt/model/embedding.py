@@ -1,7 +1,7 @@
-"""A table of token embeddings in few bits, and the head that shares it.
+"""Token embeddings in few bits: `QuantizedEmbedding`, and `SharedHead`, which multiplies by the same codes.
 
-The table is stored as a `QuantizedLinear` of `[vocabulary, width]` is; a lookup unpacks only the rows that are read,
-a tied head multiplies by the same codes.
+The table is stored like a `QuantizedLinear` of `[vocabulary, width]`; a lookup unpacks only the rows that are read.
+`replace_layers` puts quantized modules into a model.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from bitquilt.ops.bits import unpack_bits
 from bitquilt.ops.large_pages import let_go
 from bitquilt.ops.reference import decode_uniform
 
-_AROUND = 2**21  # bytes that Linux maps around a page of a file at most: the largest piece that files are cached in
+_AROUND = 2**21  # the most bytes that Linux maps around a page of a file: the largest piece in which it caches files
 _AT_ONCE = 8
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """Rows of one symmetric uniform segment. Input: ids `[...]`; output `[..., width]` in the model's dtype."""
+    """A table of one symmetric uniform segment. Input: ids `[...]`; output `[..., width]` in the model's dtype."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class QuantizedEmbedding(QuantizedLinear):
         self.dtype = dtype or torch.float32
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings of `ids` `[...]` -> `[..., width]`."""
+        """Return the embeddings `[..., width]` of `ids` `[...]`."""
         form, width = self.layout.segments[0]
         flat = ids.reshape(-1)
         codes = unpack_bits(self.get_buffer("codes_0")[flat], form.bits, width)
@@ -47,15 +47,15 @@ class QuantizedEmbedding(QuantizedLinear):
         return rows.to(self.dtype).view(*ids.shape, width)
 
     def arrange(self) -> None:
-        """Nothing: rows are looked up in the stored order."""
+        """Do nothing: rows are looked up in the stored order."""
 
     def project(self, x: Tensor) -> Tensor:
-        """x `[..., width]` -> x W^T `[..., vocabulary]`: what a tied head computes."""
+        """Return x W^T `[..., vocabulary]` of x `[..., width]`, the product of a tied head."""
         return super().forward(x)
 
     @property
     def weight(self) -> Tensor:
-        """For model code that looks at `embedding.weight`: dequantized on each access."""
+        """The table, dequantized on each access, for model code that reads `embedding.weight`."""
         return self.dequantize().to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -64,7 +64,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
 
 class SharedHead(nn.Module):
-    """The head of a model whose logits are products with its embeddings: no weight of its own, perhaps a bias."""
+    """A head whose logits are products with the embeddings: it has no weight of its own, and may have a bias."""
 
     def __init__(self, embedding: QuantizedEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class SharedHead(nn.Module):
 
     @property
     def table(self) -> QuantizedEmbedding:
-        """The embedding whose codes it multiplies by."""
+        """The embedding whose codes the head multiplies by."""
         return self._shared[0]
 
     @property
@@ -84,17 +84,18 @@ class SharedHead(nn.Module):
         return self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., width]` -> logits `[..., vocabulary]`."""
+        """Return logits `[..., vocabulary]` of x `[..., width]`."""
         logits = self.table.project(x)
         return logits if self.bias is None else logits + self.bias
 
 
 def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
-    """`embedding(ids)` of ids int64 `[tokens]`; on a CPU some at a time, and what was mapped for them given back.
+    """Return `embedding(ids)` of ids int64 `[tokens]`; on a CPU some at a time, and free the pages mapped for them.
 
-    Where the table is mapped from a checkpoint's file, reading one row maps up to 2 MB around it: a prompt of 512
-    random tokens made 126 MB of a 131 MB table count as this process's memory. A smaller table would be mapped whole
-    again at once: it is left alone, for asking takes 0.1 ms a token, as long as such a model's own step."""
+    In a table mapped from a checkpoint's file, reading one row maps up to 2 MB around it: a prompt of 512 random tokens
+    made 126 MB of a 131 MB table count as this process's memory. A smaller table is left alone: it would be mapped
+    whole again at once, and freeing takes 0.1 ms a token, as long as such a model's own step.
+    """
     held = (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False))
     tables = [t for t in held if t.dim() == 2 and t.numel() * t.itemsize > _AROUND]
     if ids.device.type != "cpu" or not tables:
@@ -110,7 +111,7 @@ def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
 
 
 def embedding_path(model: Any) -> str | None:
-    """The path of the token embedding where it is a plain `nn.Embedding`, which does nothing but look up; else None."""
+    """Return the path of the token embedding if it is a plain `nn.Embedding`, which only looks rows up; else None."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -121,9 +122,9 @@ def embedding_path(model: Any) -> str | None:
 
 
 def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
-    """Put an empty quantized module at each path of `layouts`, the embedding among them; a tied head shares it.
+    """Put an empty quantized module at each path of `layouts`, the embedding included; a tied head shares it.
 
-    Raises ValueError naming the layer that does not exist, is of another kind, or has another shape.
+    Raises ValueError for a layer that does not exist, is of another kind, or has another shape.
     """
     path = embedding_path(model)
     linear = dict(layouts)
@@ -141,14 +142,14 @@ def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype
 
 
 def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:
-    """Replace the embedding at `path`, and every module whose weight is tied to it, by ones that read `table`."""
+    """Replace the embedding at `path` by `table`, and every module whose weight is tied to it by a `SharedHead`."""
     tied = [name for name, source in model.all_tied_weights_keys.items() if source == f"{path}.weight"]
     replace_module(model, path, table)
     for name in tied:
         owner = name.removesuffix(".weight")
         replace_module(model, owner, SharedHead(table, getattr(model.get_submodule(owner), "bias", None)))
         del model.all_tied_weights_keys[name]
-    # asked again, transformers would tie what is no parameter any more
+    # otherwise transformers would tie a weight that is no longer a parameter
     model._tied_weights_keys = {
         name: source for name, source in (model._tied_weights_keys or {}).items() if name not in tied
     }

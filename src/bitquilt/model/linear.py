@@ -1,4 +1,4 @@
-"""The one module: a linear layer whose weight is stored as `QuantizedWeight` is, in the checkpoint's own tensors."""
+"""`QuantizedLinear`, a linear layer on packed codes, and `replace_linears`, which puts such layers into a model."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from bitquilt import ops
 from bitquilt.core.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
 from bitquilt.core.types import Layout, QuantizedWeight
-from bitquilt.ops import gpu, kernels
-from bitquilt.ops.arranged import ARRANGED, arrange, arrangeable
-from bitquilt.ops.handles import Handle, StoredWeight, version
+from bitquilt.ops import cpu_kernels, gpu
+from bitquilt.ops.gpu_order import ARRANGED, arrange, arrangeable
 from bitquilt.ops.large_pages import place
 from bitquilt.ops.reference import LAYOUT_FIELDS, as_stored
+from bitquilt.ops.stored_weight import Handle, StoredWeight, version
 
 _PAGED_BYTES = 2**16  # smaller layers stay where they are: a page holds hundreds of them
 _settling = threading.Lock()
 
 
 class _Ready:
-    """A module's weight ready for the kernels, valid while its buffers are the very tensors it was made from.
+    """A module's handle for the kernels, valid while the module has the buffers that it was made from.
 
-    Copies of the module and pickles of it begin without."""
+    Copies and pickles of the module start without one.
+    """
 
     def __init__(self) -> None:
         self.handle: Handle | None = None
@@ -49,9 +50,9 @@ class _Ready:
 class QuantizedLinear(nn.Module):
     """y = x W^T + b on packed codes. Input `[..., in]`, output `[..., out]`, any floating dtype.
 
-    Buffers are named and shaped as `packing.tensor_specs(layout)` says and keep their dtype through `.to(dtype)`,
-    `.half()` and `.bfloat16()`: scales are part of the solved weight. The bias is an ordinary parameter. On a GPU some
-    codes lie in another order (`arrange`).
+    `packing.tensor_specs(layout)` names and shapes the buffers. They keep their dtype through `.to(dtype)`, `.half()`
+    and `.bfloat16()`: scales are part of the solved weight. The bias is an ordinary parameter. On a GPU some codes are
+    in another order (`arrange`).
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: Layout, bias: Tensor | None = None) -> Self:
-        """A module around packed tensors. Raises ValueError naming the tensor that disagrees with `layout`."""
+        """Make a module of packed tensors. Raises ValueError for a tensor that disagrees with `layout`."""
         check_tensors(tensors, layout, "weight")
         module = cls(layout, bias is not None, device="meta")
         for name in tensor_specs(layout):
@@ -87,53 +88,56 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
-        """A module around a solved weight."""
+        """Make a module of a solved weight."""
         return cls.from_tensors(pack(weight), weight.layout, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in]` -> `[..., out]` in the dtype of x."""
+        """Return x W^T + b `[..., out]` of x `[..., in]`, in the dtype of x."""
         bias = None if self.has_row_gains else self.bias
-        if not torch.compiler.is_compiling() and kernels.direct(x, self.bias):
+        if not torch.compiler.is_compiling() and cpu_kernels.direct(x, self.bias):
             handle = self._ready.of(self._buffers)
-            if handle is None or handle.level != kernels.level():
+            if handle is None or handle.level != cpu_kernels.level():
                 handle = self.settle()
             if handle is not None:
-                return self._by_row(kernels.product(x, handle, bias))
+                return self._by_row(cpu_kernels.product(x, handle, bias))
         output: Tensor = ops.quantized_matmul(x, *self._stored(), bias, self.out_features)
         return self._by_row(output)
 
     @property
     def has_row_gains(self) -> bool:
-        """Whether the product with the codes is only the output up to a factor per row."""
+        """Whether each output is also multiplied by a factor of its row."""
         return self.layout.row_gain_dtype is not None
 
     def _by_row(self, product: Tensor) -> Tensor:
-        """What is left to do after the operator, which knows no gains of rows: times the gain, plus the bias."""
+        """Apply the gains of rows and the bias, which the operator left out because it knows no gains."""
         if not self.has_row_gains:
             return product
         output = product * self.get_buffer("row_gains").to(product.dtype)
         return output if self.bias is None else output + self.bias.to(product.dtype)
 
     def settle(self) -> Handle | None:
-        """Put the weight where the CPU reads it fastest (`ops.pages`) and make its handle; the first product does.
+        """Move the weight to large pages (`ops.large_pages`) and return its handle; the first product does so.
 
-        None where the kernels leave the layer to the reference. The buffers keep names, shapes and contents; what they
-        were is freed, so at most one layer is held twice."""
+        Returns None where the kernels leave the layer to the reference. The buffers keep names, shapes and contents;
+        the old ones are freed, so at most one layer is held twice.
+        """
         with _settling:
             stored = {name: t for name, t in self._buffers.items() if t is not None}
-            handle = kernels.handle(self._stored(), self.out_features)
+            handle = cpu_kernels.handle(self._stored(), self.out_features)
             if handle is None or any(t.device.type != "cpu" for t in stored.values()):
                 return None
             if self._ready.handle is None and sum(t.numel() * t.itemsize for t in stored.values()) >= _PAGED_BYTES:
                 self._buffers.update(zip(stored, place(list(stored.values())), strict=True))
-                handle = kernels.handle(self._stored(), self.out_features)
+                handle = cpu_kernels.handle(self._stored(), self.out_features)
                 assert handle is not None
             self._ready.set(handle, self._buffers)
             return handle
 
     def arrange(self) -> None:
-        """Put codes in the order in which a GPU reads them (`ops.arranged`), where there is one. Moving a layer to a
-        GPU and loading it there do; moving it and its `state_dict` give the stored order."""
+        """Put codes in the order in which a GPU reads them (`ops.gpu_order`), where there is one.
+
+        Moving a layer to a GPU and loading it there call this; moving it back and `state_dict` use the stored order.
+        """
         for i in range(len(self.layout.segments)):
             grid, bits, group_size, width = self._op_layout[LAYOUT_FIELDS * i : LAYOUT_FIELDS * (i + 1)]
             if arrangeable(grid, bits, group_size, width):
@@ -142,11 +146,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def arranged(self) -> bool:
-        """Whether some codes lie in a GPU's order."""
+        """Whether some codes are in a GPU's order."""
         return any(grid >= ARRANGED for grid in self._op_layout[::LAYOUT_FIELDS])
 
     def _stored_codes(self) -> dict[str, Tensor]:
-        """In the order of the checkpoint, of the segments that are arranged."""
+        """Codes of the arranged segments, in the order of the checkpoint."""
         codes = [self.get_buffer(f"codes_{i}") for i in range(len(self.layout.segments))]
         stored, _ = as_stored(codes, self._op_layout, self.out_features)
         pairs = enumerate(zip(stored, codes, strict=True))
@@ -169,13 +173,13 @@ class QuantizedLinear(nn.Module):
             self.arrange()
 
     def dequantize(self) -> Tensor:
-        """The weight fp32 `[out, in]` this module computes with."""
+        """Return the weight fp32 `[out, in]` that this module computes with."""
         weight: Tensor = ops.dequantize(*self._stored(), self.out_features)
         return weight * self.get_buffer("row_gains").float().unsqueeze(1) if self.has_row_gains else weight
 
     @property
     def weight(self) -> Tensor:
-        """For model code that looks at `layer.weight` (its dtype, device or shape): dequantized on each access."""
+        """The weight, dequantized on each access, for model code that reads its dtype, device or shape."""
         dtype = self.bias.dtype if self.bias is not None else torch.float32
         return self.dequantize().to(dtype)
 
@@ -197,7 +201,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Let `.to()` and friends move the packed tensors but never cast them."""
+        """Let `.to()` and the like move the packed tensors but never cast them."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -220,21 +224,21 @@ class QuantizedLinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A layer that multiplies by one matrix: `nn.Linear` itself, or GPT-2's `Conv1D`, which stores it transposed.
+    """Whether a layer multiplies by one matrix: `nn.Linear` itself, or GPT-2's `Conv1D`, which stores it transposed.
 
-    Subclasses are left alone: what they do beside the product is not known here.
+    Subclasses are left alone, because they may do more than the product.
     """
     return type(module) is nn.Linear or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """GPT-2's layer, which stores `[in, out]`. By its name: transformers may not be imported."""
+    """Whether a layer is GPT-2's, which stores `[in, out]`; found by its name, as transformers may not be imported."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of an `is_linear` module as `[out, in]`."""
+    """Return the weight of an `is_linear` module as `[out, in]`."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     return weight.t() if is_transposed(module) else weight
 
@@ -248,7 +252,7 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def replace_linears(root: nn.Module, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
     """Put an empty `QuantizedLinear` at each path of `layouts`, on the device of the layer it replaces.
 
-    Raises ValueError naming the layer that does not exist, is no linear layer, or has another shape.
+    Raises ValueError for a layer that does not exist, is no linear layer, or has another shape.
     """
     for path, layout in layouts.items():
         try:

@@ -1,8 +1,8 @@
-"""How much memory does a quantized model take while it runs? memory_bytes(skeleton, layouts, ctx) -> Memory.
+"""Memory of a quantized model while it runs: `memory_bytes` counts weights, cache and workspace.
 
-One sequence, half-precision activations and cache. Weights are exact; the cache follows from the config; the workspace
-is what the reference body needs at once: the largest layer unpacked, one block's activations and the logits of a
-prompt's last token.
+The count is for one sequence with activations and cache in half precision. Weights are exact, and the cache follows
+from the config. The workspace is the reference body's peak: the largest layer unpacked, one block's activations and the
+logits of a prompt's last token.
 """
 
 from collections.abc import Container, Mapping
@@ -27,12 +27,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Sum of the three."""
         return self.weights + self.cache + self.workspace
 
 
 def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int, looked_up: Container[str] = ()) -> Memory:
-    """For a context of `ctx` tokens. `looked_up`: tables of which only rows are read, never the whole at once."""
+    """Count the memory for a context of `ctx` tokens. `looked_up`: tables of which only rows are ever unpacked."""
     replaced = {f"{name}.weight" for name in layouts}
     kept = sum(
         info.nbytes

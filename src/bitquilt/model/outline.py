@@ -1,10 +1,10 @@
-"""What does a skeleton look like, without importing transformers' model code? open_outline(checkpoint) -> Skeleton.
+"""Skeletons without transformers' model code: `open_outline` knows Llama-like models from names and shapes.
 
-Importing that code takes three of the five seconds that a plan may take. Models built like Llama, which are most of
-what is planned, are known from config.json and the names and shapes of their tensors: where every tensor is there, of
-the shape the config wants, and none beside them, the outline is the skeleton. Anything else is built and looked at.
+Importing that code takes three of the five seconds that a plan may take. Most models that are planned are built like
+Llama and can be recognized from config.json and the names and shapes of their tensors: if exactly the tensors that the
+config implies are there, the outline is the skeleton. Any other model is built and inspected.
 
-The model of an outline is one of empty modules: to be named and measured, not to be loaded or called.
+An outline's modules are empty: they have names and sizes, and cannot be loaded or called.
 """
 
 import copy
@@ -22,7 +22,7 @@ from bitquilt.model.structure import Skeleton, open_skeleton
 
 @dataclass(frozen=True)
 class _Family:
-    """Where one differs from Llama: biases of q, k and v; norms of q and k, and a `head_dim` of their own."""
+    """Differences from Llama: biases of q, k and v; norms of q and k, with a `head_dim` of their own."""
 
     model_type: str
     qkv_bias: bool = False
@@ -36,14 +36,20 @@ _FAMILIES = {
     "Qwen3ForCausalLM": _Family("qwen3", norms=True),
 }
 # Numbers without which the shapes would rest on a default of transformers' own.
-_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "num_key_value_heads")  # fmt: skip
-# Settings that change what a layer is; where one is given and on, the model is built.
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+# Settings that change what a layer is; if one is on, the model is built and inspected.
 _STRANGE = ("attention_bias", "mlp_bias")
 
 
 def open_outline(checkpoint: Checkpoint) -> Skeleton:
-    """The skeleton of `checkpoint`, for questions about names and sizes. Raises UserError as `open_skeleton` does."""
+    """Return the skeleton of `checkpoint` for planning, which needs names and sizes only. Raises as `open_skeleton`."""
     model = _outline(checkpoint)
     if model is None:
         return open_skeleton(checkpoint)
@@ -56,7 +62,7 @@ def open_outline(checkpoint: Checkpoint) -> Skeleton:
 
 
 class _Outline(nn.Module):
-    """What planning asks of a transformers model: its modules, what makes logits, what is tied."""
+    """The part of a transformers model that planning needs: its modules, embedding and head, and ties."""
 
     config: Any
     all_tied_weights_keys: dict[str, str]
@@ -70,8 +76,7 @@ class _Outline(nn.Module):
 
 def _outline(checkpoint: Checkpoint) -> _Outline | None:
     config = checkpoint.config
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    name = next(iter(checkpoint.model_config.architectures), "")
     family = _FAMILIES.get(name)
     if family is None or config.get("model_type") != family.model_type or any(config.get(key) for key in _STRANGE):
         return None
@@ -87,11 +92,12 @@ def _outline(checkpoint: Checkpoint) -> _Outline | None:
         return None
     block = _block(family, width, inner, heads * size, shared * size, size)
     model = cast(_Outline, type(name, (_Outline,), {})())
-    model.add_module("model", _module({
+    members = {
         "embed_tokens": nn.Embedding.from_pretrained(_empty(vocabulary, width)),
         "layers": nn.ModuleList([block, *(copy.deepcopy(block) for _ in range(count - 1))]),
         "norm": _vector(width),
-    }))  # fmt: skip
+    }
+    model.add_module("model", _module(members))
     model.add_module("lm_head", _linear(vocabulary, width))
     model.all_tied_weights_keys = {}
     if tied:
@@ -113,14 +119,18 @@ def _block(family: _Family, width: int, inner: int, queries: int, keys: int, hea
     }
     if family.norms:
         attention |= {"q_norm": _vector(head), "k_norm": _vector(head)}
-    return _module({
+    mlp: dict[str, nn.Module] = {
+        "gate_proj": _linear(inner, width),
+        "up_proj": _linear(inner, width),
+        "down_proj": _linear(width, inner),
+    }
+    members = {
         "self_attn": _module(attention),
-        "mlp": _module({
-            "gate_proj": _linear(inner, width), "up_proj": _linear(inner, width), "down_proj": _linear(width, inner),
-        }),
+        "mlp": _module(mlp),
         "input_layernorm": _vector(width),
         "post_attention_layernorm": _vector(width),
-    })  # fmt: skip
+    }
+    return _module(members)
 
 
 def _module(members: Mapping[str, nn.Module]) -> nn.Module:
@@ -131,7 +141,7 @@ def _module(members: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _linear(rows: int, width: int, bias: bool = False) -> nn.Linear:
-    """Empty from the start: nn.Linear fills its weight with random numbers, on the meta device through Python code that
+    """An empty linear layer. nn.Linear would fill it with random numbers, on the meta device through Python code that
     takes a second to import."""
     found = nn.Linear(1, 1, bias)
     found.in_features, found.out_features = width, rows

@@ -1,6 +1,6 @@
-"""What is in a model on the hub, without its weights? open_headers(source) -> Checkpoint that can be planned, not read.
+"""Headers of a model on the hub: `open_headers` returns a `Checkpoint` that can be planned but not read.
 
-Fetched are config.json, the safetensors headers (by range requests) and the list of files with their sizes.
+It fetches config.json, the safetensors headers (by range requests) and the list of files with their sizes.
 """
 
 import json
@@ -14,17 +14,17 @@ from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, TensorInfo, is_com
 
 @dataclass(frozen=True, eq=False)
 class RemoteCheckpoint(Checkpoint):
-    """A `Checkpoint` whose folder holds no weights; `companion_sizes` as the hub lists them."""
+    """A `Checkpoint` whose folder has no weights; the hub lists `companion_sizes`."""
 
     companion_sizes: dict[str, int]
 
     def companion_bytes(self) -> dict[str, int]:
-        """Sizes of the companions by name."""
+        """Bytes of the companions by name."""
         return self.companion_sizes
 
 
 def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """A local folder as it is, or the headers of a hub id such as `org/name`.
+    """Open a local folder, or the headers of a hub id such as `org/name`.
 
     Raises UserError as `open_checkpoint` does, and for a repository without safetensors.
     """
@@ -51,7 +51,7 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
         listed = [f for f in api.list_repo_tree(name, revision=revision) if isinstance(f, RepoFile)]
     except RepositoryNotFoundError:
         raise UserError(
-            f"neither a folder nor a hub repository: {name!r} (private ones need `hf auth login`)"
+            f"{name!r} is neither a folder nor a hub repository (private ones need `hf auth login`)"
         ) from None
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Which parts of a model repeat, and which of them can be quantized? Found by looking, not from a list of families.
+"""The structure of a model: `open_skeleton` builds it without weights, `find_blocks` and `linear_layers` inspect it.
 
-A model here is a skeleton: parameters on the meta device, buffers real. A block's weights are read from the
-checkpoint when its turn comes and dropped afterwards.
+Parts are found by inspection, not from a list of families. In a `Skeleton` parameters are on the meta device and
+buffers are real; a block's weights are read from the checkpoint when its turn comes and dropped afterwards.
 """
 
 import copy
@@ -29,11 +29,11 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """A model without weights, and where they are.
+    """A model without weights, and where its weights are stored.
 
     `blocks`: dotted paths of the repeated blocks, in order. `sources`: checkpoint names of each block's tensors, by
-    path; under "" those of the rest. `parameters`: checkpoint name -> the model's own name, where a tensor goes in
-    unchanged (it does not where a family stores tensors split or stacked).
+    path; under "" those of the rest. `parameters`: checkpoint name -> the model's own name, for tensors that are loaded
+    unchanged (some families store tensors split or stacked).
     """
 
     model: "PreTrainedModel"
@@ -44,10 +44,10 @@ class Skeleton:
     parameters: Mapping[str, str]
 
     def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
-        """Read the tensors of the block at `path`, or with "" of everything outside the blocks, into the model.
+        """Load the block at `path`, or with "" everything outside the blocks, into the model.
 
-        `tensors`: what was read of it already.
-        Floating tensors become the model's dtype. Raises UserError naming a parameter that stays without value.
+        `tensors`: the block's tensors if they were read already. Floating tensors get the model's dtype. Raises
+        UserError for a parameter without a value.
         """
         from bitquilt.model.transformers_model import load_tensors
 
@@ -55,7 +55,7 @@ class Skeleton:
         module = self.model.get_submodule(path)
         if not path:
             missing = set(self.model.state_dict()) - set(self.parameters.values())
-            with quiet_transformers():  # what is stored twice with two values stays two tensors
+            with quiet_transformers():  # a tied tensor stored twice with two values stays two tensors
                 self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         inside = () if path else self.blocks
         for name, parameter in (*module.named_parameters(), *module.named_buffers()):
@@ -102,7 +102,7 @@ class Skeleton:
 
 
 def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None = None) -> Skeleton:
-    """Build the model of `checkpoint` without weights, computing in float32; `layouts` puts quantized layers in.
+    """Build the model of `checkpoint` without weights, computing in float32, with quantized layers for `layouts`.
 
     Raises UserError if the config names no known model or the model has no blocks with linear layers.
     """
@@ -129,7 +129,7 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:
-    """Rows of the token embedding. Raises UserError if the model has none: it reads no tokens."""
+    """Return the number of rows of the token embedding. Raises UserError if the model has none: it reads no tokens."""
     try:
         table = model.get_input_embeddings()
         return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
@@ -138,7 +138,7 @@ def vocabulary_size(model: "PreTrainedModel") -> int:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Paths of the repeated blocks: the members of the outermost ModuleList that holds most linear weights.
+    """Return the paths of the repeated blocks: the members of the outermost ModuleList with most linear weights.
 
     Raises UserError if no ModuleList has members with linear layers.
     """
@@ -159,7 +159,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """The block's linear layers by path inside the block, in the model's order."""
+    """Return the block's linear layers by path inside the block, in the model's order."""
     return {path: module for path, module in block.named_modules() if is_linear(module)}
 
 

@@ -1,7 +1,7 @@
-"""Which layers does a serving engine fuse? tied_layers(model, layers) -> sets of paths that must share their format.
+"""Layers that a serving engine fuses: `tied_layers` returns the sets of paths that must share their format.
 
-q, k and v, or gate and up, read the same input and are multiplied as one matrix: they are the siblings that
-transformers' own tensor-parallel plan splits by columns. Experts of one kind are multiplied together as well.
+q, k and v, or gate and up, read the same input and are multiplied as one matrix: transformers' own tensor-parallel plan
+splits them by columns. Experts of one kind are multiplied together as well.
 """
 
 import re
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# Where a family has no parallel plan: the names that are fused wherever they occur.
+# Names that are fused wherever they occur, for families without a parallel plan.
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"}, {"query", "key", "value"})
 
 
 def tied_layers(model: Any, shapes: Mapping[str, tuple[int, int]]) -> list[tuple[str, ...]]:
-    """Sets of two and more of the layers in `shapes` (`[out, in]` by path), each in the order of `shapes`."""
+    """Return sets of two or more of the layers in `shapes` (`[out, in]` by path), each in the order of `shapes`."""
     plan = getattr(model.config, "base_model_tp_plan", None) or {}
     by_column = [_pattern(key) for key, style in plan.items() if "colwise" in str(style)]
     groups: dict[tuple[str, int, str], list[str]] = {}

@@ -1,6 +1,6 @@
-"""What does transformers know of a model: its class, its names for stored tensors, how they are converted?
+"""Models as transformers builds them: `empty_model`, `source_names` of stored tensors, and `load_tensors`.
 
-Importing this file imports transformers' model code, which takes three seconds: only for what needs a model itself.
+Importing this file imports transformers' model code, which takes three seconds: import it only where a model is built.
 """
 
 import re
@@ -31,7 +31,7 @@ from bitquilt.model.transformers_logging import quiet_transformers
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of `checkpoint` without weights, computing in float32; buffers are real.
+    """Build the model of `checkpoint` without weights, computing in float32; buffers are real.
 
     Raises UserError if the config names no known model, or none can be built from it.
     """
@@ -44,7 +44,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The model's config object, without any quantization settings (a skeleton loads its layers itself)."""
+    """Return the model's config object without quantization settings: a skeleton loads its layers itself."""
     values = without_quantization(checkpoint.config)
     if "model_type" not in values:
         raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
@@ -59,7 +59,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 @contextmanager
 def _mistakes_of(checkpoint: Checkpoint) -> Iterator[None]:
-    """What a family's own code raises over a config's values: anything at all, from KeyError to ZeroDivisionError."""
+    """Turn what a family's code raises over a config's values, from KeyError to ZeroDivisionError, into UserError."""
     try:
         yield
     except Exception as error:
@@ -68,9 +68,9 @@ def _mistakes_of(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def source_names(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
-    """Checkpoint name -> (the model's name for it, whether it is split, stacked or otherwise converted on the way).
+    """Map a checkpoint's names to (the model's name, whether the tensor is split, stacked or otherwise converted).
 
-    transformers' own rules for old names, missing prefixes and stacked experts are applied.
+    transformers' own rules for old names, missing prefixes and stacked experts apply.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
@@ -87,7 +87,7 @@ def source_names(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, 
 
 
 def missing_parameters(model: PreTrainedModel, found: Collection[str]) -> list[str]:
-    """The parameters that none of the tensors `found` (the model's own names) fills, nor a tie to one of them."""
+    """Return the parameters that neither the tensors `found` (the model's own names) nor a tie to one of them fill."""
     tied = model.all_tied_weights_keys
     filled = {*found, *tied, *(source for target, source in tied.items() if target in found)}
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -99,7 +99,7 @@ def missing_parameters(model: PreTrainedModel, found: Collection[str]) -> list[s
 
 
 def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    """Put checkpoint tensors into `model`, converted as the family demands."""
+    """Load checkpoint tensors into `model`, converted as the family requires."""
     mapping = get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
     with quiet_transformers():
@@ -117,11 +117,11 @@ _INIT = "torch.nn.init"
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Within the block, `torch.empty`, from which parameters are made, takes no memory, and filling it no time.
+    """Within the block, `torch.empty` makes tensors on the meta device, and filling them does nothing.
 
-    accelerate makes each parameter first and frees it then; between the small tensors that stay the freed pages are
-    never handed out again: 16 GiB of address space for 80 blocks of a 1.1B Llama's shape, which a limit refuses.
-    Random numbers for the empty parameters of 80 blocks took 1.1 s.
+    accelerate makes each parameter and then frees it. The freed pages are between small tensors that stay and are never
+    reused: 16 GiB of address space for 80 blocks of a 1.1B Llama's shape, which a limit refuses. Random numbers for the
+    empty parameters of 80 blocks took 1.1 s.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,14 +135,14 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def architecture(names: Iterable[str] | None) -> Any:
-    """The first model class of config.json's `architectures` that transformers has, or None."""
-    return next((kind for name in names or () if (kind := getattr(transformers, name, None)) is not None), None)
+def architecture(names: Iterable[str]) -> Any:
+    """Return the first of these model classes that transformers has, or None."""
+    return next((kind for name in names if (kind := getattr(transformers, name, None)) is not None), None)
 
 
 def _model_class(config: Any) -> Any:
     names = getattr(config, "architectures", None)
-    kind = architecture(names)
+    kind = architecture(names or ())
     if kind is not None:
         return lambda config, dtype: kind._from_config(config, dtype=dtype)
     for auto in (AutoModelForCausalLM, AutoModel):

@@ -1,7 +1,7 @@
-"""The operators, reached through `torch.library`: eager, `torch.compile` and export see one op each.
+"""The operators `quantized_matmul(x, ...) -> [..., out]` and `dequantize(...) -> fp32 [out, in]` in `torch.library`.
 
-`quantized_matmul(x, ...) -> [..., out]` and `dequantize(...) -> fp32 [out, in]`; `ops.reference` defines both
-and explains the arguments. torch picks the body by device: nobody writes `if device`.
+Eager mode, `torch.compile` and export see one op each. `ops.reference` defines both and explains the arguments. torch
+picks the body by device: `reference` anywhere, `cpu_kernels` on a CPU, `gpu` on a GPU.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.ops import gpu, kernels, reference
+from bitquilt.ops import cpu_kernels, gpu, reference
 
 _WEIGHT_SCHEMA = (
     "Tensor[] codes, Tensor[] scales, Tensor[] zeros, int[] layout, Tensor? permutation, int block, "
@@ -22,9 +22,9 @@ torch.library.define(
 # CompositeExplicitAutograd: the body for every device that has none of its own.
 torch.library.impl("bitquilt::dequantize", "CompositeExplicitAutograd", reference.dequantize)
 torch.library.impl("bitquilt::quantized_matmul", "CompositeExplicitAutograd", reference.quantized_matmul)
-if kernels.built():
-    torch.library.impl("bitquilt::dequantize", "cpu", kernels.dequantize)
-    torch.library.impl("bitquilt::quantized_matmul", "cpu", kernels.quantized_matmul)
+if cpu_kernels.built():
+    torch.library.impl("bitquilt::dequantize", "cpu", cpu_kernels.dequantize)
+    torch.library.impl("bitquilt::quantized_matmul", "cpu", cpu_kernels.quantized_matmul)
 if gpu.has_triton():
     torch.library.impl("bitquilt::dequantize", "cuda", gpu.dequantize)
     torch.library.impl("bitquilt::quantized_matmul", "cuda", gpu.quantized_matmul)

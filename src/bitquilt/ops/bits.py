@@ -1,4 +1,4 @@
-"""How b-bit codes become bytes. One row of codes is one little-endian bit stream, padded to a whole byte.
+"""b-bit codes as bytes: `pack_bits` and `unpack_bits`. A row of codes is a little-endian bit stream of whole bytes.
 
 Eight codes of b bits fill exactly b bytes, so every column group whose width is a multiple of 8 starts on a
 byte. Three bits, codes a..h, least significant bit on the right:
@@ -14,12 +14,12 @@ CODES_PER_UNIT = 8  # the smallest count of codes that fills whole bytes at ever
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take as one stream."""
+    """Bytes of one stream of `count` codes of `bits` bits."""
     return (count * bits + 7) // 8
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes `[rows, n]`, each below 2^bits -> uint8 stream `[rows, ceil(n * bits / 8)]`."""
+    """Pack uint8 codes `[rows, n]`, each below 2^bits, into a uint8 stream `[rows, ceil(n * bits / 8)]`."""
     if bits == 8:
         return codes.contiguous()
     rows, count = codes.shape
@@ -34,7 +34,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """uint8 stream `[rows, ceil(count * bits / 8)]` -> uint8 codes `[rows, count]`."""
+    """Unpack a uint8 stream `[rows, ceil(count * bits / 8)]` into uint8 codes `[rows, count]`."""
     if bits == 8:
         return stream
     rows = stream.shape[0]

@@ -1,4 +1,4 @@
-"""Where stored weights lie while they are used: memory in large pages, `place(tensors) -> tensors`.
+"""Memory in large pages for weights in use: `place` copies tensors there, `let_go` frees pages mapped from a file.
 
 A processor translates addresses page by page. Read in sequence, 4 KiB pages gave 8 GB/s on one thread where 2 MiB
 pages gave 14 (Sapphire Rapids in a virtual machine; `benchmarks.kernels --small-pages` repeats it). Linux hands large
@@ -37,14 +37,14 @@ class _Chunk:
         self.used = 0
 
     def take(self, count: int) -> Tensor:
-        """uint8 `[count]`, a storage of its own: what is saved of it is the tensor, not the chunk."""
+        """Return uint8 `[count]` with a storage of its own, so that saving it saves the tensor, not the chunk."""
         offset = self.start + self.used
         self.used += -(-count // _LINE) * _LINE
         return torch.frombuffer(self.memory, dtype=torch.uint8, offset=offset, count=count)
 
 
 def place(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in large pages, side by side, each at a cache line. A chunk lives as long as any tensor in it."""
+    """Copy tensors to large pages, each at a cache line. A chunk lives as long as any tensor in it."""
     global _current
     sizes = [t.numel() * t.itemsize for t in tensors]
     with _lock, torch.inference_mode(False):
@@ -61,11 +61,11 @@ def place(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def let_go(tensors: Sequence[Tensor]) -> None:
-    """Give back the memory of pages mapped from a file (a checkpoint as transformers loads it): the file still has
-    them, and as long as any of its tensors lives they would be held twice. Nothing is lost if they are read again.
+    """Free pages mapped from a file (a checkpoint as transformers loads it).
 
-    A page that was written to is the process's alone and would be lost: then the tensor stays. Handing pages back to
-    the disk instead (MADV_PAGEOUT) loses nothing either, but took 1.4 s per GB, and the next reader waits for the disk.
+    The file still has them, and they would be held twice as long as any of its tensors lives. Reading them again gives
+    the same bytes. A page that was written to would be lost, so then the tensor stays. MADV_PAGEOUT, which writes pages
+    back instead, loses nothing either, but took 1.4 s per GB, and the next reader waits for the disk.
     """
     try:
         advise = _madvise()
@@ -82,19 +82,22 @@ def let_go(tensors: Sequence[Tensor]) -> None:
 
 @functools.cache
 def _madvise() -> Any:
-    """The system's own: AttributeError where it has none."""
+    """The system's madvise. AttributeError where it has none."""
     return ctypes.CDLL(None).madvise
 
 
 def _of_files(pages: FileIO, first: int, last: int) -> bool:
-    """Whether whatever is in memory of pages `first` to `last` is a file's: bit 63 of an entry says that the page is in
-    memory, 62 that it was swapped out, 61 that a file has it (Linux, Documentation/admin-guide/mm/pagemap.rst)."""
-    import numpy as np  # here: PyTorch, and with it the GPU's kernels, does without
+    """Whether all pages from `first` to `last` that are in memory belong to a file.
+
+    Bit 63 of an entry says that the page is in memory, 62 that it was swapped out, 61 that a file has it (Linux,
+    Documentation/admin-guide/mm/pagemap.rst).
+    """
+    import numpy as np  # late: PyTorch and the GPU's kernels work without it
 
     found = np.frombuffer(os.pread(pages.fileno(), 8 * (last - first), 8 * first), np.uint64)
     return len(found) == last - first and not ((found >> 62 != 0) & (found >> 61 & 1 == 0)).any()
 
 
 def reserve(size: int) -> Tensor:
-    """uint8 `[size]` in large pages, contents undefined."""
+    """Return uint8 `[size]` in large pages, contents undefined."""
     return _Chunk(size).take(size)

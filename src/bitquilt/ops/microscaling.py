@@ -1,7 +1,9 @@
-"""What do the numbers of a microscaling (MX) format mean? 32 neighbours share one power of two (OCP MX 1.0).
+"""Microscaling (MX) formats (OCP MX 1.0): 32 neighbours share one power of two.
 
-An element has a sign, `exponent` bits and `mantissa` bits, no infinity; codes are uint8, sign on top. E4M3 gives its
-largest code to NaN, which is never written. A scale is E8M0: byte e stands for 2^(e - 127), 255 (NaN) is never written.
+`quantize_blocks` rounds values to a format; `encode_element`, `decode_element` and `decode_blocks` turn values into
+codes and back. An element has a sign, `exponent` bits and `mantissa` bits, and no infinity; codes are uint8 with the
+sign on top. E4M3 gives its largest code to NaN. A scale is E8M0: byte e stands for 2^(e - 127), and 255 is NaN. NaN is
+never written.
 
     E2M1 (4 bits)  s e e m        0 .5 1 1.5 2 3 4 6
     E3M2 (6 bits)  s e e e m m    0 .0625 .. 28
@@ -23,7 +25,7 @@ _BIAS, _LARGEST = 127, 127  # of E8M0
 
 @dataclass(frozen=True)
 class Element:
-    """`largest`: finite value; `paper_exponent`: c of MicroMix's scale 2^(floor(log2 m) - c)."""
+    """One MX element format. `largest`: finite value; `paper_exponent`: c of MicroMix's scale 2^(floor(log2 m) - c)."""
 
     name: str
     exponent: int
@@ -33,17 +35,17 @@ class Element:
 
     @property
     def bits(self) -> int:
-        """Of a code, sign included."""
+        """Bits of a code, sign included."""
         return 1 + self.exponent + self.mantissa
 
     @property
     def bias(self) -> int:
-        """Of the exponent."""
+        """Bias of the exponent."""
         return 2 ** (self.exponent - 1) - 1
 
     @property
     def ocp_exponent(self) -> int:
-        """emax: exponent of the largest value."""
+        """emax, the exponent of the largest value."""
         return int(torch.frexp(torch.tensor(self.largest)).exponent) - 1
 
 
@@ -69,7 +71,7 @@ def element_values(element: Element, device: torch.device | None = None) -> Tens
 
 
 def round_to_element(values: Tensor, element: Element) -> Tensor:
-    """fp32 `values`, already divided by their scale, to the nearest element; ties to the even code, saturating."""
+    """Round fp32 `values`, already divided by their scale, to the nearest element: ties to even codes, saturating."""
     size = values.abs()
     # frexp: size = f 2^e with f in [.5, 1), so floor(log2 size) = e - 1; below the smallest normal the step stays
     exponent = (torch.frexp(size).exponent - 1).clamp_min(1 - element.bias)
@@ -79,7 +81,7 @@ def round_to_element(values: Tensor, element: Element) -> Tensor:
 
 
 def encode_element(values: Tensor, element: Element) -> Tensor:
-    """Values that `round_to_element` made -> uint8 codes."""
+    """Return uint8 codes of values that `round_to_element` returned."""
     size = values.abs()
     lowest = 1 - element.bias
     exponent = (torch.frexp(size).exponent - 1).clamp_min(lowest).masked_fill(size == 0, lowest)
@@ -91,16 +93,16 @@ def encode_element(values: Tensor, element: Element) -> Tensor:
 
 
 def decode_element(codes: Tensor, element: Element) -> Tensor:
-    """uint8 codes -> fp32 values, not yet scaled."""
+    """Return fp32 values of uint8 codes, not yet scaled."""
     return element_values(element, codes.device)[codes.to(torch.int64)]
 
 
 def block_exponents(values: Tensor, element: Element, rule: ScaleRule) -> Tensor:
-    """Exponent k of the scale 2^k of each block, int32 `[..., ceil(n / 32)]`, of fp32 `values` `[..., n]`.
+    """Exponent k of the scale 2^k of each block of `values` `[..., n]`, int32 `[..., ceil(n / 32)]`.
 
     ceil: the least k with m <= largest 2^k, so that nothing saturates.  paper (MicroMix): floor(log2 m) - c.
     ocp: floor(log2 m) - emax, saturating.  m: the block's largest magnitude; a block of zeros has k = 0.
-    From the float's bits, never from a rounded logarithm; clamped to -127 .. 127.
+    k comes from the float's bits, never from a rounded logarithm, and is clamped to -127 .. 127.
     """
     largest = _blocks(values).abs().amax(dim=-1)
     fraction, exponent = torch.frexp(largest)
@@ -114,9 +116,9 @@ def block_exponents(values: Tensor, element: Element, rule: ScaleRule) -> Tensor
 
 
 def quantize_blocks(values: Tensor, element: Element, rule: ScaleRule) -> Tensor:
-    """`values` `[..., n]` as MX numbers hold them, fp32: blocks along the last dimension, the last perhaps narrower.
+    """Round `values` `[..., n]` to MX numbers, fp32, in blocks along the last dimension; the last may be narrower.
 
-    A block that holds NaN or Inf comes out NaN.
+    A block that holds NaN or Inf becomes NaN.
     """
     exponents = _spread(block_exponents(values, element, rule), values.shape[-1])
     wide = values.float()
@@ -126,28 +128,28 @@ def quantize_blocks(values: Tensor, element: Element, rule: ScaleRule) -> Tensor
 
 
 def encode_exponents(exponents: Tensor) -> Tensor:
-    """k -> E8M0 bytes, uint8."""
+    """Return k as E8M0 bytes, uint8."""
     return (exponents + _BIAS).to(torch.uint8)
 
 
 def decode_exponents(scale: Tensor) -> Tensor:
-    """E8M0 bytes, uint8 -> k, int32."""
+    """Return k, int32, of E8M0 bytes."""
     return scale.to(torch.int32) - _BIAS
 
 
 def decode_scales(scale: Tensor) -> Tensor:
-    """E8M0 bytes, uint8 -> fp32 2^(byte - 127)."""
+    """Return 2^(byte - 127) fp32 of E8M0 bytes."""
     return torch.ldexp(torch.ones(scale.shape, device=scale.device), decode_exponents(scale))
 
 
 def decode_blocks(codes: Tensor, scale: Tensor, element: Element, block: int = BLOCK) -> Tensor:
-    """Codes uint8 `[out, width]` with E8M0 scales uint8 `[out, ceil(width / block)]` -> fp32 `[out, width]`."""
+    """Decode codes uint8 `[out, width]` with E8M0 scales uint8 `[out, ceil(width / block)]`: fp32 `[out, width]`."""
     steps = decode_scales(scale).repeat_interleave(block, dim=1)[:, : codes.shape[1]]
     return decode_element(codes, element) * steps
 
 
 def scale_values(values: Tensor, exponents: Tensor) -> Tensor:
-    """fp32 `values` `[..., n]` divided by the scales 2^k of their blocks: what `round_to_element` takes."""
+    """Divide fp32 `values` `[..., n]` by the scales 2^k of their blocks, as `round_to_element` expects."""
     return _scaled(values, -_spread(exponents, values.shape[-1]))
 
 

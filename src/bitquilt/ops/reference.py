@@ -1,4 +1,4 @@
-"""What a quantized matmul means: the definition that every faster body is tested against.
+"""The definition of a quantized matmul, which every faster body is tested against: `quantized_matmul`, `dequantize`.
 
 Arguments, as in the op's schema (one entry per column segment in the three lists):
   codes[i]   uint8 [out, ceil(width_i * bits_i / 8)], the bit streams of `ops.bits`
@@ -7,21 +7,21 @@ Arguments, as in the op's schema (one entry per column segment in the three list
              uniform, bits = 1: the lower level [out, groups_i], same dtype as the step;
              codebook: a factor per column [width_i], or empty;  mx, or a symmetric uniform grid: empty
   layout     per segment four integers: grid (0 uniform, 1 codebook, from 2 on mx, see `mx_grid`), bits, group_size,
-             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.mx`). `ops.arranged.ARRANGED` added to
-             the grid: its codes are in another order
+             width. mx: `scales` are E8M0 bytes, codes are elements (`ops.microscaling`). With `ops.gpu_order.ARRANGED`
+             added to the grid the codes are in another order
   permutation, block
-             order of the input channels in storage, in blocks of that many neighbours; None = as they come.
+             order of the input channels in storage, in blocks of that many neighbours; None = unchanged.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
              at the width of the largest segment index; blocks keep their order inside a segment
-  outlier_*  compressed sparse rows of what is added to the dense weight, original channel order; None = nothing.
+  outlier_*  compressed sparse rows that are added to the dense weight, original channel order; None = nothing.
              Columns and row pointers in any integer type that holds them
 """
 
 import torch
 from torch import Tensor
 
-from bitquilt.ops.arranged import ARRANGED, restore
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.gpu_order import ARRANGED, restore
 from bitquilt.ops.microscaling import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
 
 GRID_UNIFORM, GRID_CODEBOOK, GRID_MX = 0, 1, 2
@@ -31,18 +31,18 @@ _ELEMENTS = {4: E2M1, 6: E3M2, 8: E4M3}
 
 
 def mx_grid(e2m3: bool, activation: str) -> int:
-    """The layout's number of an mx grid: 2 + what happens to the input, + 4 where 6 bits are E2M3."""
+    """Return the layout's number of an mx grid: 2 + the index of the activation rule, + 4 where 6 bits are E2M3."""
     return GRID_MX + ACTIVATIONS.index(activation) + len(ACTIVATIONS) * e2m3
 
 
 def is_mx(grid: int, bits: int) -> bool:
-    """Whether the layout's numbers of a segment name an mx grid that exists."""
+    """Whether a segment's grid and bits name an mx grid that exists."""
     e2m3 = (grid - GRID_MX) // len(ACTIVATIONS)
     return (e2m3 == 0 and bits in _ELEMENTS) or (e2m3 == 1 and bits == E2M3.bits)
 
 
 def _mx(grid: int, bits: int) -> tuple[Element, str]:
-    """The inverse of `mx_grid`: element and activation rule."""
+    """Invert `mx_grid`: element and activation rule."""
     if not is_mx(grid, bits):
         raise ValueError(f"grid {grid} with {bits} bits is unknown")
     e2m3, activation = divmod(grid - GRID_MX, len(ACTIVATIONS))
@@ -50,7 +50,7 @@ def _mx(grid: int, bits: int) -> tuple[Element, str]:
 
 
 def as_stored(codes: list[Tensor], layout: list[int], out_features: int) -> tuple[list[Tensor], list[int]]:
-    """Codes and layout, nothing arranged."""
+    """Return codes and layout in the stored order."""
     grids = layout[::LAYOUT_FIELDS]
     if all(grid < ARRANGED for grid in grids):
         return codes, layout
@@ -69,7 +69,7 @@ def map_bits(segments: int) -> int:
 
 
 def expand_permutation(stored: Tensor, block: int, segments: int, in_features: int) -> Tensor:
-    """Stored permutation (see above) -> order of channels int64 `[in]`; the last block may be narrower."""
+    """Expand a stored permutation (see above) to the order of channels int64 `[in]`; the last block may be narrower."""
     order = stored
     if stored.dtype == torch.uint8:
         blocks = -(-in_features // block)
@@ -80,7 +80,7 @@ def expand_permutation(stored: Tensor, block: int, segments: int, in_features: i
 
 
 def decode_uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
-    """Codes `[out, width]` on per-row, per-group grids -> fp32 `[out, width]`.
+    """Decode codes `[out, width]` on per-row, per-group grids: fp32 `[out, width]`.
 
     bits >= 2: scale * (code - zero), integer zero.  bits = 1: zero + scale * code, zero is the lower level.
     Empty zero: scale * (code - (2^bits - 1) / 2).
@@ -95,7 +95,7 @@ def decode_uniform(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_
 
 
 def column_levels(codebook: Tensor, gain: Tensor, group_size: int, width: int) -> Tensor:
-    """The levels of every column fp32 `[width, 2^bits]`: those of its group, `[groups, 2^bits]`, times its gain."""
+    """Levels of every column fp32 `[width, 2^bits]`: those of its group, `[groups, 2^bits]`, times its gain."""
     levels = codebook.float()
     if group_size > 1:
         levels = levels.repeat_interleave(group_size, dim=0)[:width]
@@ -103,7 +103,7 @@ def column_levels(codebook: Tensor, gain: Tensor, group_size: int, width: int) -
 
 
 def decode_codebook(codes: Tensor, levels: Tensor) -> Tensor:
-    """Codes `[out, width]` into one table per column, fp32 `[width, 2^bits]` -> fp32 `[out, width]`."""
+    """Look codes `[out, width]` up in one table per column, fp32 `[width, 2^bits]`: fp32 `[out, width]`."""
     return levels.t().gather(0, codes.to(torch.int64))
 
 
@@ -119,7 +119,7 @@ def dequantize(
     outlier_rows: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """The weight fp32 `[out, in]` in the original channel order, outliers included."""
+    """Return the weight fp32 `[out, in]` in the original channel order, outliers included."""
     codes, layout = as_stored(codes, layout, out_features)
     dense = _stored_order(codes, scales, zeros, layout, out_features)
     in_features = dense.shape[1]
@@ -147,15 +147,13 @@ def quantized_matmul(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """x `[..., in]` -> x W^T + bias `[..., out]` in the dtype of x; the weight is rounded to that dtype once.
+    """Return x W^T + bias `[..., out]` in the dtype of x `[..., in]`; the weight is rounded to that dtype once.
 
     Where a segment quantizes its input too, the product is fp32 and only its result is rounded.
     """
     codes, layout = as_stored(codes, layout, out_features)
-    weight = dequantize(
-        codes, scales, zeros, layout, permutation, block,
-        outlier_values, outlier_columns, outlier_rows, out_features,
-    )  # fmt: skip
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    weight = dequantize(codes, scales, zeros, layout, permutation, block, *outliers, out_features)
     if rounds_input(layout):
         channels = None
         if permutation is not None:
@@ -172,9 +170,9 @@ def rounds_input(layout: list[int]) -> bool:
 
 
 def quantize_input(x: Tensor, layout: list[int], channels: Tensor | None) -> Tensor:
-    """x `[..., in]` as the segments that quantize their input see it, fp32, in the original order of the channels.
+    """Round x `[..., in]` in the segments that quantize their input: fp32, in the original order of the channels.
 
-    `channels` int64 `[in]`: the channel at each stored position, None = as they come. Blocks are of the stored order.
+    `channels` int64 `[in]`: the channel at each stored position, None = unchanged. Blocks follow the stored order.
     """
     stored = x.float() if channels is None else x.float()[..., channels]
     parts, start = [], 0

@@ -1,8 +1,9 @@
-"""The recipes by name, and `make_recipe`, which turns a name and options into one."""
+"""`RECIPES` holds the recipes by name; `make_recipe` makes one from its name and options."""
 
 import difflib
-from dataclasses import fields, replace
-from typing import Any, get_args, get_type_hints
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -11,100 +12,97 @@ from bitquilt.errors import UserError
 from bitquilt.recipes.aptq import APTQ
 from bitquilt.recipes.cmpq.cmpq import CMPQ
 from bitquilt.recipes.cmpq.cmpq_plus import CMPQPlus
+from bitquilt.recipes.former_options import usual_values, without_former_options
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.recipes.mg_ptq import MGPTQ
 from bitquilt.recipes.micromix import MicroMix
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.recipes.rtn import RTN
+from bitquilt.recipes.shared.traits import NamedRecipe
 from bitquilt.recipes.slim_llm.slim_llm import SlimLLM
 from bitquilt.recipes.slim_llm.slim_llm_plus import SlimLLMPlus
 
-RECIPES: dict[str, type[Any]] = {
-    recipe.name: recipe for recipe in (RTN, GPTQ, SlimLLM, SlimLLMPlus, CMPQ, CMPQPlus, Quilt, APTQ, MGPTQ, MicroMix)
-}
-# why `clipping` is no option of the others
-_NOT_CLIPPED = {
-    "cmpq": "has free levels, which no range holds together: nothing to clip",
-    "cmpq+": "has free levels, which no range holds together: effort=normal trains these",
-    "quilt": "trains scales and rounding: effort=normal",
-    "micromix": "has powers of two for scales: no range between them to train",
-}
-MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
-GROUP_SIZE_STEP = 8
+_KINDS: tuple[type[NamedRecipe], ...] = (
+    RTN,
+    GPTQ,
+    SlimLLM,
+    SlimLLMPlus,
+    CMPQ,
+    CMPQPlus,
+    Quilt,
+    APTQ,
+    MGPTQ,
+    MicroMix,
+)
+RECIPES: dict[str, type[NamedRecipe]] = {kind.name: kind for kind in _KINDS}
+
+
+@runtime_checkable
+class TakesBpw(Protocol):
+    """A recipe that can meet a budget in true bits per weight by itself."""
+
+    bpw: float | None
 
 
 def make_recipe(name: str, /, **options: Any) -> Recipe:
-    """A recipe from its name and its fields; `published=True` starts from the public implementation's settings.
+    """Make a recipe from its name and its options; `published=True` computes as the public implementation does.
 
-    Raises UserError for an unknown name or field, a value of the wrong kind, bits outside 2 .. 8 (channel by channel:
-    outside the palette) or a group size that is not a positive multiple of 8.
+    Options that no longer exist are accepted with the value that is now fixed, so old plans can be read. Raises
+    UserError for an unknown name or option, and for a value that cannot work.
     """
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{_nearest(name, RECIPES)}; known are {', '.join(RECIPES)}")
     kind = RECIPES[name]
-    published = options.pop("published", False)
-    if published and not hasattr(kind, "published"):
-        raise UserError(f"recipe {name} has no published variant; leave out `published`")
-    known = {field.name for field in fields(kind)}
+    options = without_former_options(name, options)
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if options.get("bpw") is not None and "bits" in options and "bpw" in known:
         raise UserError("bits and bpw are two budgets for the same run; give one: bits counts codes only, bpw all")
-    for option in options:
-        if option == "clipping" and name in _NOT_CLIPPED:
-            raise UserError(f"recipe {name} takes no clipping={options[option]!r}: it {_NOT_CLIPPED[name]}")
-        if option not in known:
-            raise UserError(
-                f"recipe {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(sorted(known))}"
-            )
-    start = {f.name: getattr(kind.published(), f.name) for f in fields(kind)} if published else {}
+    for option in (option for option in options if option not in known):
+        if option == "published":
+            raise UserError(f"recipe {name} has no published variant; leave out `published`")
+        if option == "clipping" and kind.traits.why_not_clipped:
+            raise UserError(f"recipe {name} takes no clipping={options[option]!r}: it {kind.traits.why_not_clipped}")
+        raise UserError(
+            f"recipe {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(sorted(known))}"
+        )
     try:
-        recipe: Recipe = TypeAdapter(kind).validate_python({**start, **options})
+        recipe = TypeAdapter(kind).validate_python(options)
+        recipe.check()
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"recipe {name}, option {first['loc'][0]!r}: got {first['input']!r}; {first['msg']}") from None
-    _check_ranges(recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return recipe
+
+
+def usual_options(name: str) -> dict[str, Any]:
+    """The default of every option of a recipe, including options that no longer exist; empty for an unknown name."""
+    return {**usual_values(name), **asdict(RECIPES[name]())} if name in RECIPES else {}  # type: ignore[call-overload]
 
 
 def takes_fractions(name: str) -> bool:
     """Whether the mean of the bits of the recipe of this name may be any number."""
-    kind = RECIPES.get(name)
-    return bool(getattr(kind, "fractional", False))
+    return name in RECIPES and RECIPES[name].traits.fractional
 
 
 def takes_option(name: str, option: str) -> bool:
-    """Whether the recipe of this name has a field of that name."""
-    return name in RECIPES and any(field.name == option for field in fields(RECIPES[name]))
-
-
-def without_bpw(recipe: Recipe) -> Recipe:
-    """The recipe without a budget of its own in true bits per weight, for a plan that brings one."""
-    if getattr(recipe, "bpw", None) is None:
-        return recipe
-    return replace(recipe, bpw=None)  # type: ignore[type-var]
+    """Whether the recipe of this name has an option of that name."""
+    return name in RECIPES and any(field.name == option for field in fields(RECIPES[name]))  # type: ignore[arg-type]
 
 
 def own_allocations(name: str) -> tuple[str, ...]:
-    """The values of the recipe's own `allocation`; empty where it has none."""
-    kind = RECIPES.get(name)
-    return get_args(get_type_hints(kind)["allocation"]) if kind is not None and hasattr(kind, "allocation") else ()
+    """The values of the recipe's option `allocation`; empty where it has none."""
+    return RECIPES[name].traits.own_allocations if name in RECIPES else ()
 
 
-def _check_ranges(recipe: Any) -> None:
-    if hasattr(recipe, "damp") and not 0 < recipe.damp <= 1:
-        raise UserError(f"damp is {recipe.damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
-    if hasattr(recipe, "check"):
-        try:
-            recipe.check()
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if not takes_fractions(recipe.name) and not MIN_TARGET_BITS <= recipe.bits <= MAX_TARGET_BITS:
-        raise UserError(f"bits is {recipe.bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
-    if not takes_option(recipe.name, "group_size"):
-        return
-    if recipe.group_size < GROUP_SIZE_STEP or recipe.group_size % GROUP_SIZE_STEP:
-        raise UserError(f"group size is {recipe.group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
+def without_bpw(recipe: Recipe) -> Recipe:
+    """The recipe without its own budget in true bits per weight, for a plan that brings one."""
+    if isinstance(recipe, TakesBpw) and recipe.bpw is not None:
+        return replace(recipe, bpw=None)  # type: ignore[type-var]
+    return recipe
 
 
-def _nearest(word: str, known: Any) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

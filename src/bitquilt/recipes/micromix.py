@@ -1,24 +1,25 @@
 """MicroMix (arXiv 2508.02343, ICLR 2026): microscaling formats for weights AND activations, by a closed form.
 
-1. every element of the calibration tokens falls into a band: 4, 6 or 8 bits, by where the format's worst error stays
+1. every element of the calibration tokens falls into a band: 4, 6 or 8 bits, the narrowest whose worst error stays
    within that of per-token INT8;
 2. the shares of the bands are the sizes of three parts of the channels, which are ordered by mean magnitude;
-3. each part of the weight is rounded to its format, and so is the part of the input that meets it, as it comes.
+3. each part of the weight is rounded to its format, and so is the matching part of the input while the model runs.
 
-As the paper says where its public code differs: magnitudes, not signed values; shares in their right order; a part's
-weights in the part's format. Deviations: the scale is the code's (`scale_rule="ceil"`, 36 % less FP4 error on Gaussian
-blocks than the paper's); shares and order come from an even sample of 4096 tokens; parts are whole multiples of 32
-channels where 128 does not divide the layer, and padded elements are not stored. Layers of one input share the parts.
-Beyond the paper: `thresholds="exact"`, from the formats' true worst errors (the published T(4) is 1.9 times stricter
-than its own criterion needs, T(6) 1.6 % too loose); `bits`, a mean reached by scaling both thresholds, per input,
-because one block is in memory at a time; one budget for the whole model, blocks of 32 channels by what they cost it.
-A plan counts blocks of channels from the loudest on, not columns: which channels these are calibration says. Not
-offered: smoothing, a quantized KV cache.
+Where paper and public code differ, this follows the paper: magnitudes, not signed values; shares in their right order;
+a part's weights in the part's format. Deviations, undone by `published=True`: scales are rounded as in the public code
+("ceil": 36 % less FP4 error on Gaussian blocks than the paper's formula); channels are ranked by the loudest of 32 runs
+of tokens instead of the mean of all. Other deviations: shares and order come from an even sample of 4096 tokens; parts
+are whole multiples of 32 channels where 128 does not divide the layer, and padded elements are not stored. Layers of
+one input share the parts.
+Beyond the paper: `bits`, a mean reached by scaling both thresholds, per input, because one block is in memory at a
+time; one budget for the whole model, given to blocks of 32 channels by their cost to it.
+A plan counts blocks of channels from the loudest one, not columns: calibration decides which channels these are.
+Not offered: smoothing, a quantized KV cache.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,35 +42,46 @@ from bitquilt.core.types import (
     check_finite,
     uniform_plan,
 )
-from bitquilt.layer.grids.mx import MXGrid, element_for, fit_mx, mx_format, worst_ratio
-from bitquilt.layer.sensitivity.activation import Partition, exact_threshold, partition, published_threshold
+from bitquilt.layer.grids.mx import MXGrid, element_for, fit_mx, mx_format
+from bitquilt.layer.sensitivity.activation import Partition, partition, published_threshold
 from bitquilt.ops.microscaling import BLOCK, ScaleRule, quantize_blocks
+from bitquilt.recipes.shared.traits import Traits, check_bpw
 
 _WIDTHS = (4, 6, 8)
+_RUNS = 32  # of the sampled tokens
 
 
 @dataclass(frozen=True)
 class MicroMix:
-    """`multiplier`: of both thresholds (0: nearly all FP8, large: all FP4); or `bits`: the mean of the bands to reach,
-    before parts are rounded up to `alignment` channels; or `bpw`: true bits per weight of every layer, scales and the
-    order of its channels included, met from below to one part of `alignment` channels. `six`: the 6-bit element.
-    `runs`: channels are ranked by the loudest of that many runs of the sampled tokens (1: by the mean of all).
-    `quantize_activations`: False keeps the input as it is.
+    """Options of MicroMix. `bits`, `bpw` and `multiplier` are three ways to say how many bits; give one.
+
+    `bits`: mean of the bands to reach, 4 to 8, before parts are rounded up to `alignment` channels.
+    `bpw`: true bits per weight of every layer, scales and the order of its channels included, met from below to one
+    part of `alignment` channels.
+    `multiplier`: scales both thresholds; 1 as published, 0 nearly all FP8, a large number all FP4.
+    `published`: scales by the paper's formula and channels ranked by the mean of all tokens.
+    `alignment`: channels that a part is a multiple of, as published 128; narrow layers want 32. On stories260k a mean
+    of 4.25 bits takes 5.48 bits per weight even so (docs/results.md).
+    `quantize_activations`: False rounds weights only, and the input stays in its own type.
     """
 
     name: ClassVar[str] = "micromix"
+    traits: ClassVar[Traits] = Traits(
+        fractional=True, why_not_clipped="has powers of two for scales: no range between them to train"
+    )
     needs: ClassVar[Needs] = Needs(sample=True)
-    fractional: ClassVar[bool] = True
 
     bits: float | None = None
     bpw: float | None = None
     multiplier: float = 1.0
-    scale_rule: ScaleRule = "ceil"
-    thresholds: Literal["published", "exact"] = "published"
-    six: Literal["e3m2", "e2m3"] = "e3m2"
-    runs: int = 32
+    published: bool = False
     alignment: int = 128
     quantize_activations: bool = True
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """How a block's shared scale is rounded to a power of two."""
+        return "paper" if self.published else "ceil"
 
     @property
     def plan_terms(self) -> PlanTerms:
@@ -84,10 +96,7 @@ class MicroMix:
             raise ValueError(f"multiplier is {self.multiplier}; wanted 0 or more")
         if (self.bits is not None or self.bpw is not None) and self.multiplier != 1.0:
             raise ValueError("bits, bpw and multiplier all scale the thresholds; give one")
-        if self.bpw is not None and not self.bpw > 0:
-            raise ValueError(f"bpw is {self.bpw}; wanted true bits per weight above 0, such as 4.5")
-        if self.runs < 1:
-            raise ValueError(f"runs is {self.runs}; wanted at least 1")
+        check_bpw(self.bpw)
         if self.alignment < BLOCK or self.alignment % BLOCK:
             raise ValueError(f"alignment is {self.alignment}; wanted a positive multiple of {BLOCK}")
 
@@ -104,18 +113,28 @@ class MicroMix:
                 )
 
     def prepare(self, stats: LayerStats | None) -> Partition | None:
-        """Split the channels of this input. None where no token was sampled. Raises ValueError without statistics."""
+        """Split the channels of this input; None without a sampled token. Raises ValueError without statistics."""
         if stats is None:
             raise ValueError("the activation statistics are missing: this recipe needs calibration data")
         if stats.sample is None or len(stats.sample) == 0:
             return None
         from_top = self.bpw is not None
-        return partition(stats.sample, self._thresholds(), target=self.bits,
-                         multiplier=0.0 if from_top else self.multiplier, runs=self.runs, alignment=self.alignment,
-                         smaller=from_top)  # fmt: skip
+        four, six = (element_for(width) for width in _WIDTHS[:2])
+        return partition(
+            stats.sample,
+            (
+                published_threshold(four.bits, four.largest, four.paper_exponent),
+                published_threshold(six.bits, six.largest, six.paper_exponent),
+            ),
+            target=self.bits,
+            multiplier=0.0 if from_top else self.multiplier,
+            runs=1 if self.published else _RUNS,
+            alignment=self.alignment,
+            smaller=from_top,
+        )
 
     def measure(self, layer: Layer, prepared: Partition | None) -> Cost:
-        """One way to spend the bits; all FP8 where nothing is known about the input."""
+        """The only plan; all FP8 where nothing is known about the input."""
         if prepared is None:
             return Cost((uniform_plan(layer.weight.shape[1], _WIDTHS[-1], BLOCK),), (0.0,))
         prepared = self._within(prepared, layer.weight.shape[0])
@@ -124,7 +143,7 @@ class MicroMix:
         return Cost((LayerPlan(prepared.bits(BLOCK), BLOCK),), (0.0,), details)
 
     def allocate(self, cost: Cost, in_features: int) -> LayerPlan:
-        """The one plan."""
+        """The only plan."""
         return cost.plans[0]
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Partition | None) -> Solution:
@@ -145,7 +164,7 @@ class MicroMix:
         for width in sorted(set(plan.bits)):
             channels = order[bits[order] == width]
             part, activation = layer.weight[:, channels], self._format(width).activation
-            grid = fit_mx(part, element_for(width, self.six), self.scale_rule, activation)
+            grid = fit_mx(part, element_for(width), self.scale_rule, activation)
             segments.append(MXGrid.segment([grid], grid.encode(part).to(torch.uint8)))
         stored = QuantizedWeight(tuple(segments), Permutation(order, 1, full=True))
         events: tuple[Event, ...] = ()
@@ -158,12 +177,12 @@ class MicroMix:
         return _WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
-        """What a plan stores: a part for each width, and the order of the channels."""
+        """The layout in which `quantize` stores a plan: a part for each width, and the order of the channels."""
         sizes = np.bincount(plan.bits, plan.widths(in_features), minlength=_WIDTHS[-1] + 1)
         return self._layout(out_features, [int(sizes[width]) for width in _WIDTHS])
 
     def rounded(self, layer: Layer, prepared: Partition | None, bits: int) -> Tensor:
-        """Every block at `bits`."""
+        """The weight with every block at `bits`."""
         return self._in_blocks(layer.weight, self.column_order(layer, prepared), bits)
 
     def column_cost(self, layer: Layer, prepared: Partition | None) -> Tensor:
@@ -172,13 +191,13 @@ class MicroMix:
         return layer.stats.hessian.diagonal() / layer.stats.tokens
 
     def column_order(self, layer: Layer, prepared: Partition | None) -> Tensor:
-        """The loudest channels first; as they are where nothing is known about the input."""
+        """The channels `[in]`, loudest first; in their own order where nothing is known about the input."""
         if prepared is None:
             return torch.arange(layer.weight.shape[1], device=layer.weight.device)
         return prepared.order.flip(0)
 
     def input_error(self, layer: Layer, prepared: Partition | None, bits: int) -> Tensor:
-        """What rounding the input adds to each column, on the sampled tokens."""
+        """E[(x_j - x_j rounded at `bits`)^2] of each column `[in]`, over the sampled tokens."""
         if prepared is None or not self.quantize_activations:
             return layer.weight.new_zeros(layer.weight.shape[1])
         assert layer.stats is not None
@@ -187,14 +206,13 @@ class MicroMix:
         return (sample - self._in_blocks(sample, self.column_order(layer, prepared), bits)).square_().mean(dim=0)
 
     def _in_blocks(self, values: Tensor, order: Tensor, bits: int) -> Tensor:
-        """`[n, in]` rounded in blocks along `order`, at their own places."""
-        element = element_for(bits, self.six)
-        rounded = quantize_blocks(values[:, order], element, self.scale_rule)
+        """`[n, in]` rounded in blocks along `order`, in the original order of the columns."""
+        rounded = quantize_blocks(values[:, order], element_for(bits), self.scale_rule)
         return torch.empty_like(values).index_copy_(1, order, rounded)
 
     def _within(self, found: Partition, out_features: int) -> Partition:
-        """The largest partition of at most `bpw`. Layers of one input have one order; one of few rows, which pays more
-        for it, may cut it a part earlier."""
+        """The largest partition within `bpw`. Layers of one input share one order of the channels; its bytes weigh more
+        in a layer of few rows, which may get a smaller partition."""
         if self.bpw is None:
             return found
         for sizes, multiplier in ((found.sizes, found.multiplier), *found.smaller):
@@ -208,13 +226,4 @@ class MicroMix:
         return Layout(out_features, sum(sizes), segments, "order", 1)
 
     def _format(self, width: int) -> Format:
-        return mx_format(element_for(width, self.six), self.scale_rule if self.quantize_activations else "none")
-
-    def _thresholds(self) -> tuple[float, float]:
-        """T(4) and T(6) as shares of the token's largest magnitude."""
-        elements = (element_for(4), element_for(6, self.six))
-        if self.thresholds == "exact":
-            four, six = (exact_threshold(worst_ratio(element, self.scale_rule)) for element in elements)
-        else:
-            four, six = (published_threshold(e.bits, e.largest, e.paper_exponent) for e in elements)
-        return four, six
+        return mx_format(element_for(width), self.scale_rule if self.quantize_activations else "none")

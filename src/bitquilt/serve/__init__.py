@@ -1,1 +1,1 @@
-"""Loading and running quantized checkpoints."""
+"""Loading checkpoints with transformers and generating text with them."""

@@ -1,8 +1,7 @@
-"""One token at a time on a CPU without Python in between: `Decoder(model, length)`.
+"""One token at a time on a CPU without Python in between: `CpuDecoder(model, length)`.
 
 transformers needs 0.14 ms between two products of a 1.1B Llama, as long as a product itself. `csrc/decoder.cpp` does
-what stands between them for models of one build: RMS norms, rotary positions, grouped attention, a gated MLP with SiLU.
-Which those are is found by looking at the modules, and then by trying: the first logits must be the model's.
+the steps between them for models built like Llama (`serve.llama_check`).
 """
 
 from typing import Any
@@ -13,16 +12,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.model.embedding import SharedHead, lookup
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 from bitquilt.ops.large_pages import place
-from bitquilt.serve.llama_check import agrees, body, epsilon, products, read_prompt, want
+from bitquilt.serve.llama_check import (
+    agrees,
+    attention_shape,
+    head_norms,
+    layer_products,
+    llama_base,
+    read_prompt,
+    require,
+)
 
-_PAGED_BYTES = 2**20  # a head smaller than this stays where it is; the others are read in large pages
-_paged = WeakTensorKeyDictionary()  # heads that were moved there, and where to
+_PAGED_BYTES = 2**20  # a head smaller than this stays in place; larger ones are read in large pages
+_paged = WeakTensorKeyDictionary()  # heads that were moved there, with their new addresses
 
 
-class Decoder:
-    """See `writing.Writer`."""
+class CpuDecoder:
+    """See `generation.TokenDecoder`."""
 
     name = "native"
 
@@ -31,23 +38,22 @@ class Decoder:
         """ValueError: the model is not of this build; the message says where."""
         self.model, self.length, self.position = model, length, 0
         self._kept: list[Tensor] = []
-        config, base = model.config, body(model)
-        want(kernels.level() != kernels.REFERENCE and model.device.type == "cpu", "there are no kernels for it")
-        first = base.layers[0].self_attn
+        base = llama_base(model)
+        on_cpu = cpu_kernels.level() != cpu_kernels.REFERENCE and model.device.type == "cpu"
+        require(on_cpu, "there are no kernels for it")
+        shape = attention_shape(base)
         self._embed = model.get_input_embeddings()
         head = model.get_output_embeddings()
-        want(head.bias is None, "the head has a bias")
+        require(head.bias is None, "the head has a bias")
         self.dtype = dtype = self._embed(torch.zeros(1, dtype=torch.int64)).dtype
-        want(dtype in kernels.TYPES, f"it computes in {dtype}")
-        kv = first.k_proj.out_features // first.head_dim
-        heads = first.q_proj.out_features // first.head_dim
+        require(dtype in cpu_kernels.TYPES, f"it computes in {dtype}")
         positions = torch.arange(length).unsqueeze(0)
         cosines, sines = (self._floats(t[0]) for t in base.rotary_emb(torch.zeros(1, dtype=torch.float32), positions))
         cache_type = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self.cache = torch.zeros(len(base.layers), 2, kv, length, first.head_dim, dtype=cache_type)
-        sizes = [config.hidden_size, heads, kv, first.head_dim, cosines.shape[-1], config.intermediate_size,
-                 head.out_features, length]  # fmt: skip
-        self._native = kernels.decoder(sizes, epsilon(base.norm), float(first.scaling))
+        self.cache = torch.zeros(len(base.layers), 2, shape.kv_heads, length, shape.head_width, dtype=cache_type)
+        attention = [shape.heads, shape.kv_heads, shape.head_width, cosines.shape[-1]]
+        sizes = [model.config.hidden_size, *attention, model.config.intermediate_size, head.out_features, length]
+        self._native = cpu_kernels.decoder(sizes, shape.epsilon, shape.scaling)
         for layer, cache in zip(base.layers, self.cache, strict=True):
             self._add(layer, cache)
         norm = self._floats(base.norm.weight)
@@ -58,52 +64,53 @@ class Decoder:
 
     @torch.no_grad()
     def begin(self, ids: Tensor) -> Tensor | None:
-        """See `writing.Writer`: the model reads the prompt, its last token is then computed here once more."""
+        """See `generation.TokenDecoder`. The model reads the prompt; its last token is computed here again."""
         expected = read_prompt(self.model, ids, self.cache)
         self.position = len(ids) - 1
         logits = self.step(int(ids[-1]))
         return logits if agrees(logits, expected, self.dtype) else None
 
     def step(self, token: int) -> Tensor:
-        """See `writing.Writer`."""
+        """See `generation.TokenDecoder`."""
         with torch.no_grad():
             x = lookup(self._embed, torch.tensor([token]))[0].float().contiguous()
-        digits = 1 if kernels.activations() == "int8" else self._digits
+        digits = 1 if cpu_kernels.activations() == "int8" else self._digits
         self._native.step(x.data_ptr(), self.position, self._logits.data_ptr(), digits, torch.get_num_threads())
         self.position += 1
         return self._logits
 
     def _add(self, layer: Any, cache: Tensor) -> None:
-        handles, addresses, gains = [], [], []
-        for product in products(layer):
-            handles.append(self._product(product))
-            addresses.append(self._address(product.bias))
-            gains.append(self._address(product._buffers.get("row_gains")))
+        """Describe one block to `csrc/decoder.h`'s add_layer: its products, and addresses in the order named there."""
+        products = layer_products(layer)
+        handles = [self._product(product) for product in products]  # settles them, which may move their tensors
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        addresses += [self._floats(norm.weight).data_ptr() for norm in norms]
-        for name in ("q_norm", "k_norm"):
-            addresses.append(self._address(getattr(getattr(layer.self_attn, name, None), "weight", None)))
-        addresses += [*(part.data_ptr() for part in cache), *gains]
-        self._native.add_layer(handles, addresses, kernels.TYPES[cache.dtype])
+        addresses = [
+            *(self._address(product.bias) for product in products),
+            *(self._address(norm.weight) for norm in norms),
+            *(self._address(weight) for weight in head_norms(layer) or (None, None)),
+            *(part.data_ptr() for part in cache),
+            *(self._address(product._buffers.get("row_gains")) for product in products),
+        ]
+        self._native.add_layer(handles, addresses, cpu_kernels.TYPES[cache.dtype])
 
     def _product(self, layer: Any) -> Any:
-        want(isinstance(layer, QuantizedLinear), "a layer is not quantized")
+        require(isinstance(layer, QuantizedLinear), "a layer is not quantized")
         handle = layer.settle()
-        want(handle is not None, "the kernels do not know a layer's format")
+        require(handle is not None, "the kernels do not know a layer's format")
         self._kept += [t for t in layer._buffers.values() if t is not None]
         return handle.native
 
     def _set_head(self, head: Any) -> None:
         """A linear layer, quantized or not, or the quantized embedding that it shares."""
         if type(head) is nn.Linear:
-            want(head.weight.dtype in kernels.TYPES, f"its head is {head.weight.dtype}")
+            require(head.weight.dtype in cpu_kernels.TYPES, f"its head is {head.weight.dtype}")
             large = head.weight.numel() * head.weight.itemsize >= _PAGED_BYTES
             if large and _paged.get(head.weight) != head.weight.data_ptr():
                 head.weight.data = place([head.weight.data.contiguous()])[0]
                 _paged[head.weight] = head.weight.data_ptr()
             weight = head.weight.detach().contiguous()
             self._kept.append(weight)
-            self._native.set_head(weight.data_ptr(), kernels.TYPES[weight.dtype])
+            self._native.set_head(weight.data_ptr(), cpu_kernels.TYPES[weight.dtype])
         else:
             layer = head.table if isinstance(head, SharedHead) else head
             self._native.set_product_head(self._product(layer), self._address(layer._buffers.get("row_gains")))

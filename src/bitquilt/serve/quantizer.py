@@ -1,9 +1,11 @@
-"""`import bitquilt` teaches transformers the checkpoint format: `AutoModelForCausalLM.from_pretrained(dir)` works.
+"""transformers' quantizer for the checkpoint format: `BitquiltConfig` and `BitquiltQuantizer`.
 
-Without the import transformers logs a warning and fills the layers with random numbers: there is no way for a
-checkpoint to ask for the package that reads it.
+Importing this file registers both, so that `AutoModelForCausalLM.from_pretrained(dir)` works after `import bitquilt`.
+Without the import transformers logs a warning and fills the layers with random numbers: a checkpoint cannot ask for the
+package that reads it.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitquilt.core.packing import tensor_specs
+from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import open_checkpoint
-from bitquilt.model.config import QUANT_METHOD, read_layouts
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.config import QUANT_METHOD, layouts_of_entry
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu
@@ -22,32 +25,42 @@ from bitquilt.ops import gpu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TORCH_NAMES = {
+    "U8": "uint8",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "I16": "int16",
+    "I32": "int32",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
 
 @register_quantization_config(QUANT_METHOD)
 class BitquiltConfig(QuantizationConfigMixin):
-    """The `quantization_config` entry of config.json, kept as it was read."""
+    """The `quantization_config` entry of config.json, unchanged."""
 
     def __init__(self, **entry: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.entry = {**entry, "quant_method": QUANT_METHOD}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes."""
+        """The entry that `save_pretrained` writes."""
         return dict(self.entry)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What the config prints."""
+        """The entry that the config prints."""
         return self.to_dict()
 
 
 @register_quantizer(QUANT_METHOD)
 class BitquiltQuantizer(HfQuantizer):
-    """Puts empty `QuantizedLinear` modules in place before transformers loads the tensors."""
+    """Put empty `QuantizedLinear` modules in place before transformers loads the tensors."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
-        layouts = read_layouts({"quantization_config": self.quantization_config.to_dict()})
+        layouts = layouts_of_entry(self.quantization_config.to_dict())
         _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
             replace_layers(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
@@ -55,7 +68,7 @@ class BitquiltQuantizer(HfQuantizer):
             raise UserError(str(error)) from None
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        for module in model.modules():  # loaded where they are, not moved there
+        for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
         return model
@@ -76,8 +89,8 @@ class BitquiltQuantizer(HfQuantizer):
 
 
 def _own_name(path: str, model: "PreTrainedModel") -> str:
-    """The model's own path for a layer of the checkpoint: a base model has no `model.` where its causal LM has one,
-    and the other way round."""
+    """Return the model's own path for a layer of the checkpoint: a base model has no `model.` prefix where its causal
+    LM has one."""
     base = model.base_model_prefix
     if path.startswith(f"{base}.") and not hasattr(model, base):
         return path.removeprefix(f"{base}.")
@@ -86,39 +99,36 @@ def _own_name(path: str, model: "PreTrainedModel") -> str:
     return path
 
 
-def _check_files(files: Any, layouts: Any, model: "PreTrainedModel") -> None:
-    """Every tensor present, those of quantized layers with the shape and type config.json implies: transformers would
-    only warn, and fill the gap with random numbers."""
-    # imported while transformers is: its models come later
+def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> None:
+    """Raise UserError for a missing tensor, or one of a quantized layer with a wrong shape or type.
+
+    transformers would only warn, and fill the gap with random numbers.
+    """
+    # late: this file is imported while transformers itself is, before its models
     from bitquilt.model.transformers_model import architecture, missing_parameters, source_names
 
     if not files:
         return
     checkpoint = open_checkpoint(Path(files[0]).parent)
-    names = {
-        "U8": "uint8",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F32": "float32",
-        "I16": "int16",
-        "I32": "int32",
-        "F8_E4M3": "float8_e4m3fn",
-    }
-    base = f"{model.base_model_prefix}."
-    for path, layout in layouts.items():
-        for key, spec in tensor_specs(layout).items():
-            name = f"{path}.{key}"
-            written = (name, f"{base}{name}", name.removeprefix(base))  # a base model may have been saved
-            info = next((checkpoint.tensors[n] for n in written if n in checkpoint.tensors), None)
-            wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
-            if info is None:
-                raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
-            got = f"{list(info.shape)} {names.get(info.dtype, info.dtype)}"
-            if got != wanted:
-                raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")
-    if type(model) is not architecture(checkpoint.config.get("architectures")):
-        return  # another head, say for classification, may begin at random
+    _check_packed(checkpoint, layouts, f"{model.base_model_prefix}.")
+    if type(model) is not architecture(checkpoint.model_config.architectures):
+        return  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
     found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
     if missing := missing_parameters(model, found | quantized):
         raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")
+
+
+def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], base: str) -> None:
+    """Compare the tensors of quantized layers with what config.json implies; a base model may have been saved."""
+    for path, layout in layouts.items():
+        for key, spec in tensor_specs(layout).items():
+            name = f"{path}.{key}"
+            written = (name, f"{base}{name}", name.removeprefix(base))
+            info = next((checkpoint.tensors[n] for n in written if n in checkpoint.tensors), None)
+            wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+            if info is None:
+                raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
+            got = f"{list(info.shape)} {_TORCH_NAMES.get(info.dtype, info.dtype)}"
+            if got != wanted:
+                raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")

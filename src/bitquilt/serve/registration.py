@@ -1,7 +1,7 @@
-"""When does transformers learn the checkpoint format? register(): now if its quantizers are imported, else with them.
+"""`register` adds the checkpoint format to transformers: at once if its quantizers are imported, else when they are.
 
 transformers keeps its quantizers in a table of `transformers.quantizers.auto`, which a program imports with the first
-model. Importing it to write one line there would cost everybody three seconds, so the import is watched instead.
+model. Importing it to write one line there would cost every program three seconds, so the import is watched instead.
 """
 
 import importlib
@@ -16,7 +16,7 @@ _OURS = "bitquilt.serve.quantizer"
 
 
 def register() -> None:
-    """Once per process; calling it again changes nothing."""
+    """Register once per process; further calls change nothing."""
     if _TABLE in sys.modules:
         importlib.import_module(_OURS)
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds `transformers.quantizers.auto` as everybody else does, and has our classes put into its table."""
+    """Find `transformers.quantizers.auto` through the other finders, and have our classes put into its table."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,7 +40,7 @@ class _Watch(MetaPathFinder):
 
 
 class _Filled(Loader):
-    """The module's own loader, and our two classes in the table at the end."""
+    """The module's own loader, which then imports our two classes into the table."""
 
     def __init__(self, own: Loader) -> None:
         self.own = own

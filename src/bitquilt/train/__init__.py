@@ -1,1 +1,4 @@
-"""Trainable parts of a stored weight, and the trainer."""
+"""Trainable parts of a stored weight: rounding offsets, scales, levels and gains.
+
+Read `problem`, then `trainer`, then `rounding`, `levels` and `ranges`, the three kinds of trainable weights.
+"""

@@ -1,11 +1,12 @@
-"""What can be trained in a stored weight with free levels? Which level each weight takes, the levels, and the gains.
+"""Trainable rounding of a stored weight with free levels: `LevelRounding` trains codes, levels and gains.
 
-The trainable part of `solvers.trainable.Rounding` for codebooks: a weight has a place among the levels of its channel,
-a number that is k at level k and linear in the weight between two of them, and takes the level nearest to its place
-plus an offset that is trained. Levels move by less than half the distance to their neighbours and so stay in order;
-gains of channels and rows move by a factor. Rounding is straight through, storage types are rounded to likewise.
+The counterpart of `rounding.Rounding` for codebooks. A weight has a place among the levels of its channel, a number
+that is k at level k and linear in the weight between two levels. It takes the level nearest to its place plus a trained
+offset. Levels move by less than half the distance to their neighbours and so stay in order; gains of channels and rows
+move by a factor. Rounding to levels and to storage types is passed straight through.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bitquilt.core.types import QuantizedWeight, Segment
 from bitquilt.ops.reference import column_levels, expand_permutation
-from bitquilt.train.problem import Rule, Values, straight_through
+from bitquilt.train.problem import Rule, Values, stored_as
 
 _TINY = 1e-30
 _REACH = 0.45  # of the distance to the next level: two neighbours never meet
@@ -43,60 +44,57 @@ class LevelRounding:
 
     @classmethod
     def of(cls, stored: QuantizedWeight, aim: Tensor, rounding: Rule, scaling: Rule) -> "LevelRounding":
-        """`aim` fp32 `[out, in]`: what the codes were rounded from, over the row gains; `scaling` moves levels and
-        gains. Raises ValueError unless all grids are codebooks without outliers."""
+        """Start from a stored weight; `aim` fp32 `[out, in]`: the weights behind its codes, over the row gains.
+
+        `scaling` moves levels and gains. Raises ValueError unless all grids are codebooks without outliers."""
         if stored.outliers is not None or any(s.format.grid != "codebook" for s in stored.segments):
             raise ValueError("only codebooks without outliers have levels to train")
-        out_features, in_features = aim.shape
-        channels = torch.arange(in_features, device=aim.device)
-        if stored.permutation is not None:
-            order = stored.permutation.order.to(aim.device)
-            channels = expand_permutation(order, stored.permutation.block, len(stored.segments), in_features)
-        place, gains = torch.empty_like(aim), aim.new_ones(in_features)
-        base, top = torch.empty_like(channels), aim.new_empty(in_features)
-        tables, units, start, first = [], [], 0, 0
-        for segment in stored.segments:
-            width, levels = segment.codes.shape[1], 1 << segment.format.bits
-            own, own_levels = channels[start : start + width], segment.scale.float()
+        channels = _channels(stored, aim)
+        place, gains = torch.empty_like(aim), aim.new_ones(aim.shape[1])
+        base, top = torch.empty_like(channels), aim.new_empty(aim.shape[1])
+        for segment, own, first in _pieces(stored, channels):
             place[:, own] = _places(segment, aim[:, own])
             if segment.zero is not None:
                 gains[own] = segment.zero.float()
-            groups = torch.arange(width, device=aim.device) // segment.format.group_size
-            base[own], top[own] = first + levels * groups, float(levels - 1)
-            tables.append(own_levels.flatten())
-            apart = own_levels.diff(dim=1).abs()
-            units.append(torch.minimum(_beside(apart, 0), _beside(apart, 1)).flatten())
-            start, first = start + width, first + own_levels.numel()
-        rows = stored.row_gains
-        still = Rule(0.0)
-        rules = (
-            rounding,
-            replace(scaling, low=-_REACH, high=_REACH),
-            scaling if all(s.zero is not None for s in stored.segments) else still,
-            still if rows is None else scaling,
+            groups = torch.arange(len(own), device=aim.device) // segment.format.group_size
+            count = segment.scale.shape[1]
+            base[own], top[own] = first + count * groups, float(count - 1)
+        rows, still = stored.row_gains, Rule(0.0)
+        row_gains = aim.new_ones(len(aim)) if rows is None else rows.float().to(aim.device)
+        tables = [segment.scale.float() for segment in stored.segments]
+        return cls(
+            stored=stored,
+            place=place,
+            table=torch.cat([table.flatten() for table in tables]),
+            unit=torch.cat([_nearer_distance(table).flatten() for table in tables]),
+            base=base,
+            top=top,
+            gains=gains,
+            row_gains=row_gains.unsqueeze(1),
+            channels=channels,
+            rules=(
+                rounding,
+                replace(scaling, low=-_REACH, high=_REACH),
+                scaling if all(s.zero is not None for s in stored.segments) else still,
+                still if rows is None else scaling,
+            ),
         )
-        row_gains = aim.new_ones(out_features) if rows is None else rows.float().to(aim.device)
-        table, unit = torch.cat(tables), torch.cat(units)
-        return cls(stored, place, table, unit, base, top, gains, row_gains.unsqueeze(1), channels, rules)
 
     @property
     def start(self) -> Values:
         """The stored weight."""
-        return (
-            torch.zeros_like(self.place),
-            torch.zeros_like(self.table),
-            torch.ones_like(self.gains),
-            torch.ones_like(self.row_gains).squeeze(1),
-        )
+        zeros, ones = torch.zeros_like, torch.ones_like
+        return zeros(self.place), zeros(self.table), ones(self.gains), ones(self.row_gains[:, 0])
 
     def weight(self, values: Values) -> Tensor:
-        """`[out, in]`."""
+        """The weight `[out, in]` with these values."""
         levels: Tensor = _Nearest.apply(self.place, values[0], self._table(values), self.base, self.top)
         weight = levels * self._gains(values)
-        return weight if self.stored.row_gains is None else weight * self._row_gains(values)
+        rows = self._row_gains(values)
+        return weight if rows is None else weight * rows
 
     def export(self, values: Values) -> tuple[QuantizedWeight, Tensor]:
-        """The trained weight as it is stored, and what its codes were rounded from, as `of` takes it."""
+        """Return the trained weight as it is stored, and the weights behind its codes, as `of` takes them."""
         with torch.no_grad():
             place = self.place + values[0]
             codes = torch.minimum(place.round().clamp_min(0), self.top)
@@ -104,46 +102,54 @@ class LevelRounding:
             below = torch.minimum(place.floor().clamp_min(0), self.top - 1)
             low, high = (table.take(self.base + (below + step).long()) for step in (0, 1))
             aim = (low + (place - below) * (high - low)) * gains
-            segments, start, first = [], 0, 0
-            for segment in self.stored.segments:
-                stop, last = start + segment.codes.shape[1], first + segment.scale.numel()
-                own = self.channels[start:stop]
+            segments = []
+            for segment, own, first in _pieces(self.stored, self.channels):
                 kept = None if segment.zero is None else gains[own].to(segment.zero.dtype)
-                scale = table[first:last].view(segment.scale.shape).to(segment.scale.dtype)
+                scale = table[first : first + segment.scale.numel()].view(segment.scale.shape).to(segment.scale.dtype)
                 segments.append(replace(segment, codes=codes[:, own].to(torch.uint8), scale=scale, zero=kept))
-                start, first = stop, last
-            rows = self.stored.row_gains
-            if rows is not None:
-                rows = self._row_gains(values).squeeze(1).to(rows.dtype)
-            return replace(self.stored, segments=tuple(segments), row_gains=rows), aim
+            rows, stored_rows = self._row_gains(values), self.stored.row_gains
+            if rows is not None and stored_rows is not None:
+                stored_rows = rows.squeeze(1).to(stored_rows.dtype)
+            return replace(self.stored, segments=tuple(segments), row_gains=stored_rows), aim
 
     def _table(self, values: Values) -> Tensor:
-        return _as(self.stored.segments[0].scale.dtype, self.table + self.unit * values[1])
+        return stored_as(self.stored.segments[0].scale.dtype, self.table + self.unit * values[1])
 
     def _gains(self, values: Values) -> Tensor:
         kept = self.stored.segments[0].zero
-        return self.gains if kept is None else _as(kept.dtype, self.gains * values[2])
+        return self.gains if kept is None else stored_as(kept.dtype, self.gains * values[2])
 
-    def _row_gains(self, values: Values) -> Tensor:
+    def _row_gains(self, values: Values) -> Tensor | None:
         rows = self.stored.row_gains
-        assert rows is not None
-        return _as(rows.dtype, self.row_gains * values[3].unsqueeze(1))
+        return None if rows is None else stored_as(rows.dtype, self.row_gains * values[3].unsqueeze(1))
 
 
-def _as(dtype: torch.dtype, value: Tensor) -> Tensor:
-    """As it is stored."""
-    limit = torch.finfo(dtype).max
-    return straight_through(value, value.clamp(-limit, limit).to(dtype).float())
+def _channels(stored: QuantizedWeight, aim: Tensor) -> Tensor:
+    """The channel at each stored position, int64 `[in]`, on the device of `aim` `[out, in]`."""
+    if stored.permutation is None:
+        return torch.arange(aim.shape[1], device=aim.device)
+    order = stored.permutation.order.to(aim.device)
+    return expand_permutation(order, stored.permutation.block, len(stored.segments), aim.shape[1])
 
 
-def _beside(apart: Tensor, end: int) -> Tensor:
-    """The distance from every level to the one before (`end` 0) or behind it; infinite where there is none."""
+def _pieces(stored: QuantizedWeight, channels: Tensor) -> Iterator[tuple[Segment, Tensor, int]]:
+    """Each segment with its channels, and the place of its first level in the table of all."""
+    start = first = 0
+    for segment in stored.segments:
+        stop = start + segment.codes.shape[1]
+        yield segment, channels[start:stop], first
+        start, first = stop, first + segment.scale.numel()
+
+
+def _nearer_distance(levels: Tensor) -> Tensor:
+    """The distance from every level `[tables, levels]` to the nearer of its neighbours."""
+    apart = levels.diff(dim=1).abs()
     missing = apart.new_full((len(apart), 1), torch.inf)
-    return torch.cat((missing, apart) if end == 0 else (apart, missing), dim=1)
+    return torch.minimum(torch.cat((missing, apart), dim=1), torch.cat((apart, missing), dim=1))
 
 
 def _places(segment: Segment, aim: Tensor) -> Tensor:
-    """Where `aim` `[out, width]` lies among the levels; at its code where rounding does not say so."""
+    """The places of `aim` `[out, width]` among the levels; the code itself where rounding would give another."""
     gains = segment.zero if segment.zero is not None else segment.scale.new_empty(0)
     levels = column_levels(segment.scale, gains, segment.format.group_size, aim.shape[1])
     values, codes = aim.t().contiguous(), segment.codes.t().float()
@@ -155,8 +161,10 @@ def _places(segment: Segment, aim: Tensor) -> Tensor:
 
 
 class _Nearest(torch.autograd.Function):
-    """table[base + clamp(round(place + offset), 0, top)]. The offset's gradient is the slope between the two levels
-    around the place, and zero outside of all levels; a level's is what arrives where it was taken."""
+    """table[base + clamp(round(place + offset), 0, top)].
+
+    The offset's gradient is the slope between the two levels around the place, and zero outside all levels. A level's
+    gradient is the sum of the gradients of the weights that take it."""
 
     @staticmethod
     def forward(ctx: Any, place: Tensor, offset: Tensor, table: Tensor, base: Tensor, top: Tensor) -> Tensor:

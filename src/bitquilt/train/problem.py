@@ -1,7 +1,7 @@
-"""What is trained, on what, and how does it move? The nouns of `blockwise.train`, and the optimiser's step.
+"""The nouns of `trainer.train`: `Link`, `TrainableWeight`, `TrainingSamples`, `TrainingSettings` and `Trained`.
 
-A link is a function of its weights and its input: a block alone, or the blocks of a model in a row. What is trained is
-hidden behind `Part`. Nothing here knows a recipe, a module or a file.
+A link is a function of its weights and its input: a block alone, or the blocks of a model in a row. A trainable weight
+is a function of its values; `Mover` moves each value by its `Rule`. Nothing here knows a recipe, a module or a file.
 """
 
 import math
@@ -22,6 +22,8 @@ Read = Callable[[Sequence[int]], Tensor]
 """Sample numbers -> `[batch, tokens, width]`."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, target) -> the mean over samples and tokens."""
+Told = Callable[[int, int, float], None]
+"""(epochs done, their number, held-out loss): called as training proceeds."""
 Schedule = Literal["constant", "linear", "cosine"]
 KeptEpoch = Literal["best", "last"]
 _FACTORS: dict[Schedule, Callable[[float], float]] = {
@@ -33,7 +35,7 @@ _FACTORS: dict[Schedule, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor of a part moves: AdamW without decay, or by the sign of its gradient; kept in `low` .. `high`."""
+    """The moves of one value: AdamW without decay, or by the sign of its gradient; kept in `low` .. `high`."""
 
     rate: float
     kind: Literal["adam", "sign"] = "adam"
@@ -42,16 +44,16 @@ class Rule:
 
 
 class TrainableWeight(Protocol):
-    """One layer's trainable weight."""
+    """One layer's weight as a function of the values that are trained."""
 
     @property
     def start(self) -> Values:
-        """Where training begins."""
+        """The values that training begins with."""
         ...
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """One per value."""
+        """One rule per value."""
         ...
 
     def weight(self, values: Values) -> Tensor:
@@ -61,7 +63,7 @@ class TrainableWeight(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """A block of a chain: its function, and the parts it is made of."""
+    """A block of a chain: its function, and its trainable weights by layer."""
 
     forward: Forward
     parts: Mapping[str, TrainableWeight]
@@ -69,12 +71,12 @@ class Link:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """`batch`: samples per step, a power of two; the block is called with that many samples, or a power of two fewer.
-    `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples never trained on, at least
-    one; they are asked after every epoch. `kept_epoch`: "best" = the one that they find best, the start included;
-    "last" = they are trained on too, and what the last epoch left is kept. `patience`: epochs without a gain before it
-    stops, 0 = never. `autocast`: the links' products in bfloat16, for training alone: the held-out samples are asked in
-    fp32."""
+    """`batch`: samples per step, a power of two; a block is called with that many samples, or a smaller power of two.
+    `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples that is never trained on,
+    at least one, and gives the loss after every epoch. `kept_epoch`: "best" = the epoch of least held-out loss, the
+    start included; "last" = train on the held-out samples too and keep the last epoch. `patience`: epochs without a
+    gain before training stops, 0 = never. `autocast`: the links' products in bfloat16 while training; the held-out loss
+    is computed in fp32."""
 
     epochs: int
     batch: int = 8
@@ -95,18 +97,18 @@ class TrainingSettings:
             raise ValueError(f"held_out is {self.held_out}; wanted a share of the samples between 0 and 1")
 
     def kept(self, count: int) -> int:
-        """How many of `count` samples are held out."""
+        """The number of `count` samples that are held out."""
         return min(count - 1, max(1, round(self.held_out * count)))
 
     def trained(self, count: int) -> int:
-        """How many of `count` samples are trained on."""
+        """The number of `count` samples that are trained on."""
         return count if self.kept_epoch == "last" else count - self.kept(count)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingSamples:
-    """`count` samples: what the first link reads, and what the last one's output is compared with. `loss`: None = the
-    squared error in units of the first target's mean square."""
+    """`count` samples: the first link's inputs, and the targets of the last one's output. `loss`: None = the squared
+    error in units of the first target's mean square."""
 
     count: int
     inputs: Read
@@ -116,8 +118,8 @@ class TrainingSamples:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """The best values seen, by layer, and the held-out losses: at the start, after each epoch, the best.
-    `events`: (kind, detail) of what a report must say."""
+    """The kept values by layer, and the held-out losses: at the start, after each epoch, the best. `events`: (kind,
+    detail) for the report."""
 
     values: Mapping[str, Values]
     start_loss: float
@@ -128,7 +130,7 @@ class Trained:
     def layers(
         self, where: str, solutions: Mapping[str, Solution], notes: Mapping[str, Any] | None = None
     ) -> TrainedLayers:
-        """With the `solutions` that a recipe made of the values; `where`: the block, or the model, that was trained."""
+        """Return the result with the recipe's `solutions`; `where`: the block, or the model, that was trained."""
         events = tuple(Event(where, kind, detail) for kind, detail in self.events)
         return TrainedLayers(solutions, events, self.start_loss, self.best_loss, self.losses, notes or {})
 
@@ -138,17 +140,19 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return value + (rounded - value).detach()
 
 
+def stored_as(dtype: torch.dtype, value: Tensor) -> Tensor:
+    """`value` rounded to its storage type and back, within its range, with the gradient of `value`."""
+    limit = torch.finfo(dtype).max
+    return straight_through(value, value.clamp(-limit, limit).to(dtype).to(value.dtype))
+
+
 class Mover:
     """The optimiser's step over all values, each by its rule, at the rate the schedule has reached."""
 
     def __init__(
-        self,
-        values: Mapping[str, Values],
-        rules: Mapping[str, tuple[Rule, ...]],
-        training: TrainingSettings,
-        steps: int,
+        self, values: Mapping[str, Values], parts: Mapping[str, TrainableWeight], training: TrainingSettings, steps: int
     ) -> None:
-        pairs = [(v, rule) for name in values for v, rule in zip(values[name], rules[name], strict=True)]
+        pairs = [(v, rule) for n, part in parts.items() for v, rule in zip(values[n], part.rules, strict=True)]
         self.pairs = [(v, rule) for v, rule in pairs if rule.rate > 0]
         by_rate: dict[float, list[Tensor]] = {}
         for value, rule in self.pairs:
@@ -160,7 +164,7 @@ class Mover:
 
     @torch.no_grad()
     def move(self) -> None:
-        """One step along the gradients."""
+        """Take one step along the gradients."""
         share = self.done / self.steps
         factor = _FACTORS[self.schedule](share)
         self.done += 1

@@ -1,8 +1,8 @@
-"""What can be trained in a stored weight, whoever solved it? Ranges: how far the grid of each group reaches.
+"""Trainable ranges of a stored weight on uniform grids: `Ranges`.
 
 A factor per row and group stretches or clips the range about zero and every level moves with it: codes, zeros, outliers
-and the bytes stay. That codes stay is measured: where they follow the range by rounding anew, training takes a sweep
-apart (stories260k, 2 bits, KL: `gptq` with scale search 1.97, with codes that follow 1.94, that stay 1.56).
+and the bytes stay. Codes stay because it measured better: rounding them anew as the range moves undoes the sweep
+(stories260k, 2 bits, KL: `gptq` with scale search 1.97, with codes that follow 1.94, with codes that stay 1.56).
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitquilt.core.types import QuantizedWeight, Segment, group_slices
 from bitquilt.ops.reference import expand_permutation
-from bitquilt.train.problem import Rule, Values, straight_through
+from bitquilt.train.problem import Rule, Values, stored_as
 from bitquilt.train.rounding_ops import Groups
 
 
@@ -25,7 +25,7 @@ class Ranges:
 
     def __post_init__(self) -> None:
         if any(segment.format.grid != "uniform" for segment in self.stored.segments):
-            raise ValueError("only uniform grids have a range to train")
+            raise ValueError("only uniform grids have a range to train; leave clipping at 'solved' for other grids")
 
     @property
     def start(self) -> Values:
@@ -38,7 +38,7 @@ class Ranges:
         return tuple(Rule(self.rate, low=0.25, high=4.0) for _ in self.stored.segments)
 
     def weight(self, values: Values) -> Tensor:
-        """`[out, in]`."""
+        """The weight `[out, in]` with these values."""
         dense = torch.cat([_decoded(s, v) for s, v in zip(self.stored.segments, values, strict=True)], dim=1)
         permutation, outliers = self.stored.permutation, self.stored.outliers
         if permutation is not None:
@@ -51,7 +51,7 @@ class Ranges:
         return dense
 
     def export(self, values: Values) -> QuantizedWeight:
-        """The trained weight as it is stored."""
+        """Return the trained weight as it is stored."""
         segments = []
         for segment, factor in zip(self.stored.segments, values, strict=True):
             scale, low = _stretched(segment, factor.detach())
@@ -61,19 +61,14 @@ class Ranges:
 
 
 def _stretched(segment: Segment, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scale and, of one-bit groups with two free levels, the lower one, fp32 but rounded as they are stored."""
-    kind = segment.scale.dtype
-
-    def stored(value: Tensor) -> Tensor:
-        moved = value.float() * factor
-        return straight_through(moved, moved.to(kind).float())
-
-    two_levels = segment.format.bits == 1 and segment.zero is not None
-    return stored(segment.scale), stored(segment.zero) if two_levels and segment.zero is not None else None
+    """The scale and, for one-bit groups with two free levels, the lower one, fp32 but rounded as they are stored."""
+    kind, zero = segment.scale.dtype, segment.zero
+    low = stored_as(kind, zero.float() * factor) if segment.format.bits == 1 and zero is not None else None
+    return stored_as(kind, segment.scale.float() * factor), low
 
 
 def _decoded(segment: Segment, factor: Tensor) -> Tensor:
-    """`[out, width]`, as `ops.reference.decode_uniform` does, differentiable in the factor."""
+    """The values `[out, width]`, as `ops.reference.decode_uniform` does, differentiable in the factor."""
     groups = Groups.of(group_slices(segment.codes.shape[1], segment.format.group_size))
     codes = groups.split(segment.codes.float())
     scale, low = _stretched(segment, factor)

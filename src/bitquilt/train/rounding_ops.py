@@ -1,8 +1,8 @@
-"""What does a rounded weight become, and what arrives at what it was rounded with? Two ways to round, differentiable.
+"""Differentiable rounding: `round_by_scale` lets codes follow the scale, `round_by_offset` an offset per weight.
 
 All column groups of a layer at once, `[out, K, g]`, the last group padded; `scale`, `zero` `[out, K, 1]`, `top`
 `[K, 1]` the largest code. One pass forward and one backward over the weights, by hand: autograd over the same formulas
-keeps ten tensors of this size, these keep two. Straight through: rounding counts as a constant that is added.
+keeps ten tensors of this size, these keep two. The gradient treats rounding as a constant that is added.
 """
 
 from collections.abc import Sequence
@@ -23,35 +23,37 @@ class Groups:
 
     @classmethod
     def of(cls, groups: Sequence[slice]) -> "Groups":
-        """Of consecutive column ranges."""
+        """Describe consecutive column ranges."""
         return cls(groups[0].stop - groups[0].start, len(groups), groups[-1].stop)
 
     def split(self, weight: Tensor) -> Tensor:
-        """`[out, in]` -> `[out, K, g]`, zeros behind the last column."""
+        """Split `[out, in]` into `[out, K, g]`, zeros behind the last column."""
         missing = self.width * self.count - self.columns
         padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
         return padded.reshape(len(weight), self.count, self.width)
 
     def join(self, weight: Tensor) -> Tensor:
-        """And back."""
+        """Undo `split`."""
         return weight.reshape(len(weight), -1)[:, : self.columns]
 
 
 def round_by_scale(aim: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
-    """scale * (clamp(round(aim / scale) + zero, 0, top) - zero): the codes follow the scale. Differentiable in it."""
+    """scale * (clamp(round(aim / scale) + zero, 0, top) - zero), differentiable in the scale, which codes follow."""
     result: Tensor = _ByScale.apply(aim, scale, zero, top)
     return result
 
 
 def round_by_offset(place: Tensor, offset: Tensor, scale: Tensor, zero: Tensor, top: Tensor, even: Tensor) -> Tensor:
-    """scale * (clamp(round(place + offset) + zero, 0, top) - zero): the codes follow the offset alone, in both of which
-    it is differentiable. `even` bool `[K, 1]`: groups whose levels lie between the integers (`zero` = top / 2)."""
+    """scale * (clamp(round(place + offset) + zero, 0, top) - zero), differentiable in scale and offset.
+
+    Codes follow the offset alone. `even` bool `[K, 1]`: groups with levels halfway between integers (`zero` = top / 2).
+    """
     result: Tensor = _ByOffset.apply(place, offset, scale, zero, top, even)
     return result
 
 
 def steps_by_offset(place: Tensor, offset: Tensor, zero: Tensor, top: Tensor, even: Tensor) -> tuple[Tensor, Tensor]:
-    """(code - zero, the same before the range ends)."""
+    """(code - zero, the same without the limits of the range)."""
     moved = place + offset
     if bool(even.all()):
         free = moved.floor_().add_(0.5)

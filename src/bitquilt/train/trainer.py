@@ -1,8 +1,8 @@
-"""How are all the quantized weights of a block trained together? train(links, parts, samples, training) -> Trained.
+"""One trainer for a block or a whole model: `train` moves the values of all its weights together.
 
 The loss is the squared error of the output against one or more targets, in units of the first target's mean square, or
-whatever the samples say. What is returned is never worse than the start on samples that were not trained on, unless the
-last epoch is asked for.
+the samples' own loss. The result is never worse than the start on samples that were not trained on, unless the last
+epoch is asked for.
 """
 
 import math
@@ -13,28 +13,34 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bitquilt.train.problem import Link, Mover, TrainableWeight, Trained, TrainingSamples, TrainingSettings, Values
+from bitquilt.train.problem import (
+    Link,
+    Mover,
+    Told,
+    TrainableWeight,
+    Trained,
+    TrainingSamples,
+    TrainingSettings,
+    Values,
+)
 
 R = TypeVar("R")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def train(
-    links: Sequence[Link],
-    samples: TrainingSamples,
-    training: TrainingSettings,
-    told: Callable[[int, int, float], None] | None = None,
+    links: Sequence[Link], samples: TrainingSamples, training: TrainingSettings, told: Told | None = None
 ) -> Trained:
-    """Train the parts of all links together for `training.epochs` passes over the samples that are not held out.
+    """Train the weights of all links together for `training.epochs` passes over the samples that are not held out.
 
-    Of a chain one link's weights are in memory at a time: every link but the last is computed once without and once
-    with a graph. `told`: after every epoch, and at the start, how many are done, of how many, and the held-out loss.
-    A loss that is not finite ends it with the start, a lack of memory halves what goes through a link at once; both
-    are events. Raises ValueError if a link answers the same question twice differently, or with fewer than two
-    samples; MemoryError if not even one sample fits.
+    One link's weights are in memory at a time: every link but the last is computed once without and once with a graph.
+    `told` is called at the start and after every epoch with the epochs done, their number and the held-out loss.
+    A loss that is not finite ends training with the values of the start. On out-of-memory the number of samples that go
+    through a link at once is halved. Both record an event. Raises ValueError with fewer than two samples, or if a link
+    gives two outputs for one input; MemoryError if not even one sample fits.
     """
     if samples.count < 2:
-        raise ValueError(f"{samples.count} sample to train on; wanted at least 2: one is held out")
+        raise ValueError(f"{samples.count} sample to train on; wanted at least 2, because one is held out")
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(samples.count, generator=generator).tolist()
     kept = training.kept(samples.count)
@@ -44,22 +50,22 @@ def train(
 
 @dataclass(eq=False)
 class _Run:
+    """One training: `at_once` samples go through a link, losses count in multiples of `unit`."""
+
     links: Sequence[Link]
     samples: TrainingSamples
     at_once: int
-    told: Callable[[int, int, float], None] | None
+    told: Told | None
     autocast: bool = False
     unit: float = 1.0
     events: list[tuple[str, str]] = field(default_factory=list)
 
     def fit(self, held: list[int], rest: list[int], training: TrainingSettings, generator: torch.Generator) -> Trained:
+        """Train on the samples `rest` and keep the values of least loss on `held`."""
         parts = {name: part for link in self.links for name, part in link.parts.items()}
-        rules = {name: part.rules for name, part in parts.items()}
         values = {
-            name: tuple(
-                v.clone().requires_grad_(rule.rate > 0) for v, rule in zip(part.start, rules[name], strict=True)
-            )
-            for name, part in parts.items()
+            name: tuple(v.clone().requires_grad_(rule.rate > 0) for v, rule in zip(p.start, p.rules, strict=True))
+            for name, p in parts.items()
         }
         if self.samples.loss is None:
             self.unit = max(float(self.samples.targets[0](held).square().mean()), 1e-30)
@@ -70,16 +76,16 @@ class _Run:
             return Trained(_start(parts), start_loss, start_loss, (), tuple(self.events))
         if self.told is not None:
             self.told(0, training.epochs, start_loss)
-        best: dict[str, Values] | None = None  # of a whole model as large as itself: the start is made again
+        best: dict[str, Values] | None = None  # None = the start, which is cheaper to make again than to keep
         best_loss, since = start_loss, 0
         losses: list[float] = []
         steps = training.epochs * -(-len(rest) // training.batch)
-        mover = Mover(values, rules, training, steps)
+        mover = Mover(values, parts, training, steps)
         for epoch in range(training.epochs):
             shuffled = [rest[i] for i in torch.randperm(len(rest), generator=generator).tolist()]
             for begin in range(0, len(shuffled), training.batch):
                 if not self._step(values, shuffled[begin : begin + training.batch]):
-                    detail = f"in epoch {epoch + 1}: the block keeps what it had before training"
+                    detail = f"in epoch {epoch + 1}: the block keeps its values from before training"
                     self.events.append(("training loss not finite", detail))
                     return Trained(_start(parts), start_loss, start_loss, tuple(losses), tuple(self.events))
                 mover.move()
@@ -95,7 +101,7 @@ class _Run:
         return Trained(best or _start(parts), start_loss, best_loss, tuple(losses), tuple(self.events))
 
     def held_out_loss(self, values: Mapping[str, Values], held: list[int]) -> float:
-        """Mean loss of the samples."""
+        """The mean loss of the samples `held`."""
 
         def add_up() -> float:
             with torch.no_grad():
@@ -106,7 +112,7 @@ class _Run:
         return self._within_memory(add_up)
 
     def _step(self, values: Mapping[str, Values], chosen: list[int]) -> bool:
-        """Leave the gradients of a batch's mean loss in the values; False if anything is not finite."""
+        """Put the gradients of a batch's mean loss into the values; False if anything is not finite."""
 
         def gradients() -> bool:
             for tensor in _all(values):
@@ -118,7 +124,7 @@ class _Run:
             for k in reversed(range(len(self.links))):
                 with torch.enable_grad():
                     weights = _weights(self.links[k], values)
-                    # made once per step and link: what arrives at them from each share is added up first
+                    # made once per step and link: the gradients of all shares are added up first
                     leaves = {n: weight.detach().requires_grad_(weight.requires_grad) for n, weight in weights.items()}
                     for j, share in enumerate(shares):
                         x = hidden[k][j].requires_grad_(k > 0)
@@ -126,7 +132,7 @@ class _Run:
                             output = self.links[k].forward(leaves, x).to(x.dtype)
                         if k + 1 == len(self.links):
                             loss = self._loss(output, share, len(chosen))
-                            if loss.requires_grad:  # not where every rate is 0
+                            if loss.requires_grad:  # False where every rate is 0
                                 loss.backward()
                             total += float(loss.detach())
                         else:
@@ -147,7 +153,7 @@ class _Run:
     def _forward(
         self, values: Mapping[str, Values], shares: Sequence[Sequence[int]], links: Sequence[Link]
     ) -> list[list[Tensor]]:
-        """What each link reads and the last one returns, by share, without a graph."""
+        """The inputs of each link and the output of the last one, by share, without a graph."""
         hidden = [[self.samples.inputs(share) for share in shares]]
         with torch.no_grad():
             for link in links:
@@ -161,7 +167,7 @@ class _Run:
         return torch.stack(errors).sum() * (len(share) / whole / self.unit)
 
     def _shares(self, chosen: Sequence[int]) -> list[Sequence[int]]:
-        """In powers of two, at most `at_once` long."""
+        """The samples cut into powers of two, at most `at_once` long."""
         shares, begin = [], 0
         while begin < len(chosen):
             size = min(self.at_once, 1 << ((len(chosen) - begin).bit_length() - 1))
@@ -177,14 +183,14 @@ class _Run:
                 if not any(text in str(error).lower() for text in _OUT_OF_MEMORY):
                     raise
                 if self.at_once == 1:
-                    raise MemoryError("no memory to train this block on a single sample: shorten them") from None
+                    raise MemoryError("no memory to train on a single sample: use a smaller --seq-len") from None
             self.at_once //= 2
             self.events.append(("training batch halved", f"no memory: {self.at_once} samples at once from here on"))
 
     def _check_repeatable(self, start: Mapping[str, Values], sample: int) -> None:
         one, other = (self._forward(start, [[sample]], self.links)[-1][0] for _ in range(2))
         if not torch.equal(one.nan_to_num(), other.nan_to_num()):
-            raise ValueError("the block gives two outputs for one input: is dropout left on? Training needs one answer")
+            raise ValueError("the block gives two outputs for one input; training needs one: turn dropout off")
 
 
 def _start(parts: Mapping[str, TrainableWeight]) -> dict[str, Values]:
@@ -192,7 +198,7 @@ def _start(parts: Mapping[str, TrainableWeight]) -> dict[str, Values]:
 
 
 def _copied(values: Mapping[str, Values], into: dict[str, Values] | None) -> dict[str, Values]:
-    """What the values are now, in the memory of the copy before."""
+    """Copy the current values, into the memory of an earlier copy if there is one."""
     if into is None:
         return {name: tuple(v.detach().clone() for v in tensors) for name, tensors in values.items()}
     for name, tensors in values.items():

@@ -1,13 +1,13 @@
-"""The protocol of grids: whatever `GRIDS` holds is swept, stored, taken apart again and packed."""
+"""The protocol of grids: whatever `GRID_CLASSES` holds is swept, stored, taken apart again and packed."""
 
 import pytest
 import torch
 
 from bitquilt.core.packing import pack, unpack
-from bitquilt.core.types import LayerPlan, group_slices
+from bitquilt.core.types import GRIDS, LayerPlan, group_slices
 from bitquilt.layer.assembly import assemble, disassemble
 from bitquilt.layer.gptq_sweep import sweep
-from bitquilt.layer.grids import GRIDS
+from bitquilt.layer.grids import GRID_CLASSES
 from bitquilt.layer.grids.codebook import fit_codebook
 from bitquilt.layer.grids.mx import element_for, fit_mx
 from bitquilt.layer.grids.shared_levels import fit_table
@@ -25,8 +25,8 @@ CASES = {
 }
 
 
-def test_every_grid_of_the_table_is_tested():
-    assert {name.split(",")[0] for name in CASES} == set(GRIDS)
+def test_every_grid_has_a_class_and_a_case_here():
+    assert {name.split(",")[0] for name in CASES} == set(GRID_CLASSES) == set(GRIDS)
 
 
 @pytest.mark.parametrize("name", CASES)

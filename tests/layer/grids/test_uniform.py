@@ -11,7 +11,6 @@ from bitquilt.layer.grids.uniform import (
     RangeSearch,
     fit,
     fit_range,
-    fit_symmetric,
     fit_two_levels,
     scale_dtype_for,
 )
@@ -194,19 +193,21 @@ def test_a_symmetric_grid_is_the_best_of_its_candidates(bits):
     w = torch.randn(16, 32, generator=torch.Generator().manual_seed(bits))
     importance = torch.rand(32, generator=torch.Generator().manual_seed(9)) + 0.1
     search = RangeSearch(taus=tuple(i / 10 for i in range(3, 12)))
-    grid = fit_symmetric(w, bits, importance, search=search)
+    grid = fit_range(w, bits, importance, search=search, symmetric=True)
     assert grid.zero is None
     least = ((w - grid.quantize(w)).square() * importance).sum(1)
     for tau in search.taus:
-        other = fit_symmetric(w, bits, search=RangeSearch(taus=(tau,)))
+        other = fit_range(w, bits, search=RangeSearch(taus=(tau,)), symmetric=True)
         assert bool((((w - other.quantize(w)).square() * importance).sum(1) >= least - 1e-6).all())
 
 
 def test_symmetric_levels_lie_on_both_sides_of_zero_and_a_group_of_zeros_stays_near_it():
-    grid = fit_symmetric(row(-0.75, 0.1, 0.3, 0.6), 2, **FP32)
+    grid = fit_range(row(-0.75, 0.1, 0.3, 0.6), 2, symmetric=True, **FP32)
     assert grid.scale.item() == pytest.approx(0.5)
     assert grid.quantize(row(-0.75, 0.1, 0.3, 0.6)).tolist() == [pytest.approx([-0.75, 0.25, 0.25, 0.75])]
-    assert float(fit_symmetric(row(0, 0, 0), 2, search=RangeSearch()).quantize(row(0, 0, 0)).abs().max()) < 1e-6
+    nothing = row(0, 0, 0)
+    zeros = fit_range(nothing, 2, search=RangeSearch(), symmetric=True)
+    assert float(zeros.quantize(nothing).abs().max()) < 1e-6
 
 
 def test_at_two_bits_symmetric_levels_fit_a_gaussian_better_and_at_four_integer_zeros_do():

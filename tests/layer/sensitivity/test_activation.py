@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from bitquilt.layer.grids.mx import worst_ratio
-from bitquilt.layer.sensitivity.activation import bands, exact_threshold, part_sizes, partition, published_threshold
+from bitquilt.layer.sensitivity.activation import exact_threshold, part_sizes, partition, published_threshold
 from bitquilt.ops.microscaling import E2M1, E2M3, E3M2
 
 PUBLISHED = (published_threshold(4, 6.0, 1), published_threshold(6, 28.0, 3))
+
+
+def bands(sample: torch.Tensor, four: float, six: float) -> torch.Tensor:
+    """Bits of every element of `sample` `[T, in]`: 4 up to `four` M_t, 6 up to `six` M_t, else 8; uint8 `[T, in]`."""
+    size = sample.abs()
+    largest = size.amax(dim=1, keepdim=True)
+    found = torch.full(size.shape, 8, dtype=torch.uint8, device=sample.device)
+    found[size <= six * largest] = 6
+    found[size <= four * largest] = 4
+    return found
 
 
 def sample(width=256, tokens=300, seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ..conftest import build_tiny
+from ...conftest import build_tiny
 
 VOCAB = 97
 

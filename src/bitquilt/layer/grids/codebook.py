@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.types import Format, Segment
+from bitquilt.layer.grids.grid import Grid
 from bitquilt.layer.grids.kmeans import exact_kmeans, lloyd
 
 Clustering = Literal["exact", "lloyd", "uniform"]
@@ -21,7 +22,7 @@ _AT_ONCE = 2**21
 
 
 @dataclass(frozen=True, eq=False)
-class CodebookGrid:
+class CodebookGrid(Grid):
     """Free levels per column, as stored and ascending: a table of its own for each column, `tables` `[n, 2^bits]`, or
     one table `[1, 2^bits]` that all columns multiply by their `gains` `[n]`."""
 
@@ -43,10 +44,6 @@ class CodebookGrid:
     def decode(self, codes: Tensor) -> Tensor:
         """fp32 values of float codes `[out, n]`."""
         return self.levels.t().gather(0, codes.to(torch.int64))
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        """`[out, n]` rounded to the grid."""
-        return self.decode(self.encode(weight))
 
     @classmethod
     def segment(cls, grids: Sequence[Self], codes: Tensor, group_size: int = 1) -> Segment:

@@ -1,4 +1,4 @@
-"""`Grid`: what the solvers, the assembly and the trainer ask of the levels of a few neighbouring columns.
+"""`Grid`, the protocol through which solvers, assembly and trainer use the levels of a few neighbouring columns.
 
 A grid rounds (`encode`, `decode`, `quantize`) and knows how it is stored: `segment` puts the grids of neighbouring
 groups and their codes into one `Segment`, and `of_segment` takes the grid of some columns out of it again.
@@ -13,7 +13,7 @@ from bitquilt.core.types import Segment
 
 
 class Grid(Protocol):
-    """The levels of `n` neighbouring columns, in the precision in which they are stored."""
+    """The levels of `n` neighbouring columns, in the precision in which they are stored. Grids subclass it."""
 
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes of `weight` fp32 `[out, n]`, as float: a sweep works in floats, `.to(uint8)` stores them."""
@@ -25,7 +25,7 @@ class Grid(Protocol):
 
     def quantize(self, weight: Tensor) -> Tensor:
         """`weight` `[out, n]` rounded to the grid."""
-        ...
+        return self.decode(self.encode(weight))
 
     @classmethod
     def segment(cls, grids: Sequence[Self], codes: Tensor, group_size: int) -> Segment:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitquilt.ops import kernels
+from bitquilt.ops import cpu_kernels
 
 Floats64 = np.ndarray
 # Elements of one batch of columns: the working set of a level (about ten such arrays of float64) stays near 10 MB.
@@ -31,8 +31,8 @@ def exact_kmeans(values: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tenso
         raise ValueError(f"values is {list(values.shape)}; wanted at least one row")
     x = values.detach().cpu().double().t().contiguous()
     w = weights.detach().cpu().double().t().contiguous()
-    if kernels.level() != kernels.REFERENCE:
-        centroids, boundaries = kernels.kmeans(x, w, k)
+    if cpu_kernels.level() != cpu_kernels.REFERENCE:
+        centroids, boundaries = cpu_kernels.kmeans(x, w, k)
     else:
         centroids, boundaries = kmeans_reference(x, w, k)
     device = values.device
@@ -74,12 +74,6 @@ def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tupl
         boundaries = moved
     device = values.device
     return centroids.t().contiguous().to(device), boundaries.t().contiguous().to(device)
-
-
-def squared_error(values: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
-    """Weighted squared error of `values` `[n, columns]` to the nearest of `centroids` `[k, columns]`, `[columns]`."""
-    distance = (values.unsqueeze(0) - centroids.unsqueeze(1)).square().amin(dim=0)
-    return (distance * weights).sum(dim=0)
 
 
 def _check_clusters(k: int) -> None:

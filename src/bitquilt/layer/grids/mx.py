@@ -11,26 +11,13 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.types import Activation, Format, Segment
-from bitquilt.ops.microscaling import (
-    BLOCK,
-    E2M1,
-    E2M3,
-    E3M2,
-    E4M3,
-    Element,
-    ScaleRule,
-    block_exponents,
-    decode_blocks,
-    decode_exponents,
-    encode_element,
-    encode_exponents,
-    round_to_element,
-    scale_values,
-)
+from bitquilt.layer.grids.grid import Grid
+from bitquilt.ops import microscaling as mx
+from bitquilt.ops.microscaling import BLOCK, E2M1, E2M3, E3M2, E4M3, Element, ScaleRule
 
 
 @dataclass(frozen=True, eq=False)
-class MXGrid:
+class MXGrid(Grid):
     """`element` values times 2^k for every 32 columns of a row; `scale` E8M0, uint8 `[out, ceil(n / 32)]`.
 
     `activation`: the rule by which the layer's input is rounded to the same elements, or "none".
@@ -42,16 +29,12 @@ class MXGrid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """Nearest codes of `[out, n]` as float."""
-        rounded = round_to_element(scale_values(weight.float(), decode_exponents(self.scale)), self.element)
-        return encode_element(rounded, self.element).float()
+        rounded = mx.round_to_element(mx.scale_values(weight.float(), mx.decode_exponents(self.scale)), self.element)
+        return mx.encode_element(rounded, self.element).float()
 
     def decode(self, codes: Tensor) -> Tensor:
         """fp32 values of float codes `[out, n]`."""
-        return decode_blocks(codes.to(torch.uint8), self.scale, self.element)
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        """`[out, n]` rounded to the grid."""
-        return self.decode(self.encode(weight))
+        return mx.decode_blocks(codes.to(torch.uint8), self.scale, self.element)
 
     @classmethod
     def segment(cls, grids: Sequence["MXGrid"], codes: Tensor, group_size: int = BLOCK) -> Segment:
@@ -89,7 +72,7 @@ def mx_format(element: Element, activation: Activation = "none") -> Format:
 
 def fit_mx(weight: Tensor, element: Element, rule: ScaleRule = "ceil", activation: Activation = "none") -> MXGrid:
     """The grid of `weight` fp32 `[out, n]`: one power of two for every 32 columns of a row, by `rule`."""
-    return MXGrid(element, encode_exponents(block_exponents(weight, element, rule)), activation)
+    return MXGrid(element, mx.encode_exponents(mx.block_exponents(weight, element, rule)), activation)
 
 
 def worst_ratio(element: Element, rule: ScaleRule) -> float:

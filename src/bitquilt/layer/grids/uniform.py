@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.types import Format, Segment
+from bitquilt.layer.grids.grid import Grid
 
 OneBitRule = Literal["symmetric", "two_level", "centered", "code", "paper"]
 # fp16 steps below 2^-14 lose digits and above 2^15 may overflow: such layers keep bfloat16 scales.
@@ -34,18 +35,14 @@ class RangeSearch:
 
 MIN_MAX = RangeSearch(taus=(1.0,))
 # The public implementation: 1, then 1.002 .. 1.100 and 0.998 .. 0.900 in steps of 0.002, exponent 2.4.
+_FIFTY = range(1, 51)
 PUBLISHED_SEARCH = RangeSearch(
-    taus=(
-        1.0,
-        *(round(1 + 0.002 * i, 3) for i in range(1, 51)),
-        *(round(1 - 0.002 * i, 3) for i in range(1, 51)),
-    ),
-    exponent=2.4,
+    (1.0, *(round(1 + 0.002 * i, 3) for i in _FIFTY), *(round(1 - 0.002 * i, 3) for i in _FIFTY)), exponent=2.4
 )
 
 
 @dataclass(frozen=True, eq=False)
-class UniformGrid:
+class UniformGrid(Grid):
     """Equal steps. `bits` >= 2: scale * (code - zero), zero an integer in 0 .. 2^bits - 1. `bits` = 1: zero + scale *
     code. `zero` None: scale * (code - (2^bits - 1) / 2).
 
@@ -73,10 +70,6 @@ class UniformGrid:
             return scale * (codes - (2**self.bits - 1) / 2)
         zero = self.zero.float()
         return zero + scale * codes if self.bits == 1 else scale * (codes - zero)
-
-    def quantize(self, weight: Tensor) -> Tensor:
-        """`[out, n]` rounded to the grid."""
-        return self.decode(self.encode(weight))
 
     @classmethod
     def segment(cls, grids: Sequence[Self], codes: Tensor, group_size: int) -> Segment:
@@ -109,8 +102,7 @@ def fit(
     `symmetric`: groups of two and more bits store no zero."""
     if bits == 1:
         return fit_two_levels(weight, importance, rule=one_bit, scale_dtype=scale_dtype)
-    fit_wide = fit_symmetric if symmetric else fit_range
-    return fit_wide(weight, bits, importance, search=search, scale_dtype=scale_dtype)
+    return fit_range(weight, bits, importance, search=search, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 def fit_range(
@@ -119,23 +111,31 @@ def fit_range(
     importance: Tensor | None = None,
     *,
     search: RangeSearch = MIN_MAX,
+    symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Fit a min-max grid through 0, its range times the tau with the least sum of importance * |error|^q per row.
+    """Fit a min-max grid, its range times the tau with the least sum of importance * |error|^q per row.
 
-    The zero is computed once, at tau = 1, where it never leaves 0 .. 2^bits - 1, and searched only on request. A later
-    tau wins only when strictly better.
+    The range passes through 0. The zero is computed once, at tau = 1, where it never leaves 0 .. 2^bits - 1, and
+    searched only on request. A later tau wins only when strictly better.
+    `symmetric`: the range is the largest |w| on both sides of zero, with no level at it, so that no zero is stored. For
+    groups of 32 Gaussian weights the error is 0.108 of the variance at 2 bits, with a zero 0.112; at 3 bits 0.0293 and
+    0.0258: more levels prefer a zero.
     """
     levels = 2**bits - 1
-    low = weight.amin(dim=1, keepdim=True).clamp_(max=0)
-    high = weight.amax(dim=1, keepdim=True).clamp_(min=0)
-    empty = low == high
-    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
-    full = (high - low) / levels
-    zeros = _zeros(torch.round(-low / full), levels, search.zeros)
-    steps = _Steps(weight, importance, levels, search.exponent, even=False)
-    scale, zero = steps.best(full, zeros, search.taus, scale_dtype)
-    return UniformGrid(bits, scale.to(scale_dtype), zero.to(torch.uint8))
+    if symmetric:
+        full = weight.abs().amax(dim=1, keepdim=True) * (2 / levels)
+        zeros = [full]
+    else:
+        low = weight.amin(dim=1, keepdim=True).clamp_(max=0)
+        high = weight.amax(dim=1, keepdim=True).clamp_(min=0)
+        empty = low == high
+        low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+        full = (high - low) / levels
+        zeros = _zeros(torch.round(-low / full), levels, search.zeros)
+    errors = _RangeErrors(weight, importance, levels, search.exponent, symmetric)
+    scale, zero = errors.best(full, zeros, search.taus, scale_dtype)
+    return UniformGrid(bits, scale.to(scale_dtype), None if symmetric else zero.to(torch.uint8))
 
 
 def _zeros(nearest: Tensor, levels: int, searched: bool) -> list[Tensor]:
@@ -147,35 +147,15 @@ def _zeros(nearest: Tensor, levels: int, searched: bool) -> list[Tensor]:
     return [nearest, (nearest - 1).clamp_min(0), (nearest + 1).clamp_max(levels)]
 
 
-def fit_symmetric(
-    weight: Tensor,
-    bits: int,
-    importance: Tensor | None = None,
-    *,
-    search: RangeSearch = MIN_MAX,
-    scale_dtype: torch.dtype = torch.float16,
-) -> UniformGrid:
-    """Fit levels on both sides of zero and none at it, so that no zero is stored.
-
-    The range is tau times the largest |w|, tau searched as in `fit_range`. For groups of 32 Gaussian weights the error
-    is 0.108 of the variance at 2 bits, with a zero 0.112; at 3 bits 0.0293 and 0.0258: more levels prefer a zero.
-    """
-    top = 2**bits - 1
-    full = weight.abs().amax(dim=1, keepdim=True) * (2 / top)
-    steps = _Steps(weight, importance, top, search.exponent, even=True)
-    scale, _ = steps.best(full, [full], search.taus, scale_dtype)
-    return UniformGrid(bits, scale.to(scale_dtype), None)
-
-
 @dataclass(frozen=True, eq=False)
-class _Steps:
-    """The errors of a group `weight` `[out, n]` on `levels` + 1 equal steps around a zero; `even`: around none."""
+class _RangeErrors:
+    """The errors of a group `weight` `[out, n]` on `levels` + 1 equal steps around a zero; `symmetric`: around none."""
 
     weight: Tensor
     importance: Tensor | None
     levels: int
     exponent: float
-    even: bool
+    symmetric: bool
 
     def best(
         self, full: Tensor, zeros: Sequence[Tensor], taus: Sequence[float], scale_dtype: torch.dtype
@@ -207,7 +187,7 @@ class _Steps:
         """
         exact, error = work
         torch.div(self.weight, scale, out=exact)
-        if self.even:
+        if self.symmetric:
             torch.floor(exact, out=error)
             torch.clamp(error, -(self.levels + 1) / 2, (self.levels - 1) / 2, out=error)
             error.sub_(exact).add_(0.5)

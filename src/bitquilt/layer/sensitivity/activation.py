@@ -45,16 +45,6 @@ def exact_threshold(worst_ratio: float) -> float:
     return _INT8_ERROR / worst_ratio
 
 
-def bands(sample: Tensor, four: float, six: float) -> Tensor:
-    """Bits of every element of `sample` `[T, in]`: 4 up to `four` M_t, 6 up to `six` M_t, else 8; uint8 `[T, in]`."""
-    size = sample.abs()
-    largest = size.amax(dim=1, keepdim=True)
-    found = torch.full(size.shape, 8, dtype=torch.uint8, device=sample.device)
-    found[size <= six * largest] = 6
-    found[size <= four * largest] = 4
-    return found
-
-
 def partition(
     sample: Tensor,
     thresholds: tuple[float, float],

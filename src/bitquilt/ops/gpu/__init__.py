@@ -1,14 +1,15 @@
 """The body of the operators on a GPU: Triton kernels on the stored layout.
 
-| file | question it answers |
+| file | what it holds |
 |---|---|
-| `unpack.py` | how do bits become numbers? |
-| `product.py` | x W^T in one launch, fused |
-| `dense.py` | the weight written out |
-| `weight.py` | is a weight sound, and what do the kernels need beside it? |
-| `config.py` | how is a product cut into programs? |
-| `tuned.py` | how was it, where that was measured on this GPU? |
-| `body.py` | which of these, with which arguments? |
+| `launch.py` | the operators: which kernel is launched, with which arguments |
+| `prepared_weight.py` | a weight, checked once, and the tables that kernels need besides |
+| `matmul_kernel.py` | x W^T in one launch, fused |
+| `dequantize_kernel.py` | the weight written out |
+| `unpack_codes.py`, `quad_lookup.py` | how bits become numbers; codebooks looked up in registers |
+| `activation_tiles.py` | the activations of a chunk, split as the weight is |
+| `tiling.py`, `tuned_tilings.py` | how a product is split into programs: by rule, and as measured on this GPU |
+| `decoder_kernels.py` | the steps between the products of one token |
 
 Triton is imported with the first product: it takes half a second. Without it, or with `BITQUILT_ISA=reference`, a GPU
 computes through the reference body.
@@ -31,25 +32,25 @@ def has_triton() -> bool:
 
 
 def quantized_matmul(x: Tensor, *arguments: Any) -> Tensor:
-    """`body.quantized_matmul`, unless the environment asks for the reference."""
+    """Multiply by the kernels (`launch`), or by the reference if the environment asks for it."""
     if _asked_for_reference():
         return reference.quantized_matmul(x, *arguments)
-    from bitquilt.ops.gpu import body
+    from bitquilt.ops.gpu import launch
 
-    return body.quantized_matmul(x, *arguments)
+    return launch.quantized_matmul(x, *arguments)
 
 
 def dequantize(*arguments: Any) -> Tensor:
-    """`body.dequantize`, unless the environment asks for the reference."""
+    """Write the weight out by the kernels (`launch`), or by the reference if the environment asks for it."""
     if _asked_for_reference():
         return reference.dequantize(*arguments)
-    from bitquilt.ops.gpu import body
+    from bitquilt.ops.gpu import launch
 
-    return body.dequantize(*arguments)
+    return launch.dequantize(*arguments)
 
 
 def in_use() -> bool:
-    """Whether layers on a GPU are computed here."""
+    """Whether layers on a GPU are computed by these kernels."""
     return has_triton() and not _asked_for_reference()
 
 

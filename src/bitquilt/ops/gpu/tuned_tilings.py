@@ -1,11 +1,12 @@
-"""Cuts that were measured on this machine's GPU: `python -m benchmarks.gpu --only tune` writes them, products look here
-before they ask `config.choose`.
+"""Tilings measured on this machine's GPU: `known_tilings` reads them, `remember` saves them.
 
-One file per GPU and version of Triton, in BITQUILT_CACHE (default: $XDG_CACHE_HOME/bitquilt, ~/.cache/bitquilt):
+`python -m benchmarks.gpu --only tune` writes them; every product looks here before it calls `choose_tiling`. There is
+one file per GPU and version of Triton, in BITQUILT_CACHE (default: $XDG_CACHE_HOME/bitquilt, ~/.cache/bitquilt):
 
     gpu-NVIDIA-H200-triton-3.7.1.json   {"4096x86 2 bits, 1 tokens": [32, 1, 8, 4, 4, 4], ...}
 
-rows x chunks of 128 columns, mean bits of the codes, tokens rounded up to a power of two; the numbers of a `Config`.
+A key holds rows x chunks of 128 columns, mean bits of the codes and tokens rounded up to a power of two; the value is
+the numbers of a `Tiling`.
 """
 
 import functools
@@ -19,18 +20,18 @@ from typing import Any
 
 import torch
 
-from bitquilt.ops.gpu.tiling import Config
+from bitquilt.ops.gpu.tiling import Tiling
 
-MAX_TOKENS = 64  # more are compute bound: one cut for all
+MAX_TOKENS = 64  # more are compute bound: one tiling serves all
 
 
 def key(rows: int, chunks: int, bits: float, tokens: int, kind: str = "bits") -> str:
-    """What a cut is remembered under. `kind`: bits (uniform), codebook or mx."""
+    """Return the key of a tiling. `kind`: bits (uniform), codebook or mx."""
     return f"{rows}x{chunks} {round(bits)} {kind}, {1 << max(0, tokens - 1).bit_length()} tokens"
 
 
 def path(device: torch.device) -> Path:
-    """The file of this GPU; of a CPU, for tests under Triton's interpreter, a file of its own."""
+    """The file of this GPU, or of a CPU for tests under Triton's interpreter."""
     import triton
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -40,32 +41,32 @@ def path(device: torch.device) -> Path:
 
 
 @functools.cache
-def cuts(device: torch.device) -> dict[str, Config]:
-    """What was measured; read once. ValueError: the file is none of ours."""
+def known_tilings(device: torch.device) -> dict[str, Tiling]:
+    """Read the measured tilings by key, once. ValueError: the file holds something else."""
     file = path(device)
     if not file.is_file():
         return {}
     try:
-        return {name: _config(numbers) for name, numbers in json.loads(file.read_text()).items()}
+        return {name: _tiling(numbers) for name, numbers in json.loads(file.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} holds no cuts of products ({error}); delete it or measure again") from None
+        raise ValueError(f"{file} holds no tilings ({error}); delete it or measure again") from None
 
 
-def remember(device: torch.device, found: Mapping[str, Config]) -> Path:
-    """Add to the file; products of this process use it from now on."""
+def remember(device: torch.device, found: Mapping[str, Tiling]) -> Path:
+    """Add tilings to the file; later products of this process use them."""
     file = path(device)
-    every = {**cuts(device), **found}
+    every = {**known_tilings(device), **found}
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({name: astuple(config) for name, config in every.items()}, indent=1))
+    beside.write_text(json.dumps({name: astuple(tiling) for name, tiling in every.items()}, indent=1))
     beside.replace(file)
-    cuts.cache_clear()
+    known_tilings.cache_clear()
     return file
 
 
-def _config(numbers: Any) -> Config:
-    config = Config(*map(int, numbers))
-    powers = (config.rows, config.tokens, config.stack, config.warps)
-    if min(powers) < 1 or any(n & (n - 1) for n in powers) or config.parts < 1 or config.stages < 1:
-        raise ValueError(f"{numbers} is no cut: rows, tokens, stack and warps are powers of two")
-    return config
+def _tiling(numbers: Any) -> Tiling:
+    tiling = Tiling(*map(int, numbers))
+    powers = (tiling.rows, tiling.tokens, tiling.stack, tiling.warps)
+    if min(powers) < 1 or any(n & (n - 1) for n in powers) or tiling.parts < 1 or tiling.stages < 1:
+        raise ValueError(f"{numbers} is no tiling: rows, tokens, stack and warps are powers of two")
+    return tiling

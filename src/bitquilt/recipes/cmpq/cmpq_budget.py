@@ -1,4 +1,4 @@
-"""What can a layer of this shape have for these bits? Sizes alone, no weights: the budgets of `recipes.cmpq`."""
+"""`ChannelBudget`: what a layer of a given shape can have for a number of bits. Sizes alone, no weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,25 +10,24 @@ from bitquilt.core.packing import storage_bits
 from bitquilt.core.types import MAX_BITS
 from bitquilt.layer.codebook_weight import LevelTables
 from bitquilt.layer.layouts import channel_layout
-from bitquilt.layer.outliers import MAX_SHARE, ActivationRule, activation_count
+from bitquilt.layer.outliers import MAX_SHARE, activation_count
 
-_SPENT = 0.9  # of a budget: widths whose largest leaves more than a tenth are not worth trying
-_ROUNDING = 1e-6  # bits: a target is a float, what is stored a whole number
+_SPENT = 0.9  # share of a budget: widths whose largest leaves more than a tenth are not worth trying
+_ROUNDING = 1e-6  # bits: a target is a float, a stored size a whole number
 
 
 @dataclass(frozen=True)
 class ChannelBudget:
-    """`bits`: nominal mean; `bpw`: instead, true bits per weight. `act_share`, `error_share`: of the weights, in O_act
-    and O_q; `fewer`: with `bpw`, none where bits are worth more. The rest as in `CMPQ`."""
+    """`bits`: nominal mean; `bpw`: instead, true bits per weight. `tables`: how levels are stored. `palette`: widths
+    that a channel may have. `act_share`, `error_share`: shares of the weights in O_act and O_q. `fewer`: with `bpw`,
+    outliers may be left out for more bits."""
 
     bits: float
     bpw: float | None
     tables: LevelTables
     palette: tuple[int, ...] = FULL_PALETTE
-    swap: float = 0.0
     act_share: float = 0.0
     error_share: float = 0.0
-    act_rule: ActivationRule = "weight"
     fewer: bool = False
 
     def widths(self, out_features: int) -> tuple[int, ...]:
@@ -40,18 +39,16 @@ class ChannelBudget:
         return max(1, (out_features - 1).bit_length()) if self.tables.scope == "channel" else MAX_BITS
 
     def spread(self, norms: Sequence[float], out_features: int, total: int) -> tuple[int, ...]:
-        """`total` bits by rank of the norms; no swap where the palette has no room on both sides."""
-        palette = self.widths(out_features)
-        room = palette[0] < total // len(norms) and -(-total // len(norms)) < palette[-1]
-        return spread_bits(norms, total, self.swap if room else 0.0, palette)
+        """`total` bits by rank of the norms."""
+        return spread_bits(norms, total, palette=self.widths(out_features))
 
     def asked(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Asked-for sizes of O_act and O_q."""
-        act = activation_count(self.act_share, out_features, in_features, self.act_rule)
+        act = activation_count(self.act_share, out_features, in_features)
         return act, round(self.error_share * out_features * in_features)
 
     def outliers(self, out_features: int, bits: Sequence[int]) -> tuple[int, int]:
-        """Sizes of O_act and O_q beside these bits: as asked, or with `bpw` what it leaves room for, O_act first."""
+        """Sizes of O_act and O_q with these bits: as asked, or with `bpw` what it leaves room for, O_act first."""
         act, error = self.asked(out_features, len(bits))
         if self.bpw is None or act + error == 0:
             return act, error
@@ -66,7 +63,7 @@ class ChannelBudget:
         return storage_bits(channel_layout(out_features, bits, self.tables, sum(self.asked(out_features, len(bits)))))
 
     def reach(self, out_features: int, in_features: int) -> tuple[float, float]:
-        """True bits per weight at the palette's ends; the lower one without outliers where they may be left out."""
+        """True bits per weight at the palette's ends; the lower without outliers where they may be left out."""
         palette = self.widths(out_features)
         bare = self.candidates()[-1]
         least = bare._ranked_size(out_features, in_features, palette[0] * in_features)
@@ -81,7 +78,7 @@ class ChannelBudget:
         return least <= self.bpw <= most
 
     def candidates(self) -> list["ChannelBudget"]:
-        """This budget, and with `bpw` and `fewer` the one without outliers: bits instead."""
+        """This budget, and with `bpw` and `fewer` the same without outliers, whose bytes become bits."""
         shares = (1.0, 0.0) if self.fewer and self.bpw is not None else (1.0,)
         return [replace(self, act_share=s * self.act_share, error_share=s * self.error_share) for s in shares]
 
@@ -110,10 +107,10 @@ class ChannelBudget:
         total: int,
         norms: Sequence[float],
     ) -> tuple[int, ...]:
-        """Bits per channel of least summed error within the budget, `table[j][i]` that of channel j at `widths[i]`.
+        """Bits per channel of least summed error within the budget; `table[j][i]`: error of channel j at `widths[i]`.
 
-        With `bpw` a width has a price of its own (its table, its rows' padding, a larger map): every run of
-        neighbouring widths is tried, and the rank of the norms. By rank where nothing else fits.
+        With `bpw` a width has a price of its own (its table, its rows' padding, a larger map), so every run of
+        neighbouring widths is tried, and the rank of the norms, which also decides where nothing else fits.
         """
         if self.bpw is None:
             return tuple(widths[i] for i in least_error_relaxed(table, widths, total))
@@ -142,7 +139,7 @@ class ChannelBudget:
         """Maps of least summed error with the widths numbered `among`, at about `target` stored bits."""
         part = [[row[i] for i in among] for row in table]
         prices = [self._channel_price(out_features, widths[i]) for i in among]
-        # what is not a channel's own (padding, map, outliers, shared tables) is known only from the finished map
+        # the size of what channels share (padding, map, outliers, tables) is known only from the finished map
         allowed, found = target, []
         for _ in range(4):
             allowed = max(allowed, prices[0] * len(table))
@@ -171,7 +168,7 @@ class ChannelBudget:
                 )
 
     def _channel_price(self, out_features: int, bits: int) -> int:
-        """Stored bits of one channel's codes and of what it has to itself beside them."""
+        """Stored bits of one channel: its codes, and its own table or gain."""
         if self.tables.scope == "shared":
             return out_features * bits + 8 * self.tables.gain_dtype.itemsize
         return out_features * bits + 8 * self.tables.dtype.itemsize * 2**bits
@@ -183,8 +180,11 @@ class ChannelBudget:
 
 @lru_cache(maxsize=256)
 def _largest_total(budget: ChannelBudget, out_features: int, in_features: int) -> int:
-    """Sizes grow with the sum but for the bytes that rows are padded to, less than a byte per row and width, and for
-    the map and the second table that equal bits everywhere do not need."""
+    """The largest sum of the channels' bits within `budget.bpw`.
+
+    Sizes grow with the sum, with two exceptions: rows are padded to whole bytes, less than a byte per row and width,
+    and equal bits everywhere need neither map nor second table.
+    """
     assert budget.bpw is not None
     palette = budget.widths(out_features)
     return largest_within(

@@ -1,70 +1,94 @@
-"""What the recipes that sweep with error feedback share: `gptq`, `slim-llm`, `quilt`."""
+"""`FeedbackSweep`: the GPTQ sweep of `gptq`, `slim-llm` and `quilt`, on a target that repairs earlier layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
 from bitquilt.core.recipe import Needs
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
-from bitquilt.layer.grouped_weight import FitColumns, live_weight, protect, solve, unprotected_event
+from bitquilt.layer.grouped_weight import (
+    FitColumns,
+    check_protection,
+    live_weight,
+    protect,
+    protected_count,
+    solve,
+    unprotected_event,
+)
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.target import check_feedback, corrected, layer_factor
+from bitquilt.recipes.shared.traits import check_damp, check_group_size
+
+HessianAt = Literal["input", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feedback:
-    """`damp`: share of the Hessian's mean diagonal. `alpha`, `stream_alpha`: how much of the error of earlier layers,
-    at the layer's input and in the residual stream it writes into, the layer repairs (`solvers.target`); above 0 the
-    full-precision model runs beside. `group_order`: whole groups in descending Hessian diagonal, their columns
-    likewise, each grid fitted when its group is reached. `passes`: of coordinate descent over the codes afterwards."""
+class FeedbackSweep:
+    """The sweep that a recipe's options ask for; `GPTQ` explains each of them."""
 
-    group_size: int = 128
-    damp: float = 0.01
-    group_order: bool = False
-    alpha: float = 0.0
-    stream_alpha: float = 0.0
-    passes: int = 0
+    group_size: int
+    damp: float
+    alpha: float
+    stream_alpha: float
+    passes: int
+    group_order: bool
+    act_order: bool = False
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
+    hessian: HessianAt = "input"
 
     @property
     def needs(self) -> Needs:
-        """The Hessian, and with a full-precision target the drift of the inputs."""
-        repairs = bool(self.alpha or self.stream_alpha)
-        return Needs(hessian=True, drift=repairs, stream_drift=bool(self.stream_alpha))
+        """The Hessian, and the drift of the inputs if the target repairs earlier layers."""
+        return Needs(
+            hessian=True,
+            drift=bool(self.alpha or self.stream_alpha),
+            stream_drift=bool(self.stream_alpha),
+            output_hessian=self.hessian == "attention",
+        )
 
-    def check_sweep(self, hessian: str = "input") -> None:
-        """Raise ValueError naming the field that cannot work."""
-        check_feedback(self.alpha, self.stream_alpha, self.passes, hessian)
+    def check(self) -> None:
+        """Raise ValueError naming the option that cannot work."""
+        check_damp(self.damp)
+        check_group_size(self.group_size)
+        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
+        check_protection(self.passes, error_outliers=self.error_outliers, act_outliers=self.act_outliers)
+        if self.act_order and self.group_order:
+            raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
 
     def prepare(self, stats: LayerStats | None) -> Factor:
-        """Factor the Hessian once for all layers that read this input."""
+        """Factor the Hessian once for all layers that read one input."""
         assert stats is not None
         return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
 
-    def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
-        """1 / U_jj^2: later columns compensate."""
-        return prepared.importance
+    def outlier_count(self, out_features: int, in_features: int) -> int:
+        """Weights of a layer that are kept in half precision."""
+        return protected_count((out_features, in_features), self.act_outliers, self.error_outliers)
 
-    def swept(
-        self,
-        layer: Layer,
-        plan: LayerPlan,
-        prepared: Factor,
-        fitter: Callable[[Tensor, Factor], FitColumns],
-        *,
-        act_order: bool = False,
-        outliers: tuple[float, float] = (0.0, 0.0),
+    def solve(
+        self, layer: Layer, plan: LayerPlan, prepared: Factor, fitter: Callable[[Tensor, Factor], FitColumns]
     ) -> Solution:
-        """Solve the layer with the grids that `fitter` (live weight, factor) finds; `outliers`: the shares kept in half
-        precision, by contribution and by error. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        """Solve the layer with the grids of `fitter(live weight, factor)`.
+
+        Raises ValueError naming the layer if a weight is NaN or Inf.
+        """
         assert layer.stats is not None
         if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
             prepared = layer_factor(layer.stats, self.damp, plan.group_size)
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        fit = fitter(live_weight(layer, prepared), prepared)
-        protected = protect(layer, plan, prepared, fit, *outliers)
+        fit, shares = fitter(live_weight(layer, prepared), prepared), (self.act_outliers, self.error_outliers)
+        protected = protect(layer, plan, prepared, fit, *shares)
         solution = solve(
-            layer, plan, prepared, fit, damp=self.damp, act_order=act_order, protected=protected, passes=self.passes
+            layer,
+            plan,
+            prepared,
+            fit,
+            damp=self.damp,
+            act_order=self.act_order,
+            protected=protected,
+            passes=self.passes,
         )
-        unprotected = unprotected_event(layer.name, layer.weight, *outliers)
+        unprotected = unprotected_event(layer.name, layer.weight, *shares)
         return replace(solution, events=(*events, *solution.events, *unprotected))

@@ -1,13 +1,33 @@
-"""The other side of a product's operands: activations of a chunk, split as the units of a weight are."""
+"""Activations of a chunk, loaded by `activations` and split by `split` as the units of a weight are; `dot` multiplies.
+
+A `Tile` says what one program of the fused product takes.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Tile(NamedTuple):
+    """Compile-time numbers of a program.
+
+    `rows` and `tokens` of its tile, `stack` chunks at once, `stages` of loads under way. `gather`: a table says where
+    each run of eight stored columns is in x. `wide`: see `dot`.
+    """
+
+    rows: int
+    tokens: int
+    stack: int
+    stages: int
+    gather: bool
+    wide: bool
+
+
 @triton.jit
 def dot(numbers, inputs, acc, WIDE: tl.constexpr):
-    """`acc` + numbers `[rows, units]` times inputs `[tokens, units]`. WIDE: operands as fp32, which is the same, for
-    Triton's interpreter takes bfloat16 for integers here."""
+    """`acc` + numbers `[rows, units]` times inputs `[tokens, units]`. WIDE: operands as fp32, which gives the same
+    sums; Triton's interpreter takes bfloat16 for integers here."""
     if WIDE:
         return tl.dot(numbers.to(tl.float32), tl.trans(inputs.to(tl.float32)), acc, input_precision="ieee")
     else:
@@ -15,11 +35,14 @@ def dot(numbers, inputs, acc, WIDE: tl.constexpr):
 
 
 @triton.jit
-def activations(x, runs, n_tokens, in_features, start, base, high, width, EVEN: tl.constexpr, GATHER: tl.constexpr,
-                 C: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """x `[S * BT, units, C]`: BT tokens for each of S chunks from `base` on, zero past the end. GATHER: `runs` says
-    where each run of eight stored columns stands in x."""
+def activations(inputs, start, base, high, width, EVEN: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
+    """x `[S * BT, units, C]`: BT tokens for each of S chunks from `base` on, zero past the end. `inputs`: (x, its runs,
+    tokens, columns)."""
     CHUNK: tl.constexpr = 128
+    U: tl.constexpr = CHUNK // C
+    BT: tl.constexpr = TILE.tokens
+    S: tl.constexpr = TILE.stack
+    x, runs, n_tokens, in_features = inputs
     slot = tl.arange(0, S * BT)
     chunk = base + slot // BT
     token = tl.program_id(1) * BT + slot % BT
@@ -27,7 +50,7 @@ def activations(x, runs, n_tokens, in_features, start, base, high, width, EVEN: 
     inner = tl.arange(0, C)
     columns = chunk[:, None] * CHUNK + unit[None, :]
     inside = (chunk < high)[:, None] if EVEN else (chunk < high)[:, None] & (columns < width)
-    if GATHER:
+    if TILE.gather:
         run = tl.load(runs + start // 8 + columns // 8, mask=inside, other=0)
         place = run * 8 + unit[None, :] % 8
     else:

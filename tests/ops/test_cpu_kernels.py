@@ -16,18 +16,18 @@ from bitquilt import ops
 from bitquilt.core.types import Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.errors import UserError
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.ops import kernels, reference
-from bitquilt.ops.handles import StoredWeight, describe
+from bitquilt.ops import cpu_kernels, reference
+from bitquilt.ops.stored_weight import StoredWeight, describe
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, uniform_segment
 
-pytestmark = pytest.mark.skipif(not kernels.built(), reason="the package was installed without its kernels")
-LEVELS = kernels._kernels.levels() if kernels.built() else ["none"]
+pytestmark = pytest.mark.skipif(not cpu_kernels.built(), reason="the package was installed without its kernels")
+LEVELS = cpu_kernels._kernels.levels() if cpu_kernels.built() else ["none"]
 ROWS = 70  # more than one block of 64 rows, and no whole number of bytes of packed zeros at odd widths
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
-    monkeypatch.setattr(kernels, "level", lambda: request.param)
+    monkeypatch.setattr(cpu_kernels, "level", lambda: request.param)
     return request.param
 
 
@@ -60,7 +60,7 @@ def check(weight, x, bias=None):
     # with many tokens the weight is rounded first, as in the reference.
     rounding = {torch.float32: 1e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[x.dtype]
     noise = 2e-6 if x.dtype == torch.float32 else 2**-14
-    if len(x) > kernels._kernels.MAX_TOKENS:
+    if len(x) > cpu_kernels._kernels.MAX_TOKENS:
         noise += rounding
     assert ((output.double() - exact).abs() <= noise * size + rounding * exact.abs()).all()
 
@@ -141,11 +141,11 @@ def test_activations_in_eight_bits(level, bits, grid):
     module = QuantizedLinear.from_weight(weight)
     x = inputs(2, 512)
     exact = module(x)
-    kernels.use_activations("int8")
+    cpu_kernels.use_activations("int8")
     try:
         rounded = module(x)
     finally:
-        kernels.use_activations(None)
+        cpu_kernels.use_activations(None)
     distance = float((rounded - exact).norm() / exact.norm())
     assert distance < (0.02 if grid == "uniform" else 0.05)  # one group of 64 columns, one strip of 256
     assert (distance > 1e-6) == (level == "avx512" and (grid == "uniform" or bits <= 4))
@@ -153,10 +153,10 @@ def test_activations_in_eight_bits(level, bits, grid):
 
 def test_an_unknown_way_to_round_activations_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="'int4'; known are exact, int8"):
-        kernels.use_activations("int4")
+        cpu_kernels.use_activations("int4")
     monkeypatch.setenv("BITQUILT_ACTIVATIONS", "fp8")
     with pytest.raises(UserError, match="BITQUILT_ACTIVATIONS is 'fp8'; known are exact, int8"):
-        kernels._mode_of_environment.__wrapped__()
+        cpu_kernels._mode_of_environment.__wrapped__()
 
 
 def test_a_weight_that_was_written_to_is_described_again(level):
@@ -219,7 +219,9 @@ def test_codebooks_unpacked_to_halves_equal_the_reference(level, bits, width, ro
         expected = reference.dequantize(*module._stored(), rows).to(dtype)
         for first in (0, rows // 2):
             out = torch.empty(rows - first, width + 13, dtype=dtype)
-            assert torch.equal(kernels.dense(kernels.handle(module._stored(), rows), out, first), expected[first:])
+            assert torch.equal(
+                cpu_kernels.dense(cpu_kernels.handle(module._stored(), rows), out, first), expected[first:]
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -233,24 +235,26 @@ def test_many_tokens_of_a_weight_in_another_order(level, dtype, extra):
     weight = QuantizedWeight(parts, Permutation(order, 1), extra)
     module = QuantizedLinear.from_weight(weight)
     check(weight, inputs(40, 300, dtype))
-    handle = kernels.handle(module._stored(), ROWS)
+    handle = cpu_kernels.handle(module._stored(), ROWS)
     expected = reference.dequantize(*module._stored(), ROWS).to(dtype)
-    assert torch.equal(kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype)), expected)
-    assert torch.equal(kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype), as_stored=True), expected[:, order])
+    assert torch.equal(cpu_kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype)), expected)
+    assert torch.equal(
+        cpu_kernels.dense(handle, torch.empty(ROWS, 300, dtype=dtype), as_stored=True), expected[:, order]
+    )
     x = inputs(3, 300, dtype)
-    assert torch.equal(kernels.in_stored_order(x, handle), x[:, order])
-    assert torch.equal(kernels.in_stored_order(x[:, ::2].repeat(1, 2), handle), x[:, ::2].repeat(1, 2)[:, order])
+    assert torch.equal(cpu_kernels.in_stored_order(x, handle), x[:, order])
+    assert torch.equal(cpu_kernels.in_stored_order(x[:, ::2].repeat(1, 2), handle), x[:, ::2].repeat(1, 2)[:, order])
 
 
 def test_unpacking_some_rows_at_a_time(level, monkeypatch):
-    monkeypatch.setattr(kernels, "_TILE_ROWS", 64)
+    monkeypatch.setattr(cpu_kernels, "_TILE_ROWS", 64)
     weight = QuantizedWeight((uniform_segment(3, 300, 64, rows=150),))
     module = QuantizedLinear.from_weight(weight, torch.arange(150.0))
     x = inputs(40, 300).view(2, 20, 300)
     expected = reference.quantized_matmul(x, *module._stored(), module.bias, 150)
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     with pytest.raises(ValueError, match="rows 5 to 151 are not among the layer's 150"):
-        kernels.dense(kernels.handle(module._stored(), 150), torch.empty(146, 300), 5)
+        cpu_kernels.dense(cpu_kernels.handle(module._stored(), 150), torch.empty(146, 300), 5)
 
 
 def test_half_precision_rounds_as_torch_does(level):
@@ -264,8 +268,8 @@ def test_half_precision_rounds_as_torch_does(level):
         expected = reference.dequantize(*arguments)
         assert torch.equal(ops.dequantize(*arguments).nan_to_num(7.0, 8.0, -8.0), expected.nan_to_num(7.0, 8.0, -8.0))
         for dtype in (torch.bfloat16, torch.float16):
-            handle = kernels.handle(StoredWeight(*arguments[:-1]), 256)
-            dense = kernels.dense(handle, torch.empty(256, 256, dtype=dtype))
+            handle = cpu_kernels.handle(StoredWeight(*arguments[:-1]), 256)
+            dense = cpu_kernels.dense(handle, torch.empty(256, 256, dtype=dtype))
             assert torch.equal(dense.nan_to_num(7.0, 8.0, -8.0), expected.to(dtype).nan_to_num(7.0, 8.0, -8.0))
 
 
@@ -411,7 +415,7 @@ def test_the_module_checks_what_the_operator_cannot_pass(level):
     x, out = torch.randn(2, 24), torch.empty(2, 5)
 
     def run(name=level, description=good, kind=0, tokens=2, columns=24, digits=3, threads=1):
-        handle = kernels._kernels.Handle(name, description)
+        handle = cpu_kernels._kernels.Handle(name, description)
         handle.matmul(x.data_ptr(), kind, tokens, columns, 0, out.data_ptr(), digits, threads)
 
     for changes, message in (
@@ -431,18 +435,18 @@ def test_the_module_checks_what_the_operator_cannot_pass(level):
             run(**changes)
 
 
-@pytest.mark.parametrize("wanted", [*LEVELS, kernels.REFERENCE])
+@pytest.mark.parametrize("wanted", [*LEVELS, cpu_kernels.REFERENCE])
 def test_the_environment_forces_a_level(monkeypatch, wanted):
     monkeypatch.setenv("BITQUILT_ISA", wanted)
-    assert kernels.level.__wrapped__() == wanted
-    monkeypatch.setattr(kernels, "level", lambda: wanted)
+    assert cpu_kernels.level.__wrapped__() == wanted
+    monkeypatch.setattr(cpu_kernels, "level", lambda: wanted)
     check(make_weight("mixed"), inputs(3, 48))
 
 
 def test_an_unknown_level_is_refused(monkeypatch):
     monkeypatch.setenv("BITQUILT_ISA", "sse9")
     with pytest.raises(ValueError, match=r"BITQUILT_ISA is 'sse9'; this processor has .*portable, reference"):
-        kernels.level.__wrapped__()
+        cpu_kernels.level.__wrapped__()
 
 
 def test_a_package_without_kernels_computes_through_the_reference():
@@ -451,8 +455,8 @@ def test_a_package_without_kernels_computes_through_the_reference():
 import sys
 sys.modules["bitquilt._kernels"] = None
 from bitquilt.cli.doctor import self_test, _body
-from bitquilt.ops import kernels
-assert not kernels.built() and kernels.level() == "reference"
+from bitquilt.ops import cpu_kernels
+assert not cpu_kernels.built() and cpu_kernels.level() == "reference"
 assert self_test() is None
 assert "installed without its kernels" in _body("CPU"), _body("CPU")
 """

@@ -1,23 +1,35 @@
-"""The whole weight written out: `dense_kernel` over (tiles of rows, chunks of columns), every segment in one launch.
+"""The whole weight written out: `dense_kernel` unpacks every segment in one launch, `outlier_kernel` adds the outliers.
 
-For `dequantize`, and for so many tokens that unpacking each tile again for every tile of tokens costs more than writing
-the weight once. The arithmetic is `ops.reference`'s, operation by operation, so that fp32 is the same to the bit.
+`dequantize` uses them, and so do products of so many tokens that unpacking each tile again for every tile of tokens
+costs more than writing the weight once. The arithmetic is `ops.reference`'s, operation by operation, so fp32 is equal
+to the bit.
 """
 
 import triton
 import triton.language as tl
 
-from bitquilt.ops.gpu.quads import quad_codes
-from bitquilt.ops.gpu.unpack import CODEBOOK, MX, mx_element, mx_step, plane_count, plane_part, uniform_step
+from bitquilt.ops.gpu.quad_lookup import quad_codes
+from bitquilt.ops.gpu.unpack_codes import CODEBOOK, MX, mx_element, mx_step, plane_count, plane_part, uniform_step
 
 
 @triton.jit
-def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features, FORMS: tl.constexpr,
-                 GATHER: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """out `[rows, in]` in its own dtype, original order of the channels. `codes`: bytes; FORMS: per segment (grid,
-    bits, group size or 0 for one group, flag as in `product_kernel`, 1 in planes, 2 in quads); `sizes`: per segment
-    (first column, width, bytes of a row or units of a quad's, 0, groups, bytes of a group's zeros, first chunk).
-    GATHER: `channels` names the channel at each stored column."""
+def dense_kernel(
+    out,
+    channels,
+    codes,
+    scales,
+    zeros,
+    sizes,
+    n_rows,
+    in_features,
+    FORMS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Fill out `[rows, in]`, in the original order of the channels, over (tiles of BN rows, chunks).
+
+    `channels`: the channel at each stored column, or None. `codes`: bytes. `sizes` as in `matmul_kernel`, a row in
+    bytes or units of quads. FORMS: per segment (grid, bits, group size or 0, flag, and 1 for planes or 2 for quads).
+    """
     CHUNK: tl.constexpr = 128
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     chunk = tl.program_id(1)
@@ -27,36 +39,39 @@ def dense_kernel(out, channels, codes, scales, zeros, sizes, n_rows, in_features
         if (here >= 0) & (here < (width + CHUNK - 1) // CHUNK):
             columns = here * CHUNK + tl.arange(0, CHUNK)
             keep = (rows < n_rows)[:, None] & (columns < width)[None, :]
-            weight = _columns(codes[s], scales[s], zeros[s], rows, columns, keep, width, sizes[s][2], sizes[s][4],
-                              sizes[s][5], n_rows, FORMS[s][0], FORMS[s][1], FORMS[s][2], FORMS[s][3],
-                              FORMS[s][4])  # fmt: skip
+            stored = (codes[s], scales[s], zeros[s])
+            weight = _columns(stored, sizes[s], rows, columns, keep, n_rows, s, FORMS)
             place = sizes[s][0] + columns
-            if GATHER:
+            if channels is not None:
                 place = tl.load(channels + place, mask=columns < width, other=0)
             at = rows.to(tl.int64)[:, None] * in_features + place[None, :]
             tl.store(out + at, weight.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def _columns(codes, scale, zero, rows, columns, keep, width, row_bytes, groups, zero_size, n_rows, GRID: tl.constexpr,
-             BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
-    """Weights fp32 `[rows, columns]`."""
-    if ORDER == 2:
-        number = quad_codes(codes, rows[:, None], columns[None, :], keep, n_rows, row_bytes, BITS)
+def _columns(stored, size, rows, columns, keep, n_rows, s: tl.constexpr, FORMS: tl.constexpr):
+    """Weights fp32 `[rows, columns]` of segment s."""
+    GRID: tl.constexpr = FORMS[s][0]
+    BITS: tl.constexpr = FORMS[s][1]
+    GROUP: tl.constexpr = FORMS[s][2]
+    FLAG: tl.constexpr = FORMS[s][3]
+    codes, scale, zero = stored
+    if FORMS[s][4] == 2:
+        number = quad_codes(codes, rows[:, None], columns[None, :], keep, n_rows, size[2], BITS)
     else:
-        number = _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS, ORDER == 1)
+        number = _stream_codes(codes, rows, columns, keep, n_rows, size[2], BITS, FORMS[s][4] == 1)
     group = columns[None, :] * 0
     if GROUP > 0:
         group = (columns // GROUP)[None, :]
     if GRID == CODEBOOK:
         levels = tl.load(scale + group * (1 << BITS) + number, mask=keep, other=0.0).to(tl.float32)
         if FLAG:
-            levels *= tl.load(zero + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+            levels *= tl.load(zero + columns, mask=columns < size[1], other=0.0).to(tl.float32)[None, :]
         return levels
     elif GRID == MX:
-        return mx_element(number, BITS, FLAG) * mx_step(scale, rows[:, None], group, keep, groups)
+        return mx_element(number, BITS, FLAG) * mx_step(scale, rows[:, None], group, keep, size[4])
     else:
-        step, base = uniform_step(scale, zero, rows[:, None], group, keep, groups, zero_size, BITS, FLAG)
+        step, base = uniform_step(stored, size, rows[:, None], group, keep, BITS, FLAG)
         value = number.to(tl.float32)
         return base + step * value if BITS == 1 and not FLAG else step * (value - base)
 
@@ -75,7 +90,7 @@ def _stream_codes(codes, rows, columns, keep, n_rows, row_bytes, BITS: tl.conste
 
 @triton.jit
 def _byte(codes, byte, rows, n_rows, row_bytes, BITS: tl.constexpr, PLANES: tl.constexpr):
-    """Where byte `byte` `[1, columns]` of the stream of `rows` lies."""
+    """Addresses of byte `byte` `[1, columns]` of the streams of `rows`."""
     row = rows.to(tl.int64)[:, None]
     if PLANES:
         inner = byte % BITS  # of a unit, which is BITS bytes
@@ -92,7 +107,7 @@ def _byte(codes, byte, rows, n_rows, row_bytes, BITS: tl.constexpr, PLANES: tl.c
 
 @triton.jit
 def outlier_kernel(out, values, columns, pointers, in_features):
-    """Add the outliers of one row to out `[rows, in]`; no two of them in one place."""
+    """Add the outliers of one row to out `[rows, in]`; no two of them share a place."""
     row = tl.program_id(0)
     start = tl.load(pointers + row).to(tl.int32)
     end = tl.load(pointers + row + 1).to(tl.int32)

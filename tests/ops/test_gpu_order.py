@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bitquilt.ops.arranged import arrange, arrangeable, quad_bytes, restore
 from bitquilt.ops.bits import pack_bits
+from bitquilt.ops.gpu_order import arrange, arrangeable, quad_bytes, restore
 
 
 def test_planes_as_the_picture_shows_them():

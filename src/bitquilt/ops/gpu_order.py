@@ -1,26 +1,25 @@
-"""Codes in the orders that a GPU reads fastest, made when a layer moves there. A checkpoint never holds them.
+"""Codes in the order that a GPU reads fastest: `arrange` makes it when a layer moves there, `restore` undoes it.
 
-`arrange(codes, grid, bits, width) -> codes`, `restore(codes, grid, bits, rows, width) -> codes`. In a layout's numbers
-`ARRANGED` is added to the grid of a segment whose codes are arranged.
+A checkpoint never holds arranged codes. In a layout's numbers `ARRANGED` is added to the grid of such a segment.
 
-PLANES, for uniform grids of 3, 5, 6 and 7 bits, whole chunks of 128 columns and one scale to a chunk. Eight codes of b
-bits are b bytes, a unit. Four, two and one of them, as b = 4 + 2 + 1 has them, from the lowest on, are words of 32, 16
-and 8 bits; a plane holds one such word of every unit, row by row. The same bytes in another order. Codes a .. h:
+PLANES serve uniform grids of 3, 5, 6 and 7 bits with whole chunks of 128 columns and one scale to a chunk. Eight codes
+of b bits are b bytes, a unit. From the lowest byte on, a unit is split into words of 4, 2 and 1 bytes, those that add
+up to b; a plane holds one such word of every unit, row by row. The bytes are the same, in another order. Codes a .. h:
 
     stored   byte 0           byte 1           byte 2            next unit
              c c b b b a a a  f e e e d d d c  h h h g g g f f   ...
     planes   16 bits of every unit: bytes 0, 1, 0, 1, ...        then 8 bits of every unit: bytes 2, 2, ...
 
-QUADS, for codebooks of 2, 3 and 4 bits. A byte permutation looks up four codes of ONE column at a time, if they stand
-in the four nibbles of half a word. So the codes of four rows in eight columns are b words, each in a plane of its own,
-`[b, quads of rows, units]`; of row r in column c:
+QUADS serve codebooks of 2, 3 and 4 bits. A byte permutation looks up four codes of ONE column at a time if they are in
+the four nibbles of half a word. So the codes of four rows in eight columns are b words, each in a plane of its own,
+`[b, quads of rows, units]`. The code of row r in column c is in
 
     2 bits   word c / 4, half c % 2, nibble r, bits 2 (c / 2 % 2) and above
-    3 bits   word c / 2, half c % 2, nibble r, bits 0 to 2; of columns 6 and 7 bit i stands in bit 3 of word i
+    3 bits   word c / 2, half c % 2, nibble r, bits 0 to 2; bit i of columns 6 and 7 is in bit 3 of word i
     4 bits   word c / 2, half c % 2, nibble r
 
-Rows are padded to four, a row to four units; 64 bytes follow, for a chunk is read whole: up to 31 columns and 3 rows
-more than what is stored.
+Rows are padded to four and each row to four units, at most 31 columns and 3 rows more than are stored. 64 bytes follow,
+because a chunk is read whole.
 """
 
 import torch
@@ -35,7 +34,7 @@ _ROWS_AT_ONCE = 512  # while codes are 64-bit numbers
 
 
 def arrangeable(grid: int, bits: int, group_size: int, width: int) -> bool:
-    """Whether there is an order for a segment."""
+    """Whether a segment has such an order."""
     if grid == _CODEBOOK:
         return bits in (2, 3, 4) and width > 0
     whole = width > 0 and width % 128 == 0 and (group_size % 128 == 0 or group_size >= width)
@@ -43,12 +42,12 @@ def arrangeable(grid: int, bits: int, group_size: int, width: int) -> bool:
 
 
 def arrange(codes: Tensor, grid: int, bits: int, width: int) -> Tensor:
-    """A stored stream uint8 `[rows, bytes]`, arranged. Takes its bytes twice meanwhile."""
+    """Arrange a stored stream uint8 `[rows, bytes]`; takes its bytes twice meanwhile."""
     return _to_planes(codes, bits) if grid == _UNIFORM else _to_quads(codes, bits, width)
 
 
 def restore(codes: Tensor, grid: int, bits: int, rows: int, width: int) -> Tensor:
-    """The inverse of `arrange`: the stored stream uint8 `[rows, bytes]`."""
+    """Undo `arrange`: the stored stream uint8 `[rows, bytes]`."""
     return _from_planes(codes, bits) if grid == _UNIFORM else _from_quads(codes, bits, rows, width)
 
 
@@ -63,7 +62,7 @@ def quad_units(width: int) -> int:
 
 
 def quad_bytes(bits: int, rows: int, width: int) -> int:
-    """Of a segment in quads."""
+    """Bytes of a segment in quads."""
     return 4 * bits * -(-rows // 4) * quad_units(width) + TAIL
 
 

@@ -1,4 +1,7 @@
-"""How does a GPU thread get numbers out of a row's bit stream? Device functions shared by the kernels of this room.
+"""Numbers out of a row's bit stream: device functions that the kernels of this room share.
+
+`load_plane` and `load_words` read codes, `operand` and `code` unpack them, `uniform_step`, `mx_step` and `mx_element`
+decode scales and elements.
 
 A chunk is 128 stored columns of one segment. It is read as UNITS of `C` neighbouring codes. Code j of all units of a
 chunk makes one operand of a matrix product, so no code ever has to change its lane; the activations are split the same
@@ -6,9 +9,9 @@ way, and they are few.
 
     unit u, 2 bits, C = 8:   columns 8u .. 8u+7 of the chunk, column 8u+j in bits 2j, 2j+1
 
-Three readings: as whole units (int8, int16, int32) for 1, 2, 4 and 8 bits and, where the codes were arranged in planes
-(`ops.planes`), for 3, 5, 6 and 7: each plane is read like that; a code that two planes share makes two operands. From
-the stored stream two words and a shift, with a pattern that repeats where widths are whole chunks, any shift elsewhere.
+Units are read in three ways. READ 2, whole units (int8, int16, int32): 1, 2, 4 and 8 bits, and 3, 5, 6 and 7 where the
+codes were arranged in planes (`ops.gpu_order`), each of which is read like that; a code that two planes share makes two
+operands. READ 1 and 0, the stored stream: two words and a shift, whose pattern repeats where widths are whole chunks.
 """
 
 import triton
@@ -21,27 +24,27 @@ _ONE = {"fp16": 0x3C00, "bf16": 0x3F80}
 
 @triton.constexpr_function
 def plane_sizes(bits):
-    """Bits of each plane of a unit of eight codes (`ops.planes`), of four codes at eight bits."""
+    """Bits of each plane of a unit: eight codes (`ops.gpu_order`), or four codes of eight bits."""
     return [32] if bits == 8 else [8 * size for size in (4, 2, 1) if bits & size]
 
 
 @triton.constexpr_function
 def plane_count(bits):
-    """How many planes there are."""
+    """Number of planes."""
     return len(plane_sizes(bits))
 
 
 @triton.constexpr_function
 def plane_part(bits, plane, field):
-    """Of the bytes of a unit: (the plane's first, how many it has)."""
+    """A plane's bytes in a unit: the first (field 0) or their number (field 1)."""
     sizes = plane_sizes(bits)
     return (sum(sizes[:plane]) // 8, sizes[plane] // 8)[field]
 
 
 @triton.constexpr_function
 def pieces(bits, plane):
-    """What `plane` holds: (code, first bit in the plane, bits, first bit in the code). `plane` -1: the unit is one word
-    of `unit_codes(bits)` codes."""
+    """Contents of `plane`: (code, first bit in the plane, bits, first bit in the code). `plane` -1: the unit is one
+    word of `unit_codes(bits)` codes."""
     if plane < 0:
         return [(j, bits * j, bits, 0) for j in range(unit_codes(bits))]
     sizes = plane_sizes(bits)
@@ -56,30 +59,30 @@ def pieces(bits, plane):
 
 @triton.constexpr_function
 def piece_count(bits, plane):
-    """How many codes, or parts of codes, a plane holds."""
+    """Number of codes, or parts of codes, in a plane."""
     return len(pieces(bits, plane))
 
 
 @triton.constexpr_function
 def piece(bits, plane, i, field):
-    """A number of `pieces`."""
+    """One number of `pieces`."""
     return pieces(bits, plane)[i][field]
 
 
 @triton.constexpr_function
 def unit_codes(bits):
-    """Codes of a unit that is one word."""
+    """Number of codes in a unit that is one word."""
     return 8 if bits <= 4 else 4
 
 
 @triton.constexpr_function
 def unpack_step(bits, plane, i, dtype):
-    """How a piece of two units becomes a pair of half-precision numbers without a conversion instruction: (view, shift,
-    mask, place).
+    """Plan the conversion of one piece of two units into two half-precision numbers: (view, shift, mask, place).
 
-    The low 16 bits of both units, shifted right by `view` before, share one register; it is shifted by `shift` (left
-    where that is negative), masked, and ORed into the mantissa of 2^m (m: its bits), which makes 2^m + piece 2^place
-    exactly; times 2^(e - place), less 2^(m + e - place), is the piece times 2^e, its worth in the code.
+    No conversion instruction is needed. The low 16 bits of both units, after a right shift by `view`, share a register.
+    The register is shifted right by `shift` (left where that is negative), masked, and ORed into the mantissa of 2^m,
+    where m is the number of mantissa bits. That is 2^m + piece 2^place exactly. A multiply-add with 2^(e - place) and
+    -2^(m + e - place) leaves the piece times 2^e, its worth in the code.
     """
     mantissa = _MANTISSA[dtype]
     view, shift = 0, 0
@@ -106,8 +109,8 @@ def unpack_view(bits, plane, i, dtype):
 
 @triton.constexpr_function
 def unpack_ptx(bits, plane, i, dtype):
-    """`unpack_step`: from two int16 in one register ($1) to two numbers ($0). An and-or, a multiply-add and sometimes a
-    shift for two codes; conversions would take eight."""
+    """PTX of `unpack_step`, from two int16 in one register ($1) to two numbers ($0). Two codes take an and-or, a
+    multiply-add and sometimes a shift; conversions would take eight instructions."""
     mantissa, worth = _MANTISSA[dtype], pieces(bits, plane)[i][3]
     _view, shift, mask, place = unpack_step(bits, plane, i, dtype)
     magic, scale = _power(mantissa, dtype), _power(worth - place, dtype)
@@ -132,17 +135,20 @@ def _power(exponent, dtype):
 
 @triton.jit
 def load_plane(plane, rows, chunk, keep, row_size, U: tl.constexpr):
-    """What one plane holds of the U units `[rows, U]` of `chunk` of `rows` (`[rows]` both), where `keep`; `row_size`:
-    units of a row."""
+    """Load one plane of the U units of `chunk` in `rows` (both `[rows]`), where `keep`: `[rows, U]`. `row_size`: units
+    of a row."""
     at = rows.to(tl.int64)[:, None] * row_size + (chunk[:, None] * U + tl.arange(0, U)[None, :])
     return tl.load(plane + at, mask=keep[:, None], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def load_words(codes, rows, chunk, keep, width, row_size, total, BITS: tl.constexpr, READ: tl.constexpr):
-    """Units `[rows, 128 / C]` int32 of C codes from the bit stream of the row, the bits above the last code are
-    anything. `codes` holds int32 words; READ 1: `row_size` of them to a row, each chunk begins with one. 0: `total` in
-    all, `row_size` bytes to a row, nothing is aligned."""
+def load_words(codes, rows, chunk, keep, size, BITS: tl.constexpr, READ: tl.constexpr):
+    """Load units `[rows, 128 / C]` int32 of C codes from the bit streams of `rows`; bits above the last code are noise.
+
+    `codes` holds int32 words, `size` is as in `product_kernel`. READ 1: a row is so many words, and each chunk begins
+    with one. READ 0: a row is so many bytes, and nothing is aligned.
+    """
+    _, width, row_size, total, _, _, _ = size
     C: tl.constexpr = unit_codes(BITS)
     U: tl.constexpr = 128 // C
     unit = tl.arange(0, U)
@@ -167,7 +173,7 @@ def load_words(codes, rows, chunk, keep, width, row_size, total, BITS: tl.conste
 def operand(
     units, BITS: tl.constexpr, PLANE: tl.constexpr, PIECE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):
-    """A piece of `units`, a plane's or (-1) words, times its worth in the code: in DTYPE, exactly."""
+    """One piece of `units` times its worth in the code, in DTYPE, exactly. PLANE -1: the units are words."""
     if PTX:
         VIEW: tl.constexpr = unpack_view(BITS, PLANE, PIECE, "fp16" if tl.float16 == DTYPE else "bf16")
         half = (units >> VIEW).to(tl.int16)
@@ -186,7 +192,7 @@ def operand(
 
 @triton.jit
 def _as_float(number):
-    """Of int32 below 2^23, through the mantissa of 2^23: conversions run at a quarter of the speed."""
+    """fp32 of int32 below 2^23, through the mantissa of 2^23: conversions run at a quarter of the speed."""
     return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
@@ -204,8 +210,8 @@ def code(units, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def decode_zero(zero, rows, group, keep, zero_size, BITS: tl.constexpr):
-    """Integer zeros of `rows` in `group` (one a broadcast of the other), fp32: a group's zeros are one bit stream over
-    the rows, `zero_size` bytes long."""
+    """Integer zeros fp32 of `rows` in `group`, which broadcast. A group's zeros are one bit stream over the rows,
+    `zero_size` bytes long."""
     bit = rows * BITS
     byte = group.to(tl.int64) * zero_size + (bit >> 3)
     found = tl.load(zero + byte, mask=keep, other=0).to(tl.int32)
@@ -216,9 +222,11 @@ def decode_zero(zero, rows, group, keep, zero_size, BITS: tl.constexpr):
 
 
 @triton.jit
-def uniform_step(scale, zero, rows, group, keep, groups, zero_size, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """(step, base) fp32 of `rows` in `group`, such that weights are step * (code - base); at one bit with two levels
-    base + step * code."""
+def uniform_step(stored, size, rows, group, keep, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """(step, base) fp32 of `rows` in `group`: weights are step * (code - base), or base + step * code for one bit with
+    two levels. `stored` and `size` as in `product_kernel`."""
+    _, scale, zero = stored
+    _, _, _, _, groups, zero_size, _ = size
     at = rows.to(tl.int64) * groups + group
     step = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
     if SYMMETRIC:
@@ -232,8 +240,8 @@ def uniform_step(scale, zero, rows, group, keep, groups, zero_size, BITS: tl.con
 
 @triton.jit
 def mx_element(codes, BITS: tl.constexpr, E2M3: tl.constexpr):
-    """Elements (`ops.mx`) fp32: sign, exponent and mantissa are put where fp16 has them, and a power of two makes up
-    for fp16's larger bias; its subnormal numbers are the element's."""
+    """Elements (`ops.microscaling`) fp32. Sign, exponent and mantissa are put where fp16 has them, and a power of two
+    makes up for fp16's larger bias; its subnormal numbers are the element's."""
     MANTISSA: tl.constexpr = 1 if BITS == 4 else (3 if BITS == 8 or E2M3 else 2)
     BIAS: tl.constexpr = 7 if BITS == 8 else (3 if BITS == 6 and not E2M3 else 1)
     size = codes & ((1 << (BITS - 1)) - 1)

@@ -1,10 +1,10 @@
-"""A stored weight as the GPU's kernels know it: checked once, and what they need beside the stored tensors made once.
+"""A stored weight prepared for the GPU's kernels: `prepared` checks it once and remembers it as long as its codes live.
 
-`prepared(weight, out_features) -> Prepared | None`, remembered as long as the codes live, made again when one of the
-tensors is another one or was written to. The stored layout is the kernels' layout: codes, scales and zeros are read
-where they lie, so nothing is held twice. What is made: a table of the channels' runs (4 bytes for eight channels), a
-counter per tile of rows (so a weight is used by one stream at a time), and copies of tensors that are not contiguous or
-end within a word of their codes. Making it reads a few numbers back from the GPU; a product reads none.
+A weight is prepared again when one of its tensors is another one or was written to. The stored layout is the kernels'
+layout: codes, scales and zeros are read in place, so nothing is held twice. What is made: a table of the channels' runs
+(4 bytes for eight channels), a counter per tile of rows (so one stream uses a weight at a time), and copies of tensors
+that are not contiguous or end within a word of their codes. Preparing reads a few numbers back from the GPU; a product
+reads none.
 """
 
 from dataclasses import dataclass
@@ -15,23 +15,25 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
-from bitquilt.ops.arranged import ARRANGED, TAIL, arrangeable, plane_bytes, quad_bytes, quad_units
 from bitquilt.ops.bits import packed_bytes
-from bitquilt.ops.handles import Seen, StoredWeight
+from bitquilt.ops.gpu_order import ARRANGED, TAIL, arrangeable, plane_bytes, quad_bytes, quad_units
+from bitquilt.ops.stored_weight import StoredWeight, TensorVersions
 
 CHUNK = 128
 DIRECT, QUADS = 2, 3
 _LEAST_ROWS = 16  # of a tile
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes: of planes, see `ops.gpu.unpack`
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes: of planes, see `ops.gpu.unpack_codes`
 _DIRECT_BITS = (1, 2, 4, 8)  # whose stored stream is a plane
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A segment's numbers. `form`: (grid, bits, group size or 0 for one group, flag), compiled in; the flag is
-    symmetric (uniform), E2M3 (mx), gains (codebook). `read`: `product_kernel`'s READ; `arranged`: see
-    `ops.arranged`."""
+class PreparedSegment:
+    """A segment as the kernels read it.
+
+    `form`: (grid, bits, group size or 0 for one group, flag), compiled in; the flag is symmetric (uniform), E2M3 (mx)
+    or gains (codebook). `read`: READ in `matmul_kernel`; `arranged`: see `ops.gpu_order`.
+    """
 
     form: tuple[int, int, int, bool]
     start: int
@@ -44,7 +46,7 @@ class Part:
     arranged: bool
 
     def sizes(self, words: int) -> tuple[int, ...]:
-        """As `product_kernel` reads them; `words`: how many there are, where they are read as words."""
+        """Numbers for `product_kernel`; `words`: how many there are, where codes are read as words."""
         if self.read >= QUADS:
             row = quad_units(self.width)
         elif self.read == DIRECT:
@@ -53,8 +55,13 @@ class Part:
             row = self.row_bytes // (1, 4)[self.read]
         return (self.start, self.width, row, words, self.groups, self.zero_bytes, self.first_chunk)
 
+    def byte_sizes(self) -> tuple[int, ...]:
+        """The same numbers for `dense_kernel`, which reads bytes."""
+        row = quad_units(self.width) if self.read >= QUADS else self.row_bytes
+        return (self.start, self.width, row, 0, self.groups, self.zero_bytes, self.first_chunk)
+
     def planes(self, codes: Tensor) -> tuple[Tensor, ...]:
-        """Of a segment's bytes, or all of them as words."""
+        """Split a segment's bytes into planes, or view them as words."""
         flat, bits = codes.view(-1), self.form[1]
         if self.read >= QUADS:
             return flat[:-TAIL].view(torch.int32).view(bits, -1).unbind()
@@ -67,20 +74,23 @@ class Part:
         return tuple(part.view(_WORDS[size]) for part, size in zip(parts, sizes, strict=True))
 
 
-class Prepared:
-    """See the module. `channels` int32 `[in]`: the channel at each stored column, or None; `runs` int32 `[in / 8]`: the
-    same for runs of eight, where channels keep together so; `own`: tensors that replace stored ones, by name."""
+class PreparedWeight:
+    """A weight whose tensors were checked, with what the kernels need besides.
+
+    `channels` int32 `[in]`: the channel at each stored column, or None. `runs` int32 `[in / 8]`: the same for runs of
+    eight, where channels stay together in eights. `own`: tensors that replace stored ones, by name.
+    """
 
     def __init__(self, weight: StoredWeight, out_features: int) -> None:
         self.rows, self.columns = out_features, weight.in_features
         self.device = weight.codes[0].device
-        self._seen = Seen(weight)
+        self._seen = TensorVersions(weight)
         self.own: dict[str, Tensor] = {}
         _check_devices(weight, self.device)
         self.parts = self._describe(weight)
         self.quads = any(part.read >= QUADS for part in self.parts)
         rounds_mx = any(part.form[0] == reference.GRID_MX for part in self.parts)
-        self.kind = "codebook" if self.quads else "mx" if rounds_mx else "bits"  # of products that are cut alike
+        self.kind = "codebook" if self.quads else "mx" if rounds_mx else "bits"  # products with tilings alike
         self._tables: dict[torch.dtype, tuple[Tensor | None, ...]] = {}
         self.chunks = sum(-(-part.width // CHUNK) for part in self.parts)
         self.bits = sum(part.form[1] * part.width for part in self.parts) / self.columns  # mean of the codes
@@ -103,11 +113,11 @@ class Prepared:
         return self.counters
 
     def codes(self, weight: StoredWeight) -> tuple[tuple[Tensor, ...], ...]:
-        """Of each segment, its planes or its words."""
+        """Planes or words of each segment."""
         return tuple(part.planes(stored) for part, stored in zip(self.parts, self.stored(weight, "codes"), strict=True))
 
     def tables(self, weight: StoredWeight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The scales of each segment; of those in quads the levels in `dtype`, as `ops.gpu.quads` looks them up."""
+        """Scales of each segment; for quads the levels in `dtype`, as `quad_lookup` reads them."""
         if dtype not in self._tables:
             if self.device.type == "cuda":
                 refuse_in_a_graph()
@@ -126,7 +136,7 @@ class Prepared:
         """`codes` (bytes), `scales` or `zeros` of each segment."""
         return tuple(self.own.get(f"{name}_{i}", tensor) for i, tensor in enumerate(getattr(weight, name)))
 
-    def _describe(self, weight: StoredWeight) -> tuple[Part, ...]:
+    def _describe(self, weight: StoredWeight) -> tuple[PreparedSegment, ...]:
         fields, parts = reference.LAYOUT_FIELDS, []
         start = chunk = 0
         for i, (codes, scale, zero) in enumerate(zip(weight.codes, weight.scales, weight.zeros, strict=True)):
@@ -163,7 +173,7 @@ class Prepared:
             form, read = (kind, bits, group, flag), DIRECT if direct else int(even)
             if quads:
                 read = QUADS if even else QUADS + 1
-            parts.append(Part(form, start, width, row_bytes, groups, zero_bytes, chunk, read, arranged))
+            parts.append(PreparedSegment(form, start, width, row_bytes, groups, zero_bytes, chunk, read, arranged))
             start += width
             chunk += -(-width // CHUNK)
         return tuple(parts)
@@ -194,9 +204,11 @@ class Prepared:
 _known = WeakTensorKeyDictionary()  # by the first segment's codes; False where the kernels do not know the layout
 
 
-def prepared(weight: StoredWeight, out_features: int) -> Prepared | None:
-    """The weight for the kernels; None where they leave it to the reference. ValueError: tensors that do not go
-    together, naming the first."""
+def prepared(weight: StoredWeight, out_features: int) -> PreparedWeight | None:
+    """Return the weight for the kernels, or None where they leave it to the reference.
+
+    ValueError: tensors that do not go together, naming the first.
+    """
     _check_layout(weight, out_features)
     key = weight.codes[0]
     found: Any = _known.get(key)
@@ -205,18 +217,18 @@ def prepared(weight: StoredWeight, out_features: int) -> Prepared | None:
             return None
         if key.is_cuda:
             refuse_in_a_graph()
-        found = _known[key] = Prepared(weight, out_features)
+        found = _known[key] = PreparedWeight(weight, out_features)
     return found
 
 
 def refuse_in_a_graph() -> None:
-    """ValueError while the current stream is captured."""
+    """Raise ValueError while the current stream is captured."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise ValueError("this weight meets a GPU for the first time in a graph; call the layer once before")
 
 
 def _has_kernel(weight: StoredWeight) -> bool:
-    """A layer of nothing, or outliers twice in one place, is the reference's."""
+    """Whether the kernels take the weight: it has entries, and no two outliers share a place."""
     if weight.in_features == 0 or weight.codes[0].shape[0] == 0:
         return False
     return weight.outlier_values is None or _unique(weight)
@@ -263,9 +275,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
 def _check_devices(weight: StoredWeight, device: torch.device) -> None:
     for tensor in weight.tensors():
         if tensor.device != device:
-            raise ValueError(
-                f"the weight lies on {device} and on {tensor.device}; move the whole layer with .to(device)"
-            )
+            raise ValueError(f"the weight is on {device} and on {tensor.device}; move the whole layer with .to(device)")
 
 
 def _check_outliers(weight: StoredWeight, out_features: int) -> None:
@@ -282,8 +292,8 @@ def _check_outliers(weight: StoredWeight, out_features: int) -> None:
 
 
 def lookup_tables(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Levels fp32 `[columns, 2^bits]`, rounded to a 16-bit `dtype`, as words of four bytes: int32 `[chunks, 8 codes,
-    2^bits / 2 words, 16 units]`, the low bytes of all levels before the high ones."""
+    """Pack levels fp32 `[columns, 2^bits]`, rounded to a 16-bit `dtype`, into words of four bytes: int32 `[chunks,
+    8 codes, 2^bits / 2 words, 16 units]`, the low bytes of all levels before the high ones."""
     columns, count = levels.shape
     pairs = levels.to(dtype).view(torch.uint8).view(columns, count, 2)
     words = pairs.transpose(1, 2).contiguous().view(torch.int32).view(columns, count // 2)
@@ -292,7 +302,7 @@ def lookup_tables(levels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_words(codes: Tensor) -> Tensor:
-    """A copy that is a whole number of aligned words: kernels read nothing past a tensor's end."""
+    """Copy codes into a whole number of aligned words: kernels read nothing past a tensor's end."""
     copy = torch.zeros(-(-codes.numel() // 4) * 4, dtype=torch.uint8, device=codes.device)
     copy[: codes.numel()] = codes.reshape(-1)
     return copy

@@ -1,7 +1,7 @@
-"""A stored weight as the native code knows it: tensors become addresses and sizes once, not at every call.
+"""A `StoredWeight` as the operators take it, and `handle_of`, its remembered form for the native code.
 
-`handle_of(weight, out_features, level, make)` describes and checks a weight the first time, and again whenever one of
-its tensors is another one or was written to. That takes 0.1 ms, as long as the product of a small layer.
+A `Handle` turns tensors into addresses and sizes once, not at every call. A weight is checked the first time, and again
+whenever one of its tensors is another one or was written to. That takes 0.1 ms, as long as a small layer's product.
 """
 
 import weakref
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
-from bitquilt.ops.arranged import ARRANGED
+from bitquilt.ops.gpu_order import ARRANGED
 
 DTYPES = {torch.uint8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 _MAX_COLUMNS = 2**20  # integer sums of 8-bit codes stay within 32 bits
 
 
 class StoredWeight(NamedTuple):
-    """The arguments of both operators that make up one weight, as `ops.reference` explains them."""
+    """One weight as both operators take it; `ops.reference` explains the fields."""
 
     codes: list[Tensor]
     scales: list[Tensor]
@@ -38,20 +38,22 @@ class StoredWeight(NamedTuple):
         return sum(self.layout[reference.LAYOUT_FIELDS - 1 :: reference.LAYOUT_FIELDS])
 
     def tensors(self) -> list[Tensor]:
-        """All that hold anything, codes first: the zeros of a grid without are empty, and new ones at every call."""
+        """All tensors with entries, codes first. The empty zeros of a grid without any are new at every call."""
         single = (self.permutation, self.outlier_values, self.outlier_columns, self.outlier_rows)
         zeros = (t for t in self.zeros if t.numel())
         return [*self.codes, *self.scales, *zeros, *(t for t in single if t is not None)]
 
     def plain(self) -> "StoredWeight":
-        """The same weight as the kernels read it: fp32 levels for every column instead of shared tables, gains or
-        float8, wide enough integers for outliers. Itself where nothing has to change."""
+        """Return the weight as the kernels read it, or the weight itself where nothing has to change.
+
+        Shared tables, gains and float8 become fp32 levels for every column; outliers get integers that are wide enough.
+        """
         scales, zeros, layout, fields = list(self.scales), list(self.zeros), list(self.layout), reference.LAYOUT_FIELDS
         for i in range(min(len(layout) // fields, len(scales), len(zeros))):
             grid, bits, group_size, width = layout[fields * i : fields * (i + 1)]
             own = group_size == 1 and not zeros[i].numel() and scales[i].dtype in DTYPES
             tables = (-(-width // max(group_size, 1)), 1 << bits)
-            fits = scales[i].shape == tables and zeros[i].numel() in (0, width)  # else the native check names it
+            fits = scales[i].shape == tables and zeros[i].numel() in (0, width)  # the native check names others
             if grid == reference.GRID_CODEBOOK and fits and not own:
                 scales[i] = reference.column_levels(scales[i], zeros[i], group_size, width)
                 zeros[i], layout[fields * i + 2] = zeros[i][:0].float(), 1
@@ -63,8 +65,10 @@ class StoredWeight(NamedTuple):
         return self._replace(scales=scales, zeros=zeros, layout=layout, outlier_columns=columns, outlier_rows=rows)
 
     def known(self) -> bool:
-        """Whether the kernels know the layout (no mx, nothing arranged; groups of 8 n columns, or one) and the type of
-        the scales. Asked of a weight without extras (`plain`)."""
+        """Whether the kernels know the layout and the type of the scales of a `plain` weight.
+
+        They know neither mx nor arranged codes, and groups are a multiple of 8 columns, or the whole row.
+        """
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
@@ -78,15 +82,15 @@ class StoredWeight(NamedTuple):
         return self.in_features <= _MAX_COLUMNS
 
 
-class Seen:
-    """A weight's layout and tensors as they once were, none of them kept alive."""
+class TensorVersions:
+    """A weight's layout and tensors at one moment, without keeping the tensors alive."""
 
     def __init__(self, weight: StoredWeight) -> None:
         self._tensors = [(weakref.ref(t), version(t)) for t in weight.tensors()]
         self._layout = (list(weight.layout), weight.block)
 
     def again(self, weight: StoredWeight) -> bool:
-        """Whether `weight` is that: the same tensors, not written to since."""
+        """Whether `weight` still has the same layout and tensors, not written to since."""
         if self._layout != (weight.layout, weight.block):
             return False
         tensors = weight.tensors()
@@ -97,12 +101,12 @@ class Seen:
 
 
 def version(tensor: Tensor) -> int:
-    """Counts writes to a tensor; tensors made in inference mode are not counted."""
+    """Number of writes to a tensor; -1 for one made in inference mode, which does not count them."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 class Handle:
-    """A weight as one instruction set's kernels know it. It reads the tensors' memory: whoever calls holds them."""
+    """A weight as one instruction set's kernels know it. The caller keeps the tensors alive, whose memory it reads."""
 
     def __init__(
         self,
@@ -112,12 +116,12 @@ class Handle:
         level: str,
         make: Callable[[str, list[int]], Any],
     ) -> None:
-        """`plain`: of `weight`, what the native code is told."""
+        """Describe `plain`, the form of `weight` that the native code reads."""
         self.level, self.out_features, self.in_features = level, out_features, weight.in_features
-        self._seen = Seen(weight)
+        self._seen = TensorVersions(weight)
         numbers, copies = describe(plain, out_features)
-        # What `plain` made is held by nobody else. Never the weight's own tensors: handles are kept by their codes, and
-        # what a value holds its key never leaves.
+        # Keep alive what `plain` made, but never the weight's own tensors: handles are remembered by their codes, and a
+        # key never leaves the table while its value holds it.
         own = {id(t) for t in weight.tensors()}
         self._copies = [*copies, *(t for t in plain.tensors() if id(t) not in own)]
         self.native = make(level, numbers)
@@ -133,7 +137,7 @@ _handles = WeakTensorKeyDictionary()  # by the first segment's codes
 def handle_of(
     weight: StoredWeight, out_features: int, level: str, make: Callable[[str, list[int]], Any]
 ) -> Handle | None:
-    """The weight's handle, remembered as long as its codes live; None where the kernels do not know the layout.
+    """Return the weight's handle, remembered as long as its codes live, or None for a layout the kernels do not know.
 
     ValueError: tensors that do not go together, naming the first."""
     key = weight.codes[0] if weight.codes else None
@@ -149,7 +153,7 @@ def handle_of(
 
 
 def describe(weight: StoredWeight, out_features: int) -> tuple[list[int], list[Tensor]]:
-    """The weight as csrc/weight.h reads it, and copies of tensors that were not contiguous or not aligned."""
+    """Return the weight as csrc/weight.h reads it, and copies of tensors that were not contiguous or not aligned."""
     codes, scales, zeros, layout = weight.codes, weight.scales, weight.zeros, weight.layout
     fields = reference.LAYOUT_FIELDS
     if not len(codes) == len(scales) == len(zeros) == len(layout) / fields:

@@ -1,24 +1,24 @@
-"""Free levels per column, four rows at a time: codes in quads (`ops.arranged`) looked up in registers.
+"""Codebook weights, four rows at a time: `quad_segment` looks codes in quads (`ops.gpu_order`) up in registers.
 
 A load from a column's table costs a weight fourteen instructions, addresses and the way back through shared memory
-included. Here the low and the high bytes of a column's levels are two sets of registers, four rows' codes the selector
-of a byte permutation: two look-ups for four weights of up to three bits, twice that and a choice for four. Bytes of two
-columns and four rows then change places, and each row of the four is an operand of its own.
+included. Here the low and the high bytes of a column's levels are two sets of registers, and four rows' codes are the
+selector of a byte permutation: two look-ups for four weights of up to three bits, and for four bits twice that and a
+choice. Bytes of two columns and four rows then change places, and each row of the four is an operand of its own.
 """
 
 import triton
 import triton.language as tl
 
-from bitquilt.ops.gpu.operands import activations, dot, split
-from bitquilt.ops.gpu.unpack import load_plane
+from bitquilt.ops.gpu.activation_tiles import activations, dot, split
+from bitquilt.ops.gpu.unpack_codes import load_plane
 
 _MASKS = {2: 0x33333333, 3: 0x77777777, 4: 0x77777777}
 
 
 @triton.constexpr_function
 def lookup_ptx(bits):
-    """From two columns' selectors (int16, in $4) and their tables ($5, $6 the first word of both, $7, $8 the second and
-    so on) to the numbers of four rows in both columns ($0 to $3)."""
+    """PTX from two columns' selectors (int16, in $4) and their tables ($5, $6 the first word of both, $7, $8 the second
+    and so on) to the numbers of four rows in both columns ($0 to $3)."""
     lines = [f"and.b32 s, $4, {_MASKS[bits]:#x};", "shr.u32 t, s, 16;"]
     if bits == 4:  # bit 3 of a code, spread over a byte
         lines += ["shr.u32 u, $4, 3;", "and.b32 u, u, 0x11111111;", "shr.u32 v, u, 16;", "mov.b32 z, 0xFF00;"]
@@ -42,32 +42,36 @@ def lookup_ptx(bits):
 
 @triton.constexpr_function
 def lookup_constraints(bits):
-    """Four results, the selectors, two columns' tables."""
+    """Constraints of `lookup_ptx`: four results, the selectors, two columns' tables."""
     return ",".join(["=r"] * 4 + ["r"] * (1 + 2**bits))
 
 
 @triton.constexpr_function
 def code_shift(bits, j):
-    """Where the selector of column j begins in its word."""
+    """First bit of the selector of column j in its word."""
     return 16 * (j % 2) + (2 * (j // 2 % 2) if bits == 2 else 0)
 
 
 @triton.jit
-def quad_segment(acc, x, runs, codes, scale, zero, start, width, row_size, tile, n_rows, n_tokens, in_features, low,
-                 high, BITS: tl.constexpr, GROUP: tl.constexpr, FLAG: tl.constexpr, EVEN: tl.constexpr,
-                 PTX: tl.constexpr, GATHER: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
-                 WIDE: tl.constexpr):  # fmt: skip
-    """`acc` `[rows, tokens]` and the products of chunks `low` to `high`. `scale`: the tables with PTX, else the levels,
-    and `zero` their gains where FLAG."""
+def quad_segment(acc, inputs, stored, size, span, s: tl.constexpr, FORMS: tl.constexpr, TILE: tl.constexpr):
+    """`acc` `[rows, tokens]` plus the products of a segment's chunks; arguments as in `matmul_kernel`. The scales in
+    `stored` are the tables with PTX, else the levels, and the zeros are their gains where the flag is set."""
+    BITS: tl.constexpr = FORMS[s][1]
+    PTX: tl.constexpr = FORMS[s][5]
+    BN: tl.constexpr = TILE.rows
+    BT: tl.constexpr = TILE.tokens
     M: tl.constexpr = BN // 4
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    DTYPE: tl.constexpr = inputs[0].dtype.element_ty
+    tile, n_rows, low, high = span
+    start, width, row_size, _, _, _, _ = size
+    codes = stored[0]
     quads = tile * M + tl.arange(0, M)
     lane = tl.arange(0, 16)
     acc0 = tl.zeros([M, BT], tl.float32)
     acc1 = tl.zeros([M, BT], tl.float32)
     acc2 = tl.zeros([M, BT], tl.float32)
     acc3 = tl.zeros([M, BT], tl.float32)
-    for base in tl.range(low, high, 1, num_stages=STAGES):
+    for base in tl.range(low, high, 1, num_stages=TILE.stages):
         keep = quads * 4 < n_rows
         chunk = quads * 0 + base
         w0 = load_plane(codes[0], quads, chunk, keep, row_size, 16)
@@ -80,8 +84,7 @@ def quad_segment(acc, x, runs, codes, scale, zero, start, width, row_size, tile,
             w3 = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
         if BITS == 4:
             w3 = load_plane(codes[3], quads, chunk, keep, row_size, 16)
-        inputs = activations(x, runs, n_tokens, in_features, start, base, high, width, EVEN, GATHER, 8, 16, BT, 1)
-        by_code = split(inputs, 8)
+        by_code = split(activations(inputs, start, base, high, width, FORMS[s][4] == 3, 8, TILE), 8)
         for j in tl.static_range(8):
             word = w0
             if BITS == 2:
@@ -94,21 +97,21 @@ def quad_segment(acc, x, runs, codes, scale, zero, start, width, row_size, tile,
                 word = w1
             selector = (word >> code_shift(BITS, j)).to(tl.int16)
             if PTX:
-                n0, n1, n2, n3 = _look_up(selector, scale + (base * 8 + j) * (16 << (BITS - 1)) + lane, BITS)
+                n0, n1, n2, n3 = _look_up(selector, stored[1] + (base * 8 + j) * (16 << (BITS - 1)) + lane, BITS)
                 n0 = n0.to(DTYPE, bitcast=True)
                 n1 = n1.to(DTYPE, bitcast=True)
                 n2 = n2.to(DTYPE, bitcast=True)
                 n3 = n3.to(DTYPE, bitcast=True)
             else:
                 columns = base * 128 + lane * 8 + j
-                n0 = _load_levels(selector, scale, zero, columns, width, 0, BITS, GROUP, FLAG).to(DTYPE)
-                n1 = _load_levels(selector, scale, zero, columns, width, 1, BITS, GROUP, FLAG).to(DTYPE)
-                n2 = _load_levels(selector, scale, zero, columns, width, 2, BITS, GROUP, FLAG).to(DTYPE)
-                n3 = _load_levels(selector, scale, zero, columns, width, 3, BITS, GROUP, FLAG).to(DTYPE)
-            acc0 = dot(n0, by_code[j], acc0, WIDE)
-            acc1 = dot(n1, by_code[j], acc1, WIDE)
-            acc2 = dot(n2, by_code[j], acc2, WIDE)
-            acc3 = dot(n3, by_code[j], acc3, WIDE)
+                n0 = _load_levels(selector, stored, columns, width, 0, s, FORMS).to(DTYPE)
+                n1 = _load_levels(selector, stored, columns, width, 1, s, FORMS).to(DTYPE)
+                n2 = _load_levels(selector, stored, columns, width, 2, s, FORMS).to(DTYPE)
+                n3 = _load_levels(selector, stored, columns, width, 3, s, FORMS).to(DTYPE)
+            acc0 = dot(n0, by_code[j], acc0, TILE.wide)
+            acc1 = dot(n1, by_code[j], acc1, TILE.wide)
+            acc2 = dot(n2, by_code[j], acc2, TILE.wide)
+            acc3 = dot(n3, by_code[j], acc3, TILE.wide)
     four = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))  # [quads, tokens, 2, 2]: row 2 i + j of the quad
     return acc + tl.reshape(tl.permute(four, (0, 2, 3, 1)), [BN, BT])
 
@@ -119,48 +122,45 @@ def _look_up(selector, table, BITS: tl.constexpr):
     their columns."""
     text: tl.constexpr = lookup_ptx(BITS)
     registers: tl.constexpr = lookup_constraints(BITS)
+    kinds: tl.constexpr = (tl.int16, tl.int16, tl.int16, tl.int16)
     t0 = tl.load(table)[None, :]
     t1 = tl.load(table + 16)[None, :]
     if BITS == 2:
-        return tl.inline_asm_elementwise(
-            text, registers, [selector, t0, t1], (tl.int16, tl.int16, tl.int16, tl.int16), True, 2
-        )
+        return tl.inline_asm_elementwise(text, registers, [selector, t0, t1], kinds, True, 2)
     else:
         t2 = tl.load(table + 32)[None, :]
         t3 = tl.load(table + 48)[None, :]
         if BITS == 3:
-            return tl.inline_asm_elementwise(
-                text, registers, [selector, t0, t1, t2, t3], (tl.int16, tl.int16, tl.int16, tl.int16), True, 2
-            )
+            return tl.inline_asm_elementwise(text, registers, [selector, t0, t1, t2, t3], kinds, True, 2)
         else:
             t4 = tl.load(table + 64)[None, :]
             t5 = tl.load(table + 80)[None, :]
             t6 = tl.load(table + 96)[None, :]
             t7 = tl.load(table + 112)[None, :]
-            return tl.inline_asm_elementwise(
-                text, registers, [selector, t0, t1, t2, t3, t4, t5, t6, t7],
-                (tl.int16, tl.int16, tl.int16, tl.int16), True, 2,
-            )  # fmt: skip
+            words = [selector, t0, t1, t2, t3, t4, t5, t6, t7]
+            return tl.inline_asm_elementwise(text, registers, words, kinds, True, 2)
 
 
 @triton.jit
-def _load_levels(selector, scale, zero, columns, width, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                 FLAG: tl.constexpr):  # fmt: skip
-    """The same for row R of the quads, fp32, from the stored levels: for inputs and GPUs without the instruction."""
+def _load_levels(selector, stored, columns, width, R: tl.constexpr, s: tl.constexpr, FORMS: tl.constexpr):
+    """Numbers fp32 of row R of the quads, from the stored levels: for inputs and GPUs without the instruction."""
+    BITS: tl.constexpr = FORMS[s][1]
+    GROUP: tl.constexpr = FORMS[s][2]
     number = (selector.to(tl.int32) >> (4 * R)) & ((1 << BITS) - 1)
     group = columns * 0
     if GROUP > 0:
         group = columns // GROUP
     inside = columns < width
-    levels = tl.load(scale + (group * (1 << BITS))[None, :] + number, mask=inside[None, :], other=0.0).to(tl.float32)
-    if FLAG:
-        levels *= tl.load(zero + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = stored[1] + (group * (1 << BITS))[None, :] + number
+    levels = tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
+    if FORMS[s][3]:
+        levels *= tl.load(stored[2] + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     return levels
 
 
 @triton.jit
 def quad_codes(codes, rows, columns, keep, n_rows, row_size, BITS: tl.constexpr):
-    """Codes int32 of `rows` `[rows, 1]` and `columns` `[1, columns]` one by one; `codes`: bytes of all planes."""
+    """Codes int32 of `rows` `[rows, 1]` and `columns` `[1, columns]`, one by one; `codes`: bytes of all planes."""
     j = columns & 7
     plane = ((n_rows.to(tl.int64) + 3) // 4) * row_size * 4
     half = 16 * (j & 1) + 4 * (rows & 3)  # bit in the word
