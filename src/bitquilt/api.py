@@ -51,8 +51,7 @@ def quantize(
       SliM-LLM), "uniform" (no differences).
     - `plan`: a plan.json to follow instead of a budget.
     - `sensitivities`: a file that `measure_model` wrote; without it, a run with a budget measures first.
-    - `rounds`: 2 quantizes once, measures again in the quantized model, plans and quantizes again. This takes twice
-      the time and helps where a plan relies too much on its first measurement.
+    - `rounds`: 2 quantizes, measures again in the quantized model, then plans and quantizes again, in twice the time.
     - `selection`: the layers to quantize (see `Selection`).
     - `batch_size`: sequences per forward pass; affects speed and memory only.
     - `work_dir`: where the run keeps what it needs to continue. Default: `out` with ".work" appended.
