@@ -26,7 +26,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.planning.folder_size import folder_bytes
-from bitquilt.planning.interaction import Prediction, predict
+from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.plan_model import refuse_quantized
 from bitquilt.planning.planner import Planned, Planner
@@ -74,7 +74,7 @@ def run(request: Request, observe: Observer) -> Result:
     model = _examined(request, checkpoint, known)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
-        report = _Run(request, model, work, clock.observe).make(fingerprint, clock, known)
+        report = _RunInFolder(request, model, work, clock.observe).make(fingerprint, clock, known)
         delete_workdir(work)
     return Result(request.out, report)
 
@@ -150,7 +150,7 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _RunInFolder:
     """A run in its work directory `work`."""
 
     request: Request
@@ -259,7 +259,7 @@ class _Run:
         return found
 
     def _write_reports(
-        self, folder: Path, outcome: RunReport, planned: Planned | None, prediction: Prediction | None
+        self, folder: Path, outcome: RunReport, planned: Planned | None, prediction: LossPrediction | None
     ) -> dict[str, Any]:
         """Write plan.json and report.json, with the prediction next to the result; return the report."""
         wish = self.request.wish

@@ -37,7 +37,7 @@ RANGE = (0.55, 2.1)
 
 
 @dataclass(frozen=True)
-class Prediction:
+class LossPrediction:
     """Predicted KL in nats per token, by layer and in total, and the range of perplexities that it allows.
 
     `perplexity`: of the full-precision model on the calibration text; None where the model has no next-token logits.
@@ -65,14 +65,14 @@ class Prediction:
 
 def predict(
     known: Sensitivities | None, plans: Mapping[str, LayerPlan], recipe: Recipe, outer: OuterBits
-) -> Prediction | None:
+) -> LossPrediction | None:
     """Predict the loss of quantizing everything at once by `recipe`; None without sensitivities.
 
     A layer whose plan does not match its table, as after an edit by hand, is left out.
     """
     if known is None:
         return None
-    return Prediction(predicted_losses(known, plans, recipe), known.perplexity, tuple(outer.given))
+    return LossPrediction(predicted_losses(known, plans, recipe), known.perplexity, tuple(outer.given))
 
 
 def predicted_losses(known: Sensitivities, plans: Mapping[str, LayerPlan], recipe: Recipe) -> dict[str, float]:

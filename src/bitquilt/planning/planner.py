@@ -18,7 +18,7 @@ from bitquilt.model.config import total_bpw, total_nominal_bits
 from bitquilt.model.memory import Memory, memory_bytes
 from bitquilt.model.structure import Skeleton
 from bitquilt.planning.folder_size import FolderSize, Sizes, json_bytes
-from bitquilt.planning.interaction import Prediction, predict
+from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.search import Search
 from bitquilt.planning.sensitivities import Sensitivities
 from bitquilt.planning.unit_costs import Units
@@ -48,7 +48,7 @@ class Planned:
     plans: dict[str, LayerPlan]
     layouts: dict[str, Layout]
     size: FolderSize
-    prediction: Prediction | None
+    prediction: LossPrediction | None
     spent: float
     reach: tuple[float, float]
     scope: Scope
