@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import GRIDS, Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
+from bitquilt.core.types import GRID_KINDS, Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
 from bitquilt.ops.reference import ACTIVATIONS, expand_permutation, map_bits
 
@@ -150,11 +150,11 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
 
 def op_layout(layout: Layout) -> list[int]:
     """The op's `layout` argument: grid number, bits, group_size and width of each segment."""
-    return [
-        value
-        for form, width in layout.segments
-        for value in (GRIDS[form.grid].number + ACTIVATIONS.index(form.activation), form.bits, form.group_size, width)
-    ]
+    numbers: list[int] = []
+    for form, width in layout.segments:
+        grid = GRID_KINDS[form.grid].number + ACTIVATIONS.index(form.activation)
+        numbers += [grid, form.bits, form.group_size, width]
+    return numbers
 
 
 def layout_to_json(layout: Layout) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
 
 
 def _format_from_json(item: Mapping[str, Any]) -> Format:
-    if item["grid"] not in GRIDS:
-        raise ValueError(f"grid is {item['grid']!r}; known are {sorted(GRIDS)}")
+    if item["grid"] not in GRID_KINDS:
+        raise ValueError(f"grid is {item['grid']!r}; known are {sorted(GRID_KINDS)}")
     if (activation := item.get("activation", "none")) not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
     return Format(

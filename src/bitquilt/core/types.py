@@ -1,4 +1,4 @@
-"""The nouns: `QuantizedWeight` and its parts, `GRIDS`, and what a recipe sees of a layer (`Layer`, `LayerStats`,
+"""The nouns: `QuantizedWeight` and its parts, `GRID_KINDS`, and what a recipe sees of a layer (`Layer`, `LayerStats`,
 `LayerPlan`, `Cost`, `Solution`).
 
 A stored weight is an optional permutation of the input channels, then a few column segments with one storage format
@@ -22,8 +22,10 @@ MIN_BITS, MAX_BITS = 1, 8
 
 @dataclass(frozen=True)
 class GridKind:
-    """A row of `GRIDS`. `number`: the op's number of the grid; `bits`: the code widths it has; `microscaled`: elements
-    are small floats with a shared power of two."""
+    """A row of `GRID_KINDS`: the op's `number` of the grid and the code widths in `bits` that it has.
+
+    `microscaled`: elements are small floats that share a power of two.
+    """
 
     number: int
     bits: tuple[int, ...]
@@ -31,7 +33,7 @@ class GridKind:
 
 
 _ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
-GRIDS: Mapping[GridName, GridKind] = {
+GRID_KINDS: Mapping[GridName, GridKind] = {
     "uniform": GridKind(GRID_UNIFORM, _ALL_BITS),
     "codebook": GridKind(GRID_CODEBOOK, _ALL_BITS),
     "mx": GridKind(GRID_MX, (4, 6, 8), microscaled=True),
@@ -68,12 +70,11 @@ class Format:
             raise ValueError(f"group_size is {self.group_size}; a group holds at least one column")
         if self.gain_dtype is not None and self.grid != "codebook":
             raise ValueError(f"grid {self.grid} has no gains; only a codebook takes a gain_dtype")
-        if GRIDS[self.grid].microscaled:
+        kind = GRID_KINDS[self.grid]
+        if kind.microscaled:
             stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
-            if self.bits not in GRIDS[self.grid].bits or not stored:
-                raise ValueError(
-                    f"grid {self.grid} stores {GRIDS[self.grid].bits} bits, 32 columns to a uint8 scale and no zero"
-                )
+            if self.bits not in kind.bits or not stored:
+                raise ValueError(f"grid {self.grid} stores {kind.bits} bits, 32 columns to a uint8 scale and no zero")
         elif self.activation != "none":
             raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 

@@ -11,7 +11,7 @@ import torch
 
 from bitquilt.core.recipe import Plannable
 from bitquilt.core.settings import Calibration
-from bitquilt.core.types import GRIDS, Layout
+from bitquilt.core.types import GRID_KINDS, Layout
 from bitquilt.model.structure import Skeleton
 from bitquilt.planning.sensitivities import measured_tokens
 from bitquilt.stream.model_training import TrainingMemory
@@ -117,7 +117,7 @@ def permits(layouts: Mapping[str, Layout]) -> dict[str, Permit]:
 
 def _cpu_kernel(layout: Layout) -> str | None:
     """Why the CPU kernels do not take the layer."""
-    if any(GRIDS[form.grid].microscaled for form, _ in layout.segments):
+    if any(GRID_KINDS[form.grid].microscaled for form, _ in layout.segments):
         return "MX numbers, which the reference computes"
     if layout.in_features > _MAX_COLUMNS:
         return f"{layout.in_features} columns, at most {_MAX_COLUMNS}"
