@@ -138,8 +138,11 @@ def test_other_recipes_take_the_hessian_too(name, make_model, quantize_tiny, rea
     plain = quantize_tiny(make_model(), tmp_path / "plain", name)
     aware = quantize_tiny(make_model(), tmp_path / "aware", name, hessian="attention")
     one, other = read_tensors(plain.folder), read_tensors(aware.folder)
-    changed = {key for key in one if key in other and one[key].shape == other[key].shape
-               and not torch.equal(one[key], other[key])}  # fmt: skip
+    changed = {
+        key
+        for key in one
+        if key in other and one[key].shape == other[key].shape and not torch.equal(one[key], other[key])
+    }
     assert any("q_proj.codes" in key for key in changed)
     assert aware.report["fingerprint"]["recipe"]["hessian"] == "attention"
 

@@ -1,4 +1,4 @@
-"""What every recipe promises, on bare tensors: exact storage, bounded bits, invariances, named errors, determinism."""
+"""The promises of every recipe on bare tensors: exact storage, bounded bits, invariance, named errors, determinism."""
 
 import pytest
 import torch

@@ -144,8 +144,9 @@ def test_what_a_plan_stores_is_known_before(bits, group_size, sampled):
 def test_tables_count_what_rounding_the_input_costs():
     """The loss of a group at a width is that of the layer's own product, on the sampled tokens, errors squared."""
     layer = wide_layer(96)
-    layer = Layer(layer.name, layer.weight, None, LayerStats(layer.stats.sample.t() @ layer.stats.sample, 300,
-                                                            layer.stats.sample))  # fmt: skip
+    layer = Layer(
+        layer.name, layer.weight, None, LayerStats(layer.stats.sample.t() @ layer.stats.sample, 300, layer.stats.sample)
+    )
     recipe = make_recipe("micromix")
     prepared = recipe.prepare(layer.stats)
     order, x = recipe.column_order(layer, prepared), layer.stats.sample

@@ -29,7 +29,7 @@ CLIPPING: dict[str, Any] = {"recipe": "gptq", "bits": 2, "clipping": "trained"}
 
 
 def training_of(work: Path) -> list[dict[str, Any]]:
-    """What the blocks' records say about training."""
+    """The entries on training in the blocks' records."""
     return [json.loads(path.read_text())["training"] for path in sorted(work.glob("block-*.json"))]
 
 
@@ -82,9 +82,11 @@ def test_the_whole_model_does_not_get_worse_and_the_checkpoint_is_what_was_train
 ) -> None:
     told: list[Epoch] = []
     result = quantize_tiny(
-        make_model(family), tmp_path / "out", **{**BEST, "bits": bits},
+        make_model(family),
+        tmp_path / "out",
+        **{**BEST, "bits": bits},
         observer=lambda event: told.append(event) if isinstance(event, Epoch) else None,
-    )  # fmt: skip
+    )
     tuning = result.report["tuning"]
     assert tuning["loss"] == min(tuning["start_loss"], *tuning["losses"])
     assert result.report["logit_difference"] < 1e-4

@@ -210,7 +210,7 @@ def test_shards_of_pairs_add_up_and_nan_names_the_layer() -> None:
     assert whole.drift is not None
     assert parts.drift is not None
     torch.testing.assert_close(parts.drift, whole.drift)
-    with pytest.raises(ValueError, match="one of the shards has no drift"):
+    with pytest.raises(ValueError, match="one shard has no drift; collect it for every shard"):
         _ = whole + LayerStats(whole.hessian, 20)
     full[0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="the input of layer 0 holds NaN"):

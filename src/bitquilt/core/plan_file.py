@@ -104,10 +104,7 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
         plan = plans[name]
         if (plan.group_size == 1) != channels:
             wanted = "group_size 1: the recipe works channel by channel" if channels else "groups of a multiple of 8"
-            raise UserError(
-                f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; "
-                "plan again with this recipe"
-            )
+            raise UserError(f"the plan's entry {name} has group_size {plan.group_size}; wanted {wanted}; plan again")
         if len(plan.bits) != len(plan.widths(width)):
             raise UserError(
                 f"the plan's entry {name} gives {len(plan.bits)} groups of {plan.group_size} columns for {width} "

@@ -27,9 +27,9 @@ from bitquilt.planning.sensitivities import Sensitivities
 
 _CONSTANT, _REPAIRED = 1.2, 0.64
 # Geometric means of the figures above; at 4 bits a guess between them and 1. At one bit the tables hold the measured
-# cost of solving the layer. Tried: 1.94, 4 and 1000 (no one-bit groups): 4 is never much worse than none, and
-# better in six of nine cases on the calibration text: KL 2.32, 1.87, 1.96 on stories260k (cmpq, 2.45 bpw), 0.389,
-# 0.466, 0.566 on babyllama-1m-chars (slim-llm, groups of 64, 2.31), 0.166, 0.169, 0.196 on the demo model (128, 2.14).
+# cost of solving the layer. Tried were 1.94, 4 and 1000 (no one-bit groups): 4 is never much worse than none, better in
+# six of nine cases on the calibration text: KL 2.32, 1.87, 1.96 on stories260k (cmpq, 2.45 bpw), 0.389, 0.466, 0.566
+# on babyllama-1m-chars (slim-llm, groups of 64, 2.31), 0.166, 0.169, 0.196 on the demo model (128, 2.14).
 _FACTORS = {1: 4.0, 2: 1.94, 3: 1.24, 4: 1.05}
 # Measured over predicted KL, each model predicted with the constant of the two others, is 0.72 to 2.06, with repair
 # 0.59 to 1.72 (docs/results.md, python -m benchmarks.prediction); the range adds a margin.

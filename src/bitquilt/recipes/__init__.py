@@ -82,12 +82,12 @@ def usual_options(name: str) -> dict[str, Any]:
 
 
 def takes_fractions(name: str) -> bool:
-    """Whether the mean of the bits of the recipe of this name may be any number."""
+    """Return whether the mean of the bits of the recipe of this name may be any number."""
     return name in RECIPES and RECIPES[name].traits.fractional
 
 
 def takes_option(name: str, option: str) -> bool:
-    """Whether the recipe of this name has an option of that name."""
+    """Return whether the recipe of this name has an option of that name."""
     return name in RECIPES and any(field.name == option for field in fields(RECIPES[name]))  # type: ignore[arg-type]
 
 

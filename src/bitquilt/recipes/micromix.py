@@ -80,7 +80,7 @@ class MicroMix:
 
     @property
     def scale_rule(self) -> ScaleRule:
-        """How a block's shared scale is rounded to a power of two."""
+        """Rule by which a block's shared scale is rounded to a power of two."""
         return "paper" if self.published else "ceil"
 
     @property

@@ -162,7 +162,7 @@ class Quilt:
         return self.training.tune_batch
 
     def keep(self, solution: Solution) -> dict[str, Tensor]:
-        """Tensors that training the whole model needs besides what is stored."""
+        """Tensors that training the whole model needs and the checkpoint does not store."""
         return kept_for_tuning(solution)
 
     def tune(self, problem: ModelProblem) -> TrainedLayers:

@@ -22,8 +22,6 @@ Read = Callable[[Sequence[int]], Tensor]
 """Sample numbers -> `[batch, tokens, width]`."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, target) -> the mean over samples and tokens."""
-Told = Callable[[int, int, float], None]
-"""(epochs done, their number, held-out loss): called as training proceeds."""
 Schedule = Literal["constant", "linear", "cosine"]
 KeptEpoch = Literal["best", "last"]
 _FACTORS: dict[Schedule, Callable[[float], float]] = {

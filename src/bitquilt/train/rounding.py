@@ -119,26 +119,21 @@ class Clipping:
     (sigmoid(u) + 1/2) times the distance of `fit_two_levels`; their u starts at 0, so that this factor is 1.
 
     No gradient passes a zero, or the sign of a one-bit group. `original` fp32 `[out, in]`, with a column range and a
-    width per group; `initial`: the first logits, a number or u and l; `one_bit`: the rule of one-bit groups.
+    width per group; `initial`: the first logit of both; `one_bit`: the rule of one-bit groups.
     """
 
     original: Tensor
     groups: Sequence[slice]
     bits: Sequence[int]
-    initial: float | tuple[Tensor, Tensor] = 4.0
+    initial: float = 4.0
     rate: float = 1e-2
     one_bit: OneBitRule = "two_level"
     scale_dtype: torch.dtype = torch.float16
 
     @cached_property
-    def split(self) -> Groups:
-        """How the weight becomes `[out, K, g]`."""
-        return Groups.of(self.groups)
-
-    @cached_property
     def aim(self) -> Tensor:
-        """The weight, split."""
-        return self.split.split(self.original)
+        """The weight `[out, K, g]`."""
+        return Groups.of(self.groups).split(self.original)
 
     @cached_property
     def top(self) -> Tensor:
@@ -157,13 +152,9 @@ class Clipping:
     @property
     def start(self) -> Values:
         """Factors sigmoid(initial), 1 for one-bit groups."""
-        shape = (self.original.shape[0], len(self.groups))
-        first = self.initial
-        both = first if isinstance(first, tuple) else (self.original.new_full(shape, float(first)),) * 2
-        logits = tuple(logit.clone() for logit in both)
-        for logit in logits:
-            logit[:, sorted(self.levels)] = 0.0
-        return logits
+        logit = self.original.new_full((len(self.original), len(self.groups)), self.initial)
+        logit[:, sorted(self.levels)] = 0.0
+        return logit, logit.clone()
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -178,7 +169,7 @@ class Clipping:
             step, low = self._levels(k, values)
             place = torch.tensor([k], device=weight.device)
             weight = weight.index_copy(1, place, (low + step * grid.encode(self.aim[:, k])).unsqueeze(1))
-        return self.split.join(weight)
+        return Groups.of(self.groups).join(weight)
 
     def export(self, values: Values) -> Sweep[UniformGrid]:
         """Return the trained weight as a sweep's result, its `loss` NaN."""

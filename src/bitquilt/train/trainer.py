@@ -13,23 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bitquilt.train.problem import (
-    Link,
-    Mover,
-    Told,
-    TrainableWeight,
-    Trained,
-    TrainingSamples,
-    TrainingSettings,
-    Values,
-)
+from bitquilt.train.problem import Link, Mover, TrainableWeight, Trained, TrainingSamples, TrainingSettings, Values
 
 R = TypeVar("R")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def train(
-    links: Sequence[Link], samples: TrainingSamples, training: TrainingSettings, told: Told | None = None
+    links: Sequence[Link],
+    samples: TrainingSamples,
+    training: TrainingSettings,
+    told: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
     """Train the weights of all links together for `training.epochs` passes over the samples that are not held out.
 
@@ -55,7 +49,7 @@ class _Run:
     links: Sequence[Link]
     samples: TrainingSamples
     at_once: int
-    told: Told | None
+    told: Callable[[int, int, float], None] | None
     autocast: bool = False
     unit: float = 1.0
     events: list[tuple[str, str]] = field(default_factory=list)

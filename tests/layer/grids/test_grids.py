@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitquilt.core.packing import pack, unpack
-from bitquilt.core.types import GRIDS, LayerPlan, group_slices
+from bitquilt.core.types import GRID_KINDS, LayerPlan, group_slices
 from bitquilt.layer.assembly import assemble, disassemble
 from bitquilt.layer.gptq_sweep import sweep
 from bitquilt.layer.grids import GRID_CLASSES
@@ -26,7 +26,7 @@ CASES = {
 
 
 def test_every_grid_has_a_class_and_a_case_here():
-    assert {name.split(",")[0] for name in CASES} == set(GRID_CLASSES) == set(GRIDS)
+    assert {name.split(",")[0] for name in CASES} == set(GRID_CLASSES) == set(GRID_KINDS)
 
 
 @pytest.mark.parametrize("name", CASES)

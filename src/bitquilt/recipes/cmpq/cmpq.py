@@ -45,7 +45,7 @@ ChannelAllocation = Literal["norm", "error_table", "global"]
 
 @dataclass(frozen=True, eq=False)
 class ChannelPlan:
-    """What `quantize` stores: bits per channel, their tables, sizes of O_act and O_q, and events so far."""
+    """Bits per channel as stored, their tables, the sizes of O_act and O_q, and events so far."""
 
     bits: list[int]
     tables: LevelTables
@@ -209,7 +209,7 @@ class CMPQ:
         return budget.least_error(table, widths, out_features, total, norms)
 
     def _chosen(self, layer: Layer, plan: LayerPlan, trial: Trial) -> ChannelPlan:
-        """What is stored for a plan. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        """The plan as it is stored. Raises ValueError naming the layer if a weight is NaN or Inf."""
         check_finite(layer.name, weight=layer.weight)
         budget, rows = self._budget_of(layer, trial), len(layer.weight)
         widest = budget.widest(rows)

@@ -71,7 +71,7 @@ class ChannelBudget:
         return least / (out_features * in_features), most / (out_features * in_features)
 
     def reaches(self, out_features: int, in_features: int) -> bool:
-        """Whether some map of the palette, with the asked-for outliers and no others, has `bpw`."""
+        """Return whether some map of the palette, with the asked-for outliers and no others, has `bpw`."""
         if self.bpw is None:
             return True
         least, most = replace(self, fewer=False).reach(out_features, in_features)

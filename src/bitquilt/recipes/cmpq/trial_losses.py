@@ -49,7 +49,7 @@ class Trial:
         return float(difference.sum(dim=0) @ self.cost.double())
 
     def gain_per_row_pays(self, weight: Tensor, bits: int, tables: LevelTables) -> bool:
-        """Whether a gain per row, all channels at `bits`, saves more than its bytes would as bits of the codes.
+        """Return whether a gain per row, all channels at `bits`, saves more than its bytes would as bits of the codes.
 
         It costs 8 / in bits per weight, and one bit more for every code quarters the squared error.
         """

@@ -117,5 +117,5 @@ class EffortTraining(Generic[P]):
 
 
 def kept_for_tuning(solution: Solution) -> dict[str, Tensor]:
-    """What training in the whole model needs of a solved layer besides what is stored."""
+    """Tensors of a solved layer that training the whole model needs and the checkpoint does not store."""
     return {"aim": solution.details["aim"]}

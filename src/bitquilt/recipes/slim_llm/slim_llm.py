@@ -64,8 +64,12 @@ SlimAllocation = Literal["sba", "dp", "uniform", "global"]
 
 @dataclass(frozen=True)
 class SlimRules:
-    """How the four steps compute. `weighs_errors`: SQC weighs errors by salience; the searches are those of the final
-    grids, of the candidates of step 2 and of tables of loss; `needs_pair`: as in `MapSearch.paired`."""
+    """Choices inside the four steps, ours or the publication's.
+
+    `weighs_errors`: SQC weighs errors by salience. `search`, `candidate_search`, `coarse_search`: ranges tried for the
+    final grids, for the candidates of step 2 and for tables of loss. `needs_pair`: as in `MapSearch.paired`.
+    `objective`: loss of a candidate. `group_statistic`: salience of a group. `one_bit`: levels of one-bit groups.
+    """
 
     weighs_errors: bool
     search: RangeSearch
@@ -144,7 +148,7 @@ class SlimLLM:
 
     @property
     def rules(self) -> SlimRules:
-        """How the steps compute."""
+        """The choices that `published` stands for."""
         return PUBLISHED if self.published else OURS
 
     @property
