@@ -63,20 +63,12 @@ class FusedDecoderOps:
         partial = torch.empty(shape.heads, self.parts, 2 * half + 2, device=self.device)
         group = shape.heads // shape.kv_heads
         heads = Heads(group, shape.head_width, half, _PLACES, self.parts, slots, norms is not None)
+        tables = (rotary.cosines, rotary.sines, rotary.position)
+        inputs = (projected, norms or projected[:2], tables, (cache[0], cache[1]))
+        numbers = (cache.shape[2], shape.scaling, shape.epsilon)
         with on(self.device):
             attend_kernel[(shape.heads, self.parts)](
-                projected,
-                norms or projected[:2],
-                (rotary.cosines, rotary.sines, rotary.position),
-                (cache[0], cache[1]),
-                out,
-                partial,
-                self.counters,
-                cache.shape[2],
-                shape.scaling,
-                shape.epsilon,
-                HEADS=heads,
-                num_warps=4,
+                *inputs, out, partial, self.counters, *numbers, HEADS=heads, num_warps=4
             )
         return out
 

@@ -82,17 +82,8 @@ def dense(weight: StoredWeight, found: PreparedWeight, dtype: torch.dtype) -> Te
     stored = (found.stored(weight, name) for name in ("codes", "scales", "zeros"))
     grid = (triton.cdiv(found.rows, _DENSE_ROWS), found.chunks)
     with on(found.device):
-        dense_kernel[grid](
-            out,
-            found.channels,
-            *stored,
-            sizes,
-            found.rows,
-            found.columns,
-            FORMS=forms,
-            BN=_DENSE_ROWS,
-            enable_fp_fusion=False,
-        )
+        arguments = (out, found.channels, *stored, sizes, found.rows, found.columns)
+        dense_kernel[grid](*arguments, FORMS=forms, BN=_DENSE_ROWS, enable_fp_fusion=False)
         if found.outliers:
             outlier_kernel[(found.rows,)](out, *_outliers(weight), found.columns)
     return out
@@ -124,24 +115,18 @@ def _product(x: Tensor, weight: StoredWeight, found: PreparedWeight, bias: Tenso
         if tiling.parts > 1:
             partial = torch.empty((tiling.parts, *out.shape), device=x.device)
             counters = found.counter(tiles[0] * tiles[1])
+        inputs, stored = (gathered, x, found.runs), (codes, scales, found.stored(weight, "zeros"), sizes)
+        outliers = _outliers(weight) if found.outliers else None
+        counts = (found.rows, tokens, found.columns, found.chunks, tiling.parts)
         product_kernel[(tiles[0] * tiling.parts, tiles[1])](
-            gathered,
-            x,
-            found.runs,
-            codes,
-            scales,
-            found.stored(weight, "zeros"),
-            sizes,
-            _outliers(weight) if found.outliers else None,
+            *inputs,
+            *stored,
+            outliers,
             bias,
             out,
             partial,
             counters,
-            found.rows,
-            tokens,
-            found.columns,
-            found.chunks,
-            tiling.parts,
+            *counts,
             FORMS=compiled,
             TILE=tile,
             num_warps=tiling.warps,

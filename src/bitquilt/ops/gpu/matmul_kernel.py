@@ -79,8 +79,7 @@ def product_kernel(
     part = tl.program_id(0) % parts
     rows = tile * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BT + tl.arange(0, BT)
-    first = (chunks * part) // parts
-    last = (chunks * (part + 1)) // parts
+    first, last = (chunks * part) // parts, (chunks * (part + 1)) // parts
     inputs = (x, runs, n_tokens, in_features)
     acc = tl.zeros([BN * S, BT * S], tl.float32)
     for s in tl.static_range(len(FORMS)):
@@ -91,11 +90,7 @@ def product_kernel(
             acc = quad_segment(acc, inputs, stored, sizes[s], (tile, n_rows, low, high), s, FORMS, TILE)
         else:
             acc = _segment(acc, inputs, stored, sizes[s], (tile, n_rows, low, high), s, FORMS, TILE)
-    if S > 1:
-        spread = tl.reshape(acc, [BN, S, S, BT])
-        lane = tl.arange(0, S)
-        own = lane[None, :, None, None] == lane[None, None, :, None]
-        acc = tl.sum(tl.sum(tl.where(own, spread, 0.0), 2), 1)
+    acc = _own_sums(acc, BN, BT, S)
     if outliers is not None:
         acc = _outliers(acc, (plain_x, runs, n_tokens, in_features), outliers, (rows, n_rows), (part, parts), BT)
     keep = (rows < n_rows)[:, None] & (tokens < n_tokens)[None, :]
@@ -113,6 +108,18 @@ def product_kernel(
             tl.store(counter, 0)
     else:
         _finish(acc, bias, out, at, keep, rows, n_rows)
+
+
+@triton.jit
+def _own_sums(acc, BN: tl.constexpr, BT: tl.constexpr, S: tl.constexpr):
+    """Sums `[BN, BT]` of each chunk with its own activations."""
+    if S == 1:
+        return acc
+    else:
+        spread = tl.reshape(acc, [BN, S, S, BT])
+        lane = tl.arange(0, S)
+        own = lane[None, :, None, None] == lane[None, None, :, None]
+        return tl.sum(tl.sum(tl.where(own, spread, 0.0), 2), 1)
 
 
 @triton.jit

@@ -74,16 +74,7 @@ def quad_segment(acc, inputs, stored, size, span, s: tl.constexpr, FORMS: tl.con
     for base in tl.range(low, high, 1, num_stages=TILE.stages):
         keep = quads * 4 < n_rows
         chunk = quads * 0 + base
-        w0 = load_plane(codes[0], quads, chunk, keep, row_size, 16)
-        w1 = load_plane(codes[1], quads, chunk, keep, row_size, 16)
-        w2 = w0
-        w3 = w1
-        if BITS >= 3:
-            w2 = load_plane(codes[2], quads, chunk, keep, row_size, 16)
-        if BITS == 3:
-            w3 = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
-        if BITS == 4:
-            w3 = load_plane(codes[3], quads, chunk, keep, row_size, 16)
+        w0, w1, w2, w3 = _load_words(codes, quads, chunk, keep, row_size, BITS)
         by_code = split(activations(inputs, start, base, high, width, FORMS[s][4] == 3, 8, TILE), 8)
         for j in tl.static_range(8):
             word = w0
@@ -114,6 +105,22 @@ def quad_segment(acc, inputs, stored, size, span, s: tl.constexpr, FORMS: tl.con
             acc3 = dot(n3, by_code[j], acc3, TILE.wide)
     four = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))  # [quads, tokens, 2, 2]: row 2 i + j of the quad
     return acc + tl.reshape(tl.permute(four, (0, 2, 3, 1)), [BN, BT])
+
+
+@triton.jit
+def _load_words(codes, quads, chunk, keep, row_size, BITS: tl.constexpr):
+    """The words of columns 0 and 1, 2 and 3, 4 and 5, 6 and 7; at 2 bits those of columns 0 to 3 and 4 to 7, twice."""
+    w0 = load_plane(codes[0], quads, chunk, keep, row_size, 16)
+    w1 = load_plane(codes[1], quads, chunk, keep, row_size, 16)
+    w2 = w0
+    w3 = w1
+    if BITS >= 3:
+        w2 = load_plane(codes[2], quads, chunk, keep, row_size, 16)
+    if BITS == 3:
+        w3 = ((w0 >> 3) & 0x11111111) | ((w1 >> 2) & 0x22222222) | ((w2 >> 1) & 0x44444444)
+    if BITS == 4:
+        w3 = load_plane(codes[3], quads, chunk, keep, row_size, 16)
+    return w0, w1, w2, w3
 
 
 @triton.jit

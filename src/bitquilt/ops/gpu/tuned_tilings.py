@@ -57,9 +57,9 @@ def remember(device: torch.device, found: Mapping[str, Tiling]) -> Path:
     file = path(device)
     every = {**known_tilings(device), **found}
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({name: astuple(tiling) for name, tiling in every.items()}, indent=1))
-    beside.replace(file)
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps({name: astuple(tiling) for name, tiling in every.items()}, indent=1))
+    new.replace(file)
     known_tilings.cache_clear()
     return file
 
