@@ -21,7 +21,7 @@ _WINDOWED = "sliding_attention"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a config states about a language model; sizes are 0 or None where it does not state them.
+    """A language model as its config describes it; sizes are 0 or None where the config does not state them.
 
     `architectures` are transformers' class names. `windows` has an entry per layer: how many tokens its attention
     reaches back, or None without a limit. `bos` is the token that starts a text. `quantized_by` is the tool that

@@ -73,7 +73,7 @@ _mode: str | None = None
 
 
 def activations() -> str:
-    """How activations are rounded: "exact" or "int8". UserError: `BITQUILT_ACTIVATIONS` is neither."""
+    """The rounding of activations: "exact" or "int8". UserError: `BITQUILT_ACTIVATIONS` is neither."""
     return _mode or _mode_of_environment()
 
 

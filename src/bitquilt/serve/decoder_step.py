@@ -31,7 +31,7 @@ class DecoderBlock:
 
 @dataclass(frozen=True, eq=False)
 class DecoderEnds:
-    """What surrounds the blocks: the embedding (ids `[1]` -> `[1, width]`), the last norm's weight and the head.
+    """The ends of the model: the embedding (ids `[1]` -> `[1, width]`), the last norm's weight and the head.
 
     The rotary tables are `[length, head width]` for texts of up to `length` tokens.
     """

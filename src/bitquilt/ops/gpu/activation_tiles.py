@@ -64,7 +64,7 @@ def activations(inputs, start, base, high, width, EVEN: tl.constexpr, C: tl.cons
 
 @triton.jit
 def split(tile, C: tl.constexpr):
-    """`[tokens, units, C]` -> C tensors `[tokens, units]`."""
+    """Split a tensor `[tokens, units, C]` into C tensors `[tokens, units]`."""
     T: tl.constexpr = tile.shape[0]
     U: tl.constexpr = tile.shape[1]
     if C == 4:

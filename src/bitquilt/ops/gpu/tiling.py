@@ -16,7 +16,7 @@ MAX_FUSED = 512  # tokens; for more the weight is written out once and multiplie
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is split into programs.
+    """One way to split a product into programs.
 
     `rows` and `tokens` of a program's tile, `stack` chunks at once, `parts` programs to a row, `warps`, and `stages` of
     loads under way.
