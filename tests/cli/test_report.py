@@ -57,7 +57,7 @@ def test_measured_they_are_compared_and_reported(command: Command, study: Path, 
     assert command("report", study / "slim", *named, "--quiet").out == ""
     assert ">rtn<" in (study / "alone.html").read_text()
     shown = command("inspect", study / "slim").out
-    assert "quality KL" in shown
+    assert "quality     KL" in shown
     assert "of memory" in shown
 
 
@@ -80,7 +80,7 @@ def test_a_map_of_digits(command: Command, study: Path) -> None:
         (["compare", "SLIM", "--reference", "TINY", "--out", "x.html"], "give --text FILE too"),
         (["compare", "SLIM", "SLIM", "--out", "x.html"], "is given twice"),
         (["compare", "TINY", "--out", "x.html"], "is full precision"),
-        (["compare", "BARE", "--out", "x.html"], "none of the 1 checkpoints has figures"),
+        (["compare", "BARE", "--out", "x.html"], "none of the 1 checkpoints has been measured"),
     ],
 )
 def test_what_a_user_may_get_wrong(
