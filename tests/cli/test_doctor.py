@@ -57,7 +57,7 @@ def test_what_is_missing_is_named(command: Command, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_body_on_a_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named with its version; without Triton, or by request, the reference, and the reason why."""
+    """Triton with its version; without it, or on request, the reference body and the reason."""
     assert verb.__globals__["_body"]("CUDA").startswith("Triton kernels, triton 3.")
     monkeypatch.setenv("BITQUILT_ISA", "reference")
     assert "exact but not fast; BITQUILT_ISA asks for it" in verb.__globals__["_body"]("CUDA")

@@ -1,4 +1,4 @@
-"""`bitquilt eval`: figures with their protocol, sizes from the folder, tasks handed on."""
+"""`bitquilt eval`: figures with their protocol, sizes from the folder, tasks passed to lm-eval."""
 
 import json
 from collections.abc import Iterator

@@ -71,7 +71,7 @@ def test_a_bar_for_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> No
             shown.append(capture.get())
     assert all(len(line) <= width for text in shown for line in plain(text).splitlines())
     assert "block 2/3" in shown[0]
-    assert "33%" in shown[0]  # two of six layers lie before the block to continue with
+    assert "33%" in shown[0]  # two of six layers are in blocks done before
     assert "reading a text" in shown[1]
     assert "model.layers.1.layer1: 2.50 bits per weight" in shown[3]
     assert "error 0.0150" in plain(shown[3])  # the mean of 0.01 and 0.02

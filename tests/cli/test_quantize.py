@@ -1,4 +1,4 @@
-"""`bitquilt quantize`: results on stdout, progress on stderr, exit codes, and what a user may get wrong."""
+"""`bitquilt quantize`: results on stdout, progress on stderr, exit codes, and the mistakes of a user."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from bitquilt.cli.options import parse_setting
 from bitquilt.cli.quantize import print_events
 from bitquilt.core.events import BlockDone
 from bitquilt.report.page_values import allocator_totals
-from bitquilt.report.run_facts import LayerEvent, RunFacts
+from bitquilt.report.run_facts import LayerEvent, RunFacts, parse
 
 from .conftest import FLAGS, Command
 
@@ -236,9 +236,9 @@ def test_allocators_are_summed_over_the_layers_that_all_have_them() -> None:
         "a": {"table_error": {"exact": 1.0, "graph": 2.0}, "swept_loss": {"exact": 1.5, "graph": 1.0}},
         "b": {"table_error": {"exact": 1.0, "graph": 2.5}, "swept_loss": {"exact": 0.5, "graph": 1.0, "uniform": 9}},
     }
-    totals = allocator_totals(RunFacts.of({"layers": layers}))
+    totals = allocator_totals(parse(RunFacts, {"layers": layers}))
     assert totals == {"by table": {"exact": 2.0, "graph": 4.5}, "after sweep": {"exact": 2.0, "graph": 2.0}}
-    assert allocator_totals(RunFacts.of({"layers": {"a": {"loss": 1.0}}})) == {}
+    assert allocator_totals(parse(RunFacts, {"layers": {"a": {"loss": 1.0}}})) == {}
 
 
 def test_allocators_are_printed(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from .conftest import Command
 
 @pytest.fixture(scope="module")
 def study(quantized: Path, tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model by slim-llm and by rtn, not measured."""
+    """The tiny model quantized by slim-llm and by rtn, without an evaluation."""
     folder = tmp_path_factory.mktemp("study")
     shutil.copytree(quantized, folder / "slim", ignore=shutil.ignore_patterns("evaluation.json"))
     bitquilt.quantize(tiny, "rtn", text, folder / "rtn", bits=3, group_size=16, samples=4, seq_len=16)
@@ -50,7 +50,7 @@ def test_measured_they_are_compared_and_reported(command: Command, study: Path, 
     value = json.loads(command("report", study / "slim", "--json").out)
     page = Path(value["out"]).read_text()
     assert (value["panels"], value["bytes"]) == (1, len(page.encode()))
-    assert page.count(">rtn<") >= 1  # found beside it
+    assert page.count(">rtn<") >= 1  # found in the neighbouring folder
     alone = json.loads(command("report", study / "slim", "--alone", "--json", "--out", study / "alone.html").out)
     assert ">rtn<" not in Path(alone["out"]).read_text()
     named = ("--alone", "--baseline", study / "rtn", "--out", study / "alone.html")

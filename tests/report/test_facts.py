@@ -1,4 +1,4 @@
-"""What a checkpoint's files say, and what they may lack or get wrong."""
+"""Facts of a checkpoint's files, including missing and damaged ones."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import read_facts, remember
 from bitquilt.report.evaluation_records import Record, read_records
-from bitquilt.report.run_facts import section
+from bitquilt.report.run_facts import parse, section
 
 
 def test_facts_are_those_of_the_files(measured: Path) -> None:
@@ -96,8 +96,8 @@ def test_figures_of_another_checkpoint_are_refused(measured: Path, slim: Path) -
 def test_a_record_takes_the_place_of_an_older_one(slim: Path) -> None:
     checkpoint = open_checkpoint(slim)
     (before,) = read_records(slim / "evaluation.json")
-    remember(checkpoint, Record.of({**before.stored, "perplexity": 1.5}))
-    remember(checkpoint, Record.of({**before.stored, "perplexity": 2.5, "seq_len": 8}))
+    remember(checkpoint, parse(Record, {**before.stored, "perplexity": 1.5}))
+    remember(checkpoint, parse(Record, {**before.stored, "perplexity": 2.5, "seq_len": 8}))
     assert [r.perplexity for r in read_records(slim / "evaluation.json")] == [1.5, 2.5]
 
 

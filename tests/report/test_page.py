@@ -15,15 +15,15 @@ import pytest
 
 from bitquilt.report import compare, compare_page, read_facts, report_page
 from bitquilt.report.facts import LayerFacts
-from bitquilt.report.run_facts import RunFacts
+from bitquilt.report.run_facts import RunFacts, parse
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ["bits", "quality", "budget", "loss", "events", "settings", "time"]
 
 
-def parse(page: str) -> Element:
-    """Strictly: an error of syntax is an error."""
+def parse_html(page: str) -> Element:
+    """Parse strictly: any error of syntax raises."""
     return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
 
 
@@ -32,7 +32,7 @@ def texts(tree: Element) -> str:
 
 
 def check_safe(tree: Element) -> None:
-    """No script, nothing that loads, nothing that reacts, and ids that are there once."""
+    """Assert that there is no script, nothing that loads or reacts, and no repeated id."""
     seen: set[str] = set()
     for element in tree.iter():
         if not isinstance(element.tag, str):
@@ -67,7 +67,7 @@ def page(measured: Path) -> str:
 
 
 def test_every_part_is_there(measured: Path, page: str) -> None:
-    tree = parse(page)
+    tree = parse_html(page)
     check_safe(tree)
     assert [s.attrib.get("id") for s in tree.iter("section")] == [*SECTIONS, "absent"]
     said = texts(tree)
@@ -117,7 +117,7 @@ def test_names_are_text_and_nothing_else(slim: Path) -> None:
     facts = replace(facts, layers=layers)
     panels = compare([facts])
     for page in (report_page(facts, panels), compare_page(panels)):
-        tree = parse(page)
+        tree = parse_html(page)
         check_safe(tree)
         assert "alert(1)" in texts(tree)
         assert "49" not in re.findall(r"&(\d+)", texts(tree))  # the template language is not run on names
@@ -125,7 +125,7 @@ def test_names_are_text_and_nothing_else(slim: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}, [1, "x"], {"a": {"b": 1}}, [{"name": 3}], float("nan")])
 def test_a_report_may_say_anything(slim: Path, value: object) -> None:
-    """Every key in turn, on the first two levels, holds something that does not belong there."""
+    """Each key of the first two levels in turn holds a value that does not belong there."""
     report = json.loads((slim / "report.json").read_text()) | {
         "budget": {"kind": "bpw", "target": 3.7},
         "prediction": {"kl": 0.1, "ppl_range": [1.0, 2.0]},
@@ -134,13 +134,13 @@ def test_a_report_may_say_anything(slim: Path, value: object) -> None:
     for key in report:
         inner = report[key] if isinstance(report[key], dict) and key != "layers" else {}
         for changed in ({key: value}, *({key: inner | {name: value}} for name in inner)):
-            assert "<h1>slim</h1>" in report_page(replace(facts, run=RunFacts.of(report | changed)))
+            assert "<h1>slim</h1>" in report_page(replace(facts, run=parse(RunFacts, report | changed)))
 
 
 def test_without_anything_but_weights_the_page_says_what_is_absent(slim: Path) -> None:
     for name in ("report.json", "plan.json", "evaluation.json"):
         (slim / name).unlink()
-    said = texts(parse(report_page(read_facts(slim))))
+    said = texts(parse_html(report_page(read_facts(slim))))
     assert "Not measured yet" in said
     assert "Unknown: this checkpoint has no report.json." in said
     for what in ("report.json", "stored order", "KL divergence and perplexity"):
@@ -163,7 +163,7 @@ def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable
     )
     facts = read_facts(slim)
     assert not any("predicted" in one.what for one in facts.absent)
-    said = texts(parse(report_page(facts)))
+    said = texts(parse_html(report_page(facts)))
     assert "50 % of it" in said
     whole = report["folder_bytes"]
     assert f"The whole folder takes {whole} bytes; {report['bytes']} of them are weights." in said
@@ -176,13 +176,13 @@ def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable
 def test_a_predicted_perplexity_is_moved_to_the_measured_text(
     slim: Path, factors: tuple[float, float], said: str
 ) -> None:
-    """Predicted on a text where the full-precision model has a perplexity of 20; on the measured one it has another."""
+    """The full-precision model has a perplexity of 20 on the predicted text, and another on the measured one."""
     record = json.loads((slim / "evaluation.json").read_text())["evaluations"][-1]
     share = record["reference_perplexity"] / 20
     scaled = [record["perplexity"] / share * factor for factor in factors]
     report = json.loads((slim / "report.json").read_text())
     report["prediction"] = {"kl": 0.1, "ppl_range": scaled, "perplexity_full_precision": 20.0}
-    page = texts(parse(report_page(replace(read_facts(slim), run=RunFacts.of(report)))))
+    page = texts(parse_html(report_page(replace(read_facts(slim), run=parse(RunFacts, report)))))
     assert said in page
     assert f"{scaled[0] * share:.2f} to {scaled[1] * share:.2f}" in page
 
@@ -237,7 +237,7 @@ def test_more_kinds_than_fit_side_by_side_are_listed(measured: Path) -> None:
         for i, layer in enumerate(many_layers(4, 16))
         for name in [f"layers.{i // 14}.experts_{i % 14}"]
     }
-    tree = parse(report_page(replace(read_facts(measured / "slim"), layers=layers)))
+    tree = parse_html(report_page(replace(read_facts(measured / "slim"), layers=layers)))
     assert not [t for t in tree.iter("table") if t.attrib.get("class") == "quilt"]
     assert len([d for d in tree.iter("div") if d.attrib.get("class") == "strip"]) == 28
 

@@ -1,4 +1,4 @@
-"""The front, and which figures may stand beside each other."""
+"""The Pareto front, and which figures can be compared."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from bitquilt.errors import UserError
 from bitquilt.report import compare, read_facts
 from bitquilt.report.evaluation_records import Record, newest
 from bitquilt.report.pareto import pareto, siblings
+from bitquilt.report.run_facts import parse
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -69,7 +70,7 @@ def test_of_two_records_the_later_with_a_divergence_counts(measured: Path) -> No
     later, without = replace(record, kl_mean=0.5), replace(record, kl_mean=None)
     assert newest([record, later, without]) is later
     assert newest([without]) is without
-    assert newest([Record.of({"tasks": {}})]) is None
+    assert newest([parse(Record, {"tasks": {}})]) is None
 
 
 def test_nothing_measured_is_an_error(measured: Path) -> None:

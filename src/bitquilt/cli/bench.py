@@ -183,7 +183,9 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gp
         machine.done()
         times.append(time.perf_counter() - started)
     name = "transformers" if generation.decoder is None else generation.decoder.name
-    return _Speeds(first, prompt, sorted(times)[len(times) // 2], name, generation.why)  # a median ignores interruptions
+    return _Speeds(
+        first, prompt, sorted(times)[len(times) // 2], name, generation.why
+    )  # a median ignores interruptions
 
 
 def _sum_of_products(model: PreTrainedModel, machine: Host | Gpu, recorded: bool) -> float:

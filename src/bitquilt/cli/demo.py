@@ -178,17 +178,9 @@ def _print_next(folder: Path, page: Path | None) -> None:
 
 def _cells(row: _Row) -> list[str]:
     figures = row.figures
-    assert figures.bytes is not None
-    assert figures.top1_agreement is not None
-    return [
-        f"{figures.nominal_bits:.3g}",
-        row.name,
-        size_text(figures.bytes),
-        f"{figures.bpw:.3f}",
-        f"{figures.perplexity:.2f}",
-        f"{figures.kl_mean:.4f}",
-        percent_text(figures.top1_agreement),
-    ]
+    size, agreement = size_text(figures.bytes or 0), percent_text(figures.top1_agreement or 0.0)
+    quality = [f"{figures.perplexity:.2f}", f"{figures.kl_mean:.4f}", agreement]
+    return [f"{figures.nominal_bits:.3g}", row.name, size, f"{figures.bpw:.3f}", *quality]
 
 
 class _Steps:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,12 +16,12 @@ from bitquilt.cli.quantize import print_bits_and_size, print_budget, print_event
 from bitquilt.core.events import Untouched
 from bitquilt.core.units import percent_text, ratio_text, size_text, time_text
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD
 from bitquilt.model.outline import open_outline
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.recipes import usual_options
-from bitquilt.report.evaluation import ModelSize, fp16_bytes, model_size
+from bitquilt.report.evaluation import fp16_bytes, model_size
 from bitquilt.report.evaluation_records import Record, newest
 from bitquilt.report.facts import Facts, LayerFacts, read_facts
 from bitquilt.report.run_facts import RunFacts, section
@@ -40,16 +40,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _FullPrecision:
-    """A full-precision model: the weights that would be quantized, and the tensors that would not."""
+class _StoredWeight:
+    """A weight as a full-precision model stores it."""
 
-    checkpoint: Checkpoint
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _FullPrecision:
+    """A full-precision model, as --json prints it: weights that would be quantized, and tensors that would not."""
+
+    folder: str
+    quantized: bool
     model_class: str
     blocks: int
-    size: ModelSize | None
-    ratio: float
+    bpw: float | None
+    nominal_bits: float | None
+    bytes: int
+    ratio_to_fp16: float
     untouched: tuple[Untouched, ...]
-    layers: Mapping[str, TensorInfo]
+    layers: dict[str, _StoredWeight]
 
 
 def inspect(
@@ -72,8 +84,8 @@ def inspect(
             )
         if method is None:
             plain = _full_precision(checkpoint)
-            shown = _matching(plain.layers, layer)
-            print_json(_plain_json(plain, shown)) if json_output else _print_plain(plain, shown)
+            plain = replace(plain, layers=_matching(plain.layers, layer))
+            print_json(asdict(plain)) if json_output else _print_plain(plain)
         else:
             facts = read_facts(folder)
             layers = _matching(facts.layers, layer)
@@ -84,18 +96,23 @@ def _full_precision(checkpoint: Checkpoint) -> _FullPrecision:
     outline = open_outline(checkpoint)
     targets = all_targets(outline, (), include_head=False)
     stored = {name: checkpoint.tensors[source] for source, name in outline.parameters.items()}
+    weights = {name: stored[f"{name}.weight"] for name in targets}
+    size = model_size(checkpoint.folder)
     return _FullPrecision(
-        checkpoint=checkpoint,
+        folder=str(checkpoint.folder),
+        quantized=False,
         model_class=type(outline.model).__name__,
         blocks=len(outline.blocks),
-        size=model_size(checkpoint.folder),
-        ratio=checkpoint.nbytes / fp16_bytes(checkpoint.folder),
-        untouched=tuple(untouched_tensors(outline, targets)),
-        layers={name: stored[f"{name}.weight"] for name in targets},
+        bpw=None if size is None else size.bpw,
+        nominal_bits=None if size is None else size.nominal_bits,
+        bytes=checkpoint.nbytes,
+        ratio_to_fp16=checkpoint.nbytes / fp16_bytes(checkpoint.folder),
+        untouched=untouched_tensors(outline, targets),
+        layers={name: _StoredWeight(info.shape, info.dtype, info.nbytes) for name, info in weights.items()},
     )
 
 
-def _matching(layers: Mapping[str, T], pattern: str | None) -> Mapping[str, T]:
+def _matching(layers: Mapping[str, T], pattern: str | None) -> dict[str, T]:
     found = {name: value for name, value in layers.items() if pattern is None or fnmatch(name, pattern)}
     if not found:
         raise UserError(f"no layer matches {pattern!r}; there are {len(layers)}, such as {next(iter(layers))}")
@@ -116,7 +133,7 @@ def _facts_json(facts: Facts, layers: Layers) -> dict[str, Any]:
         "bytes_by_part": facts.parts,
         **{key: facts.run.stored.get(key) for key in _OF_THE_RUN},
         "evaluations": [record.stored for record in facts.evaluations],
-        "absent": [asdict(one) for one in facts.absent],
+        "absent": [one._asdict() for one in facts.absent],
         "layers": {name: _layer_json(layer) for name, layer in layers.items()},
     }
 
@@ -126,24 +143,6 @@ def _layer_json(layer: LayerFacts) -> dict[str, Any]:
     value = {key: inner for key, inner in asdict(layer).items() if key not in ("name", "runs", "in_order", "counts")}
     shape = [value.pop("out_features"), value.pop("in_features")]
     return {"shape": shape, "bits": {str(bits): count for bits, count in layer.counts.items()}, **value}
-
-
-def _plain_json(plain: _FullPrecision, layers: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    return {
-        "folder": str(plain.checkpoint.folder),
-        "quantized": False,
-        "model_class": plain.model_class,
-        "blocks": plain.blocks,
-        "bpw": None if plain.size is None else plain.size.bpw,
-        "nominal_bits": None if plain.size is None else plain.size.nominal_bits,
-        "bytes": plain.checkpoint.nbytes,
-        "ratio_to_fp16": plain.ratio,
-        "untouched": [asdict(item) for item in plain.untouched],
-        "layers": {
-            name: {"shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes}
-            for name, info in layers.items()
-        },
-    }
 
 
 def _print_facts(facts: Facts, layers: Layers, bit_map: bool) -> None:
@@ -221,25 +220,24 @@ def _print_layers(layers: Layers) -> None:
 
 
 def _bar_length(rows: Sequence[Sequence[str]], layers: Layers) -> int:
-    """Characters of the bars that fit the terminal beside `rows`; 0 where too few would."""
+    """Characters of the bars that fit the terminal next to `rows`; 0 where too few would."""
     used = sum(max(len(row[i]) for row in rows) + _GAP for i in range(len(rows[0])))
     longest = max(len(layer.groups or "") for layer in layers.values())
     bar = min(longest, _BAR, stdout.width - used - _GAP) if stdout.is_terminal else 0
     return bar if bar >= min(longest, _LEAST_BAR) else 0
 
 
-def _print_plain(plain: _FullPrecision, layers: Mapping[str, TensorInfo]) -> None:
+def _print_plain(plain: _FullPrecision) -> None:
     table = plain_table("layer", "shape", "stored as", "size", right=["size"])
-    for name, info in layers.items():
-        table.add_row(_short(name), "x".join(map(str, info.shape)), info.dtype, size_text(info.nbytes))
+    for name, info in plain.layers.items():
+        table.add_row(_short(name), "x".join(map(str, info.shape)), info.dtype, size_text(info.bytes))
     stdout.print(table)
-    total = plain.checkpoint.nbytes
-    stdout.print(f"{plain.checkpoint.folder}: {plain.model_class}, full precision", style="bold", markup=False)
-    print_fact(stdout, "size", f"{size_text(total)} ({ratio_text(plain.ratio)})")
-    share = percent_text(sum(info.nbytes for info in layers.values()) / total, 2)
-    listed = f"the {len(layers)} layers above, in {plain.blocks} blocks"
+    stdout.print(f"{plain.folder}: {plain.model_class}, full precision", style="bold", markup=False)
+    print_fact(stdout, "size", f"{size_text(plain.bytes)} ({ratio_text(plain.ratio_to_fp16)})")
+    share = percent_text(sum(info.bytes for info in plain.layers.values()) / plain.bytes, 2)
+    listed = f"the {len(plain.layers)} layers above, in {plain.blocks} blocks"
     print_fact(stdout, "to quantize", f"{share} of the bytes: {listed}")
-    print_untouched(stdout, plain.untouched, total)
+    print_untouched(stdout, plain.untouched, plain.bytes)
 
 
 def group_bar(groups: str, length: int) -> Text:

@@ -23,7 +23,7 @@ law_app = typer.Typer(name="law", no_args_is_help=True)
 
 LawArgument = Annotated[Path, typer.Argument(help="File that `bitquilt law fit` wrote.")]
 DomainOption = Annotated[str | None, typer.Option(help="Law in the file to use: the domain to improve.")]
-GeneralOption = Annotated[str | None, typer.Option("--general", help="Law in the file of the general loss.")]
+GeneralOption = Annotated[str | None, typer.Option("--general", help="Law in the file for the general loss.")]
 
 
 @law_app.command("fit")
@@ -127,24 +127,24 @@ def optimise(
     params: Annotated[float | None, typer.Option(help="Parameters of the model.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Training tokens; with --domain-tokens at most so many.")] = None,
     max_general_loss: Annotated[float | None, typer.Option(help="Bound on the general loss, nats per token.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Or its largest rise, such as 0.03.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Or a largest rise, such as 0.03.")] = None,
     general_loss: Annotated[
         float | None,
         typer.Option(help="Start of --tolerance. Default: the law without domain text."),
     ] = None,
-    domain_tokens: Annotated[float | None, typer.Option(help="All domain text there is, used once.")] = None,
+    domain_tokens: Annotated[float | None, typer.Option(help="Domain tokens there are, used once.")] = None,
     compute: Annotated[float | None, typer.Option(help="Operations to spend: 6 x parameters x tokens.")] = None,
-    extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="With --compute: search beyond twice the fit.")
-    ] = False,
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Search beyond twice the fitted sizes.")] = False,
     domain: DomainOption = None,
     general: GeneralOption = None,
     general_law: Annotated[Path | None, typer.Option(help="Read the general law from this other file.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose a mixture under a bound on the general loss (--params, --tokens), with scarce domain text
-    (--domain-tokens), or together with size and tokens under a budget (--compute)."""
+    """Choose the share of domain text in a mixture.
+
+    Give a bound on the general loss (with --params and --tokens), the domain text there is (--domain-tokens), or a
+    budget (--compute), which also chooses size and tokens."""
     bound = _Bound(max_general_loss, tolerance, general_loss)
     if max_general_loss is not None and tolerance is not None:
         raise UserError("--max-general-loss and --tolerance both bound the general loss; give one of them")

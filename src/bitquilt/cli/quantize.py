@@ -140,7 +140,7 @@ def print_events(events: Sequence[LayerEvent]) -> None:
     """Print fallbacks and oddities by kind, each with an example: never silent, never a flood."""
     for found in events_of(events):
         example = found.examples[0]
-        text = f"{found.count} x {found.kind}, such as {example.layer}: {example.detail}"
+        text = f"{found.number} x {found.kind}, such as {example.layer}: {example.detail}"
         print_fact(stdout, "events", text, style="yellow")
     if not events:
         print_fact(stdout, "events", "none: no fallback was needed")

@@ -6,6 +6,8 @@ is drawn column by column: the height is the mean, split into the share of each 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,20 +33,10 @@ def picture(runs: Runs, columns: int) -> tuple[int, list[tuple[int, str]]]:
 
     `runs` are (bits, channels) in column order. With at most `columns` runs the picture is exact, in units of channels.
     """
-    merged = _merge(runs)
+    merged = [(bits, sum(width for _, width in part)) for bits, part in groupby(runs, key=itemgetter(0))]
     if len(merged) <= columns:
         return sum(width for _, width in merged), list(_exact(merged))
     return columns, list(_shares(merged, columns))
-
-
-def _merge(runs: Runs) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for bits, width in runs:
-        if merged and merged[-1][0] == bits:
-            merged[-1] = (bits, merged[-1][1] + width)
-        else:
-            merged.append((bits, width))
-    return merged
 
 
 def _exact(runs: Runs) -> Iterator[tuple[int, str]]:

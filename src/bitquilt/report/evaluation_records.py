@@ -55,11 +55,6 @@ class Record:
     kl_max: float | None
     top1_agreement: float | None
 
-    @classmethod
-    def of(cls, stored: Json) -> "Record":
-        """Parse a record's JSON."""
-        return parse(cls, {**stored, "stored": stored})
-
     @property
     def scored(self) -> bool:
         """Whether a text was scored. The perplexity alone may be missing: a broken model's is infinite."""
@@ -103,7 +98,7 @@ def describe_evaluation(
     }
     if tasks:
         stored |= {"tasks": {name: dict(scores) for name, scores in tasks.items()}, "limit": limit}
-    return Record.of(stored)
+    return parse(Record, stored)
 
 
 def remember(checkpoint: Checkpoint, record: Record) -> Path | None:
@@ -137,7 +132,7 @@ def read_records(path: Path) -> list[Record]:
         raise UserError(f"{path} is not an evaluation; wanted the output of `bitquilt eval ... --json`, or {FILE}")
     if (version := whole(value.get("format_version"))) is not None and version > _FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this bitquilt reads {_FORMAT_VERSION}; upgrade bitquilt")
-    records = [Record.of(record) for record in found]
+    records = [parse(Record, record) for record in found]
     if not all(record.scored or isinstance(record.stored.get("tasks"), dict) for record in records):
         raise UserError(f"{path} holds a record without a perplexity and without tasks, so it is not an evaluation")
     return records

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitquilt.core.packing import bits_per_weight, tensor_specs
 from bitquilt.core.types import Layout, run_lengths
@@ -21,6 +21,8 @@ from bitquilt.report.evaluation_records import FILE, Record, read_records
 from bitquilt.report.run_facts import RunFacts, number, read_run, section
 
 Runs = list[tuple[int, int]]
+
+_FIGURES = ("output_error", "weight_error", "loss", "predicted_loss", "seconds")
 
 _PARTS = {"codes": "codes", "zero": "zeros", "permutation": "order of channels", "outlier": "outliers"}
 
@@ -52,8 +54,7 @@ class LayerFacts:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Absent:
+class Absent(NamedTuple):
     """A part that this checkpoint does not hold, and how to get it."""
 
     what: str
@@ -78,6 +79,11 @@ class Facts:
     def recipe_name(self) -> str:
         """The recipe's name; "unknown" without a report."""
         return str(self.run.recipe.get("name", "unknown"))
+
+    @property
+    def folder_bytes(self) -> int:
+        """Bytes of the whole folder, or of the weights where the report does not say."""
+        return self.run.folder_bytes or self.size.bytes
 
     @property
     def ratio(self) -> float:
@@ -149,11 +155,7 @@ def _layer(name: str, layout: Layout, solved: Mapping[str, Any]) -> LayerFacts:
         bpw=bits_per_weight(layout),
         outliers=layout.outliers,
         loudest_first=groups is not None and microscaled,
-        output_error=number(solved.get("output_error")),
-        weight_error=number(solved.get("weight_error")),
-        loss=number(solved.get("loss")),
-        predicted_loss=number(solved.get("predicted_loss")),
-        seconds=number(solved.get("seconds")),
+        **{key: number(solved.get(key)) for key in _FIGURES},
     )
 
 

@@ -8,9 +8,8 @@ connections, so a name that slipped through could do nothing.
 import datetime
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitquilt._version import __version__
 from bitquilt.core.units import percent_text, ratio_text, size_text, time_text
@@ -32,8 +31,7 @@ _MOST_LAYERS = 1500  # layers that a page draws and lists; inspect lists all
 _HEIGHTS = (380, 300)  # of a plot for a screen and for a phone
 
 
-@dataclass(frozen=True)
-class PlottedPanel:
+class PlottedPanel(NamedTuple):
     """A panel with its plot in two widths and a mark for each recipe."""
 
     panel: Panel
@@ -62,7 +60,6 @@ def report_page(facts: Facts, panels: Sequence[Panel] = ()) -> str:
         weights=values.weights_by_bits(facts.layers.values()),
         places={name: i for i, name in enumerate(layers)},
         spent=values.spent_of(facts),
-        folder_bytes=values.folder_bytes(facts),
         prediction=values.prediction_of(facts, record),
         errors=values.errors_of(grid),
         losses=values.losses_of(layers),
@@ -148,7 +145,7 @@ def _breakable(path: str) -> "Markup":
 
 def _digits(value: float) -> str:
     """Four significant digits; an exponent only where the zeros would not fit."""
-    return f"{value:.2e}" if value and not 1e-4 <= abs(value) < 1e7 else f"{value:.4g}"
+    return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _symbol(i: int, layer: LayerFacts, columns: int, most: int) -> "Markup":

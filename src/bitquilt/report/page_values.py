@@ -4,9 +4,8 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bitquilt.report.evaluation_records import Record
 from bitquilt.report.facts import Facts, LayerFacts
@@ -21,8 +20,7 @@ _MOST_LINES = 12  # small plots of errors
 _EXAMPLES = 20  # events of one kind
 
 
-@dataclass(frozen=True)
-class PredictionOutcome:
+class PredictionOutcome(NamedTuple):
     """Predicted and measured KL and perplexity. `moved`: the predicted range was scaled to the measured text."""
 
     kl: float | None
@@ -30,18 +28,11 @@ class PredictionOutcome:
     high: float | None
     measured_kl: float | None
     perplexity: float | None
+    inside: bool | None
     moved: bool
 
-    @property
-    def inside(self) -> bool | None:
-        """Whether the measured perplexity is in the predicted range; None if either is unknown."""
-        if self.perplexity is None or self.low is None or self.high is None:
-            return None
-        return self.low <= self.perplexity <= self.high
 
-
-@dataclass(frozen=True)
-class ErrorLines:
+class ErrorLines(NamedTuple):
     """Error by block as one small plot per kind of layer. `what`: output or weight. `left_out`: kinds not drawn."""
 
     what: str
@@ -49,8 +40,7 @@ class ErrorLines:
     left_out: int
 
 
-@dataclass(frozen=True)
-class LossScatter:
+class LossScatter(NamedTuple):
     """Predicted against measured loss of `layers` layers. `rank`: Spearman's correlation."""
 
     rank: float | None
@@ -58,17 +48,15 @@ class LossScatter:
     plots: Sequence["Markup"]
 
 
-@dataclass(frozen=True)
-class EventKind:
-    """Events of one kind: how many, and the first of them."""
+class EventKind(NamedTuple):
+    """Events of one kind: how many (`number`), and the first of them."""
 
     kind: str
-    count: int
+    number: int
     examples: Sequence[LayerEvent]
 
 
-@dataclass(frozen=True)
-class TaskScore:
+class TaskScore(NamedTuple):
     """One metric of one task; `limit` is the number of examples if not all were used."""
 
     task: str
@@ -88,16 +76,9 @@ def weights_by_bits(layers: Iterable[LayerFacts]) -> dict[int, float]:
 
 def spent_of(facts: Facts) -> float | None:
     """What was spent, in the unit of the run's budget; None without a budget."""
-    budget = facts.run.budget
-    if budget.target is None:
-        return None
-    spent = float(folder_bytes(facts)) if budget.spent is None else budget.spent
-    return {"bits": facts.size.nominal_bits, "bpw": facts.size.bpw}.get(budget.kind, spent)
-
-
-def folder_bytes(facts: Facts) -> int:
-    """Bytes of the whole folder, or of the weights where the report does not say."""
-    return facts.run.folder_bytes or facts.size.bytes
+    budget, size = facts.run.budget, facts.size
+    spent = float(facts.folder_bytes) if budget.spent is None else budget.spent
+    return None if budget.target is None else {"bits": size.nominal_bits, "bpw": size.bpw}.get(budget.kind, spent)
 
 
 def prediction_of(facts: Facts, record: Record | None) -> PredictionOutcome | None:
@@ -115,7 +96,8 @@ def prediction_of(facts: Facts, record: Record | None) -> PredictionOutcome | No
     if low and high and here and there:
         low, high = low * here / there, high * here / there
     kl, perplexity = (None, None) if record is None else (record.kl_mean, record.perplexity)
-    return PredictionOutcome(predicted.kl, low, high, kl, perplexity, moved)
+    inside = None if perplexity is None or low is None or high is None else low <= perplexity <= high
+    return PredictionOutcome(predicted.kl, low, high, kl, perplexity, inside, moved)
 
 
 def errors_of(grid: LayerGrid) -> ErrorLines | None:

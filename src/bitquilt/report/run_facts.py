@@ -86,11 +86,6 @@ class RunFacts:
     logit_difference: float | None
     folder_bytes: int | None
 
-    @classmethod
-    def of(cls, stored: Json) -> "RunFacts":
-        """Parse the content of a report.json."""
-        return parse(cls, {**stored, "stored": stored})
-
     @property
     def recipe(self) -> Json:
         """The recipe's name and settings."""
@@ -111,7 +106,7 @@ def read_run(folder: Path) -> RunFacts:
     """Read the report.json of a checkpoint's folder. Raises UserError for a file that is damaged or not ours."""
     path = folder / "report.json"
     if not path.is_file():
-        return RunFacts.of({})
+        return parse(RunFacts, {})
     fix = "copy it again, or move it away to go on without it"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -119,13 +114,14 @@ def read_run(folder: Path) -> RunFacts:
         raise UserError(f"{path} is damaged: {error}; {fix}") from None
     if not isinstance(stored, dict) or "fingerprint" not in stored:
         raise UserError(f"{path} was not written by bitquilt; {fix}")
-    return RunFacts.of(stored)
+    return parse(RunFacts, stored)
 
 
 def parse(kind: type[T], stored: Json) -> T:
-    """Fill the fields of a dataclass from the JSON values of the same names."""
+    """Fill the fields of a dataclass from the JSON values of the same names; a field `stored` gets all of them."""
     hints = get_type_hints(kind)
-    values = {f.name: _read(hints[f.name], stored.get(f.name)) for f in fields(kind)}  # type: ignore[arg-type]
+    found = {**stored, "stored": stored}
+    values = {f.name: _read(hints[f.name], found.get(f.name)) for f in fields(kind)}  # type: ignore[arg-type]
     return kind(**values)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
 from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.report.evaluation import divergence, loading, perplexity
 from bitquilt.report.evaluation.checkpoint_size import ModelSize, model_size
@@ -99,7 +101,9 @@ def evaluate(
     vocab = _common_vocabulary(models)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; wanted at least 1")
-    stream = token_stream(text, loading.as_tokenizer(tokenizer, model), max_tokens, vocab)
+    if tokenizer is None and isinstance(model, str | Path):
+        tokenizer = load_tokenizer(open_checkpoint(model).folder)
+    stream = token_stream(text, tokenizer, max_tokens, vocab)
     planned = perplexity.plan_windows(stream.numel(), seq_len, stride)
     batch_size = batch_size or max(1, min(16, _LOGITS // (seq_len * (vocab or 1))))
     with _evaluating(models):

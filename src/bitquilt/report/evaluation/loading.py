@@ -1,4 +1,4 @@
-"""Models to evaluate: `as_model` and `as_tokenizer` load them, `logits_of` runs one, `check_causal` checks one."""
+"""Models to evaluate: `as_model` loads one, `logits_of` runs it, `check_causal` refuses what is not causal."""
 
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,6 @@ def as_model(model: Any, device: torch.device | str | None, dtype: torch.dtype |
             "it is incomplete or another kind of model; fetch or quantize it again"
         )
     return loaded.to(device)
-
-
-def as_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """Return `tokenizer` itself, else the one of the model's folder or hub id, else None."""
-    if tokenizer is not None or not isinstance(model, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        return None  # token ids need no tokenizer; reading text reports that there is none
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
