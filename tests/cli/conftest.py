@@ -1,4 +1,4 @@
-"""A tiny model with the packaged tokenizer, and the command as a function."""
+"""A tiny model with the packaged tokenizer, and the `bitquilt` command as a function."""
 
 import shutil
 import sys
@@ -13,14 +13,12 @@ import bitquilt
 from bitquilt import cli
 from bitquilt.cli.demo import DEMO_MODEL
 
-from ..conftest import build_tiny
-
 FLAGS = ("--bits", "3", "--group-size", "16", "--samples", "4", "--seq-len", "16")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -32,7 +30,7 @@ Command = Callable[..., Ran]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`bitquilt ARGS` in this process, through its entry point; exceptions that it does not mend come through."""
+    """`bitquilt ARGS` in this process, through its entry point; exceptions that it does not handle pass through."""
 
     def call(*args: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["bitquilt", *map(str, args)])
@@ -47,11 +45,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama in bfloat16, of two blocks of seven layers, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    fields = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}
-    build_tiny("llama", 0, torch.bfloat16, fields).save_pretrained(folder)
+def tiny(make_model: Callable[..., Path]) -> Path:
+    """A random Llama in bfloat16, of two blocks of seven layers, with the packaged tokenizer."""
+    folder = make_model("llama", dtype=torch.bfloat16, vocab_size=4096, bos_token_id=0, eos_token_id=0)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_MODEL / name, folder / name)
     return folder
@@ -59,7 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some three hundred tokens of English."""
+    """About three hundred tokens of English."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog, and nobody asks the dog why. " * 16)
     return path
@@ -67,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model by slim-llm to 3 bits."""
+    """The tiny model, quantized to 3 bits by slim-llm."""
     out = tmp_path_factory.mktemp("quantized") / "tiny-3bit"
     bitquilt.quantize(tiny, "slim-llm", text, out, bits=3, group_size=16, samples=4, seq_len=16)
     return out

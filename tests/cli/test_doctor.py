@@ -1,6 +1,7 @@
 """`bitquilt doctor`: facts as JSON and as lines, and a self-test that can fail."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_facts(command: Command) -> None:
     assert facts["torch"] == torch.__version__
     assert facts["transformers"]["in_range"] is True
     assert facts["self_test"] == "ok"
-    assert facts["mx_matmul"].startswith("emulated: right, not faster")
+    assert facts["mx_matmul"].startswith("emulated: exact but not fast")
     assert facts["cpu"]["torch_threads"] == 1
     assert facts["memory"]["total"] > facts["memory"]["available"] > 0
     lines = command("doctor").out
@@ -56,16 +57,16 @@ def test_what_is_missing_is_named(command: Command, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_body_on_a_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named with its version; without Triton, or by request, the reference, and the reason why."""
+    """Triton with its version; without it, or on request, the reference body and the reason."""
     assert verb.__globals__["_body"]("CUDA").startswith("Triton kernels, triton 3.")
     monkeypatch.setenv("BITQUILT_ISA", "reference")
-    assert "right, not fast; BITQUILT_ISA asks for it" in verb.__globals__["_body"]("CUDA")
+    assert "exact but not fast; BITQUILT_ISA asks for it" in verb.__globals__["_body"]("CUDA")
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
-    assert "right, not fast; for the kernels: pip install 'bitquilt[gpu]'" in verb.__globals__["_body"]("CUDA")
-    gpu = {"name": "NVIDIA H200", "memory": 150 * 10**9, "compute_capability": "9.0"}
-    facts = json.loads(command("doctor", "--json").out) | {"gpus": [gpu]}
-    printed: list[str] = []
-    monkeypatch.setattr(verb.__globals__["stdout"], "print", printed.append)
-    verb.__globals__["_print"](facts)
-    assert any("NVIDIA H200" in line and "compute 9.0" in line for line in printed)
-    assert any(line.startswith("on the gpu") for line in printed)
+    assert "exact but not fast; to get kernels: pip install 'bitquilt[gpu]'" in verb.__globals__["_body"]("CUDA")
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=150 * 10**9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setitem(verb.__globals__, "self_test", lambda: None)
+    lines = command("doctor").out.splitlines()
+    assert any("NVIDIA H200" in line and "compute 9.0" in line for line in lines)
+    assert any(line.startswith("on the gpu") for line in lines)

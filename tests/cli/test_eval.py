@@ -1,4 +1,4 @@
-"""`bitquilt eval`: figures with their protocol, sizes from the folder, tasks handed on."""
+"""`bitquilt eval`: figures with their protocol, sizes from the folder, tasks passed to lm-eval."""
 
 import json
 from collections.abc import Iterator
@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
-from bitquilt.cli.eval import evaluate as verb
 
 from .conftest import Command
 
@@ -58,10 +56,10 @@ def test_the_window_stands_beside_every_figure(command: Command, tiny: Path, qua
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to measure"),
+        ([], "there is nothing to measure"),
         (["--text", "/nowhere.txt"], "/nowhere.txt does not exist"),
         (["--text", "TEXT", "--limit", "3"], "--limit goes with --tasks"),
-        (["--text", "TEXT", "--seq-len", "65"], "seq_len is 65, and the model's context 64"),
+        (["--text", "TEXT", "--seq-len", "65"], "seq_len is 65, but the model's context is 64 tokens"),
         (["--text", "TEXT", "--reference", "/nowhere"], "no folder at '/nowhere'"),
     ],
 )
@@ -78,7 +76,7 @@ def test_tasks_are_handed_on(command: Command, tiny: Path, monkeypatch: pytest.M
         asked.extend([type(model).__name__, tokenizer("a")["input_ids"] != [], tasks, limit, batch_size])
         return {"copa": {"acc,none": 0.5}}
 
-    monkeypatch.setitem(verb.__globals__, "run_tasks", run_tasks)
+    monkeypatch.setattr("bitquilt.cli.eval.run_tasks", run_tasks)
     ran = command("eval", tiny, "--tasks", "copa, piqa", "--limit", 5, "--batch-size", 2, "--json")
     assert asked == ["LlamaForCausalLM", True, ["copa", "piqa"], 5, 2]
     assert json.loads(ran.out)["tasks"] == {"copa": {"acc,none": 0.5}}

@@ -1,4 +1,4 @@
-"""`bitquilt generate`: seeded, streamed, and nobody's random state is touched."""
+"""`bitquilt generate`: seeded, streamed, and without touching the global random state."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_temperature_zero_needs_no_seed(command: Command, tiny: Path) -> None:
 
 
 def test_the_graphs_decoder_writes_the_same(command: Command, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU's run goes through, on a CPU; and what is said where transformers must write."""
+    """The graph decoder of a GPU on a CPU, and an unknown GPU is refused."""
     line = ("generate", quantized, *PROMPT, "--temperature", 0, "--device", "cpu")
     native = command(*line).out
     monkeypatch.setattr(generation, "CpuDecoder", GraphDecoder)

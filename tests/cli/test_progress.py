@@ -1,4 +1,4 @@
-"""What a run says while it trains: the loss, and how long it will take, but not every epoch in a log."""
+"""Progress of training: the loss and the time left, without a line per epoch in a log."""
 
 import io
 

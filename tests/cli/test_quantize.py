@@ -1,4 +1,4 @@
-"""`bitquilt quantize`: results on stdout, progress on stderr, exit codes, and what a user may get wrong."""
+"""`bitquilt quantize`: results on stdout, progress on stderr, exit codes, and the mistakes of a user."""
 
 import json
 import shutil
@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 import bitquilt
-from bitquilt.cli.quantize import parse_setting, print_events
-from bitquilt.cli.quantize import quantize as package_verb
+from bitquilt.cli.options import parse_setting
+from bitquilt.cli.quantize import print_events
 from bitquilt.core.events import BlockDone
+from bitquilt.report.page_values import allocator_totals
+from bitquilt.report.run_facts import LayerEvent, RunFacts, parse
 
 from .conftest import FLAGS, Command
 
-MODULE = "bitquilt.cli.quantize"
+RUN = "bitquilt.cli.quantize.run"
 
 
 def test_json_is_one_object_and_progress_is_a_line_per_block(
@@ -38,7 +40,7 @@ def test_json_is_one_object_and_progress_is_a_line_per_block(
     lines = ran.err.splitlines()
     assert [line[:12] for line in lines if line.startswith("block ")] == ["block 1 of 2", "block 2 of 2"]
     assert not any("up_proj:" in line for line in lines)
-    untouched = [line for line in lines if line.startswith("  as is")]
+    untouched = [line for line in lines if line.startswith("  unchanged")]
     assert len(untouched) == len(value["untouched"]) == 2
     assert "% of the bytes, outside the blocks" in untouched[0]
     assert lines.index(untouched[0]) < lines.index(next(line for line in lines if line.startswith("block ")))
@@ -48,7 +50,7 @@ def test_a_finished_output_says_so(command: Command, tiny: Path, text: Path, tmp
     line = ("quantize", tiny, tmp_path / "out", *FLAGS, "--calibration", text, "--recipe", "rtn")
     first = command(*line)
     assert first.code == 0
-    assert "done in" in first.out
+    assert ": finished in " in first.out
     assert "3 nominal" in first.out
     assert "% of fp16" in first.out
     assert "none: no fallback" in first.out
@@ -96,21 +98,16 @@ def test_interrupted_it_continues(
 
     line = ("quantize", tiny, tmp_path / "out", *FLAGS, "--calibration", text)
     with monkeypatch.context() as patch:
-        patch.setitem(command_globals(), "run", interrupted)
+        patch.setattr(RUN, interrupted)
         stopped = command(*line)
     assert stopped.code == 130
-    assert "the same command continues" in stopped.err
+    assert "run the same command to continue" in stopped.err
     assert not (tmp_path / "out").exists()
     resumed = command(*line)
     assert resumed.code == 0
     assert "continuing after block 1 of 2" in resumed.err
     assert "block 1 of 2:" not in resumed.err
     assert "block 2 of 2:" in resumed.err
-
-
-def command_globals() -> dict[str, Any]:
-    """Where the verb looks its names up."""
-    return package_verb.__globals__
 
 
 @pytest.mark.parametrize(
@@ -195,7 +192,7 @@ def test_exit_codes_of_other_errors(command: Command, tiny: Path, monkeypatch: p
     def wrong(*args: Any, **options: Any) -> Any:
         raise bitquilt.VerificationError("logits differ")
 
-    monkeypatch.setitem(command_globals(), "run", wrong)
+    monkeypatch.setattr(RUN, wrong)
     ran = command("quantize", tiny, "out")
     assert (ran.code, ran.err) == (3, "error: logits differ\n")
     monkeypatch.setenv("BITQUILT_TRACEBACK", "1")
@@ -205,7 +202,7 @@ def test_exit_codes_of_other_errors(command: Command, tiny: Path, monkeypatch: p
     def broken(*args: Any, **options: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(command_globals(), "run", broken)
+    monkeypatch.setattr(RUN, broken)
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         command("quantize", tiny, "out")
 
@@ -227,8 +224,26 @@ def test_settings_are_read(setting: str, expected: tuple[str, Any]) -> None:
 
 
 def test_events_are_counted_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
-    dead = [{"layer": f"layer.{i}", "kind": "dead channels", "detail": "3 [of 8]"} for i in range(2)]
-    print_events([*dead, {"layer": "layer.9", "kind": "damp raised", "detail": "0.1"}])
+    dead = [LayerEvent(f"layer.{i}", "dead channels", "3 [of 8]") for i in range(2)]
+    print_events([*dead, LayerEvent("layer.9", "damp raised", "0.1")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:4] for line in lines] == [["2", "x", "dead"], ["1", "x", "damp"]]
     assert "layer.0: 3 [of 8]" in lines[0]
+
+
+def test_allocators_are_summed_over_the_layers_that_all_have_them() -> None:
+    layers = {
+        "a": {"table_error": {"exact": 1.0, "graph": 2.0}, "swept_loss": {"exact": 1.5, "graph": 1.0}},
+        "b": {"table_error": {"exact": 1.0, "graph": 2.5}, "swept_loss": {"exact": 0.5, "graph": 1.0, "uniform": 9}},
+    }
+    totals = allocator_totals(parse(RunFacts, {"layers": layers}))
+    assert totals == {"by table": {"exact": 2.0, "graph": 4.5}, "after sweep": {"exact": 2.0, "graph": 2.0}}
+    assert allocator_totals(parse(RunFacts, {"layers": {"a": {"loss": 1.0}}})) == {}
+
+
+def test_allocators_are_printed(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:
+    flags = ("--recipe", "mg-ptq", "--bits", 2.5, "--group-size", 16)
+    data = ("--calibration", text, "--samples", 2, "--seq-len", 16)
+    ran = command("quantize", tiny, tmp_path / "out", *flags, *data)
+    assert ran.code == 0
+    assert "after sweep: exact" in ran.out

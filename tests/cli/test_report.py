@@ -13,7 +13,7 @@ from .conftest import Command
 
 @pytest.fixture(scope="module")
 def study(quantized: Path, tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model by slim-llm and by rtn, not measured."""
+    """The tiny model quantized by slim-llm and by rtn, without an evaluation."""
     folder = tmp_path_factory.mktemp("study")
     shutil.copytree(quantized, folder / "slim", ignore=shutil.ignore_patterns("evaluation.json"))
     bitquilt.quantize(tiny, "rtn", text, folder / "rtn", bits=3, group_size=16, samples=4, seq_len=16)
@@ -50,14 +50,14 @@ def test_measured_they_are_compared_and_reported(command: Command, study: Path, 
     value = json.loads(command("report", study / "slim", "--json").out)
     page = Path(value["out"]).read_text()
     assert (value["panels"], value["bytes"]) == (1, len(page.encode()))
-    assert page.count(">rtn<") >= 1  # found beside it
+    assert page.count(">rtn<") >= 1  # found in the neighbouring folder
     alone = json.loads(command("report", study / "slim", "--alone", "--json", "--out", study / "alone.html").out)
     assert ">rtn<" not in Path(alone["out"]).read_text()
     named = ("--alone", "--baseline", study / "rtn", "--out", study / "alone.html")
     assert command("report", study / "slim", *named, "--quiet").out == ""
     assert ">rtn<" in (study / "alone.html").read_text()
     shown = command("inspect", study / "slim").out
-    assert "quality KL" in shown
+    assert "quality     KL" in shown
     assert "of memory" in shown
 
 
@@ -80,7 +80,7 @@ def test_a_map_of_digits(command: Command, study: Path) -> None:
         (["compare", "SLIM", "--reference", "TINY", "--out", "x.html"], "give --text FILE too"),
         (["compare", "SLIM", "SLIM", "--out", "x.html"], "is given twice"),
         (["compare", "TINY", "--out", "x.html"], "is full precision"),
-        (["compare", "BARE", "--out", "x.html"], "none of the 1 checkpoints has figures"),
+        (["compare", "BARE", "--out", "x.html"], "none of the 1 checkpoints has been measured"),
     ],
 )
 def test_what_a_user_may_get_wrong(

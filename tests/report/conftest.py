@@ -1,4 +1,4 @@
-"""A tiny checkpoint that was measured, to change and to show."""
+"""A tiny checkpoint with an evaluation, to read, to change and to show."""
 
 import json
 import shutil
@@ -16,10 +16,12 @@ from bitquilt.report.evaluation import evaluate
 
 @pytest.fixture(scope="session")
 def measured(
-    make_model: Callable[..., Path], quantize_tiny: Callable[..., bitquilt.Result], token_file: Path,
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    token_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Path:  # fmt: skip
-    """A folder of three checkpoints of one model, each with its evaluation.json. Do not write there."""
+) -> Path:
+    """A folder with three checkpoints of one model, each with its evaluation.json. Do not write there."""
     study = tmp_path_factory.mktemp("study")
     source = make_model("llama")
     for name, recipe, options in (
@@ -36,7 +38,7 @@ def measured(
 
 @pytest.fixture
 def slim(measured: Path, tmp_path: Path) -> Path:
-    """A copy of one of them, to be changed."""
+    """A copy of one of them, free to change."""
     folder = tmp_path / "slim"
     shutil.copytree(measured / "slim", folder)
     return folder

@@ -1,4 +1,4 @@
-"""Pictures say exactly what they are given, and stay small."""
+"""Pictures show exactly the given bits, and stay small."""
 
 import random
 import re

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bitquilt.report import compare_page, read_facts, report_page
-from bitquilt.report import pareto as compare
+from bitquilt.report import compare, compare_page, read_facts, report_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")

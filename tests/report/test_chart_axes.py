@@ -1,8 +1,8 @@
-"""Values lie where they should, ticks are round and inside."""
+"""Values are placed where they belong, and ticks are round and inside."""
 
 import pytest
 
-from bitquilt.report.chart_axes import Axis
+from bitquilt.report.chart_axes import PlotAxis
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from bitquilt.report.chart_axes import Axis
     ],
 )
 def test_ticks_and_places(values: list[float], log: bool) -> None:
-    axis = Axis.around(values, 300, log=log)
+    axis = PlotAxis.around(values, 300, log=log)
     assert all(0 < axis.place(value) < 300 for value in values)
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 8
@@ -27,12 +27,12 @@ def test_ticks_and_places(values: list[float], log: bool) -> None:
 
 
 def test_flipped_the_largest_is_on_top() -> None:
-    axis = Axis.around([1.0, 100.0], 300, log=True, flip=True)
+    axis = PlotAxis.around([1.0, 100.0], 300, log=True, flip=True)
     assert axis.place(100) < axis.place(10) < axis.place(1)
     assert axis.place(10) == pytest.approx(150)
 
 
 def test_a_trifle_is_not_made_large() -> None:
-    axis = Axis.around([1000.0, 1001.0], 300, span=0.05)
+    axis = PlotAxis.around([1000.0, 1001.0], 300, span=0.05)
     assert 0 < axis.place(1001) - axis.place(1000) < 10
     assert axis.place(1000.5) == pytest.approx(150)

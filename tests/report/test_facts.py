@@ -1,4 +1,4 @@
-"""What a checkpoint's files say, and what they may lack or get wrong."""
+"""Facts of a checkpoint's files, including missing and damaged ones."""
 
 import json
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import pytest
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.report import read_facts, remember
-from bitquilt.report.facts import section
-from bitquilt.report.remembered import read_records
+from bitquilt.report.evaluation_records import Record, read_records
+from bitquilt.report.run_facts import parse, section
 
 
 def test_facts_are_those_of_the_files(measured: Path) -> None:
     facts = read_facts(measured / "slim")
     report = json.loads((measured / "slim" / "report.json").read_text())
-    assert facts.report == report
+    assert facts.run.stored == report
     assert (facts.size.bytes, facts.size.bpw) == (report["bytes"], report["bpw"])
     assert sum(facts.parts.values()) == open_checkpoint(measured / "slim").nbytes
     assert facts.parts["not quantized"] == sum(item["nbytes"] for item in report["untouched"])
@@ -29,7 +29,7 @@ def test_facts_are_those_of_the_files(measured: Path) -> None:
         groups = [int(d) for d in stored["bits"] for _ in range(stored["group_size"])]
         assert channels == groups[: layer.in_features]
         assert (layer.output_error, layer.loss) == (stored["output_error"], stored["loss"])
-    assert [one.what for one in facts.absent] == ["a predicted loss per layer"]
+    assert [one.what for one in facts.absent] == ["predicted loss per layer"]
 
 
 def test_without_a_report_the_plan_tells_where_the_bits_went(slim: Path) -> None:
@@ -64,8 +64,8 @@ def test_a_layer_s_bits_that_do_not_fit_are_not_believed(slim: Path, change: Cal
         ("report.json", "[]", "was not written by bitquilt"),
         ("report.json", "{}", "was not written by bitquilt"),
         ("evaluation.json", "{", "is not JSON"),
-        ("evaluation.json", "[]", "is no evaluation"),
-        ("evaluation.json", '{"evaluations": [3]}', "is no evaluation"),
+        ("evaluation.json", "[]", "is not an evaluation"),
+        ("evaluation.json", '{"evaluations": [3]}', "is not an evaluation"),
         ("evaluation.json", '{"accuracy": 3}', "without a perplexity"),
         ("evaluation.json", '{"format_version": 9, "evaluations": []}', "upgrade bitquilt"),
         ("config.json", "{}", "is full precision"),
@@ -96,9 +96,9 @@ def test_figures_of_another_checkpoint_are_refused(measured: Path, slim: Path) -
 def test_a_record_takes_the_place_of_an_older_one(slim: Path) -> None:
     checkpoint = open_checkpoint(slim)
     (before,) = read_records(slim / "evaluation.json")
-    remember(checkpoint, before | {"perplexity": 1.5})
-    remember(checkpoint, before | {"perplexity": 2.5, "seq_len": 8})
-    assert [r["perplexity"] for r in read_records(slim / "evaluation.json")] == [1.5, 2.5]
+    remember(checkpoint, parse(Record, {**before.stored, "perplexity": 1.5}))
+    remember(checkpoint, parse(Record, {**before.stored, "perplexity": 2.5, "seq_len": 8}))
+    assert [r.perplexity for r in read_records(slim / "evaluation.json")] == [1.5, 2.5]
 
 
 def test_only_our_folders_and_files_are_written_to(make_model: Callable[..., Path], measured: Path, slim: Path) -> None:

@@ -13,17 +13,17 @@ from xml.etree.ElementTree import Element
 import html5lib
 import pytest
 
-from bitquilt.report import compare_page, read_facts, report_page
-from bitquilt.report import pareto as compare
+from bitquilt.report import compare, compare_page, read_facts, report_page
 from bitquilt.report.facts import LayerFacts
+from bitquilt.report.run_facts import RunFacts, parse
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ["bits", "quality", "budget", "loss", "events", "settings", "time"]
 
 
-def parse(page: str) -> Element:
-    """Strictly: an error of syntax is an error."""
+def parse_html(page: str) -> Element:
+    """Parse strictly: any error of syntax raises."""
     return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
 
 
@@ -32,7 +32,7 @@ def texts(tree: Element) -> str:
 
 
 def check_safe(tree: Element) -> None:
-    """No script, nothing that loads, nothing that reacts, and ids that are there once."""
+    """Assert that there is no script, nothing that loads or reacts, and no repeated id."""
     seen: set[str] = set()
     for element in tree.iter():
         if not isinstance(element.tag, str):
@@ -67,17 +67,17 @@ def page(measured: Path) -> str:
 
 
 def test_every_part_is_there(measured: Path, page: str) -> None:
-    tree = parse(page)
+    tree = parse_html(page)
     check_safe(tree)
     assert [s.attrib.get("id") for s in tree.iter("section")] == [*SECTIONS, "absent"]
     said = texts(tree)
     facts = read_facts(measured / "slim")
-    report, (record,) = facts.report, facts.evaluations
+    report, (record,) = facts.run.stored, facts.evaluations
     for wanted in (
         f"{report['bpw']:.3f}",
-        f"{record['kl_mean']:.4g}",
-        f"{record['perplexity']:.2f}",
-        f"{record['reference_perplexity']:.2f}",
+        f"{record.kl_mean:.4g}",
+        f"{record.perplexity:.2f}",
+        f"{record.reference_perplexity:.2f}",
         report["fingerprint"]["model"]["sha256"],
         report["fingerprint"]["calibration"]["sha256"],
         report["machine"]["cpu"],
@@ -117,7 +117,7 @@ def test_names_are_text_and_nothing_else(slim: Path) -> None:
     facts = replace(facts, layers=layers)
     panels = compare([facts])
     for page in (report_page(facts, panels), compare_page(panels)):
-        tree = parse(page)
+        tree = parse_html(page)
         check_safe(tree)
         assert "alert(1)" in texts(tree)
         assert "49" not in re.findall(r"&(\d+)", texts(tree))  # the template language is not run on names
@@ -125,7 +125,7 @@ def test_names_are_text_and_nothing_else(slim: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}, [1, "x"], {"a": {"b": 1}}, [{"name": 3}], float("nan")])
 def test_a_report_may_say_anything(slim: Path, value: object) -> None:
-    """Every key in turn, on the first two levels, holds something that does not belong there."""
+    """Each key of the first two levels in turn holds a value that does not belong there."""
     report = json.loads((slim / "report.json").read_text()) | {
         "budget": {"kind": "bpw", "target": 3.7},
         "prediction": {"kl": 0.1, "ppl_range": [1.0, 2.0]},
@@ -134,17 +134,17 @@ def test_a_report_may_say_anything(slim: Path, value: object) -> None:
     for key in report:
         inner = report[key] if isinstance(report[key], dict) and key != "layers" else {}
         for changed in ({key: value}, *({key: inner | {name: value}} for name in inner)):
-            assert "<h1>slim</h1>" in report_page(replace(facts, report=report | changed))
+            assert "<h1>slim</h1>" in report_page(replace(facts, run=parse(RunFacts, report | changed)))
 
 
 def test_without_anything_but_weights_the_page_says_what_is_absent(slim: Path) -> None:
     for name in ("report.json", "plan.json", "evaluation.json"):
         (slim / name).unlink()
-    said = texts(parse(report_page(read_facts(slim))))
+    said = texts(parse_html(report_page(read_facts(slim))))
     assert "Not measured yet" in said
-    assert "Unknown: the run's report is not here." in said
-    for what in ("report.json", "stored order", "KL and perplexity"):
-        assert what in said[said.index("What is absent", 500) :]
+    assert "Unknown: this checkpoint has no report.json." in said
+    for what in ("report.json", "stored order", "KL divergence and perplexity"):
+        assert what in said[said.index("What is missing", 500) :]
 
 
 def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable[..., None]) -> None:
@@ -163,26 +163,26 @@ def test_budget_and_prediction_beside_what_came_out(slim: Path, change: Callable
     )
     facts = read_facts(slim)
     assert not any("predicted" in one.what for one in facts.absent)
-    said = texts(parse(report_page(facts)))
-    assert "50.00 % of it" in said
+    said = texts(parse_html(report_page(facts)))
+    assert "50 % of it" in said
     whole = report["folder_bytes"]
-    assert f"The whole folder takes {whole} bytes, {report['bytes']} of them weights." in said
+    assert f"The whole folder takes {whole} bytes; {report['bytes']} of them are weights." in said
     assert "0.125" in said
     assert ", inside the range" in said
-    assert "rank correlation 1.00" in said
+    assert "rank correlation is 1.00" in said
 
 
 @pytest.mark.parametrize(("factors", "said"), [((0.9, 1.1), ", inside the range"), ((1.1, 1.2), ", outside the range")])
 def test_a_predicted_perplexity_is_moved_to_the_measured_text(
     slim: Path, factors: tuple[float, float], said: str
 ) -> None:
-    """Predicted on a text where the full-precision model has a perplexity of 20; on the measured one it has another."""
+    """The full-precision model has a perplexity of 20 on the predicted text, and another on the measured one."""
     record = json.loads((slim / "evaluation.json").read_text())["evaluations"][-1]
     share = record["reference_perplexity"] / 20
     scaled = [record["perplexity"] / share * factor for factor in factors]
     report = json.loads((slim / "report.json").read_text())
     report["prediction"] = {"kl": 0.1, "ppl_range": scaled, "perplexity_full_precision": 20.0}
-    page = texts(parse(report_page(replace(read_facts(slim), report=report))))
+    page = texts(parse_html(report_page(replace(read_facts(slim), run=parse(RunFacts, report)))))
     assert said in page
     assert f"{scaled[0] * share:.2f} to {scaled[1] * share:.2f}" in page
 
@@ -197,9 +197,24 @@ def many_layers(blocks: int, channels: int) -> Iterator[LayerFacts]:
         for kind in kinds:
             error = chance.uniform(1e-4, 1e-1)
             yield LayerFacts(
-                f"model.layers.{block}.mlp.{kind}", channels, channels, runs[kind], True, drawn[kind], 1,
-                {2: 1, 3: 1, 4: 1}, 3.0, 3.2, 0, False, error, error, 1e3 * error, 2 * error, 1.5,
-            )  # fmt: skip
+                name=f"model.layers.{block}.mlp.{kind}",
+                out_features=channels,
+                in_features=channels,
+                runs=runs[kind],
+                in_order=True,
+                groups=drawn[kind],
+                group_size=1,
+                counts={2: 1, 3: 1, 4: 1},
+                nominal_bits=3.0,
+                bpw=3.2,
+                outliers=0,
+                loudest_first=False,
+                output_error=error,
+                weight_error=error,
+                loss=1e3 * error,
+                predicted_loss=2 * error,
+                seconds=1.5,
+            )
 
 
 def test_a_model_of_80_blocks_and_11008_channels_is_a_small_page(measured: Path) -> None:
@@ -222,7 +237,7 @@ def test_more_kinds_than_fit_side_by_side_are_listed(measured: Path) -> None:
         for i, layer in enumerate(many_layers(4, 16))
         for name in [f"layers.{i // 14}.experts_{i % 14}"]
     }
-    tree = parse(report_page(replace(read_facts(measured / "slim"), layers=layers)))
+    tree = parse_html(report_page(replace(read_facts(measured / "slim"), layers=layers)))
     assert not [t for t in tree.iter("table") if t.attrib.get("class") == "quilt"]
     assert len([d for d in tree.iter("div") if d.attrib.get("class") == "strip"]) == 28
 

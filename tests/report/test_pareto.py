@@ -1,4 +1,4 @@
-"""The front, and which figures may stand beside each other."""
+"""The Pareto front, and which figures can be compared."""
 
 import json
 import random
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from bitquilt.errors import UserError
-from bitquilt.report import pareto as compare
-from bitquilt.report import read_facts
+from bitquilt.report import compare, read_facts
+from bitquilt.report.evaluation_records import Record, newest
 from bitquilt.report.pareto import pareto, siblings
-from bitquilt.report.remembered import newest
+from bitquilt.report.run_facts import parse
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -40,7 +40,7 @@ def test_measured_the_same_way_they_share_a_panel(measured: Path) -> None:
         f.name for f in sorted(facts, key=lambda f: (f.size.bytes, f.name))
     ]
     assert {entry.key: entry.name for entry in panel.entries} == {"A": "rtn-4", "B": "slim", "C": "rtn"}
-    assert panel.reference_perplexity == facts[0].evaluations[0]["reference_perplexity"]
+    assert panel.reference_perplexity == facts[0].evaluations[0].reference_perplexity
     by_name = {entry.name: entry for entry in panel.entries}
     assert by_name["rtn-4"].front  # the largest and best
     for entry in panel.entries:
@@ -51,14 +51,14 @@ def test_measured_the_same_way_they_share_a_panel(measured: Path) -> None:
 
 def test_another_protocol_is_another_panel(measured: Path) -> None:
     facts = [read_facts(measured / name) for name in ("slim", "rtn")]
-    other = replace(facts[1], evaluations=[facts[1].evaluations[0] | {"seq_len": 8}])
+    other = replace(facts[1], evaluations=[replace(facts[1].evaluations[0], seq_len=8)])
     panels = compare([facts[0], other])
     assert {panel.missing for panel in panels} == {("slim",), ("rtn",)}
 
 
 def test_divergences_from_two_references_are_not_compared(measured: Path) -> None:
     facts = [read_facts(measured / name) for name in ("slim", "rtn")]
-    other = replace(facts[1], evaluations=[facts[1].evaluations[0] | {"reference_sha256": "another"}])
+    other = replace(facts[1], evaluations=[replace(facts[1].evaluations[0], reference_sha256="another")])
     (panel,) = compare([facts[0], other])
     assert panel.metric == "perplexity"
     assert panel.reference is None
@@ -67,15 +67,15 @@ def test_divergences_from_two_references_are_not_compared(measured: Path) -> Non
 
 def test_of_two_records_the_later_with_a_divergence_counts(measured: Path) -> None:
     record = read_facts(measured / "slim").evaluations[0]
-    later, without = record | {"kl_mean": 0.5}, record | {"kl_mean": None}
+    later, without = replace(record, kl_mean=0.5), replace(record, kl_mean=None)
     assert newest([record, later, without]) is later
     assert newest([without]) is without
-    assert newest([{"tasks": {}}]) is None
+    assert newest([parse(Record, {"tasks": {}})]) is None
 
 
 def test_nothing_measured_is_an_error(measured: Path) -> None:
     facts = replace(read_facts(measured / "slim"), evaluations=[])
-    with pytest.raises(UserError, match="none of the 1 checkpoints has figures; give --text"):
+    with pytest.raises(UserError, match="none of the 1 checkpoints has been measured; add --text"):
         compare([facts])
 
 

@@ -1,4 +1,4 @@
-"""`bitquilt`, the command. `cli.app` lists the verbs; each is a function in a file of its own, imported when called."""
+"""The `bitquilt` command: `main` runs it. `cli.app` lists the verbs; each has a file that is imported when called."""
 
 from bitquilt.cli.app import app
 from bitquilt.cli.output import run_cli

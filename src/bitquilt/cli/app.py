@@ -1,5 +1,5 @@
-"""The command line: one typer app, one file per verb. A verb's file is imported when the verb is called: most of them
-import torch, some transformers, and the list of all need neither."""
+"""The typer app of the command line, `app`, with one verb per file. `load_verb` imports a verb when it is called: most
+verbs import torch, which the list of verbs does not need."""
 
 import importlib
 from typing import Any, NamedTuple
@@ -13,62 +13,41 @@ _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 class _Verb(NamedTuple):
-    """Where a verb is, `module:name` of a function or a typer app, and what the list of verbs says of it."""
+    """`home`: `module:name` of a function or a typer app; `help`: its line in the list, and above its own help."""
 
     home: str
     help: str
 
 
 VERBS = {
-    "quantize": _Verb(
-        "quantize:quantize",
-        "Quantize a model, block by block. Interrupted, the same command continues; finished, it says so.",
-    ),
-    "plan": _Verb(
-        "plan:plan",
-        "Say what a budget buys before anything is quantized. Exit code 0: it fits; 4: no plan is within the budget.",
-    ),
-    "eval": _Verb("eval:evaluate", "Perplexity on a text, divergence from a reference, and lm-eval's tasks."),
-    "inspect": _Verb("inspect:inspect", "Bits, size and error of every layer, and of the whole model."),
-    "report": _Verb(
-        "report:report",
-        "One self-contained HTML page: bits, loss, quality, events, settings, time. Nothing is computed.",
-    ),
+    "quantize": _Verb("quantize:quantize", "Quantize a model block by block. Run it again to continue after a stop."),
+    "plan": _Verb("plan:plan", "Show what a budget buys, before quantizing. Exit code 4: no plan fits the budget."),
+    "eval": _Verb("eval:evaluate", "Measure perplexity, divergence from a reference, and scores on lm-eval tasks."),
+    "inspect": _Verb("inspect:inspect", "List bits, size and error of every layer and of the whole model."),
+    "report": _Verb("report:report", "Write an HTML page about a checkpoint from the figures that it keeps."),
     "compare": _Verb(
         "compare:compare_checkpoints",
-        "Quality against size with the Pareto front: a page, and a table here. Figures are those that eval remembered.",
+        "Compare checkpoints: quality against size and the Pareto front, as page and table.",
     ),
-    "generate": _Verb("generate:generate", "Continue a prompt; the text streams to stdout."),
-    "bench": _Verb(
-        "bench:bench",
-        "Tokens per second of prompt and text, share of the memory's speed, peak memory; random token ids.",
-    ),
-    "demo": _Verb(
-        "demo:demo",
-        "Quantize the packaged 5.8M-parameter model and compare; a second run takes what the first one finished.",
-    ),
-    "doctor": _Verb(
-        "doctor:doctor",
-        "What this machine can use: versions, processor, memory, GPU, packages; and a self-test of a second.",
-    ),
-    "law": _Verb(
-        "law:law_app",
-        "Predict a loss before paying for it: mixture, size, tokens (D-CPT Law), or bits per weight.",
-    ),
+    "generate": _Verb("generate:generate", "Continue a prompt and stream the text to stdout."),
+    "bench": _Verb("bench:bench", "Measure tokens per second, memory bandwidth used and peak memory."),
+    "demo": _Verb("demo:demo", "Quantize the packaged model of 5.8M parameters by several recipes and compare them."),
+    "doctor": _Verb("doctor:doctor", "Show what this machine can use and run a self-test of one second."),
+    "law": _Verb("law:law_app", "Fit scaling laws to small runs and predict a loss: D-CPT Law, or loss against bits."),
 }
 
 
 class _Verbs(TyperGroup):
-    """The verbs by name; only their names and helps while all of them are listed."""
+    """The verbs by name. While they are listed, only names and help lines are made."""
 
     listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of the table."""
+        """Return the names in the order of the table."""
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The verb itself, its file imported; None for an unknown name."""
+        """Return the verb, importing its file; None for an unknown name."""
         if cmd_name not in VERBS:
             return None
         if self.listing:
@@ -76,7 +55,7 @@ class _Verbs(TyperGroup):
         return load_verb(cmd_name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The list of verbs."""
+        """Print the list of verbs."""
         self.listing = True
         try:
             super().format_help(ctx, formatter)
@@ -85,15 +64,16 @@ class _Verbs(TyperGroup):
 
 
 def load_verb(name: str) -> Any:
-    """The command of a verb, with all of its options."""
-    module, _, member = VERBS[name].home.partition(":")
+    """Return the command of a verb with all of its options."""
+    verb = VERBS[name]
+    module, _, member = verb.home.partition(":")
     found = getattr(importlib.import_module(f"bitquilt.cli.{module}"), member)
     if not isinstance(found, typer.Typer):
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_CONTEXT)
         alone.command(name)(found)
         found = alone
     command = typer.main.get_command(found)
-    command.name = name
+    command.name, command.help = name, verb.help
     return command
 
 
@@ -102,7 +82,7 @@ app = typer.Typer(
     cls=_Verbs,
     help="Fit a language model into the memory you have.",
     no_args_is_help=True,
-    add_completion=False,  # importing torch on each press of the tab key takes seconds
+    add_completion=False,  # completion would import torch on every press of the tab key
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
 )

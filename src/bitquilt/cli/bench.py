@@ -1,21 +1,20 @@
-"""`bitquilt bench DIR`: how fast does it write, and how close is that to what the memory allows?"""
+"""`bitquilt bench DIR`: how fast a model writes, and how close that is to what the memory allows."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from typer import Argument, Option
+from typer import Option
 
 from bitquilt.cli.machines import Gpu, Host
-from bitquilt.cli.options import WhereDevice
-from bitquilt.cli.output import Json, calm, print_json, size_text, stderr, stdout
+from bitquilt.cli.options import Device, Quantized
+from bitquilt.cli.output import Json, calm, plain_table, print_json, print_line, stderr, stdout
+from bitquilt.core.units import percent_text, size_text
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
@@ -28,89 +27,38 @@ from bitquilt.serve.generation import start_generation
 from bitquilt.serve.llama_check import prompt_logits
 from bitquilt.stream.devices import choose_device, free_bytes
 
-_SPARE = 2**30  # bytes that must stay free beside a model unpacked for comparison
+_SPARE = 2**30  # bytes that must stay free next to a model unpacked for comparison
+_COMPARED_TOKENS = 16  # tokens that the bf16 model writes
+
+Layers = list[tuple[str, QuantizedLinear]]
 
 
-def bench(
-    folder: Annotated[str, Argument(metavar="DIR", help="Folder of a quantized model.")],
-    threads: Annotated[
-        int | None, Option(min=1, max=1024, help="Threads (default: as torch decides).", show_default=False)
-    ] = None,
-    tokens: Annotated[int, Option(min=2, help="Tokens to write.")] = 64,
-    prompt: Annotated[int, Option(min=2, help="Tokens of the prompt.")] = 512,
-    compare: Annotated[bool, Option(help="Measure the bf16 model and the reference body too.")] = True,
-    device: WhereDevice = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Tokens per second of prompt and text, share of the memory's speed, peak memory; random token ids."""
-    where = choose_device(device)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with calm(), torch.no_grad():
-            figures = _measure(folder, tokens, prompt, compare, where)
-    finally:
-        torch.set_num_threads(before)
-    if json_output:
-        print_json(figures)
-    else:
-        _print(folder, figures)
+@dataclass(frozen=True)
+class BenchFigures:
+    """What --json prints: rates per second, sizes in bytes, shares of 1; None where not measured."""
 
-
-def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.device) -> dict[str, Any]:
-    if not (cpu_kernels.built() if where.type == "cpu" else gpu.has_triton()):
-        raise UserError(
-            f"there are no kernels for {where}, so nothing to measure: install with a compiler, or Triton for a GPU"
-        )
-    checkpoint = open_checkpoint(folder)
-    machine = Host() if where.type == "cpu" else Gpu(where)
-    model = as_model(checkpoint.folder, where, "auto")
-    layers = [(name, m) for name, m in model.named_modules() if type(m) is QuantizedLinear]
-    if not layers:
-        raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` has written")
-    config = config_of(model)
-    room = config.context_length
-    if room is not None and room < prompt + tokens:
-        prompt, tokens = max(2, room - tokens), min(tokens, room - 2)
-        stderr.print(f"the model's context holds {room} tokens: a prompt of {prompt}, {tokens} written")
-    started = time.perf_counter()
-    for _, layer in layers:
-        layer.settle()
-    settled = time.perf_counter() - started
-    ids = torch.randint(0, config.vocabulary or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
-    speeds = _speeds(model, ids, tokens, machine)
-    peak = machine.peak()
-    matmuls = _sum_of_products(model, machine, recorded=speeds.decoder == "graph")
-    bandwidth = machine.bandwidth()
-    read = _bytes_per_token(model)
-    figures: dict[str, Any] = {
-        "device": str(where),
-        "machine": machine.title,
-        "threads": torch.get_num_threads(),
-        "isa": cpu_kernels.level() if where.type == "cpu" else "triton",
-        "activations": cpu_kernels.activations(),
-        "decoder": speeds.decoder,
-        "why_transformers": speeds.why or None,
-        "prompt_tokens": prompt,
-        "written_tokens": tokens,
-        "decode_tokens_per_s": 1 / speeds.token,
-        "prefill_tokens_per_s": prompt / speeds.prompt,
-        "bytes_per_token": read,
-        "read_bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_share": read / speeds.token / bandwidth,
-        "share_of_matmuls": matmuls / speeds.token,
-        "ready_seconds": settled if where.type == "cpu" else speeds.first,
-        "peak_bytes": peak,
-        "file_bytes": sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
-        "kv_cache_bytes": config.cache_bytes(prompt + tokens, model.dtype.itemsize),
-        "reference_decode_tokens_per_s": None,
-        "bf16_decode_tokens_per_s": None,
-        "bf16_prefill_tokens_per_s": None,
-    }
-    if compare:
-        figures |= _comparison(model, layers, ids, tokens, machine)
-    return figures
+    device: str
+    machine: str
+    threads: int
+    isa: str
+    activations: str
+    decoder: str
+    why_transformers: str | None
+    prompt_tokens: int
+    written_tokens: int
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    bytes_per_token: int
+    read_bandwidth_bytes_per_s: float
+    bandwidth_share: float
+    share_of_matmuls: float
+    ready_seconds: float
+    peak_bytes: int
+    file_bytes: int
+    kv_cache_bytes: int
+    reference_decode_tokens_per_s: float | None
+    bf16_decode_tokens_per_s: float | None
+    bf16_prefill_tokens_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +71,85 @@ class _Speeds:
     token: float
     decoder: str
     why: str
+
+
+def bench(
+    folder: Quantized,
+    threads: Annotated[int | None, Option(min=1, max=1024, help="Threads to use. Default: torch decides.")] = None,
+    tokens: Annotated[int, Option(min=2, help="Tokens to write.")] = 64,
+    prompt: Annotated[int, Option(min=2, help="Tokens of the prompt, drawn at random.")] = 512,
+    compare: Annotated[bool, Option(help="Measure the reference body and the bf16 model too.")] = True,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure the model and print the figures."""
+    where = choose_device(device)
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with calm(), torch.no_grad():
+            figures = _measure(folder, tokens, prompt, compare, where)
+    finally:
+        torch.set_num_threads(before)
+    if json_output:
+        print_json(asdict(figures))
+    else:
+        _print(folder, figures)
+
+
+def _measure(folder: str, tokens: int, prompt: int, compare: bool, where: torch.device) -> BenchFigures:
+    on_cpu = where.type == "cpu"
+    if not (cpu_kernels.built() if on_cpu else gpu.has_triton()):
+        fix = "install bitquilt where a compiler is available" if on_cpu else "pip install 'bitquilt[gpu]'"
+        raise UserError(f"there are no kernels for {where}, so there is nothing to measure; {fix}")
+    checkpoint = open_checkpoint(folder)
+    machine = Host() if on_cpu else Gpu(where)
+    model = as_model(checkpoint.folder, where, "auto")
+    layers = [(name, m) for name, m in model.named_modules() if type(m) is QuantizedLinear]
+    if not layers:
+        raise UserError(f"{folder} holds no quantized layers; give a folder that `bitquilt quantize` wrote")
+    config = config_of(model)
+    room = config.context_length
+    if room is not None and room < prompt + tokens:
+        prompt, tokens = max(2, room - tokens), min(tokens, room - 2)
+        print_line(stderr, f"the model's context holds {room} tokens, so the prompt has {prompt} and the text {tokens}")
+    started = time.perf_counter()
+    for _, layer in layers:
+        layer.settle()
+    settled = time.perf_counter() - started
+    ids = torch.randint(0, config.vocabulary or 2, (prompt,), generator=torch.Generator().manual_seed(0)).to(where)
+    speeds = _speeds(model, ids, tokens, machine)
+    peak = machine.peak()
+    matmuls = _sum_of_products(model, machine, recorded=speeds.decoder == "graph")
+    bandwidth, read = machine.bandwidth(), _bytes_per_token(model)
+    cache = config.cache_bytes(prompt + tokens, model.dtype.itemsize)
+    through_reference = _reference_seconds(model, layers, machine) if compare else None
+    dense = _bf16_speeds(model, layers, ids, tokens, machine) if compare else None  # this replaces the layers
+    return BenchFigures(
+        device=str(where),
+        machine=machine.title,
+        threads=torch.get_num_threads(),
+        isa=cpu_kernels.level() if on_cpu else "triton",
+        activations=cpu_kernels.activations(),
+        decoder=speeds.decoder,
+        why_transformers=speeds.why or None,
+        prompt_tokens=prompt,
+        written_tokens=tokens,
+        decode_tokens_per_s=1 / speeds.token,
+        prefill_tokens_per_s=prompt / speeds.prompt,
+        bytes_per_token=read,
+        read_bandwidth_bytes_per_s=bandwidth,
+        bandwidth_share=read / speeds.token / bandwidth,
+        share_of_matmuls=matmuls / speeds.token,
+        ready_seconds=settled if on_cpu else speeds.first,
+        peak_bytes=peak,
+        file_bytes=sum(f.stat().st_size for f in Path(checkpoint.folder).glob("*.safetensors")),
+        kv_cache_bytes=cache,
+        reference_decode_tokens_per_s=None if through_reference is None else 1 / through_reference,
+        bf16_decode_tokens_per_s=None if dense is None else 1 / dense.token,
+        bf16_prefill_tokens_per_s=None if dense is None else prompt / dense.prompt,
+    )
 
 
 def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gpu) -> _Speeds:
@@ -156,17 +183,13 @@ def _speeds(model: PreTrainedModel, ids: Tensor, tokens: int, machine: Host | Gp
         machine.done()
         times.append(time.perf_counter() - started)
     name = "transformers" if generation.decoder is None else generation.decoder.name
-    return _Speeds(first, prompt, _typical(times), name, generation.why)
-
-
-def _typical(times: list[float]) -> float:
-    """The median: a neighbour's interruption is not the model's speed."""
-    return sorted(times)[len(times) // 2]
+    return _Speeds(
+        first, prompt, sorted(times)[len(times) // 2], name, generation.why
+    )  # a median ignores interruptions
 
 
 def _sum_of_products(model: PreTrainedModel, machine: Host | Gpu, recorded: bool) -> float:
-    """Seconds of all linear layers for one token, each called once in their order, the best of five rounds. `recorded`:
-    in a CUDA graph."""
+    """Seconds of all linear layers for one token, each called once in order. `recorded`: as a CUDA graph."""
     layers = _products(model)
     inputs = {m.in_features: torch.randn(1, m.in_features).to(machine.device, model.dtype) for m in layers}
 
@@ -178,7 +201,7 @@ def _sum_of_products(model: PreTrainedModel, machine: Host | Gpu, recorded: bool
 
 
 def _products(model: PreTrainedModel) -> list[Any]:
-    """Every layer that one token is multiplied by: an embedding in few bits is one where the head shares it."""
+    """Every layer that multiplies a token, including a rounded embedding that the head shares."""
     return [m for m in model.modules() if type(m) in (QuantizedLinear, SharedHead, nn.Linear)]
 
 
@@ -193,7 +216,7 @@ def _best(work: Callable[[], Any], machine: Host | Gpu, rounds: int = 5) -> floa
 
 
 def _bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of weights that one token reads: all linear layers; of the embedding one row."""
+    """Bytes of weights read for one token: all linear layers, without the one row of the embedding."""
     tensors = {}
     for module in _products(model):
         stored = module.table if isinstance(module, SharedHead) else module
@@ -202,22 +225,25 @@ def _bytes_per_token(model: PreTrainedModel) -> int:
     return sum(tensors.values())
 
 
-def _comparison(
-    model: PreTrainedModel, layers: list[tuple[str, QuantizedLinear]], ids: Tensor, tokens: int, machine: Host | Gpu
-) -> dict[str, Any]:
-    """The reference body, one token; then the same weights in bf16 through torch, where they fit."""
-    figures: dict[str, Any] = {}
+def _reference_seconds(model: PreTrainedModel, layers: Layers, machine: Host | Gpu) -> float:
+    """Seconds of the quantized layers through the reference body, for one token."""
     x = {layer.in_features: torch.randn(1, layer.in_features).to(machine.device, model.dtype) for _, layer in layers}
 
-    def through_reference() -> None:
+    def every() -> None:
         for _, layer in layers:
             reference.quantized_matmul(x[layer.in_features], *layer._stored(), None, layer.out_features)
 
-    figures["reference_decode_tokens_per_s"] = 1 / _best(through_reference, machine, 1)
+    return _best(every, machine, 1)
+
+
+def _bf16_speeds(
+    model: PreTrainedModel, layers: Layers, ids: Tensor, tokens: int, machine: Host | Gpu
+) -> _Speeds | None:
+    """Replace the quantized layers by the same weights in bf16 and measure again; None where these do not fit."""
     needed = sum(2 * layer.in_features * layer.out_features for _, layer in layers) + _SPARE
     if free_bytes(machine.device) < needed:
-        stderr.print(f"the bf16 model needs {size_text(needed)} of memory, more than is free: not measured")
-        return figures
+        print_line(stderr, f"not measuring the bf16 model: it needs {size_text(needed)} of memory, more than is free")
+        return None
     for name, layer in layers:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         dense.weight = nn.Parameter(layer.dequantize().to(torch.bfloat16), requires_grad=False)
@@ -226,34 +252,28 @@ def _comparison(
         replace_module(model, name, dense)
     layers.clear()
     model.to(torch.bfloat16)
-    speeds = _speeds(model, ids, min(tokens, 16), machine)
-    return figures | {
-        "bf16_decode_tokens_per_s": 1 / speeds.token,
-        "bf16_prefill_tokens_per_s": len(ids) / speeds.prompt,
-    }
+    return _speeds(model, ids, min(tokens, _COMPARED_TOKENS), machine)
 
 
-def _print(folder: str, figures: dict[str, Any]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("figure", "value", ""):
-        table.add_column(name, justify="right" if name == "value" else "left")
-    share, products = figures["bandwidth_share"], figures["share_of_matmuls"]
-    table.add_row("writing", f"{figures['decode_tokens_per_s']:.1f} tokens/s", f"{figures['decoder']} decoder")
-    table.add_row("", f"{100 * products:.0f} %", "of the speed of its matrix products alone")
-    table.add_row("prompt", f"{figures['prefill_tokens_per_s']:.0f} tokens/s", f"{figures['prompt_tokens']} tokens")
-    read = figures["bytes_per_token"] * figures["decode_tokens_per_s"]
-    table.add_row("weights read", f"{size_text(read)}/s", f"{100 * share:.0f} % of the memory's "
-                  f"{size_text(figures['read_bandwidth_bytes_per_s'])}/s")  # fmt: skip
-    first = "moving the layers into large pages" if figures["device"] == "cpu" else "checks, compiling, a graph made"
-    table.add_row("first use", f"{figures['ready_seconds']:.2f} s", first)
-    table.add_row("peak memory", size_text(figures["peak_bytes"]), f"files {size_text(figures['file_bytes'])}, "
-                  f"cache {size_text(figures['kv_cache_bytes'])}")  # fmt: skip
-    for key, name in (("bf16", "bf16"), ("reference", "reference body")):
-        speed = figures[f"{key}_decode_tokens_per_s"]
-        if speed is not None:
-            times = figures["decode_tokens_per_s"] / speed
-            table.add_row(f"{name}, writing", f"{speed:.3g} tokens/s", f"{times:.1f} times slower")
-    stdout.print(f"{folder}, {figures['machine']}", style="bold", markup=False)
+def _print(folder: str, figures: BenchFigures) -> None:
+    speed = figures.decode_tokens_per_s
+    table = plain_table("figure", "value", "", right=["value"])
+    table.add_row("writing", f"{speed:.1f} tokens/s", f"{figures.decoder} decoder")
+    table.add_row("", percent_text(figures.share_of_matmuls, 2), "of the speed of the matrix products alone")
+    table.add_row("prompt", f"{figures.prefill_tokens_per_s:.0f} tokens/s", f"{figures.prompt_tokens} tokens")
+    share, bandwidth = percent_text(figures.bandwidth_share, 2), size_text(figures.read_bandwidth_bytes_per_s)
+    table.add_row(
+        "weights read", f"{size_text(figures.bytes_per_token * speed)}/s", f"{share} of the memory's {bandwidth}/s"
+    )
+    first = "moving layers into large pages" if figures.device == "cpu" else "checks, compiling, recording a graph"
+    table.add_row("first use", f"{figures.ready_seconds:.2f} s", first)
+    sizes = f"files {size_text(figures.file_bytes)}, cache {size_text(figures.kv_cache_bytes)}"
+    table.add_row("peak memory", size_text(figures.peak_bytes), sizes)
+    others = {"bf16": figures.bf16_decode_tokens_per_s, "reference body": figures.reference_decode_tokens_per_s}
+    for name, other in others.items():
+        if other is not None:
+            table.add_row(f"{name}, writing", f"{other:.3g} tokens/s", f"{speed / other:.1f} times slower")
+    stdout.print(f"{folder}, {figures.machine}", style="bold", markup=False)
     stdout.print(table)
-    if figures["why_transformers"]:
-        stdout.print(f"transformers wrote: {figures['why_transformers']}", markup=False)
+    if figures.why_transformers:
+        stdout.print(f"transformers' own loop wrote the text: {figures.why_transformers}", markup=False)

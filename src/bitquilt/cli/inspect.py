@@ -1,20 +1,20 @@
-"""`bitquilt inspect DIR`: where did the bits go? Of a full-precision model: what would be quantized?"""
+"""`bitquilt inspect DIR`: where a checkpoint's bits went, or what of a full-precision model would be quantized."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
-from typer import Argument, Option
+from typer import Option
 
-from bitquilt.cli.output import Json, calm, print_fact, print_json, ratio_text, size_text, stdout, time_text
-from bitquilt.cli.quantize import print_bits_and_size, print_events
+from bitquilt.cli.options import AnyModel
+from bitquilt.cli.output import Json, calm, plain_table, print_fact, print_json, print_untouched, stdout
+from bitquilt.cli.quantize import print_bits_and_size, print_budget, print_events
+from bitquilt.core.events import Untouched
+from bitquilt.core.units import percent_text, ratio_text, size_text, time_text
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD
@@ -22,230 +22,226 @@ from bitquilt.model.outline import open_outline
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.recipes import usual_options
 from bitquilt.report.evaluation import fp16_bytes, model_size
-from bitquilt.report.facts import LayerFacts, items, read_facts, section
-from bitquilt.report.remembered import Record, newest, number, protocol_text
+from bitquilt.report.evaluation_records import Record, newest
+from bitquilt.report.facts import Facts, LayerFacts, read_facts
+from bitquilt.report.run_facts import RunFacts, section
 from bitquilt.stream.job import all_targets
 
-# From few bits, red, to many, blue: terminal colours of the digits 1 to 8.
+# Terminal colours of the digits 1 to 8, from red for few bits to blue for many.
 _COLOURS = ("red", "red", "dark_orange", "yellow", "green", "cyan", "blue", "blue", "magenta")
-# Characters of a layer's bar: at most one per group, at most these, at most what the terminal has room for.
+# Characters of a layer's bar: at most one per group, at most _BAR, and as many as the terminal has room for.
 _BAR, _LEAST_BAR = 48, 8
-# Of report.json, as they stand there.
+_GAP = 3  # characters between two columns of a table
+# Parts of report.json that --json repeats.
 _OF_THE_RUN = ("untouched", "events", "budget", "prediction", "machine", "stages", "seconds", "peak_memory_bytes")
-_GAP = 3  # between two columns of a table
+
+Layers = Mapping[str, LayerFacts]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _StoredWeight:
+    """A weight as a full-precision model stores it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _FullPrecision:
+    """A full-precision model, as --json prints it: weights that would be quantized, and tensors that would not."""
+
+    folder: str
+    quantized: bool
+    model_class: str
+    blocks: int
+    bpw: float | None
+    nominal_bits: float | None
+    bytes: int
+    ratio_to_fp16: float
+    untouched: tuple[Untouched, ...]
+    layers: dict[str, _StoredWeight]
 
 
 def inspect(
-    folder: Annotated[str, Argument(metavar="DIR", help="Model folder or hub id, quantized or not.")],
+    folder: AnyModel,
     layer: Annotated[
-        str | None, Option(metavar="PATTERN", help="Only the layers whose path matches, such as '*.mlp.*'.")
+        str | None, Option(metavar="PATTERN", help="Show only layers whose path matches, such as '*.mlp.*'.")
     ] = None,
     bit_map: Annotated[
-        bool, Option("--map", help="A line of digits per layer instead of the table: its bits from channel to channel.")
+        bool, Option("--map", help="Show a line of digits per layer, its bits from channel to channel, and no table.")
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Bits, size and error of every layer, and of the whole model."""
+    """Read the headers and print what they say."""
     with calm(models=False):
         checkpoint = open_checkpoint(folder)
         method = checkpoint.model_config.quantized_by
-        if method is None:
-            value = _plain(checkpoint)
-        elif method == QUANT_METHOD:
-            value = _quantized(checkpoint)
-        else:
+        if method not in (None, QUANT_METHOD):
             raise UserError(
-                f"{folder} was quantized by another tool ({method}); give one of bitquilt, or full precision"
+                f"{folder} was quantized by another tool ({method}); give a checkpoint of bitquilt or full precision"
             )
-    if layer is not None:
-        value["layers"] = _matching(value["layers"], layer)
-    if json_output:
-        print_json(value)
-    elif value["quantized"]:
-        _print_quantized(value, bit_map)
-    else:
-        _print_plain(value)
+        if method is None:
+            plain = _full_precision(checkpoint)
+            plain = replace(plain, layers=_matching(plain.layers, layer))
+            print_json(asdict(plain)) if json_output else _print_plain(plain)
+        else:
+            facts = read_facts(folder)
+            layers = _matching(facts.layers, layer)
+            print_json(_facts_json(facts, layers)) if json_output else _print_facts(facts, layers, bit_map)
 
 
-def _quantized(checkpoint: Checkpoint) -> dict[str, Any]:
-    # save_pretrained() of a loaded model writes no report: then the layouts alone speak.
-    facts = read_facts(checkpoint.folder)
-    report, fingerprint = facts.report, section(facts.report, "fingerprint")
-    return {
-        "folder": str(checkpoint.folder),
-        "quantized": True,
-        "recipe": fingerprint.get("recipe"),
-        "planned": bool(fingerprint.get("plan") or fingerprint.get("budget")),
-        "calibration": fingerprint.get("calibration"),
-        "seed": fingerprint.get("seed"),
-        **asdict(facts.size),
-        "ratio_to_fp16": facts.size.bytes / facts.fp16_bytes,
-        "bytes_by_part": facts.parts,
-        **{key: report.get(key) for key in _OF_THE_RUN},
-        "evaluations": facts.evaluations,
-        "absent": [asdict(one) for one in facts.absent],
-        "layers": {name: _layer(layer) for name, layer in facts.layers.items()},
-    }
-
-
-def _layer(layer: LayerFacts) -> dict[str, Any]:
-    """`bits`: how many column groups have so many; `groups`: one digit per group in column order, where known."""
-    value = asdict(layer)
-    return {
-        "shape": [layer.out_features, layer.in_features],
-        "bits": {str(bits): count for bits, count in layer.counts.items()},
-        **{key: value[key] for key in ("groups", "group_size", "nominal_bits", "bpw", "outliers", "output_error")},
-        "loudest_first": layer.loudest_first,
-        **{key: value[key] for key in ("weight_error", "loss", "predicted_loss", "seconds")},
-    }
-
-
-def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    skeleton = open_outline(checkpoint)
-    targets = all_targets(skeleton, (), include_head=False)
-    untouched = untouched_tensors(skeleton, targets)
-    stored = {name: checkpoint.tensors[source] for source, name in skeleton.parameters.items()}
+def _full_precision(checkpoint: Checkpoint) -> _FullPrecision:
+    outline = open_outline(checkpoint)
+    targets = all_targets(outline, (), include_head=False)
+    stored = {name: checkpoint.tensors[source] for source, name in outline.parameters.items()}
+    weights = {name: stored[f"{name}.weight"] for name in targets}
     size = model_size(checkpoint.folder)
-    layers = {}
-    for name in targets:
-        info = stored[f"{name}.weight"]
-        layers[name] = {"shape": list(info.shape), "dtype": info.dtype, "bytes": info.nbytes}
-    return {
-        "folder": str(checkpoint.folder),
-        "quantized": False,
-        "model_class": type(skeleton.model).__name__,
-        "blocks": len(skeleton.blocks),
-        "bpw": None if size is None else size.bpw,
-        "nominal_bits": None if size is None else size.nominal_bits,
-        "bytes": checkpoint.nbytes,
-        "ratio_to_fp16": checkpoint.nbytes / fp16_bytes(checkpoint.folder),
-        "untouched": [asdict(item) for item in untouched],
-        "layers": layers,
-    }
+    return _FullPrecision(
+        folder=str(checkpoint.folder),
+        quantized=False,
+        model_class=type(outline.model).__name__,
+        blocks=len(outline.blocks),
+        bpw=None if size is None else size.bpw,
+        nominal_bits=None if size is None else size.nominal_bits,
+        bytes=checkpoint.nbytes,
+        ratio_to_fp16=checkpoint.nbytes / fp16_bytes(checkpoint.folder),
+        untouched=untouched_tensors(outline, targets),
+        layers={name: _StoredWeight(info.shape, info.dtype, info.nbytes) for name, info in weights.items()},
+    )
 
 
-def _matching(layers: dict[str, Any], pattern: str) -> dict[str, Any]:
-    found = {name: value for name, value in layers.items() if fnmatch(name, pattern)}
+def _matching(layers: Mapping[str, T], pattern: str | None) -> dict[str, T]:
+    found = {name: value for name, value in layers.items() if pattern is None or fnmatch(name, pattern)}
     if not found:
         raise UserError(f"no layer matches {pattern!r}; there are {len(layers)}, such as {next(iter(layers))}")
     return found
 
 
-def _print_quantized(value: dict[str, Any], bit_map: bool) -> None:
+def _facts_json(facts: Facts, layers: Layers) -> dict[str, Any]:
+    fingerprint = facts.run.fingerprint
+    return {
+        "folder": str(facts.checkpoint.folder),
+        "quantized": True,
+        "recipe": fingerprint.get("recipe"),
+        "planned": facts.run.planned,
+        "calibration": fingerprint.get("calibration"),
+        "seed": fingerprint.get("seed"),
+        **asdict(facts.size),
+        "ratio_to_fp16": facts.ratio,
+        "bytes_by_part": facts.parts,
+        **{key: facts.run.stored.get(key) for key in _OF_THE_RUN},
+        "evaluations": [record.stored for record in facts.evaluations],
+        "absent": [one._asdict() for one in facts.absent],
+        "layers": {name: _layer_json(layer) for name, layer in layers.items()},
+    }
+
+
+def _layer_json(layer: LayerFacts) -> dict[str, Any]:
+    """`bits`: number of column groups per width; `groups`: one digit per group in column order, where known."""
+    value = {key: inner for key, inner in asdict(layer).items() if key not in ("name", "runs", "in_order", "counts")}
+    shape = [value.pop("out_features"), value.pop("in_features")]
+    return {"shape": shape, "bits": {str(bits): count for bits, count in layer.counts.items()}, **value}
+
+
+def _print_facts(facts: Facts, layers: Layers, bit_map: bool) -> None:
+    run = facts.run
     if bit_map:
-        _print_map(value["layers"])
+        _print_map(layers)
     else:
-        _print_layers(value["layers"])
-    stdout.print(value["folder"], style="bold", markup=False)
-    if value["recipe"]:
-        text = _settings(_chosen(value["recipe"], value["planned"]))
-        print_fact(stdout, "recipe", f"{text}; bits by a plan for the whole model" if value["planned"] else text)
-    if value["calibration"]:
-        print_fact(stdout, "data", f"{_settings(value['calibration'])}, seed={value['seed']}")
-    _print_sparse(value["layers"])
-    print_bits_and_size(value, value["ratio_to_fp16"])
-    parts = ", ".join(f"{part} {size_text(count)}" for part, count in value["bytes_by_part"].items())
-    print_fact(stdout, "bytes", parts)
-    _print_budget(value)
-    for record in value["evaluations"]:
-        _print_evaluation(record)
-    _print_untouched(items(value, "untouched"), value["bytes"])
-    _print_run(value)
-    if value["events"] is not None:
-        print_events(items(value, "events"))
+        _print_layers(layers)
+    stdout.print(str(facts.checkpoint.folder), style="bold", markup=False)
+    if run.recipe:
+        planned = "; bits by a plan for the whole model" if run.planned else ""
+        print_fact(stdout, "recipe", f"{_settings(_changed(run))}{planned}")
+    if calibration := section(run.fingerprint, "calibration"):
+        print_fact(stdout, "calibration", f"{_settings(calibration)}, seed={run.fingerprint.get('seed')}")
+    if kept := sum(layer.outliers for layer in layers.values()):
+        share = percent_text(kept / sum(layer.out_features * layer.in_features for layer in layers.values()), 2)
+        print_fact(stdout, "outliers", f"{kept} in half precision, {share} of the weights")
+    print_bits_and_size(facts)
+    print_fact(stdout, "contents", ", ".join(f"{part} {size_text(count)}" for part, count in facts.parts.items()))
+    print_budget(facts)
+    _print_quality(facts)
+    print_untouched(stdout, run.untouched, facts.size.bytes)
+    if run.seconds.this_process is not None and run.peak_memory_bytes is not None:
+        cpu = f" on {run.machine['cpu']}" if run.machine.get("cpu") else ""
+        print_fact(
+            stdout, "run", f"{time_text(run.seconds.this_process)}, {size_text(run.peak_memory_bytes)} of memory{cpu}"
+        )
+    if "events" in run.stored:
+        print_events(run.events)
 
 
-def _print_budget(value: dict[str, Any]) -> None:
-    """What was asked for, and what was promised, where the run had a budget."""
-    budget, prediction = section(value, "budget"), section(value, "prediction")
-    if (target := number(budget.get("target"))) is not None:
-        kind = str(budget.get("kind"))
-        print_fact(stdout, "budget", f"{kind} {target:g}" if kind in ("bits", "bpw") else f"{kind} {size_text(target)}")
-    if (kl := number(prediction.get("kl"))) is not None:
-        best = newest(value["evaluations"])
-        measured = None if best is None else number(best.get("kl_mean"))
-        told = "" if measured is None else f", measured {measured:.4f}"
-        print_fact(stdout, "promise", f"KL {kl:.4f} predicted{told}")
+def _print_quality(facts: Facts) -> None:
+    """Print the predicted KL, and what was measured on each text."""
+    if (kl := facts.run.prediction.kl) is not None:
+        best = newest(facts.evaluations)
+        measured = "" if best is None or best.kl_mean is None else f", {best.kl_mean:.4f} measured"
+        print_fact(stdout, "prediction", f"KL {kl:.4f}{measured}")
+    for record in facts.evaluations:
+        if figures := _figures(record):
+            print_fact(stdout, "quality", f"{', '.join(figures)} ({record.protocol_text})")
 
 
-def _print_evaluation(record: Record) -> None:
-    figures = {"KL": record.get("kl_mean"), "perplexity": record.get("perplexity")}
-    said = [f"{name} {value:.4g}" for name, found in figures.items() if (value := number(found)) is not None]
-    if (reference := number(record.get("reference_perplexity"))) is not None:
-        said.append(f"the reference {reference:.4g}")
-    if said:
-        print_fact(stdout, "quality", f"{', '.join(said)} ({protocol_text(record)})")
+def _figures(record: Record) -> list[str]:
+    named = {"KL": record.kl_mean, "perplexity": record.perplexity, "reference": record.reference_perplexity}
+    return [f"{name} {value:.4g}" for name, value in named.items() if value is not None]
 
 
-def _print_run(value: dict[str, Any]) -> None:
-    """Time and memory, and where most of the time went."""
-    seconds, peak = number(section(value, "seconds").get("this_process")), number(value["peak_memory_bytes"])
-    if seconds is None or peak is None:
-        return
-    cpu = section(value, "machine").get("cpu")
-    print_fact(stdout, "run", f"{time_text(seconds)}, {size_text(peak)} of memory{f', on {cpu}' if cpu else ''}")
-
-
-def _print_map(layers: dict[str, Any]) -> None:
-    """`self_attn.q_proj 2223122`: as many digits as the line has room for."""
+def _print_map(layers: Layers) -> None:
+    """Print `self_attn.q_proj 2223122`, with as many digits as the line has room for."""
     names = [_short(name) for name in layers]
     indent = max(map(len, names)) + 2
     for name, layer in zip(names, layers.values(), strict=True):
-        bar = group_bar(layer["groups"] or "", max(_LEAST_BAR, stdout.width - indent))
-        stdout.print(Text.assemble(f"{name:<{indent}}", bar if layer["groups"] else "(order unknown)"), soft_wrap=True)
-    blocks = "block of channels, the largest inputs first" if loudest_first(layers) else "column group"
-    stdout.print(f"  a digit is the bits of a {blocks}; of neighbours, the mean, where there are more than room\n")
+        bar = group_bar(layer.groups or "", max(_LEAST_BAR, stdout.width - indent))
+        stdout.print(Text.assemble(f"{name:<{indent}}", bar if layer.groups else "(order unknown)"), soft_wrap=True)
+    loudest = any(layer.loudest_first for layer in layers.values())
+    unit = "block of channels, the largest inputs first" if loudest else "column group"
+    stdout.print(f"  Each digit is the bits of a {unit}. Where a line is too short, it is the mean of neighbours.\n")
 
 
-def loudest_first(layers: dict[str, Any]) -> bool:
-    """Whether groups are counted in the order of their inputs' size."""
-    return any(layer["loudest_first"] for layer in layers.values())
-
-
-def _print_sparse(layers: dict[str, Any]) -> None:
-    """How many weights stand beside the codes in half precision."""
-    kept = sum(layer["outliers"] for layer in layers.values())
-    if kept:
-        share = kept / sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
-        print_fact(stdout, "sparse", f"{kept} outliers in half precision, {100 * share:.2g} % of the weights")
-
-
-def _print_layers(layers: dict[str, Any]) -> None:
+def _print_layers(layers: Layers) -> None:
     rows = []
     for name, layer in layers.items():
-        counts = "  ".join(f"{bits}: {count}" for bits, count in layer["bits"].items())
-        error = "" if layer["output_error"] is None else f"{layer['output_error']:.5f}"
-        rows.append([_short(name), _shape(layer), counts, f"{layer['bpw']:.3f}", error])
-    single = any(layer["group_size"] == 1 for layer in layers.values())
+        counts = "  ".join(f"{bits}: {count}" for bits, count in layer.counts.items())
+        error = "" if layer.output_error is None else f"{layer.output_error:.5f}"
+        rows.append([_short(name), f"{layer.out_features}x{layer.in_features}", counts, f"{layer.bpw:.3f}", error])
+    single = any(layer.group_size == 1 for layer in layers.values())
     headers = ["layer", "out x in", f"bits: {'channels' if single else 'groups'}", "bpw", "error"]
-    used = sum(max(len(row[i]) for row in [*rows, headers]) + _GAP for i in range(len(headers)))
-    longest = max(len(layer["groups"] or "") for layer in layers.values())
-    bar = min(longest, _BAR, stdout.width - used - _GAP) if stdout.is_terminal else 0
-    if bar < min(longest, _LEAST_BAR):
-        bar = 0
-    table = _table(*headers[:3], *(["by column"] if bar else []), *headers[3:])
+    bar = _bar_length([headers, *rows], layers)
+    table = plain_table(*headers[:3], *(["by column"] if bar else []), *headers[3:], right=("bpw", "error"))
     for row, layer in zip(rows, layers.values(), strict=True):
-        table.add_row(*row[:3], *([group_bar(layer["groups"] or "", bar)] if bar else []), *row[3:])
+        table.add_row(*row[:3], *([group_bar(layer.groups or "", bar)] if bar else []), *row[3:])
     stdout.print(table)
-    if bar and longest > bar:
-        stdout.print(f"  by column: of more than {bar} groups, a digit is the mean of neighbours\n")
+    if 0 < bar < max(len(layer.groups or "") for layer in layers.values()):
+        stdout.print(f"  by column: in layers of more than {bar} groups, a digit is the mean of neighbours\n")
 
 
-def _print_plain(value: dict[str, Any]) -> None:
-    table = _table("layer", "shape", "stored as", "size")
-    for name, layer in value["layers"].items():
-        table.add_row(_short(name), _shape(layer), layer["dtype"], size_text(layer["bytes"]))
+def _bar_length(rows: Sequence[Sequence[str]], layers: Layers) -> int:
+    """Characters of the bars that fit the terminal next to `rows`; 0 where too few would."""
+    used = sum(max(len(row[i]) for row in rows) + _GAP for i in range(len(rows[0])))
+    longest = max(len(layer.groups or "") for layer in layers.values())
+    bar = min(longest, _BAR, stdout.width - used - _GAP) if stdout.is_terminal else 0
+    return bar if bar >= min(longest, _LEAST_BAR) else 0
+
+
+def _print_plain(plain: _FullPrecision) -> None:
+    table = plain_table("layer", "shape", "stored as", "size", right=["size"])
+    for name, info in plain.layers.items():
+        table.add_row(_short(name), "x".join(map(str, info.shape)), info.dtype, size_text(info.bytes))
     stdout.print(table)
-    stdout.print(f"[bold]{escape(value['folder'])}[/]: {value['model_class']}, full precision")
-    print_fact(stdout, "size", f"{size_text(value['bytes'])} ({ratio_text(value['ratio_to_fp16'])})")
-    taken = sum(layer["bytes"] for layer in value["layers"].values())
-    share = f"{100 * taken / value['bytes']:.2g} % of the bytes"
-    print_fact(stdout, "to do", f"{share}: the layers listed ({len(value['layers'])}), in {value['blocks']} blocks")
-    _print_untouched(value["untouched"], value["bytes"])
+    stdout.print(f"{plain.folder}: {plain.model_class}, full precision", style="bold", markup=False)
+    print_fact(stdout, "size", f"{size_text(plain.bytes)} ({ratio_text(plain.ratio_to_fp16)})")
+    share = percent_text(sum(info.bytes for info in plain.layers.values()) / plain.bytes, 2)
+    listed = f"the {len(plain.layers)} layers above, in {plain.blocks} blocks"
+    print_fact(stdout, "to quantize", f"{share} of the bytes: {listed}")
+    print_untouched(stdout, plain.untouched, plain.bytes)
 
 
 def group_bar(groups: str, length: int) -> Text:
-    """One coloured digit per column group, in column order; of more than `length` groups a digit is a mean."""
+    """Return one coloured digit per column group; of more than `length` groups each digit is the mean of neighbours."""
     bar = Text(no_wrap=True)
     shown = min(len(groups), length)
     for i in range(shown):
@@ -255,43 +251,24 @@ def group_bar(groups: str, length: int) -> Text:
     return bar
 
 
-def _print_untouched(untouched: Iterable[dict[str, Any]], total: int) -> None:
-    for item in untouched:
-        share = f"{100 * item['nbytes'] / total:.2g} % of the bytes"
-        example = "" if item["tensors"] == 1 else f"{item['tensors']} tensors, such as "
-        print_fact(stdout, "as is", f"{share}, {item['reason']}: {example}{item['example']}")
-
-
-def _chosen(recipe: dict[str, Any], planned: bool) -> dict[str, Any]:
-    """Its size, and what differs from the recipe's defaults. `planned`: its own bits do not count."""
-    recipe = {key: value for key, value in recipe.items() if not planned or key not in ("bits", "bpw", "allocation")}
-    size: dict[str, Any] = {key: recipe[key] for key in ("bits", "bpw", "group_size") if key in recipe}
+def _changed(run: RunFacts) -> dict[str, Any]:
+    """The recipe's size, and its settings that differ from the defaults. A plan's recipe has no size of its own."""
+    left_out = {"bits", "bpw", "allocation"} if run.planned else {"bits"} if run.recipe.get("bpw") else set()
+    recipe = {key: value for key, value in run.recipe.items() if key not in left_out}
     usual = json.loads(json.dumps(usual_options(recipe.get("name", ""))))
-    changed = {key: value for key, value in recipe.items() if key == "name" or value != usual.get(key, ...)}
-    return {**size, **changed}
+    size = {key: recipe[key] for key in ("bits", "bpw", "group_size") if key in recipe}
+    return size | {key: value for key, value in recipe.items() if key == "name" or value != usual.get(key, ...)}
 
 
-def _settings(values: dict[str, Any]) -> str:
-    """Settings in one line; a hash says nothing to a reader, nor what is not set."""
+def _settings(values: Mapping[str, Any]) -> str:
+    """Settings in one line, without hashes and without those that are not set."""
     shown = {key: value for key, value in values.items() if key not in ("name", "sha256") and value is not None}
     text = ", ".join(f"{key}={Path(value).name if key == 'source' else value}" for key, value in shown.items())
     return f"{values['name']}: {text}" if "name" in values else text
 
 
-def _shape(layer: dict[str, Any]) -> str:
-    return "x".join(map(str, layer["shape"]))
-
-
 def _short(name: str) -> str:
-    """model.layers.3.mlp.up_proj -> 3.mlp.up_proj on a terminal, where columns are dear; whole in a pipe."""
+    """model.layers.3.mlp.up_proj -> 3.mlp.up_proj on a terminal, where columns are scarce; whole in a pipe."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[first:]) if stdout.is_terminal else name
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        right = name in ("bpw", "error", "size")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    return table

@@ -1,6 +1,6 @@
-"""What `bitquilt law` prints: tables for people, plain values for `--json`."""
+"""What `bitquilt law` prints: tables for people, and `fit_json` and `choice_json` for `--json`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,17 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from bitquilt.cli.output import stderr, stdout
-from bitquilt.laws import Choice, CrossValidation, DCPTLaw, LawFile
+from bitquilt.cli.output import plain_table, print_fact, stderr, stdout
+from bitquilt.core.units import percent_text
+from bitquilt.laws import Choice, CrossValidation, DCPTLaw, Goodness, LawFile
 from bitquilt.laws.data import BILLION, ONLY_DOMAIN
 
+Splits = Mapping[str, Sequence[CrossValidation]]
+_UNSEEN = {"n": "unseen sizes", "ratio": "unseen ratios", "d": "unseen token counts"}
 
-def fit_json(file: LawFile, output: Path, splits: dict[str, list[CrossValidation]]) -> dict[str, Any]:
+
+def fit_json(file: LawFile, output: Path, splits: Splits) -> dict[str, Any]:
+    """The fitted laws with their goodness, warnings, signs and cross-validation."""
     laws: dict[str, Any] = {}
     for name, law in file.laws.items():
         laws[name] = {"parameters": law.parameters}
@@ -28,61 +33,45 @@ def fit_json(file: LawFile, output: Path, splits: dict[str, list[CrossValidation
             laws[name]["signs"] = [asdict(sign) for sign in law.check()]
         if name in splits:
             laws[name]["cross_validation"] = [
-                {"over": one.over, "huber": one.huber, "r2": one.r2, "rmse": one.rmse, "max_error": one.max_error,
-                 "splits": len(one.splits)}
-                for one in splits[name]
-            ]  # fmt: skip
+                {"over": one.over, **_goodness(one), "splits": len(one.splits)} for one in splits[name]
+            ]
     return {"output": str(output), "kind": file.kind, "laws": laws}
 
 
-def print_fit(file: LawFile, splits: dict[str, list[CrossValidation]]) -> None:
-    table = Table(title=f"{file.kind} law of {file.source}", title_justify="left")
-    for column in ("loss of", "tested on", "points", "Huber", "R2", "rms error", "largest"):
-        table.add_column(column, justify="left" if column in ("loss of", "tested on") else "right")
+def print_fit(file: LawFile, splits: Splits) -> None:
+    """Print how well each law fits, its parameters, and where its derivatives have the wrong sign."""
+    stdout.print(f"{file.kind} law of {file.source}", style="bold", markup=False)
+    figures = ("points", "Huber", "R2", "rms error", "largest")
+    table = plain_table("loss of", "tested on", *figures, right=figures)
     for name, law in file.laws.items():
         if law.report is None:
             continue
-        good = law.report.goodness
-        table.add_row(
-            name, "its own points", str(good.points), *_numbers(good.huber, good.r2, good.rmse, good.max_error)
-        )
+        table.add_row(name, "its own points", str(law.report.goodness.points), *_cells(law.report.goodness))
         for one in splits.get(name, []):
-            held = {"n": "unseen sizes", "ratio": "unseen ratios", "d": "unseen token counts"}[one.over]
-            table.add_row(
-                "", f"{held} ({len(one.splits)} splits)", "", *_numbers(one.huber, one.r2, one.rmse, one.max_error)
-            )
+            table.add_row("", f"{_UNSEEN[one.over]} ({len(one.splits)} splits)", "", *_cells(one))
     stdout.print(table)
     for name, law in file.laws.items():
         stdout.print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in law.parameters.items()))
         for sign in law.check() if isinstance(law, DCPTLaw) else ():
             if not sign.holds:
                 at = "N {:.3g}e9, D {:.3g}e9, ratio {:.3g}".format(*sign.at)
-                say_warnings([f"{sign.derivative} > 0 on {sign.failing:.0%} of the fitted range, worst at {at}"], name)
+                share = percent_text(sign.failing, 2)
+                print_warnings([f"{sign.derivative} > 0 on {share} of the fitted range, worst at {at}"], name)
 
 
-def _numbers(huber: float, r2: float, rmse: float, largest: float) -> tuple[str, str, str, str]:
-    return f"{huber:.2e}", f"{r2:.4f}", f"{rmse:.4f}", f"{largest:.4f}"
-
-
-def predictions_table(rows: list[dict[str, Any]], level: float) -> Table:
-    table = Table()
+def predictions_table(rows: Sequence[Mapping[str, Any]], level: float) -> Table:
+    """The inputs of each row, its predicted loss and the interval."""
     shown = [key for key in rows[0] if key not in ("low", "high", "spread")]
-    for key in shown:
-        table.add_column(key, justify="left" if key == "domain" else "right")
-    table.add_column(f"{level:.0%} interval", justify="right")
+    interval = f"{percent_text(level)} interval"
+    table = plain_table(*shown, interval, right=[interval, *(key for key in shown if key != "domain")])
     for row in rows:
         cells = [f"{row[key]:.4f}" if key == "loss" else _cell(row[key]) for key in shown]
         table.add_row(*cells, f"{row['low']:.4f} to {row['high']:.4f}")
     return table
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def choice_json(choice: Choice) -> dict[str, Any]:
+    """The chosen mixture, in parameters and tokens."""
     return {
         "ratio": choice.ratio,
         "n_params": choice.n * BILLION,
@@ -95,17 +84,31 @@ def choice_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def choice_table(choice: Choice) -> Table:
-    table = Table(show_header=False)
-    table.add_row("domain text in the mixture", f"{choice.ratio:.2%}")
-    table.add_row("parameters", f"{choice.n * BILLION:,.0f}")
-    table.add_row("tokens", f"{choice.d * BILLION:,.0f}")
-    table.add_row("domain loss", f"{choice.domain_loss:.4f}")
+def print_choice(choice: Choice) -> None:
+    """Print the chosen mixture."""
+    print_fact(stdout, "mixture", f"{percent_text(choice.ratio, 4)} domain text")
+    print_fact(stdout, "parameters", f"{choice.n * BILLION:,.0f}")
+    print_fact(stdout, "tokens", f"{choice.d * BILLION:,.0f}")
+    print_fact(stdout, "domain loss", f"{choice.domain_loss:.4f}")
     if choice.general_loss is not None and choice.limit is not None:
-        table.add_row("general loss", f"{choice.general_loss:.4f} (at most {choice.limit:.4f})")
-    return table
+        print_fact(stdout, "general loss", f"{choice.general_loss:.4f} (at most {choice.limit:.4f})")
 
 
-def say_warnings(notes: Sequence[str], name: str = ONLY_DOMAIN) -> None:
+def print_warnings(notes: Sequence[str], name: str = ONLY_DOMAIN) -> None:
+    """Print warnings on stderr, each with the law that it is about."""
     for note in notes:
         stderr.print(f"[yellow]warning:[/] {escape('' if name == ONLY_DOMAIN else name + ': ')}{escape(note)}")
+
+
+def _goodness(found: Goodness | CrossValidation) -> dict[str, float]:
+    return {"huber": found.huber, "r2": found.r2, "rmse": found.rmse, "max_error": found.max_error}
+
+
+def _cells(found: Goodness | CrossValidation) -> list[str]:
+    return [f"{found.huber:.2e}", f"{found.r2:.4f}", f"{found.rmse:.4f}", f"{found.max_error:.4f}"]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What is a model measured on? Host(), Gpu(device): when work is done, how much memory it took, how fast memory is."""
+"""The machine that a model is measured on: `Host` and `Gpu` wait for work, count memory and measure bandwidth."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from bitquilt.ops import cpu_kernels, gpu
 from bitquilt.stream.devices import free_bytes
 
-_READ = 2**31  # memory of the read loop: more than caches hold
+_READ = 2**31  # bytes that the bandwidth test reads, more than caches hold
 _ROUNDS = 20
 
 
@@ -27,18 +27,18 @@ class Host:
 
     @property
     def title(self) -> str:
-        """For the table's head."""
+        """Description for the table's head."""
         return f"{torch.get_num_threads()} threads, {cpu_kernels.level()}, {cpu_kernels.activations()} activations"
 
     def done(self) -> None:
-        """Wait until what was asked for is computed."""
+        """Return when all work is computed, which on a processor is at once."""
 
     def peak(self) -> int:
-        """Bytes at most since the start; where the system counts no peak, bytes now."""
+        """Most bytes since the start; where the system counts no peak, the bytes now."""
         return psutil.Process().memory_info().rss if self._start is None else _resident() - self._start
 
     def bandwidth(self) -> float:
-        """Bytes per second that are read from memory."""
+        """Bytes read from memory per second."""
         return cpu_kernels.read_bandwidth(_READ, torch.get_num_threads())
 
 
@@ -51,19 +51,19 @@ class Gpu:
 
     @property
     def title(self) -> str:
-        """For the table's head."""
+        """Description for the table's head."""
         return f"{torch.cuda.get_device_name(self.device)}, {'triton' if gpu.in_use() else 'reference'}"
 
     def done(self) -> None:
-        """Wait until what was asked for is computed."""
+        """Wait until all work is computed."""
         torch.cuda.synchronize(self.device)
 
     def peak(self) -> int:
-        """Bytes of tensors at most since the start."""
+        """Most bytes of tensors since the start."""
         return int(torch.cuda.max_memory_allocated(self.device))
 
     def bandwidth(self) -> float:
-        """Bytes per second that a copy reads and writes."""
+        """Bytes that a copy reads and writes per second."""
         size = min(_READ, free_bytes(self.device) // 4)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)

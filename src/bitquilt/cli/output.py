@@ -1,33 +1,31 @@
-"""How verbs speak to a terminal, a log file or a script. Results go to stdout, everything else to stderr."""
+"""How verbs speak to a terminal, a log or a script: `print_fact`, `print_json` and `plain_table` print, `run_cli` turns
+errors into exit codes. Results go to stdout, everything else to stderr."""
 
 import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
-import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
-from bitquilt.core.units import ratio_text, size_text, time_text
+from bitquilt.core.events import Untouched
+from bitquilt.core.units import percent_text
 from bitquilt.errors import UserError, VerificationError
-
-__all__ = ["EXIT_USER_ERROR", "EXIT_WRONG_RESULT", "Json", "Quiet", "calm", "print_fact", "print_json", "ratio_text",
-           "run_cli", "size_text", "stderr", "stdout", "time_text"]  # fmt: skip
 
 EXIT_USER_ERROR = 2
 EXIT_WRONG_RESULT = 3
 
-# A pipe has no width: lines are left as long as they are, tables get room.
+# A pipe has no width: lines are not wrapped, and tables get room.
 _PIPE_WIDTH = 200
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary: errors only.")]
+_LABEL = 11  # characters of a fact's label
 
 
 def _console(stream: Any, **options: Any) -> Console:
@@ -38,24 +36,55 @@ def _console(stream: Any, **options: Any) -> Console:
 stdout = _console(sys.stdout)
 stderr = _console(sys.stderr, stderr=True)
 
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only: no progress, no summary.")]
+
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, nothing else; what JSON cannot write (NaN, infinity) is null."""
+    """Print one JSON object on stdout; NaN and infinity, which JSON cannot write, become null."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def print_fact(console: Console, label: str, value: str, style: str = "") -> None:
-    """`  label   value`, the value wrapped below itself on a terminal and one line anywhere else. No markup."""
+    """Print `  label   value` without markup. On a terminal the value wraps below itself; elsewhere it is one line."""
     if console.is_terminal:
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(f"  {label:<7}", Text(value, style=style))
+        grid.add_row(f"  {label:<{_LABEL}}", Text(value, style=style))
         console.print(grid)
     else:
-        console.print(f"  {label:<7} {value}", markup=False)
+        console.print(f"  {label:<{_LABEL}} {value}", markup=False)
+
+
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print a line without markup and without wrapping."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def print_commands(commands: Iterable[str]) -> None:
+    """Print what the user can run next, ready to copy."""
+    print_line(stdout, "Next:")
+    for command in commands:
+        print_line(stdout, f"  {command}", style="cyan")
+
+
+def print_untouched(console: Console, untouched: Iterable[Untouched], total: int) -> None:
+    """Print what stays unchanged, with its share of the `total` bytes: nothing is skipped silently."""
+    for item in untouched:
+        tensors = "" if item.tensors == 1 else f"{item.tensors} tensors, such as "
+        share = percent_text(item.nbytes / total, 2)
+        print_fact(console, "unchanged", f"{share} of the bytes, {item.reason}: {tensors}{item.example}")
+
+
+def plain_table(*names: str, right: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
+    """Return a table without borders; `right`: columns aligned to the right, `wrap`: columns that may wrap."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in wrap)
+    return table
 
 
 def run_cli(app: Callable[[], Any]) -> None:
-    """Call a typer app; turn the errors a user can mend into one line on stderr and an exit code.
+    """Call a typer app and turn the user's mistakes into one line on stderr and an exit code.
 
     `BITQUILT_TRACEBACK=1` keeps the traceback, for bug reports.
     """
@@ -71,7 +100,7 @@ def run_cli(app: Callable[[], Any]) -> None:
 
 
 def _flush() -> None:
-    """Send what is buffered while a closed pipe (`| head`) can still be caught: at exit Python would complain."""
+    """Flush stdout while a closed pipe (`| head`) can still be caught; at exit Python would complain."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -80,8 +109,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def calm(quiet: bool = False, *, models: bool = True) -> Iterator[None]:
-    """Within the block other libraries log errors only; the bars of a download stay, unless `quiet`. `models`: whether
-    transformers will be needed, which this imports."""
+    """Let other libraries log errors only. `quiet`: hide bars of downloads too. `models`: import transformers."""
     with contextlib.ExitStack() as stack:
         if quiet:
             from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars

@@ -1,119 +1,121 @@
-"""`bitquilt plan MODEL`: what would a budget buy? From headers alone; with --measure, what each bit is worth."""
+"""`bitquilt plan MODEL`: what a budget buys, from headers alone; with --measure also what each bit is worth."""
 
 import json
 import shlex
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 from typer import Exit, Option
 
-from bitquilt.cli.budgets import Allocation, Bits, Bpw, Ctx, Size, Vram, size_budget
 from bitquilt.cli.options import (
+    DEFAULT_RECIPE,
+    Asked,
+    BudgetOptions,
+    CalibrationOptions,
     Device,
-    EmbeddingBits,
-    GroupSize,
-    HeadBits,
+    LayerOptions,
     Model,
-    Published,
-    Samples,
-    Seed,
-    SeqLen,
-    Settings,
-    Skip,
+    RecipeOptions,
+    grouped,
+    read_flags,
 )
-from bitquilt.cli.output import Json, Quiet, calm, print_fact, print_json, size_text, stderr, stdout, time_text
+from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_commands, print_fact, print_json, stderr, stdout
 from bitquilt.cli.progress import watching
-from bitquilt.cli.quantize import chosen
+from bitquilt.core.units import size_text, time_text
 from bitquilt.errors import UserError
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
-from bitquilt.recipes import RECIPES, own_allocations, takes_fractions
+from bitquilt.recipes import own_allocations, takes_fractions
 
 EXIT_DOES_NOT_FIT = 4
-_SAMPLES, _SEQ_LEN = 128, 2048  # what `quantize` takes by itself
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is planned, from the flags."""
+
+    model: str
+    asked: Asked
+    layers: LayerOptions
+    data: CalibrationOptions
+    ctx: int | None
+    tie: bool
+    device: str
+
+    def outlook(self, sensitivities: Path | None) -> Forecast:
+        """Plan with these sensitivities, or without."""
+        wish = self.asked.wish
+        return run(
+            self.model,
+            wish.recipe,
+            budget=wish.budget,
+            scope=wish.scope if wish.budget else None,
+            sensitivities=sensitivities,
+            ctx=self.ctx,
+            tie=self.tie,
+            samples=self.data.samples,
+            seq_len=self.data.seq_len,
+            **(asdict(self.layers) | {"skip": self.layers.skip or ()}),
+        )
+
+    def command(self, plan: Path) -> str:
+        """The command that quantizes by the plan."""
+        usual = CalibrationOptions()
+        given = {
+            f"--{name.replace('_', '-')}": value
+            for name, value in asdict(self.data).items()
+            if value != getattr(usual, name)
+        }
+        given |= {} if self.device == "cpu" else {"--device": self.device}
+        words = ["bitquilt", "quantize", self.model, "OUT", "--plan", str(plan)]
+        words += [str(word) for pair in given.items() for word in pair]
+        words += [word for pattern in self.layers.skip or () for word in ("--skip", pattern)]
+        return shlex.join([*words, *(["--include-head"] if self.layers.include_head else [])])
+
+
+@grouped
 def plan(
     model: Model,
-    recipe: Annotated[str, Option("--recipe", "-r", help=f"How: {', '.join(RECIPES)}.")] = "slim-llm",
-    bits: Bits = None,
-    bpw: Bpw = None,
-    size: Size = None,
-    vram: Vram = None,
-    ctx: Ctx = None,
-    allocation: Allocation = None,
-    group_size: GroupSize = None,
-    out: Annotated[
-        Path | None, Option(help="Write the plan here, for `quantize --plan`.", metavar="FILE", show_default=False)
-    ] = None,
+    recipe: RecipeOptions,
+    budget: BudgetOptions,
+    layers: LayerOptions,
+    data: CalibrationOptions,
+    out: Annotated[Path | None, Option(metavar="FILE", help="Write the plan here, for `quantize --plan`.")] = None,
+    measure: Annotated[bool, Option("--measure", help="Measure first what each width costs. Takes minutes.")] = False,
     sensitivities: Annotated[
         Path | None,
         Option(
-            help="What each width costs: read, or with --measure written (default: NAME-RECIPE.sensitivities here).",
             metavar="FILE",
-            show_default=False,
+            help="What each width costs, from --measure. Default: NAME-RECIPE.sensitivities here.",
         ),
     ] = None,
-    measure: Annotated[
-        bool, Option("--measure", help="Measure what each width costs first; minutes, not seconds.")
-    ] = False,
-    calibration: Annotated[
-        str,
-        Option(help="For --measure, and to quantize: text, jsonl, parquet, a folder, a hub data set, token ids; self."),
-    ] = "self",
-    samples: Samples = _SAMPLES,
-    seq_len: SeqLen = _SEQ_LEN,
-    seed: Seed = 0,
-    work_dir: Annotated[Path | None, Option(help="Where --measure swaps out.", show_default=False)] = None,
-    device: Device = "cpu",
-    skip: Skip = None,
-    include_head: Annotated[bool, Option("--include-head", help="The layer that makes logits too.")] = False,
-    embedding_bits: EmbeddingBits = None,
-    head_bits: HeadBits = None,
+    work_dir: Annotated[Path | None, Option(help="Folder for temporary files of --measure.")] = None,
     tie: Annotated[
-        bool, Option("--tie", help="Layers that serving engines fuse (q, k, v; gate, up) get the same bits.")
+        bool, Option("--tie", help="Give layers that serving engines fuse (q, k, v; gate, up) the same bits.")
     ] = False,
-    published: Published = False,
-    settings: Settings = None,
+    device: Device = "cpu",
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Say what a budget buys before anything is quantized. Exit code 0: it fits; 4: no plan is within the budget."""
-    budget = size_budget(bits, bpw, size, vram, None if vram is None else ctx)
+    """Plan, optionally after measuring, and print the outlook."""
+    limits = budget if budget.vram is not None else BudgetOptions(**(asdict(budget) | {"ctx": None}))
+    question = _Question(model, read_flags(recipe, limits), layers, data, budget.ctx, tie, device)
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"cannot write the plan to {out}: there is no folder {out.parent}")
-    wanted = chosen(recipe, bits, bpw, group_size, published, settings or [], allocation, budget)
-    path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe}.sensitivities")
+        raise UserError(f"cannot write the plan to {out}: there is no folder {out.parent}; create it")
+    wish = question.asked.wish
+    path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe.recipe or DEFAULT_RECIPE}.sensitivities")
     with calm(quiet, models=measure):
         if measure:
+            measured = asdict(data) | {"skip": layers.skip or (), "include_head": layers.include_head}
             with watching(quiet) as observer:
-                measure_model(
-                    model, path, wanted.recipe, calibration, samples=samples, seq_len=seq_len, seed=seed,
-                    skip=skip or [], include_head=include_head, work_dir=work_dir, device=device, observer=observer,
-                )  # fmt: skip
-        used = path if sensitivities is not None or path.is_file() else None
-
-        def outlook(known: Path | None) -> Forecast:
-            return run(
-                model, wanted.recipe, budget=wanted.budget, scope=wanted.scope if wanted.budget else None,
-                sensitivities=known, ctx=ctx, tie=tie, skip=skip or [], include_head=include_head,
-                embedding_bits=embedding_bits, head_bits=head_bits, samples=samples, seq_len=seq_len,
-            )  # fmt: skip
-
+                measure_model(model, path, wish.recipe, work_dir=work_dir, device=device, observer=observer, **measured)
         try:
-            try:
-                found = outlook(used)
-            except UserError as error:
-                if used is None or sensitivities is not None or measure or isinstance(error, UnreachableError):
-                    raise
-                found = outlook(None)  # a file that nobody asked for; another mistake is raised again
-                stderr.print(f"[yellow]{escape(str(path))} lies here but is not used:[/] {escape(str(error))}")
+            found = _outlook(question, path, required=measure or sensitivities is not None)
         except UnreachableError as error:
             if json_output:
                 print_json(_refusal(model, error))
@@ -124,26 +126,32 @@ def plan(
         try:
             out.write_text(json.dumps(found.plan_json(), indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write the plan to {out}: {error.strerror}") from None
+            raise UserError(f"cannot write the plan to {out}: {error.strerror}; give another --out") from None
     if json_output:
         print_json(found.summary)
     elif not quiet:
-        again = {
-            "--calibration": None if calibration == "self" else calibration,
-            "--samples": None if samples == _SAMPLES else samples,
-            "--seq-len": None if seq_len == _SEQ_LEN else seq_len,
-            "--seed": seed or None,
-            "--device": None if device == "cpu" else device,
-        }
-        then = ["bitquilt", "quantize", model, "OUT", "--plan", str(out)]
-        then += [str(part) for flag, given in again.items() if given is not None for part in (flag, given)]
-        then += [part for pattern in skip or () for part in ("--skip", pattern)]
-        then += ["--include-head"] if include_head else []
-        _print(found, None if out is None else shlex.join(then))
+        _print_layers(found.summary["layers"])
+        _print_summary(found)
+        if out is not None:
+            print_commands([question.command(out)])
+
+
+def _outlook(question: _Question, path: Path, *, required: bool) -> Forecast:
+    """Plan with the sensitivities in `path`. A file that the user did not name is ignored if it does not fit."""
+    if not required and not path.is_file():
+        return question.outlook(None)
+    try:
+        return question.outlook(path)
+    except UserError as error:
+        if required or isinstance(error, UnreachableError):
+            raise
+        found = question.outlook(None)  # any other mistake is raised again
+        stderr.print(f"[yellow]{escape(str(path))} is here but not used:[/] {escape(str(error))}")
+        return found
 
 
 def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
-    """`reachable` in the unit of the budget, `reachable_bytes` of the whole folder, as where a plan fits."""
+    """The JSON for a budget that does not fit: `reachable` in its unit, `reachable_bytes` of the whole folder."""
     return {
         "model": model,
         "budget": asdict(error.budget),
@@ -154,68 +162,65 @@ def _refusal(model: str, error: UnreachableError) -> dict[str, Any]:
     }
 
 
-def _print(found: Forecast, then: str | None) -> None:
-    """`then`: the command that quantizes by the plan that was written."""
-    value = found.summary
-    shown = value["layers"].values()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    single = any(sum(layer["bits"].values()) == layer["shape"][1] for layer in shown)
-    counted = "channels" if single else "groups"
-    for name in ("layer", "out x in", f"bits: {counted}", "bpw", "size", "predicted loss"):
-        table.add_column(name, justify="right" if name in ("bpw", "size", "predicted loss") else "left", no_wrap=True)
-    for name, layer in value["layers"].items():
+def _print_layers(layers: Mapping[str, Mapping[str, Any]]) -> None:
+    single = any(sum(layer["bits"].values()) == layer["shape"][1] for layer in layers.values())
+    counted = f"bits: {'channels' if single else 'groups'}"
+    figures = ("bpw", "size", "predicted loss")
+    table = plain_table("layer", "out x in", counted, *figures, right=figures)
+    for name, layer in layers.items():
         counts = "  ".join(f"{bits}: {count}" for bits, count in layer["bits"].items())
         loss = "" if layer["predicted_loss"] is None else f"{layer['predicted_loss']:.2g}"
         shape = "x".join(map(str, layer["shape"]))
         table.add_row(name, shape, counts, f"{layer['bpw']:.3f}", size_text(layer["bytes"]), loss)
     stdout.print(table)
+
+
+def _print_summary(found: Forecast) -> None:
+    value = found.summary
     stdout.print(value["model"], style="bold", markup=False)
     if value["budget"]:
         spent = value["budget"]["spent"]
-        print_fact(stdout, "budget", f"{found.wish.budget}, spent {spent:.10g}, {found.planned.scope} allocation")
+        print_fact(stdout, "budget", f"{found.wish.budget}, {spent:.10g} spent, {found.planned.scope} allocation")
     print_fact(stdout, "bits", f"{value['nominal_bits']:.3g} nominal, {value['bpw']:.3f} true per weight")
     print_fact(stdout, "size", f"{value['bytes']} bytes ({size_text(value['bytes'])}) in the whole folder")
     least, most = value["reachable_bytes"]
-    print_fact(stdout, "reach", f"{least} to {most} bytes ({size_text(least)} to {size_text(most)}) with this recipe")
-    memory = value["memory"]
+    print_fact(stdout, "reachable", f"{least} to {most} bytes ({size_text(least)} to {size_text(most)}) by this recipe")
+    memory, work = value["memory"], value["estimate"]
     parts = ", ".join(f"{key} {size_text(memory[key])}" for key in ("weights", "cache", "workspace"))
-    print_fact(stdout, "memory", f"{size_text(memory['total'])} to run it with {memory['ctx']} tokens: {parts}")
-    todo = value["estimate"]
-    needed = f"about {time_text(todo['seconds'])} and {size_text(todo['peak_memory_bytes'])} of memory"
-    training = f", {size_text(todo['training_bytes'])} of it to train (with --device there)"
-    print_fact(stdout, "to do", f"{needed} to quantize here{training if todo['training_bytes'] else ''}")
+    print_fact(stdout, "to run", f"{size_text(memory['total'])} of memory with {memory['ctx']} tokens: {parts}")
+    needed = f"about {time_text(work['seconds'])} and {size_text(work['peak_memory_bytes'])} of memory here"
+    training = f", {size_text(work['training_bytes'])} of it for training on --device"
+    print_fact(stdout, "to quantize", f"{needed}{training if work['training_bytes'] else ''}")
     if value["prediction"]:
         _print_prediction(value["prediction"])
     else:
-        print_fact(stdout, "worth", _unmeasured(found))
-    for item in value["untouched"]:
-        print_fact(stdout, "as is", f"{size_text(item['nbytes'])}, {item['reason']}: such as {item['example']}")
+        print_fact(stdout, "allocation", _unmeasured(found))
+    for item in found.untouched:
+        print_fact(stdout, "unchanged", f"{size_text(item.nbytes)}, {item.reason}, such as {item.example}")
     for title, taken in value["permits"].items():
         why = f"; {taken['why_not']}" if taken["why_not"] else ""
-        print_fact(stdout, "permits", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
-    if then is not None:
-        stdout.print(f"  [cyan]{escape(then)}[/]", soft_wrap=True)
+        print_fact(stdout, "supported", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
 
 
 def _unmeasured(found: Forecast) -> str:
-    """Who gives the bits out, where this plan only says what they take."""
+    """How bits are allocated where nothing was measured."""
     name = found.wish.recipe.name
     if found.wish.budget is not None:
         return (
-            "not measured, so the bits are shared out evenly, for the size alone: --measure tells what each is worth "
-            "(`quantize` with a budget does so first, with a plan it does not)"
+            "even in this plan, which only shows the size. Run with --measure to allocate by what each bit is worth; "
+            "`quantize` with a budget measures by itself, `quantize --plan` does not"
         )
     if own_allocations(name) or takes_fractions(name):
-        return f"the bits are shared out evenly here, for the size alone; `quantize` gives them out as {name} does"
-    return "every layer gets the same; a budget (--size, --bpw) goes where a bit is worth most: --measure"
+        return f"even in this plan, which only shows the size; `quantize` allocates by the rule of {name}"
+    return "the same bits in every layer; a budget (--size, --bpw) with --measure puts them where they are worth most"
 
 
-def _print_prediction(prediction: dict[str, Any]) -> None:
+def _print_prediction(prediction: Mapping[str, Any]) -> None:
     text = f"KL about {prediction['kl']:.3g} nats per token"
     if prediction.get("ppl_range"):
         low, high = prediction["ppl_range"]
-        text += f"; perplexity {low:.4g} to {high:.4g}, in full precision {prediction['perplexity_full_precision']:.4g}"
-        text += ", on the calibration text"
+        full = prediction["perplexity_full_precision"]
+        text += f"; perplexity {low:.4g} to {high:.4g} on the calibration text, {full:.4g} in full precision"
     if without := prediction.get("without"):
-        text += f"; without {without}"
-    print_fact(stdout, "loss", text)
+        text += f"; excluding {without}"
+    print_fact(stdout, "prediction", text)

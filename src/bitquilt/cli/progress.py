@@ -1,4 +1,4 @@
-"""What a run looks like while it works: a bar on a terminal, plain lines in a log, nothing with --quiet."""
+"""Progress of a run: `watching` and `scoring` show a bar on a terminal, lines in a log and nothing with --quiet."""
 
 import contextlib
 import time
@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from bitquilt.cli.output import print_fact, size_text, stderr, time_text
+from bitquilt.cli.output import print_fact, print_line, print_untouched, stderr
 from bitquilt.core.events import BlockDone, Epoch, LayerDone, Observer, RunEvent, Stage, Started, silent
+from bitquilt.core.units import size_text, time_text
 
-# Lines of a log while text is scored: one in so many seconds.
+# Seconds between two lines of a log while a text is scored or a block is trained.
 _LOG_EVERY = 10.0
 
 Scored = Callable[[int, int, float], None]
@@ -20,7 +21,7 @@ Scored = Callable[[int, int, float], None]
 
 @contextlib.contextmanager
 def watching(quiet: bool) -> Iterator[Observer]:
-    """An observer for `bitquilt.quantize`, as the terminal, the log or --quiet demands."""
+    """Yield an observer for `bitquilt.quantize` that suits the terminal, the log or --quiet."""
     if quiet:
         yield silent
     elif stderr.is_terminal:
@@ -32,51 +33,43 @@ def watching(quiet: bool) -> Iterator[Observer]:
 
 @contextlib.contextmanager
 def scoring(quiet: bool) -> Iterator[Scored | None]:
-    """A progress callback for `bitquilt.evaluate`: windows done, windows in all, perplexity so far."""
+    """Yield a callback for `bitquilt.evaluate` that takes windows done, all windows, and the perplexity so far."""
     if quiet:
         yield None
     elif stderr.is_terminal:
-        columns = ("window {task.completed:.0f}/{task.total:.0f}", "perplexity {task.fields[perplexity]}")
-        with Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), _Left(),
-                      console=stderr, transient=True) as progress:  # fmt: skip
+        windows = TextColumn("window {task.completed:.0f}/{task.total:.0f}")
+        columns = (windows, BarColumn(), TextColumn("perplexity {task.fields[perplexity]}"), _Left())
+        with Progress(*columns, console=stderr, transient=True) as progress:
             yield _ScoreBar(progress)
     else:
         yield _ScoreLines()
 
 
-def print_untouched(started: Started) -> None:
-    """What the run leaves as it is, with its share of the bytes: nothing is skipped silently."""
-    for item in started.untouched:
-        share = 100 * item.nbytes / started.total_bytes
-        tensors = "" if item.tensors == 1 else f"{item.tensors} tensors, such as "
-        print_fact(stderr, "as is", f"{share:.2g} % of the bytes, {item.reason}: {tensors}{item.example}")
-
-
 class Clock:
-    """How long will it take? From the pace since `begin`, which a stage before the first layer starts again."""
+    """Time left, estimated from the pace since `begin`."""
 
     def __init__(self) -> None:
         self.begin = time.monotonic()
         self.end: float | None = None
 
     def restart(self) -> None:
-        """Only before the first tick counts: reading text says nothing about the pace of layers."""
+        """Start again at a stage before the first tick: reading text tells nothing about the pace of layers."""
         if self.end is None:
             self.begin = time.monotonic()
 
     def tick(self, done: float, left: float) -> None:
-        """`done` units since `begin`, `left` to go."""
+        """Note that `done` units are done since `begin` and `left` remain."""
         now = time.monotonic()
         self.end = now + (now - self.begin) / max(done, 1e-9) * left
 
     @property
     def left(self) -> float | None:
-        """Seconds to go; None before the first tick."""
+        """Seconds left; None before the first tick."""
         return None if self.end is None else max(0.0, self.end - time.monotonic())
 
 
 class _Lines:
-    """One line per block, plus stages: for logs."""
+    """One line per block and stage, for logs."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -84,27 +77,27 @@ class _Lines:
         self.said = time.monotonic()
 
     def observe(self, event: RunEvent) -> None:
-        """Print the event, if it is worth a line."""
+        """Print the event if it is worth a line."""
         match event:
             case Started():
                 _print_start(event)
                 self.first = event.done
             case Stage():
                 self.clock.restart()
-                _say(event.text)
+                print_line(stderr, event.text)
             case Epoch() if event.done == event.of or time.monotonic() - self.said > _LOG_EVERY:
                 self.said = time.monotonic()
-                _say(_epoch_text(event))
+                print_line(stderr, _epoch_text(event))
             case BlockDone():
                 left = event.blocks - event.block - 1
                 self.clock.tick(event.block + 1 - self.first, left)
                 error = "" if event.error is None else f"output error {event.error:.4f}, "
                 eta = f", about {time_text(self.clock.left or 0)} left" if left else ""
-                _say(f"block {event.block + 1} of {event.blocks}: {error}{time_text(event.seconds)}{eta}")
+                print_line(stderr, f"block {event.block + 1} of {event.blocks}: {error}{time_text(event.seconds)}{eta}")
 
 
 class _Left(ProgressColumn):
-    """The time left, by the task's own clock."""
+    """The time left by the task's own clock."""
 
     def render(self, task: Task) -> Text:
         clock = task.fields.get("clock")
@@ -113,7 +106,7 @@ class _Left(ProgressColumn):
 
 
 class _Bar(Progress):
-    """A line with the current layer or stage, and a bar below it: fits 80 columns."""
+    """A line with the current layer or stage above a bar, in 80 columns."""
 
     def __init__(self) -> None:
         self.note = ""
@@ -124,7 +117,7 @@ class _Bar(Progress):
         super().__init__(*columns, TextColumn("{task.fields[error]}"), _Left(), console=stderr, transient=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The note first, cut to the terminal's width, then the bar once there is something to count."""
+        """Return the note, cut to the terminal's width, and the bar once there is something to count."""
         if self.note:
             yield Text(self.note, no_wrap=True, overflow="ellipsis", style="dim")
         if self.tasks:
@@ -178,16 +171,16 @@ class _ScoreLines:
     def __call__(self, done: int, total: int, perplexity: float) -> None:
         if time.monotonic() - self.said > _LOG_EVERY:
             self.said = time.monotonic()
-            _say(f"window {done} of {total}: perplexity {perplexity:.3f} so far")
+            print_line(stderr, f"window {done} of {total}: perplexity {perplexity:.3f} so far")
 
 
 def _print_start(event: Started) -> None:
     stderr.print(f"[bold]{escape(event.model)}[/]")
     what = f"{event.layers} layers in {event.blocks} blocks; the model takes {size_text(event.total_bytes)}"
-    print_fact(stderr, "to do", what)
-    print_untouched(event)
+    print_fact(stderr, "to quantize", what)
+    print_untouched(stderr, event.untouched, event.total_bytes)
     if event.done:
-        _say(f"continuing after block {event.done} of {event.blocks}")
+        print_line(stderr, f"continuing after block {event.done} of {event.blocks}")
 
 
 def _epoch_text(event: Epoch) -> str:
@@ -196,7 +189,3 @@ def _epoch_text(event: Epoch) -> str:
         return f"{event.where} trained: {change}"
     left = f", about {time_text(event.left)} left" if event.done else ""
     return f"training {event.where}: {event.done} of {event.of} epochs, {change}{left}"
-
-
-def _say(text: str) -> None:
-    stderr.print(text, markup=False)

@@ -1,38 +1,35 @@
-"""`bitquilt report DIR`: one page about a checkpoint: where the bits went, what it cost, how good it is."""
+"""`bitquilt report DIR`: an HTML page about one checkpoint: where the bits went, what it cost, how good it is."""
 
 import shlex
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
-from typer import Argument, Option
+from typer import Option
 
-from bitquilt.cli.output import Json, Quiet, calm, print_json, size_text, stderr, stdout
-from bitquilt.cli.pages import check_target, write_page
+from bitquilt.cli.options import Quantized
+from bitquilt.cli.output import Json, Quiet, calm, print_json, print_line, stderr, stdout
+from bitquilt.core.units import size_text
 from bitquilt.report import compare, read_facts, report_page
+from bitquilt.report.page import check_target, write_page
 from bitquilt.report.pareto import siblings
-from bitquilt.report.remembered import newest, protocol
 
 
 def report(
-    folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint of bitquilt: folder or hub id.")],
-    out: Annotated[
-        Path | None, Option(metavar="FILE", help="The page (default: DIR/report.html).", show_default=False)
-    ] = None,
+    folder: Quantized,
+    out: Annotated[Path | None, Option(metavar="FILE", help="Page to write. Default: DIR/report.html.")] = None,
     evaluation: Annotated[
-        list[Path] | None,
-        Option(metavar="FILE", help="Figures that `eval --json` printed, besides those remembered; repeatable."),
+        list[Path] | None, Option(metavar="FILE", help="Add figures that `eval --json` printed. Repeatable.")
     ] = None,
     baseline: Annotated[
-        list[Path] | None, Option(metavar="DIR", help="A checkpoint to compare with, such as RTN's; repeatable.")
+        list[Path] | None, Option(metavar="DIR", help="Compare with this checkpoint too, such as RTN's. Repeatable.")
     ] = None,
     alone: Annotated[
-        bool, Option("--alone", help="Do not look for checkpoints of the same model beside this one.")
+        bool, Option("--alone", help="Do not compare with checkpoints of the same model in neighbouring folders.")
     ] = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """One self-contained HTML page: bits, loss, quality, events, settings, time. Nothing is computed."""
+    """Gather the facts, write the page and name what is missing."""
     with calm(quiet):
         local = Path(folder).is_dir()
         default = Path(folder) / "report.html" if local else Path(f"{Path(folder).name}-report.html")
@@ -42,15 +39,15 @@ def report(
         if not alone and local:
             known = {other.checkpoint.folder.resolve() for other in (facts, *others)}
             others += [one for one in siblings(facts) if one.checkpoint.folder.resolve() not in known]
-        wanted = list(dict.fromkeys(protocol(r) for r in facts.evaluations if newest([r]) is not None))
+        wanted = list(dict.fromkeys(record.protocol for record in facts.evaluations if record.scored))
         panels = compare([facts, *others], wanted) if wanted else []
         page = report_page(facts, panels)
         write_page(path, page)
+    size = len(page.encode())
     if json_output:
         absent = [one.what for one in facts.absent]
-        print_json({"out": str(path), "bytes": len(page.encode()), "panels": len(panels), "absent": absent})
+        print_json({"out": str(path), "bytes": size, "panels": len(panels), "absent": absent})
     elif not quiet:
-        stdout.print(f"[bold]{escape(str(path))}[/]: {size_text(len(page.encode()))}, one file", soft_wrap=True)
+        print_line(stdout, f"{path}: {size_text(size)}, one file")
         for one in facts.absent:
-            fix = one.fix.replace("DIR", shlex.quote(folder))
-            stderr.print(f"absent: {one.what} ({fix})", markup=False, soft_wrap=True)
+            print_line(stderr, f"missing: {one.what} ({one.fix.replace('DIR', shlex.quote(folder))})")

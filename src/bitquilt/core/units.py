@@ -1,4 +1,4 @@
-"""Numbers as text for people: `size_text`, `time_text` and `ratio_text`, shared by command line and pages."""
+"""Numbers as text for people, on the command line and pages: `size_text`, `time_text`, `ratio_text`, `percent_text`."""
 
 
 def size_text(count: float) -> str:
@@ -24,5 +24,11 @@ def time_text(seconds: float) -> str:
 
 def ratio_text(ratio: float) -> str:
     """Format a size ratio: 0.28 -> "28 % of fp16, 3.6 times smaller"; a ratio near 1 gets only the share."""
-    share = f"{100 * ratio:.3g} % of fp16"
+    share = f"{percent_text(ratio)} of fp16"
     return f"{share}, {1 / ratio:.1f} times smaller" if ratio < 0.95 else share
+
+
+def percent_text(share: float, digits: int = 3) -> str:
+    """Format a share with so many significant digits: 0.5 -> "50 %". A large share gets no exponent."""
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10**digits else f"{percent:.{digits}g} %"

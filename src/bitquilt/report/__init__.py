@@ -1,9 +1,9 @@
-"""What came of it? `read_facts(folder)` gathers, `report_page` and `compare_page` show: one file, no network."""
+"""Results of a run: `read_facts` gathers them, `compare` ranks checkpoints, `report_page` shows them."""
 
+from bitquilt.report.evaluation_records import Record, describe_evaluation, remember
 from bitquilt.report.facts import Facts, read_facts
 from bitquilt.report.page import compare_page, report_page
 from bitquilt.report.pareto import Entry, compare
-from bitquilt.report.remembered import Record, describe_evaluation, remember
 
 __all__ = [
     "Entry",

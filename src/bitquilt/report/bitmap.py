@@ -1,11 +1,13 @@
-"""Where did a layer's bits go, in one small picture? `picture(runs, columns) -> [(bits, SVG path)]`, painted in order.
+"""Small pictures of where a layer's bits went: `picture` returns SVG paths, `columns_for` their detail.
 
-A skyline: left to right the input channels, height the bits, `UNIT` units each; so the painted area is the bits spent,
-and nothing depends on colour alone. A layer of more channel groups than the picture has columns is drawn by the
-column: its height is the mean, cut into the shares of each width, most bits at the bottom. Paths hold no text.
+A picture is a skyline. Input channels run from left to right and the height is the bits, `UNIT` units each, so the
+painted area is the bits spent and nothing depends on colour alone. A layer with more runs than the picture has columns
+is drawn column by column: the height is the mean, split into the share of each width, most bits at the bottom.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,41 +16,31 @@ from bitquilt.core.types import run_lengths
 
 UNIT = 10  # height of one bit
 _FEWEST, _MOST = 24, 160  # columns of a picture
-_PAGE_BYTES = 1_500_000  # of all pictures together
+_PAGE_BYTES = 1_500_000  # for all pictures together
 _STEP_BYTES = 7  # "V37h1" and what it shares, measured 6.2 to 6.9
 
 Runs = Sequence[tuple[int, int]]
 
 
 def columns_for(layers: Sequence[Runs]) -> int:
-    """Columns of every picture such that all of them stay within 1.5 MB: 160 for up to 500 layers of three widths."""
+    """Columns per picture that keep all of them within 1.5 MB: 160 for up to 500 layers of three widths."""
     levels = sum(len({bits for bits, _ in runs}) for runs in layers)
     return max(_FEWEST, min(_MOST, _PAGE_BYTES // (_STEP_BYTES * max(1, levels))))
 
 
 def picture(runs: Runs, columns: int) -> tuple[int, list[tuple[int, str]]]:
-    """Width of the picture in its own units, and (bits, path) to paint one after the other.
+    """Return the width of the picture in its own units, and (bits, path) to paint one after the other.
 
-    `runs` are (bits, channels) in column order. Exact, in units of channels, where there are few enough runs.
+    `runs` are (bits, channels) in column order. With at most `columns` runs the picture is exact, in units of channels.
     """
-    merged = _merge(runs)
+    merged = [(bits, sum(width for _, width in part)) for bits, part in groupby(runs, key=itemgetter(0))]
     if len(merged) <= columns:
         return sum(width for _, width in merged), list(_exact(merged))
     return columns, list(_shares(merged, columns))
 
 
-def _merge(runs: Runs) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for bits, width in runs:
-        if merged and merged[-1][0] == bits:
-            merged[-1] = (bits, merged[-1][1] + width)
-        else:
-            merged.append((bits, width))
-    return merged
-
-
 def _exact(runs: Runs) -> Iterator[tuple[int, str]]:
-    """Bars from the base line up (y = 0 is the base, upwards is negative): one path for each width."""
+    """Bars up from the base line y = 0 (up is negative), one path per width."""
     for bits in sorted({bits for bits, _ in runs}):
         start, parts = 0, []
         for here, width in runs:
@@ -59,7 +51,7 @@ def _exact(runs: Runs) -> Iterator[tuple[int, str]]:
 
 
 def _shares(runs: Runs, columns: int) -> Iterator[tuple[int, str]]:
-    """Skylines over the column's mean: all widths first, then without the fewest bits, and so on, one over another."""
+    """Skylines to paint over each other: the mean of all widths first, then without the narrowest, and so on."""
     height: NDArray[np.float64] = np.zeros(columns)
     lines = []
     for bits in sorted({bits for bits, _ in runs}, reverse=True):
@@ -71,7 +63,7 @@ def _shares(runs: Runs, columns: int) -> Iterator[tuple[int, str]]:
 
 
 def _share(runs: Runs, bits: int, columns: int) -> NDArray[np.float64]:
-    """Of each column of the picture, the share of its channels with so many bits."""
+    """The share of channels with so many bits in each column of the picture."""
     widths = np.array([width for _, width in runs])
     ends = np.cumsum(widths)
     mine = np.cumsum(np.where(np.array([here for here, _ in runs]) == bits, widths, 0))

@@ -1,14 +1,14 @@
-"""Where does a value lie in a picture? An axis of `pixels`, linear or logarithmic, with few and round ticks."""
+"""An axis of a plot: `PlotAxis` places values in pixels, linearly or by logarithm, and chooses a few round ticks."""
 
 import math
 from dataclasses import dataclass
 
-_MARGIN = 0.06  # of the axis, free at both ends
+_MARGIN = 0.06  # free share of the axis at each end
 
 
 @dataclass(frozen=True)
-class Axis:
-    """From `low` to `high` over `pixels`; `flip`: large values first, as SVG counts y."""
+class PlotAxis:
+    """From `low` to `high` over `pixels`. `flip`: large values first, since SVG counts y downwards."""
 
     low: float
     high: float
@@ -19,10 +19,10 @@ class Axis:
     @classmethod
     def around(
         cls, values: list[float], pixels: float, *, log: bool = False, flip: bool = False, span: float = 0.0
-    ) -> "Axis":
-        """All values with a margin; linear where a logarithm does not exist, or would show no difference.
+    ) -> "PlotAxis":
+        """Return an axis that holds all values with a margin; linear where a logarithm is impossible or pointless.
 
-        `span`: of the largest value the least share that the axis covers, so that nothing is made of a trifle."""
+        `span`: the least extent, as a share of the largest value, so that small differences stay small."""
         low, high = min(values), max(values)
         if (lacking := span * abs(high) - (high - low)) > 0:
             low, high = low - lacking / 2, high + lacking / 2
@@ -33,7 +33,7 @@ class Axis:
         return cls(low - margin, high + margin, pixels, log, flip)
 
     def place(self, value: float) -> float:
-        """Pixels from the start, to a tenth."""
+        """Pixels from the start, rounded to a tenth."""
         share = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
         return round(self.pixels * (1 - share if self.flip else share), 1)
 

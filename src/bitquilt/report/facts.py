@@ -1,14 +1,15 @@
-"""What is known about a checkpoint? `read_facts(folder) -> Facts`, from its config, report.json, plan.json and
-evaluation.json. Only config and weights must be there; of every other part, `absent` says what is missing and how to
-get it. Everything a file may hold is checked here: behind this door numbers are numbers.
+"""Everything known about one checkpoint: `read_facts` gathers it from config.json, report.json, plan.json and
+evaluation.json.
+
+Only config.json and the weights must exist. `Facts.absent` lists every other part that is missing and how to get it.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitquilt.core.packing import bits_per_weight, tensor_specs
 from bitquilt.core.types import Layout, run_lengths
@@ -16,18 +17,23 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD, read_layouts
 from bitquilt.report.evaluation import ModelSize, fp16_bytes, model_size
-from bitquilt.report.remembered import FILE, Record, number, read_records
+from bitquilt.report.evaluation_records import FILE, Record, read_records
+from bitquilt.report.run_facts import RunFacts, number, read_run, section
 
 Runs = list[tuple[int, int]]
+
+_FIGURES = ("output_error", "weight_error", "loss", "predicted_loss", "seconds")
 
 _PARTS = {"codes": "codes", "zero": "zeros", "permutation": "order of channels", "outlier": "outliers"}
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One quantized layer. `runs`: (bits, channels) from the first input channel to the last; in stored order where
-    no report or plan says which channel went where (`in_order` False). `groups`: one digit per column group.
-    `loudest_first`: what is counted from first to last are MX blocks, those with the largest inputs first."""
+    """One quantized layer.
+
+    `runs`: (bits, channels) from the first input channel to the last, or in stored order where no report or plan tells
+    which channel went where (`in_order` False). `groups`: one digit per column group. `loudest_first`: the groups are
+    MX blocks, counted from the largest inputs on."""
 
     name: str
     out_features: int
@@ -48,9 +54,8 @@ class LayerFacts:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A part that this checkpoint does not hold, and what would give it."""
+class Absent(NamedTuple):
+    """A part that this checkpoint does not hold, and how to get it."""
 
     what: str
     fix: str
@@ -58,8 +63,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a page or a table says about one checkpoint. `parts`: bytes by what they store, `report`:
-    report.json or {}, `source`: the sha256 of the model it was made from."""
+    """What a page or a table says about one checkpoint. `parts`: bytes by what they store."""
 
     checkpoint: Checkpoint
     name: str
@@ -67,26 +71,30 @@ class Facts:
     fp16_bytes: int
     layers: dict[str, LayerFacts]
     parts: dict[str, int]
-    report: dict[str, Any]
+    run: RunFacts
     evaluations: list[Record]
-    absent: tuple[Absent, ...] = field(default=())
+    absent: tuple[Absent, ...] = ()
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe's name and fields, {} where unknown."""
-        return section(section(self.report, "fingerprint"), "recipe")
+    def recipe_name(self) -> str:
+        """The recipe's name; "unknown" without a report."""
+        return str(self.run.recipe.get("name", "unknown"))
 
     @property
-    def source(self) -> str | None:
-        """The sha256 of the full-precision model."""
-        found = section(section(self.report, "fingerprint"), "model").get("sha256")
-        return found if isinstance(found, str) else None
+    def folder_bytes(self) -> int:
+        """Bytes of the whole folder, or of the weights where the report does not say."""
+        return self.run.folder_bytes or self.size.bytes
+
+    @property
+    def ratio(self) -> float:
+        """The checkpoint's bytes over those of the same model in 16 bits."""
+        return self.size.bytes / self.fp16_bytes
 
 
 def read_facts(folder: str | Path, evaluations: Sequence[Path] = ()) -> Facts:
-    """Of the bitquilt checkpoint in `folder`; `evaluations` are files to read besides its own.
+    """Return the facts of a bitquilt checkpoint; `evaluations` are files to read besides its own.
 
-    Raises UserError: no checkpoint of ours, a damaged file, figures that were measured on another checkpoint.
+    Raises UserError for a model that bitquilt did not quantize, a damaged file, and figures of another checkpoint.
     """
     checkpoint = open_checkpoint(folder)
     method = checkpoint.model_config.quantized_by
@@ -96,46 +104,25 @@ def read_facts(folder: str | Path, evaluations: Sequence[Path] = ()) -> Facts:
     layouts = read_layouts(checkpoint.config)
     size = model_size(checkpoint.folder)
     assert size is not None  # it has layouts
-    report = _report(checkpoint.folder)
-    solved = section(report, "layers") or _planned(checkpoint.folder)
+    run = read_run(checkpoint.folder)
+    solved = section(run.stored, "layers") or _planned(checkpoint.folder)
     layers = {name: _layer(name, layout, section(solved, name)) for name, layout in layouts.items()}
     records = _records(checkpoint.folder, evaluations, size)
     return Facts(
-        checkpoint, checkpoint.folder.resolve().name if Path(folder).is_dir() else str(folder), size,
-        fp16_bytes(checkpoint.folder), layers, _bytes_by_part(checkpoint, layouts), report, records,
-        _absent(report, layers, records),
-    )  # fmt: skip
-
-
-def section(value: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object under `key`; {} where there is none, or something else."""
-    inner = value.get(key)
-    return inner if isinstance(inner, dict) else {}
-
-
-def items(value: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """The objects in the list under `key`."""
-    inner = value.get(key)
-    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else []
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    path = folder / "report.json"
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged: {error}; copy it again, or move it away: what it does not say is then left out"
-        ) from None
-    if not isinstance(value, dict) or "fingerprint" not in value:
-        raise UserError(f"{path} was not written by bitquilt; move it away: what it does not say is then left out")
-    return value
+        checkpoint=checkpoint,
+        name=checkpoint.folder.resolve().name if Path(folder).is_dir() else str(folder),
+        size=size,
+        fp16_bytes=fp16_bytes(checkpoint.folder),
+        layers=layers,
+        parts=_bytes_by_part(checkpoint, layouts),
+        run=run,
+        evaluations=records,
+        absent=_absent(run, layers, records),
+    )
 
 
 def _planned(folder: Path) -> dict[str, Any]:
-    """The plan's layers, where a report is missing; a damaged plan says nothing."""
+    """The plan's layers, used where a report is missing; {} for a damaged plan."""
     try:
         value = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -144,33 +131,40 @@ def _planned(folder: Path) -> dict[str, Any]:
 
 
 def _layer(name: str, layout: Layout, solved: Mapping[str, Any]) -> LayerFacts:
-    groups, size = solved.get("bits"), solved.get("group_size")
-    width = layout.in_features
-    stored: Counter[int] = Counter()
-    for form, columns in layout.segments:
-        stored[form.bits] += columns
-    known = (
-        isinstance(groups, str)
-        and isinstance(size, int)
-        and size > 0
-        and len(groups) == -(-width // size)
-        and all(digit in "12345678" for digit in groups)
-    )
-    if known:
-        assert isinstance(groups, str)
-        assert isinstance(size, int)
-        runs = _channels(groups, size, width)
-        counts = Counter(map(int, groups))
+    groups, group_size = _groups(solved, layout.in_features)
+    if groups is not None:
+        runs, counts = _channels(groups, group_size, layout.in_features), Counter(map(int, groups))
     else:
-        groups, size = None, layout.segments[0][0].group_size
+        group_size = layout.segments[0][0].group_size
         runs = [(form.bits, columns) for form, columns in layout.segments]
-        counts = Counter({bits: -(-columns // size) for bits, columns in stored.items()})
-    loudest_first = known and any(form.grid.startswith("mx") for form, _ in layout.segments)
+        stored: Counter[int] = Counter()
+        for bits, columns in runs:
+            stored[bits] += columns
+        counts = Counter({bits: -(-columns // group_size) for bits, columns in stored.items()})
+    microscaled = any(form.grid.startswith("mx") for form, _ in layout.segments)
     return LayerFacts(
-        name, layout.out_features, width, runs, known, groups, size, {bits: counts[bits] for bits in sorted(counts)},
-        layout.nominal_bits, bits_per_weight(layout), layout.outliers, loudest_first,
-        *(number(solved.get(key)) for key in ("output_error", "weight_error", "loss", "predicted_loss", "seconds")),
-    )  # fmt: skip
+        name=name,
+        out_features=layout.out_features,
+        in_features=layout.in_features,
+        runs=runs,
+        in_order=groups is not None,
+        groups=groups,
+        group_size=group_size,
+        counts={bits: counts[bits] for bits in sorted(counts)},
+        nominal_bits=layout.nominal_bits,
+        bpw=bits_per_weight(layout),
+        outliers=layout.outliers,
+        loudest_first=groups is not None and microscaled,
+        **{key: number(solved.get(key)) for key in _FIGURES},
+    )
+
+
+def _groups(solved: Mapping[str, Any], width: int) -> tuple[str | None, int]:
+    """One digit per column group and the group size, if they fit a layer of `width` columns; else None and 0."""
+    groups, size = solved.get("bits"), solved.get("group_size")
+    if not isinstance(groups, str) or not isinstance(size, int) or size < 1 or len(groups) != -(-width // size):
+        return None, 0
+    return (groups, size) if set(groups) <= set("12345678") else (None, 0)
 
 
 def _channels(groups: str, size: int, width: int) -> Runs:
@@ -180,7 +174,7 @@ def _channels(groups: str, size: int, width: int) -> Runs:
 
 
 def _bytes_by_part(checkpoint: Checkpoint, layouts: Mapping[str, Layout]) -> dict[str, int]:
-    """Bytes of the tensors: of the quantized layers by what they store, then the tensors nobody quantized."""
+    """Bytes of the quantized layers by what they store, and bytes of all other tensors, the largest first."""
     parts: Counter[str] = Counter()
     packed = set()
     for path, layout in layouts.items():
@@ -199,35 +193,30 @@ def _records(folder: Path, files: Sequence[Path], size: ModelSize) -> list[Recor
     records = read_records(own) if own.is_file() else []
     for file in files:
         for record in read_records(file):
-            told = record.get("bytes")
-            if number(told) is not None and told != size.bytes:
+            if record.bytes not in (None, size.bytes):
                 raise UserError(
-                    f"{file} was measured on a model of {told} bytes, {folder} has {size.bytes}: another checkpoint; "
-                    "give the evaluation of this one"
+                    f"{file} was measured on a model of {record.bytes} bytes, but {folder} has {size.bytes} bytes: "
+                    "it is another checkpoint; give an evaluation of this one"
                 )
             records.append(record)
     return records
 
 
-def _absent(
-    report: Mapping[str, Any], layers: Mapping[str, LayerFacts], records: Sequence[Record]
-) -> tuple[Absent, ...]:
-    again = "written by bitquilt quantize; this checkpoint lost it, or was saved again by another program"
-    newer = "quantize again with this version to have it"
+def _absent(run: RunFacts, layers: Mapping[str, LayerFacts], records: Sequence[Record]) -> tuple[Absent, ...]:
+    lost = "bitquilt quantize writes it; this checkpoint lost it, or another program saved it again"
     missing = []
-    if not report:
-        missing.append(Absent("the run's report (report.json): settings, errors, events, machine, time", again))
+    if not run.stored:
+        missing.append(Absent("report.json: settings, errors, events, machine and time of the run", lost))
     else:
-        if not items(report, "stages"):
-            missing.append(Absent("time and memory per stage: an older run", newer))
+        if not run.stages:
+            missing.append(Absent("time and memory per stage", "quantize again with this version of bitquilt"))
         if not any(layer.output_error is not None for layer in layers.values()):
-            missing.append(Absent("errors of the layers' outputs", "the recipe ran without calibration data"))
+            missing.append(Absent("output errors of the layers", "use a recipe that reads calibration data"))
         if not any(layer.predicted_loss is not None for layer in layers.values()):
-            missing.append(Absent("a predicted loss per layer", "quantize to a global budget"))
+            missing.append(Absent("predicted loss per layer", "quantize to a budget such as --size"))
     if any(not layer.in_order for layer in layers.values()):
-        missing.append(Absent("which channel has which bits: pictures show the stored order", again))
-    if not any(number(record.get("kl_mean")) is not None for record in records):
-        fix = "bitquilt eval DIR --reference MODEL --text FILE remembers it"
-        what = "KL to the reference" if records else "KL and perplexity"
-        missing.append(Absent(what, fix))
+        missing.append(Absent("bits of each channel: pictures show the stored order", lost))
+    if not any(record.kl_mean is not None for record in records):
+        what = "KL divergence from the reference" if records else "KL divergence and perplexity"
+        missing.append(Absent(what, "bitquilt eval DIR --reference MODEL --text FILE measures and keeps it"))
     return tuple(missing)

@@ -1,7 +1,7 @@
-"""What do the numbers look like? Plain SVG: `front_plot(panel)`, `scatter(points)`, `error_lines(points)`.
+"""Plots as plain SVG: `front_plot` draws quality against size, `scatter` two losses, `error_lines` errors by block.
 
-Colours come from the page's style by class, so that they follow light, dark and print. A mark differs by its shape and
-filling too. Text in a picture is never smaller than the page's: pictures are drawn for a width, not scaled to it.
+Colours come from the page's style by class, so they follow light, dark and print. Marks also differ by shape and
+filling. Plots are drawn for a width and never scaled, so their text is as large as the page's.
 """
 
 import math
@@ -10,29 +10,29 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 from bitquilt.core.units import size_text
-from bitquilt.report.chart_axes import Axis
+from bitquilt.report.chart_axes import PlotAxis
 from bitquilt.report.pareto import Panel
 
 _POLYGONS = {"square": (4, 45), "triangle": (3, 0), "diamond": (4, 0), "down": (3, 180), "hexagon": (6, 0)}
 _SHAPES = ("circle", *_POLYGONS)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 26, 40  # pixels around the axes
 
-_LEAST_SPAN = 0.05  # of the size: checkpoints of the same size stand above each other
+_LEAST_SPAN = 0.05  # share of the size: checkpoints of nearly the same size stand above each other
 
 
 def shapes(panel: Panel) -> dict[str, str]:
-    """A mark's shape for each recipe; of more recipes than shapes the last ones share."""
+    """A mark's shape for each recipe; with more recipes than shapes the last ones share one."""
     names = sorted({entry.recipe for entry in panel.entries})
     return {name: _SHAPES[min(i, len(_SHAPES) - 1)] for i, name in enumerate(names)}
 
 
 def front_plot(panel: Panel, width: int, height: int = 340) -> Markup:
-    """Quality (down is better) against size; the front is a staircase through filled marks, the rest are hollow."""
+    """Plot quality (down is better) against size. Filled marks and a staircase show the front."""
     drawn = [(e, value) for e in panel.entries if (value := getattr(e, panel.metric)) is not None]
     if not drawn:
         return Markup("")
-    x = Axis.around([float(e.bytes) for e, _ in drawn], width - _LEFT - _RIGHT, span=_LEAST_SPAN)
-    y = Axis.around([value for _, value in drawn], height - _TOP - _BOTTOM, log=True, flip=True)
+    x = PlotAxis.around([float(e.bytes) for e, _ in drawn], width - _LEFT - _RIGHT, span=_LEAST_SPAN)
+    y = PlotAxis.around([value for _, value in drawn], height - _TOP - _BOTTOM, log=True, flip=True)
     places = [(x.place(e.bytes), y.place(value)) for e, value in drawn]
     front = sorted(place for place, (e, _) in zip(places, drawn, strict=True) if e.front)
     parts = [_frame(x, y, "size on disk", _metric(panel), size_text)]
@@ -48,16 +48,16 @@ def front_plot(panel: Panel, width: int, height: int = 340) -> Markup:
 
 
 def scatter(points: Sequence[tuple[float, float]], width: int, titles: tuple[str, str], height: int = 300) -> Markup:
-    """(x, y) on logarithmic axes where they are positive; the rank is what counts, so no line is drawn."""
-    x = Axis.around([a for a, _ in points], width - _LEFT - _RIGHT, log=True)
-    y = Axis.around([b for _, b in points], height - _TOP - _BOTTOM, log=True, flip=True)
+    """Plot (x, y) on logarithmic axes if all are positive. Only the ranks matter, so no line is drawn."""
+    x = PlotAxis.around([a for a, _ in points], width - _LEFT - _RIGHT, log=True)
+    y = PlotAxis.around([b for _, b in points], height - _TOP - _BOTTOM, log=True, flip=True)
     dots = [mark("circle", x.place(a), y.place(b), filled=True, radius=2.6) for a, b in points]
     return _svg(width, height, f"{titles[1]} against {titles[0]}", [_frame(x, y, *titles, _short), *dots])
 
 
-def error_lines(values: Sequence[tuple[int, float]], y: Axis, blocks: int, title: str, width: int = 162) -> Markup:
-    """One kind of layer: (block, error) from the first block to the last, on an axis that its neighbours share."""
-    x = Axis(-0.5, blocks - 0.5, width - 44)
+def error_lines(values: Sequence[tuple[int, float]], y: PlotAxis, blocks: int, title: str, width: int = 162) -> Markup:
+    """Plot (block, error) of one kind of layer from the first block to the last, on an axis shared with other kinds."""
+    x = PlotAxis(-0.5, blocks - 0.5, width - 44)
     places = [(x.place(block), y.place(value)) for block, value in values]
     height = int(y.pixels)
     grid = [
@@ -81,7 +81,7 @@ def error_lines(values: Sequence[tuple[int, float]], y: Axis, blocks: int, title
 
 
 def mark(shape: str, x: float, y: float, *, filled: bool, radius: float = 5.5) -> Markup:
-    """One mark; hollow where not filled."""
+    """One mark, filled or hollow."""
     r, style = radius, "mark" if filled else "mark hollow"
     if shape == "circle":
         outline = f"M{-r} 0a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"
@@ -92,7 +92,7 @@ def mark(shape: str, x: float, y: float, *, filled: bool, radius: float = 5.5) -
     return Markup('<path class="{}" transform="translate({} {})" d="{}"/>').format(style, x, y, outline)
 
 
-def _frame(x: Axis, y: Axis, x_title: str, y_title: str, x_text: object) -> Markup:
+def _frame(x: PlotAxis, y: PlotAxis, x_title: str, y_title: str, x_text: object) -> Markup:
     say = x_text if callable(x_text) else _short
     parts = []
     for tick in y.ticks():
@@ -119,7 +119,7 @@ def _svg(width: int, height: int, label: str, parts: Sequence[Markup]) -> Markup
 
 
 def _labels(places: Sequence[tuple[float, float]], width: float, height: float) -> list[tuple[float, float]]:
-    """Where each mark's key stands: the first of eight places beside it that no mark and no key has taken."""
+    """Place each mark's key: the first of eight spots around the mark that no other mark or key has taken."""
     taken = [(a, b) for a, b in places]
     found = []
     for a, b in places:

@@ -1,4 +1,4 @@
-"""Tiny random models in training mode, dropout on: what measures them has to switch it off."""
+"""Tiny random models in training mode with dropout, which an evaluation has to switch off."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ VOCAB = 97
 
 
 def tiny_llama(seed: int, **fields: Any) -> PreTrainedModel:
-    """A random Llama of two layers, with a context of 64; its weights are of `seed` alone."""
+    """A random Llama of two layers with a context of 64, its weights drawn from `seed`."""
     own = {"vocab_size": VOCAB, "attention_dropout": 0.5}
     return build_tiny("llama", seed, torch.float32, own | fields).train()
 

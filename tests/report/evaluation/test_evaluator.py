@@ -23,7 +23,6 @@ from transformers import (
 
 from bitquilt.errors import UserError
 from bitquilt.report.evaluation import ModelSize, evaluate
-from bitquilt.report.evaluation import evaluate as measure
 
 from .conftest import VOCAB, tiny_llama
 
@@ -90,7 +89,7 @@ def test_neither_batches_nor_chunks_change_the_figures(
     model: nn.Module, other: nn.Module, stream: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [evaluate(model, stream, reference=other, seq_len=16, stride=10, batch_size=size) for size in (1, 3, 64)]
-    monkeypatch.setattr(measure, "_CHUNK", 4 * VOCAB)
+    monkeypatch.setattr("bitquilt.report.evaluation.evaluator._CHUNK", 4 * VOCAB)
     found.append(evaluate(model, stream, reference=other, seq_len=16, stride=10))
     for one in found[1:]:
         assert one.to_json() == pytest.approx(found[0].to_json(), rel=1e-4)
@@ -160,19 +159,19 @@ def test_a_folder_is_loaded_with_its_tokenizer_and_size(tmp_path: Path, model: n
 
 
 def test_a_window_beyond_the_context_is_refused(model: nn.Module, stream: Tensor) -> None:
-    with pytest.raises(UserError, match="seq_len is 65, and the model's context 64"):
+    with pytest.raises(UserError, match="seq_len is 65, but the model's context is 64 tokens"):
         evaluate(model, stream, seq_len=65)
     short = tiny_llama(0, max_position_embeddings=32)
-    with pytest.raises(UserError, match="context 32"):
+    with pytest.raises(UserError, match="context is 32"):
         evaluate(model, stream, reference=short, seq_len=64)
 
 
 def test_two_vocabularies_are_refused(model: nn.Module, stream: Tensor) -> None:
-    with pytest.raises(UserError, match=r"97 tokens, the reference's 98"):
+    with pytest.raises(UserError, match="97 tokens, but the reference's has 98"):
         evaluate(model, stream, reference=tiny_llama(0, vocab_size=98), seq_len=16)
     wider = tiny_llama(0, vocab_size=98)
     wider.config.vocab_size = VOCAB
-    with pytest.raises(UserError, match="97 logits a token, the reference 98"):
+    with pytest.raises(UserError, match="97 logits per token, but the reference gives 98"):
         evaluate(model, stream, reference=wider, seq_len=16)
 
 

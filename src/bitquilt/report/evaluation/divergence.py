@@ -1,7 +1,7 @@
-"""How far is a model from its reference? `kl_divergence(reference, model) -> [tokens]`, in nats per token.
+"""Divergence of a model from its reference: `kl_divergence` and `same_top1` per token, `summarize` over all tokens.
 
-Both arguments are log-probabilities [tokens, vocab] in float32 at the same positions of the same windows.
-KL(reference || model) is zero where the two agree, and weighs a token by what the reference gives it.
+Arguments are log-probabilities [tokens, vocab] in float32 at the same positions of the same windows.
+KL(reference || model) is zero where the two agree and weighs a token by its probability under the reference.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(reference || model) over all scored tokens, in nats per token, and the share of the tokens at
-    which both models hold the same next token for the likeliest."""
+    """KL(reference || model) over all scored tokens in nats per token, and the share of tokens where both models
+    have the same likeliest next token."""
 
     kl_mean: float
     kl_median: float
@@ -24,19 +24,19 @@ class Divergence:
 
 
 def kl_divergence(reference: Tensor, model: Tensor) -> Tensor:
-    """KL(reference || model) [tokens] in nats, of log-probabilities [tokens, vocab]."""
-    # Exact zero for equal inputs; the clamp takes away a sum of roundings (about -1e-7) near zero.
+    """Return KL(reference || model) [tokens] in nats, from log-probabilities [tokens, vocab]."""
+    # Exactly zero for equal inputs; the clamp removes negative sums of roundings (about -1e-7).
     return (reference.exp() * (reference - model)).sum(-1).clamp_min(0.0)
 
 
 def same_top1(reference: Tensor, model: Tensor) -> Tensor:
-    """Where the likeliest token is the same: bool [tokens], of log-probabilities [tokens, vocab]."""
+    """Return whether the likeliest token is the same, bool [tokens], from log-probabilities [tokens, vocab]."""
     return reference.argmax(-1) == model.argmax(-1)
 
 
 def summarize(kl: Tensor, agree: Tensor) -> Divergence:
-    """The summary of `kl` [tokens] in nats and `agree` bool [tokens]; quantiles are interpolated linearly."""
-    # numpy, since torch.quantile refuses more than 16 million elements.
+    """Summarize `kl` [tokens] in nats and `agree` bool [tokens]; quantiles are interpolated linearly."""
+    # torch.quantile refuses more than 16 million elements.
     values = kl.to(torch.float64).numpy()
     median, p99 = np.quantile(values, [0.5, 0.99]).tolist()
     return Divergence(

@@ -1,7 +1,7 @@
-"""What are a model's figures on a text? `evaluate(model, text, reference=...) -> Evaluation`, in one pass.
+"""Perplexity on a text and divergence from a reference: `evaluate` measures both in one pass.
 
-Both models see the same windows in the same batches; log-softmax is taken in float32 whatever the model
-computes in, some rows at a time, so that a large vocabulary costs a few buffers of 64 MiB.
+Both models see the same windows in the same batches. Log-softmax is taken in float32, some rows at a time, so a large
+vocabulary costs a few buffers of 64 MiB.
 """
 
 import contextlib
@@ -15,53 +15,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
 from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.report.evaluation import divergence, loading, perplexity
 from bitquilt.report.evaluation.checkpoint_size import ModelSize, model_size
-from bitquilt.report.evaluation.divergence import Divergence
 from bitquilt.report.evaluation.perplexity import Window
 
-# The window when none is asked for, as in the papers; a shorter context clips it.
+# Tokens of a window unless the caller gives them, as in the papers; a shorter context clips it.
 DEFAULT_SEQ_LEN = 2048
 # Elements of one float32 buffer of log-probabilities: 64 MiB, 131 rows of a vocabulary of 128k.
 _CHUNK = 2**24
-# Elements of one batch of logits when no batch size is asked for: 512 MiB in float32.
+# Elements of one batch of logits unless the caller gives a batch size: 512 MiB in float32.
 _LOGITS = 2**27
 
 Progress = Callable[[int, int, float], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures of one model on one text. `cross_entropy` and `kl_*` in nats per token, KL(reference ||
-    model), None without a reference; `tokens` counts the predicted tokens, seq_len and stride are the
-    protocol (stride None: disjoint windows); the last three are the model's, None when unknown."""
+    """Figures of one model on one text.
+
+    `cross_entropy` and `kl_*`, KL(reference || model), are in nats per token; without a reference the latter are None.
+    `tokens` counts predicted tokens. `stride` is None for disjoint windows. The last three fields describe the model's
+    size, None if unknown."""
 
     perplexity: float
     cross_entropy: float
-    kl_mean: float | None
-    kl_median: float | None
-    kl_p99: float | None
-    kl_max: float | None
-    top1_agreement: float | None
-    reference_perplexity: float | None
+    kl_mean: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    reference_perplexity: float | None = None
     tokens: int
     seq_len: int
-    stride: int | None
-    bpw: float | None
-    nominal_bits: float | None
-    bytes: int | None
+    stride: int | None = None
+    bpw: float | None = None
+    nominal_bits: float | None = None
+    bytes: int | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The fields by name; a perplexity beyond the doubles, which JSON cannot write, is None."""
+        """Return the fields by name; an infinite perplexity, which JSON cannot write, becomes None."""
         fields = dataclasses.asdict(self)
         infinite = [key for key in ("perplexity", "reference_perplexity") if fields[key] == math.inf]
         return fields | dict.fromkeys(infinite)
 
     def protocol(self) -> str:
-        """How the figures were taken, in words to print beside them: they mean nothing without."""
+        """The protocol in words, to print next to the figures."""
         step = "" if self.stride is None else f", stride {self.stride}"
         return f"{self.seq_len}-token windows{step}, {self.tokens} tokens"
 
@@ -81,16 +84,16 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of `model` on `text` and, given a `reference`, its divergence from it, in one pass.
+    """Measure the perplexity of `model` on `text` and, given a `reference`, the divergence from it.
 
-    A model is a loaded one or a path or hub id, loaded to `device` (CUDA where there is one) in `dtype`
-    (float32 on the CPU, else as stored). `text` is a source of `bitquilt.data.tokens` or token ids [tokens], cut
-    after `max_tokens`. `seq_len` is the model's context, at most 2048, unless given; `stride` asks for the
-    strided protocol. `batch_size` in windows changes speed and memory only. `size` replaces what
-    `model_size` finds. `progress(done, total, perplexity)` is called per batch.
+    A model is loaded already, or a path or hub id to load to `device` (default: CUDA if there is one) in `dtype`
+    (default: float32 on a CPU, else as stored). `text` is a source of `bitquilt.data.tokens` or token ids [tokens], cut
+    after `max_tokens`. `seq_len`: tokens per window (default: the model's context, at most 2048). `stride`: use the
+    strided protocol. `batch_size` in windows affects only speed and memory. `size` replaces what `model_size` finds.
+    `progress(done, total, perplexity)` is called per batch.
 
-    UserError: no causal LM, a window beyond the context, a text too short, two vocabularies, logits that
-    are not finite (with their window)."""
+    Raises UserError for a model that is not a causal LM, a window beyond the context, a text that is too short, two
+    vocabularies, and logits that are not finite."""
     subject = loading.as_model(model, device, dtype)
     other = None if reference is None else loading.as_model(reference, device, dtype)
     models = [subject] if other is None else [subject, other]
@@ -98,7 +101,9 @@ def evaluate(
     vocab = _common_vocabulary(models)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; wanted at least 1")
-    stream = token_stream(text, loading.as_tokenizer(tokenizer, model), max_tokens, vocab)
+    if tokenizer is None and isinstance(model, str | Path):
+        tokenizer = load_tokenizer(open_checkpoint(model).folder)
+    stream = token_stream(text, tokenizer, max_tokens, vocab)
     planned = perplexity.plan_windows(stream.numel(), seq_len, stride)
     batch_size = batch_size or max(1, min(16, _LOGITS // (seq_len * (vocab or 1))))
     with _evaluating(models):
@@ -107,11 +112,8 @@ def evaluate(
         scores = list(_score(subject, other, stream, planned, batch_size, progress))
     losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
     cross_entropy = losses.to(torch.float64).mean().item()
-    far: dict[str, Any] = dict.fromkeys(_fields(Divergence))
-    if other is not None:
-        far = dataclasses.asdict(divergence.summarize(kl, agree))
+    far: dict[str, Any] = {} if other is None else dataclasses.asdict(divergence.summarize(kl, agree))
     size = size or model_size(model)
-    big: dict[str, Any] = dict.fromkeys(_fields(ModelSize)) if size is None else dataclasses.asdict(size)
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
         cross_entropy=cross_entropy,
@@ -120,12 +122,8 @@ def evaluate(
         seq_len=seq_len,
         stride=stride,
         **far,
-        **big,
+        **({} if size is None else dataclasses.asdict(size)),
     )
-
-
-def _fields(kind: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _window_length(models: list[Any], seq_len: int | None) -> int:
@@ -134,7 +132,7 @@ def _window_length(models: list[Any], seq_len: int | None) -> int:
     if seq_len is None:
         return min(context or DEFAULT_SEQ_LEN, DEFAULT_SEQ_LEN)
     if context is not None and seq_len > context:
-        raise UserError(f"seq_len is {seq_len}, and the model's context {context}; give at most {context}")
+        raise UserError(f"seq_len is {seq_len}, but the model's context is {context} tokens; give at most {context}")
     return seq_len
 
 
@@ -142,7 +140,7 @@ def _common_vocabulary(models: list[Any]) -> int | None:
     sizes = [config_of(model).vocabulary for model in models]
     if len(set(sizes)) > 1:
         raise UserError(
-            f"the model's vocabulary has {sizes[0]} tokens, the reference's {sizes[1]}; "
+            f"the model's vocabulary has {sizes[0]} tokens, but the reference's has {sizes[1]}; "
             "give the reference that the model was made from"
         )
     return sizes[0]
@@ -150,7 +148,7 @@ def _common_vocabulary(models: list[Any]) -> int | None:
 
 @contextlib.contextmanager
 def _evaluating(models: list[Any]) -> Iterator[None]:
-    """No dropout and no gradients inside, each model's training flag as it was afterwards."""
+    """Switch off dropout and gradients inside, and restore each model's training flag afterwards."""
     training = [model.training for model in models]
     try:
         with torch.no_grad():
@@ -170,7 +168,7 @@ def _score(
     batch_size: int,
     progress: Progress | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Losses, divergences, top-1 agreements and the reference's losses of each window's targets, [targets] each."""
+    """Yield losses, divergences, top-1 agreements and the reference's losses of each window, [targets] each."""
     loss, tokens, done = 0.0, 0, 0
     for batch in _batches(planned, batch_size):
         ids = torch.stack([stream[window.start : window.end] for window in batch])
@@ -178,12 +176,12 @@ def _score(
         expected = None if reference is None else loading.logits_of(reference, ids).to(logits.device)
         if expected is not None and expected.shape != logits.shape:
             raise UserError(
-                f"the model gives {logits.shape[-1]} logits a token, the reference {expected.shape[-1]}; "
+                f"the model gives {logits.shape[-1]} logits per token, but the reference gives {expected.shape[-1]}; "
                 "give the reference that the model was made from"
             )
         for row, window in enumerate(batch):
             first = window.first_target - window.start
-            # Position t predicts token t + 1.
+            # position t predicts token t + 1
             rows = slice(first - 1, ids.shape[1] - 1)
             scores = _score_rows(
                 logits[row, rows],
@@ -200,7 +198,7 @@ def _score(
 
 
 def _batches(planned: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Runs of at most `batch_size` windows of one length: a shorter last one comes alone."""
+    """Yield runs of at most `batch_size` windows of equal length; a shorter last one comes alone."""
     batch: list[Window] = []
     for window in planned:
         if batch and (len(batch) == batch_size or window.end - window.start != batch[0].end - batch[0].start):
@@ -231,6 +229,6 @@ def _log_probs(logits: Tensor, whose: str, where: str) -> Tensor:
     if not logits.isfinite().all():
         raise UserError(
             f"{whose} gives NaN or infinite logits in {where}; load it in float32 or bfloat16, "
-            "or look for a damaged layer with `bitquilt inspect`"
+            "or find a damaged layer with `bitquilt inspect`"
         )
     return logits.float().log_softmax(-1)

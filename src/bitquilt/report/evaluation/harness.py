@@ -1,4 +1,4 @@
-"""How does a model do on lm-eval's tasks? `run_tasks(model, tokenizer, tasks)` hands it over as loaded."""
+"""Tasks of lm-eval: `run_tasks` scores a loaded model on them."""
 
 import contextlib
 import copy
@@ -21,11 +21,11 @@ def run_tasks(
     batch_size: int = 1,
     include_path: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of a loaded causal LM on `tasks`, {task: {"acc,none": 0.5, ...}}, as lm-eval names them.
+    """Return the metrics of a loaded causal LM, {task: {"acc,none": 0.5, ...}}, as lm-eval names them.
 
-    A task is a name that lm-eval knows or finds in the yaml files of `include_path`, a yaml file, or a dict;
-    `limit` takes the first examples of each. Neither the tokenizer nor the global random state is changed.
-    UserError: lm-eval missing, an unknown task, a task whose data cannot be had."""
+    A task is a name that lm-eval knows or finds in the yaml files of `include_path`, a yaml file, or a dict. `limit`:
+    only the first examples of each task. The tokenizer and the global random state stay as they were.
+    Raises UserError without lm-eval, for an unknown task and for one whose data cannot be fetched."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -44,18 +44,18 @@ def run_tasks(
         if any(not manager.match_tasks([name]) for name in names):
             manager = TaskManager(include_path=own)  # lm-eval's thousands of yaml files: 5 s, measured
         if unknown := [name for name in names if not manager.match_tasks([name])]:
-            raise UserError(f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists what it knows")
+            raise UserError(f"lm-eval knows no task {', '.join(unknown)}; run `lm-eval ls tasks` to list its tasks")
         try:
-            # lm-eval sets a padding token on the tokenizer it is given, hence the copy. backend="causal":
-            # its own guess goes by a list of families.
+            # A copy, because lm-eval sets a padding token on its tokenizer. backend="causal", because lm-eval would
+            # otherwise guess by a list of families.
             served = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             found = lm_eval.simple_evaluate(
                 model=served, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"lm-eval stopped on {', '.join(map(str, tasks))}: {error}; tasks fetch their data from the "
-                "hub: check the connection, or give tasks with local data through include_path"
+                f"lm-eval stopped on {', '.join(map(str, tasks))}: {error}; tasks fetch their data from the hub, so "
+                "check the connection, or give tasks with local data through include_path"
             ) from error
         finally:
             model.train(training)
@@ -68,8 +68,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds the global generators of random, numpy and torch; afterwards they are as they were."""
-    plain, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the very state it seeds)
+    """Restore the global generators of random, numpy and torch, which lm-eval seeds."""
+    plain, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the state that lm-eval seeds)
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
