@@ -38,12 +38,12 @@ def train(
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(samples.count, generator=generator).tolist()
     kept = training.kept(samples.count)
-    run = _Run(links, samples, training.batch, told, training.autocast)
+    run = _Training(links, samples, training.batch, told, training.autocast)
     return run.fit(order[:kept], order[-training.trained(samples.count) :], training, generator)
 
 
 @dataclass(eq=False)
-class _Run:
+class _Training:
     """One training: `at_once` samples go through a link, losses count in multiples of `unit`."""
 
     links: Sequence[Link]
