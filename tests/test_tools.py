@@ -1,11 +1,12 @@
 """The scripts that CI runs: size gates of the package, requirements read from pyproject.toml."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tools.requirements import extra, lowest
-from tools.size_gates import MOST_FILES, MOST_FUNCTION_LINES, measure, report
+from tools.size_gates import MOST_FILES, MOST_FUNCTION_LINES, measure, report, written
 
 COUNTS = ("long_functions", "fmt_skip", "large_folders", "repeated_file_names", "repeated_class_names")
 
@@ -97,3 +98,12 @@ def test_lowest_pins_every_minimum_and_refuses_a_dependency_without_one():
         lowest({**project, "dependencies": ["numpy"]})
     with pytest.raises(SystemExit, match="no optional group 'gpu'"):
         extra(project, "gpu")
+
+
+def test_written_gates_are_the_measurements_and_leave_the_rest_alone(package):
+    old = (
+        "[a]\nx = 1\n\n[tool.bitquilt.size]\ntotal_lines = 9\n\n[tool.bitquilt.size.lines]\nattic = 9\n\n[b]\ny = [2]\n"
+    )
+    new = tomllib.loads(written(old, measure(package)))
+    assert (new["a"], new["b"]) == ({"x": 1}, {"y": [2]})
+    assert new["tool"]["bitquilt"]["size"] == gates()

@@ -1,7 +1,9 @@
 """Check the size of src/bitquilt against the gates in pyproject.toml, [tool.bitquilt.size]. `measure` counts, `report`
-compares and prints a line per room. A gate above its measurement is printed as slack: lower it."""
+compares and prints a line per room. `size_gates.py --write` sets every gate to today's measurement (`written`): the
+commit that raises one says why."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections import Counter, defaultdict
@@ -83,10 +85,30 @@ def report(size: Size, gates: dict[str, Any]) -> tuple[list[str], list[str]]:
     return table, failures
 
 
+def written(text: str, size: Size) -> str:
+    """Return pyproject.toml's `text` with every gate set to `size`."""
+    values = {"total_lines": sum(size.lines.values()), **{name: len(found) for name, found in size.counts.items()}}
+    lines = ["[tool.bitquilt.size]", *(f"{name} = {value}" for name, value in values.items()), ""]
+    lines += [
+        "[tool.bitquilt.size.lines]",
+        *(f"{room} = {count}" for room, count in sorted(size.lines.items())),
+        "",
+        "",
+    ]
+    before, start, rest = text.partition("[tool.bitquilt.size]\n")
+    after = re.split(r"^(?=\[(?!tool\.bitquilt\.size))", rest, maxsplit=1, flags=re.MULTILINE)
+    if not start or len(after) != 2:
+        raise SystemExit("pyproject.toml needs a table [tool.bitquilt.size] followed by another table")
+    return before + "\n".join(lines) + after[1]
+
+
 def main() -> int:
     """Print the table, then what fails; exit status 1 if anything does."""
-    gates = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["bitquilt"]["size"]
-    table, failures = report(measure(ROOT / "src" / "bitquilt"), gates)
+    project, size = ROOT / "pyproject.toml", measure(ROOT / "src" / "bitquilt")
+    if sys.argv[1:] == ["--write"]:
+        project.write_text(written(project.read_text(), size))
+    gates = tomllib.loads(project.read_text())["tool"]["bitquilt"]["size"]
+    table, failures = report(size, gates)
     print("\n".join(table))
     for failure in failures:
         print(f"size gate: {failure}", file=sys.stderr)
