@@ -8,7 +8,7 @@ import torch
 from bitquilt.core.types import Permutation, QuantizedWeight
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import cpu_kernels
-from tests.ops.test_kernels import ROWS, check, inputs, outliers
+from tests.ops.test_cpu_kernels import ROWS, check, inputs, outliers
 from tests.weights import codebook_segment, uniform_segment
 
 usable = cpu_kernels.built() and cpu_kernels._kernels.matrix_units() and "avx512" in cpu_kernels._kernels.levels()
