@@ -376,7 +376,7 @@ def test_gradients_pass_the_kernels(level):
         ({"zeros": [torch.zeros(3, 2, dtype=torch.int16)]}, "zero_0 has the wrong dtype"),
         ({"layout": [0, 9, 8, 24]}, "codes_0: a code takes 1 to 8 bits, not 9"),
         ({"layout": [0, 0, 8, 24]}, "codes_0: a code takes 1 to 8 bits, not 0"),
-        ({"layout": [2, 2, 8, 24]}, "segment_0: grid is 2; known are 0 and 1"),
+        ({"layout": [2, 2, 8, 24]}, "grid 2 with 2 bits is unknown"),
         ({"layout": [0, 2, 0, 24]}, "group_size 0"),
         ({"layout": [0, 2, 8]}, "a layout of 3 numbers"),
         ({"layout": [1, 2, 1, 24]}, "scale_0 holds 15 entries; 24 codebooks take 96"),
@@ -471,3 +471,11 @@ def test_codebooks_in_eight_bits_go_through_the_reference():
     module = QuantizedLinear.from_weight(QuantizedWeight((narrow,)))
     x = torch.randn(2, 16)
     torch.testing.assert_close(module(x), x @ module.dequantize().t())
+
+
+def test_a_grid_that_the_kernels_do_not_know_is_left_to_the_reference_body() -> None:
+    weight = StoredWeight(*arguments()[1:-2])
+    grid = weight.layout[0]
+    assert weight.plain().known()
+    for other in {grid, reference.GRID_MX, 12} - {grid}:
+        assert not weight._replace(layout=[other, *weight.layout[1:]]).plain().known()

@@ -21,7 +21,7 @@ DEFAULT_RECIPE = "slim-llm"
 _DATA = "text, jsonl, parquet, a folder of these, a hub data set, or token ids in safetensors"
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
-Or a rule of the recipe: sba, dp for slim-llm."""
+Or a rule of the recipe: sba, dp (slim-llm); trace, hawq2 (aptq); norm, error_table (cmpq, cmpq+)."""
 _EFFORT = "For quilt and cmpq+. fast (default); normal: train each block; best: then the whole model."
 _recipe = functools.partial(Option, rich_help_panel="Recipe")
 _budget = functools.partial(Option, rich_help_panel="Bits and budget")
@@ -59,7 +59,9 @@ class RecipeOptions:
     recipe: Annotated[Word, _recipe("--recipe", "-r", help=f"{', '.join(RECIPES)}. Default: {DEFAULT_RECIPE}.")] = None
     group_size: Annotated[Count, _recipe(help="Input channels per scale, a multiple of 8. Default: by recipe.")] = None
     effort: Annotated[Word, _recipe(metavar="LEVEL", help=_EFFORT)] = None
-    published: Annotated[bool, _recipe("--published", help="Use the settings of the public implementation.")] = False
+    published: Annotated[bool, _recipe("--published", help="Follow the publication, without our improvements.")] = (
+        False
+    )
     settings: Annotated[Words, _recipe("--set", metavar="NAME=VALUE", help="Set any other option. Repeatable.")] = None
 
 
@@ -67,7 +69,7 @@ class RecipeOptions:
 class BudgetOptions:
     """What the model may take, and which parts of it may differ in bits."""
 
-    bits: Annotated[Number, _budget(metavar="N", help="Mean code width, 2 to 8; a fraction is shared out.")] = None
+    bits: Annotated[Number, _budget(metavar="N", help="Mean code width. The range depends on the recipe.")] = None
     bpw: Annotated[Number, _budget(metavar="N", help="True bits per weight: codes, scales, maps and outliers.")] = None
     size: Annotated[Word, _budget(metavar="BYTES", help="Size of the output folder: 6.5GiB, 800MB.")] = None
     vram: Annotated[Word, _budget(metavar="BYTES", help="Memory for weights, cache and workspace. Needs --ctx.")] = None
@@ -79,7 +81,9 @@ class BudgetOptions:
 class CalibrationOptions:
     """Calibration data."""
 
-    calibration: Annotated[str, _data(metavar="SOURCE", help=f"{_DATA.capitalize()}; self: the model's.")] = "self"
+    calibration: Annotated[str, _data(metavar="SOURCE", help=f"{_DATA.capitalize()}; self: the model writes it.")] = (
+        "self"
+    )
     samples: Annotated[int, _data(help="Number of calibration sequences.")] = 128
     seq_len: Annotated[int, _data(help="Tokens per calibration sequence.")] = 2048
     seed: Annotated[int, _data(help="Seed of everything that is drawn at random.")] = 0

@@ -82,9 +82,9 @@ class PlanTerms:
 
 
 class Recipe(Protocol):
-    """A paper as three verbs: `measure`, `allocate`, `quantize`. A frozen dataclass of the paper's hyper-parameters.
+    """A paper as four verbs: `prepare`, `measure`, `allocate`, `quantize`. A frozen dataclass of its hyper-parameters.
 
-    `prepare` runs once per distinct input; its result goes to every layer that reads that input.
+    `prepare` runs once for consecutive layers that read the same input; each of them gets its result.
     """
 
     name: ClassVar[str]

@@ -71,10 +71,12 @@ class Format:
         if self.gain_dtype is not None and self.grid != "codebook":
             raise ValueError(f"grid {self.grid} has no gains; only a codebook takes a gain_dtype")
         kind = GRID_KINDS[self.grid]
+        if self.bits not in kind.bits:
+            raise ValueError(f"grid {self.grid} stores {kind.bits} bits, not {self.bits}")
         if kind.microscaled:
             stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
-            if self.bits not in kind.bits or not stored:
-                raise ValueError(f"grid {self.grid} stores {kind.bits} bits, 32 columns to a uint8 scale and no zero")
+            if not stored:
+                raise ValueError(f"grid {self.grid} stores 32 columns to a uint8 scale and no zero")
         elif self.activation != "none":
             raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 

@@ -1,6 +1,6 @@
 """Weights kept in half precision: `activation_outliers`, `error_outliers` choose them, `sparse_remainder` stores them.
 
-Two rules of CMPQ (arXiv 2410.13056, spec section 3.2): O_act by a weight's contribution to the output, O_q by the cost
+Two rules of CMPQ (arXiv 2410.13056): O_act by a weight's contribution to the output, O_q by the cost
 of its rounding there. Neither knows the quantizer: any recipe can protect weights. A protected weight keeps a dense
 code, and the sparse part holds the difference, so that a product needs no mask.
 """

@@ -1,6 +1,6 @@
 """The native body of the operators on a CPU: `quantized_matmul`, `dequantize`, and `product` for a weight's `handle`.
 
-`BITQUILT_ISA` forces an instruction set: avx512, avx2, portable, or reference for none of them; under
+`BITQUILT_ISA` forces an instruction set: avx512, avx2, neon, portable, or reference for none of them; under
 TRITON_INTERPRET=1 also triton, the GPU's kernels interpreted, to test them. Without the extension (no compiler when the
 package was installed) the reference computes everything. `BITQUILT_ACTIVATIONS` chooses between `exact` (16 or 24 bits
 per activation) and `int8`, which only avx512 uses.

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
-from bitquilt.ops.gpu_order import ARRANGED
 
 DTYPES = {torch.uint8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 _MAX_COLUMNS = 2**20  # integer sums of 8-bit codes stay within 32 bits
@@ -67,13 +66,13 @@ class StoredWeight(NamedTuple):
     def known(self) -> bool:
         """Whether the kernels know the layout and the type of the scales of a `plain` weight.
 
-        They know neither mx nor arranged codes, and groups are a multiple of 8 columns, or the whole row.
+        They know uniform and codebook grids in stored order. Groups are a multiple of 8 columns, or the whole row.
         """
         fields = reference.LAYOUT_FIELDS
         if len(self.layout) % fields:
             raise ValueError(f"a layout of {len(self.layout)} numbers; wanted {fields} per segment")
-        for grid, bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
-            if grid >= ARRANGED or reference.is_mx(grid, bits):
+        for grid, _bits, group_size, width in zip(*(self.layout[i::fields] for i in range(fields)), strict=True):
+            if grid not in (reference.GRID_UNIFORM, reference.GRID_CODEBOOK):
                 return False
             if grid == reference.GRID_UNIFORM and group_size % 8 and group_size < width:
                 return False

@@ -1,7 +1,7 @@
 """`Search(...).choices(scope)`: the choices of least loss whose exact size is within a budget.
 
 Separable costs order the steps (`allocation.scopes`). Where the order is cut is decided by the exact size, so that a
-plan never exceeds its budget and leaves less than one step of it unspent.
+plan never exceeds its budget.
 """
 
 from collections.abc import Callable

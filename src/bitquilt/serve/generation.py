@@ -1,4 +1,4 @@
-"""Fast generation: `start_generation` reads a prompt with the decoder for the model's device, or says why none fits.
+"""Fast generation: `start_generation` reads a prompt with the decoder of the model's device or says why not.
 
 A `TokenDecoder` then returns the logits of one token after another, without transformers' own loop.
 """
@@ -30,7 +30,7 @@ class TokenDecoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """The logits after the prompt and the decoder that continues; without a decoder, `why` transformers must."""
+    """The logits after the prompt and the decoder that continues; without one, `why` transformers has to."""
 
     decoder: TokenDecoder | None
     logits: Tensor | None
@@ -45,7 +45,7 @@ def start_generation(model: Any, ids: Tensor, length: int) -> Generation:
     try:
         decoder: TokenDecoder = CpuDecoder(model, length) if model.device.type == "cpu" else GraphDecoder(model, length)
     except AttributeError:
-        return Generation(None, None, "it is built otherwise")
+        return Generation(None, None, "the model is not built like Llama")
     except (ValueError, torch.OutOfMemoryError) as error:
         return Generation(None, None, str(error).splitlines()[0])
     logits = decoder.begin(ids)

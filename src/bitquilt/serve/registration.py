@@ -1,4 +1,4 @@
-"""`register` adds the checkpoint format to transformers: at once if its quantizers are imported, else when they are.
+"""`register` adds the checkpoint format to transformers: immediately, or after its quantizers load.
 
 transformers keeps its quantizers in a table of `transformers.quantizers.auto`, which a program imports with the first
 model. Importing it to write one line there would cost every program three seconds, so the import is watched instead.

@@ -1,7 +1,7 @@
 """`Job` says what a run quantizes and how; `CalibratedJob` adds the token ids it calibrates with.
 
-`targets`, `all_targets` and `head_path` find the layers to quantize, `shapes` measures them, and `open_block` holds one
-block with its layers in memory.
+`targets`, `all_targets` and `head_path` find the layers to quantize, `shapes` returns their dimensions,
+`open_block` holds one block with its layers in memory.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
