@@ -104,7 +104,7 @@ def test_a_fitted_law_stays_near_its_data_unless_told() -> None:
     law = DCPTLaw.fit(synthetic(tokens=(1.0, 4.0, 16.0)), starts=10, draws=0)
     near = best_under_compute(law, 18.0 * FLOPS_PER_UNIT)
     assert near.n == pytest.approx(8.0, rel=0.01)
-    assert any("edge of what the data support" in note for note in near.warnings)
+    assert any("edge of the supported range" in note for note in near.warnings)
     far = best_under_compute(law, 18.0 * FLOPS_PER_UNIT, extrapolate=True)
     assert far.domain_loss < near.domain_loss
     assert any("extrapolates in N" in note and "best starts differ by" in note for note in far.warnings)

@@ -149,7 +149,7 @@ def best_under_compute(
     n = float(np.exp(best_log))
     choice = _choice(domain, n, product / n, best, bound, feasible)
     if not extrapolate and domain.report and min(n / low, high / n) < 1.01:
-        note = "the best size is at the edge of twice the fitted range; measure larger or smaller runs"
+        note = "the best size is at the edge of the supported range, twice the fitted one; measure more sizes"
         return replace(choice, warnings=(*choice.warnings, note))
     return choice
 
