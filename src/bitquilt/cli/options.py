@@ -59,9 +59,7 @@ class RecipeOptions:
     recipe: Annotated[Word, _recipe("--recipe", "-r", help=f"{', '.join(RECIPES)}. Default: {DEFAULT_RECIPE}.")] = None
     group_size: Annotated[Count, _recipe(help="Input channels per scale, a multiple of 8. Default: by recipe.")] = None
     effort: Annotated[Word, _recipe(metavar="LEVEL", help=_EFFORT)] = None
-    published: Annotated[bool, _recipe("--published", help="Follow the publication, without our improvements.")] = (
-        False
-    )
+    published: Annotated[bool, _recipe("--published", help="Follow the publication, without our improvements.")] = False
     settings: Annotated[Words, _recipe("--set", metavar="NAME=VALUE", help="Set any other option. Repeatable.")] = None
 
 
