@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import OUTPUT, markdown_table, stamp
 from bitquilt.cli.demo import DEMO_MODEL
 from bitquilt.layer.grids.codebook import fit_codebook
-from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd
+from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference
 from bitquilt.layer.grids.shared_levels import fit_table
 
 Method = Callable[[Tensor, int], Tensor]  # sorted fp64 [n], k -> centroids [k]
@@ -35,7 +35,6 @@ def methods() -> dict[str, Method]:
     found: dict[str, Method] = {
         "exact": lambda x, k: exact_kmeans(x[:, None], torch.ones_like(x)[:, None], k)[0][:, 0],
         "exact, numpy body": lambda x, k: kmeans_reference(x[None], torch.ones_like(x)[None], k)[0][0],
-        "Lloyd, quantile start": lambda x, k: lloyd(x[:, None], torch.ones_like(x)[:, None], k)[0][:, 0],
     }
     from scipy.cluster.vq import kmeans2
 

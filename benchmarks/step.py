@@ -41,9 +41,7 @@ def seconds(width: int, mlp: int, tokens: int, autocast: bool, steps: int) -> fl
         if isinstance(module, nn.Linear):
             groups = group_slices(module.in_features, 64)
             swept = round_to_nearest(module.weight.data, groups, lambda _k, columns: fit(columns, 2, symmetric=True))
-            parts[f"{name}.weight"] = Rounding.of(
-                swept, groups, torch.float16, Rule(1e-3, "sign", -0.5, 0.5), Rule(3e-3)
-            )
+            parts[f"{name}.weight"] = Rounding.of(swept, groups, torch.float16, Rule(1e-3, -0.5, 0.5), Rule(3e-3))
     x = torch.randn(2, tokens, width, generator=generator)
     positions = LlamaRotaryEmbedding(config)(x, torch.arange(tokens).unsqueeze(0))
 

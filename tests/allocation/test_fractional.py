@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from bitquilt.allocation.fractional import check_budget, check_palette, spread_bits
 
 
-def fractional_bits(norms, bits, swap=0.0, palette=(1, 2, 3, 4, 5, 6, 7, 8)):
+def fractional_bits(norms, bits, palette=(1, 2, 3, 4, 5, 6, 7, 8)):
     """A fractional mean as the recipes ask for it: the sum is rounded, not the mean."""
     check_budget(bits, palette)
-    return spread_bits(norms, round(bits * len(norms)), swap, palette)
+    return spread_bits(norms, round(bits * len(norms)), palette)
 
 
 def test_the_known_maps():
@@ -24,10 +24,10 @@ def test_the_known_maps():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(2, 7), st.floats(0, 0.5))
-def test_sums_are_exact_and_bits_follow_the_norms(norms, bits, swap):
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(2, 7))
+def test_sums_are_exact_and_bits_follow_the_norms(norms, bits):
     """Law C2."""
-    got = fractional_bits(norms, bits, swap)
+    got = fractional_bits(norms, bits)
     assert sum(got) == round(bits * len(norms))
     for i, j in itertools.product(range(len(norms)), repeat=2):
         assert norms[i] <= norms[j] or got[i] >= got[j]
@@ -36,14 +36,13 @@ def test_sums_are_exact_and_bits_follow_the_norms(norms, bits, swap):
 def test_permuted_channels_permute_the_bits():
     norms = [0.3, 2.0, 1.0, 5.0, 0.1, 4.0]
     order = [3, 0, 5, 2, 1, 4]
-    got = fractional_bits(norms, 2.6, 0.2)
-    assert fractional_bits([norms[j] for j in order], 2.6, 0.2) == tuple(got[j] for j in order)
+    got = fractional_bits(norms, 2.6)
+    assert fractional_bits([norms[j] for j in order], 2.6) == tuple(got[j] for j in order)
 
 
 def test_edges():
     assert fractional_bits([1, 2, 3, 4], 2.9999999) == (3, 3, 3, 3)
     assert fractional_bits([0, 0, 0, 0], 2.5) == (3, 3, 2, 2)
-    assert fractional_bits([1, 2, 3, 4], 3, swap=0.25) == (2, 3, 3, 4)
     assert fractional_bits([1.0], 2.4) == (2,)
     assert spread_bits([1, 2], 16) == (8, 8)
 
@@ -59,8 +58,6 @@ def test_edges():
         ([1, 2], 3, {"palette": ()}, r"palette is \[\]"),
         ([1, 2], 3, {"palette": (3, 2)}, "ascending"),
         ([1, float("nan")], 3, {}, "norm of channel 1 is nan"),
-        ([1, 2], 2, {"palette": (2, 3), "swap": 0.5}, "1 to 3 bits, the palette is 2 to 3; lower swap"),
-        ([1, 2], 2, {"swap": 0.6}, "swap is 0.6"),
     ],
 )
 def test_bad_budgets_are_named(norms, bits, options, message):

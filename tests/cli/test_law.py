@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from bitquilt.cli.app import main
 from bitquilt.cli.law import law_app
-from bitquilt.cli.output import run_cli
 from bitquilt.errors import UserError
 from bitquilt.laws import DCPTLaw, LawFile, save
 
@@ -172,7 +172,7 @@ def test_a_mistake_exits_with_two_and_one_line(
     table = write_csv(tmp_path / "runs.csv", "n_params,n_tokens,ratio,loss", [(1e9, 1e9, 30, 2.0)] * 4)
     monkeypatch.setattr(sys, "argv", ["law", "fit", str(table)])
     with pytest.raises(SystemExit) as ended:
-        run_cli(law_app)
+        main(law_app)
     assert ended.value.code == 2
 
 

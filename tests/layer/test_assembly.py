@@ -15,7 +15,7 @@ def test_a_stored_weight_comes_apart_into_what_it_was_made_of(bits: tuple[int, .
     """Mixed widths in any order, a ragged last group, one-bit groups with and without an offset."""
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     groups, plan = group_slices(40, 16), LayerPlan(bits, 16)
-    one_bit = "symmetric" if symmetric else "two_level"
+    one_bit = "symmetric" if symmetric else "code"
     swept = round_to_nearest(
         weight,
         groups,

@@ -14,7 +14,7 @@ from torch import Tensor
 import bitquilt
 from bitquilt import UserError
 from bitquilt.core.events import BlockDone, Epoch, Stage
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, BlockTraining, TrainedLayers, Training
 from bitquilt.recipes import make_recipe
 from bitquilt.recipes.cmpq.cmpq_plus import CMPQPlus
 from bitquilt.recipes.quilt import Quilt
@@ -209,7 +209,11 @@ def test_one_bit_groups_are_trained_too(
 class Falling(Quilt):
     """Training reports an event, as it does when a loss is not finite."""
 
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
+    @property
+    def training(self) -> Training:
+        return Training(BlockTraining(4, self._break))
+
+    def _break(self, problem: BlockProblem) -> TrainedLayers:
         forward = problem.forward
         calls = []
 
@@ -218,7 +222,7 @@ class Falling(Quilt):
             return forward(weights, hidden) * (float("nan") if len(calls) > 5 else 1.0)
 
         broken = BlockProblem(**{**vars(problem), "forward": breaking})
-        return super().train_block(broken)
+        return self.effort_training.train_block(broken)
 
 
 def test_a_loss_that_breaks_is_in_the_report_and_the_block_keeps_its_start(

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitquilt.core.recipe import Probes
 from bitquilt.core.types import LayerStats
 from bitquilt.model.structure import linear_layers
-from bitquilt.stream.gradients import attention_aware, collect_gradients, is_attention
+from bitquilt.stream.gradients import attention_aware, collect_gradients
 
 
 def llama_block(build_model: Any, tokens: int = 5, samples: int = 4) -> tuple[nn.Module, Any, Tensor]:
@@ -66,7 +65,7 @@ def exact_trace(block: nn.Module, run: Any, x: Tensor, name: str, sub_block: str
 def test_traces_of_a_real_block(build_model, name, sub_block):
     block, run, hidden = llama_block(build_model)
     linears = {name: block.get_submodule(name)}
-    found = collect_gradients(block, linears, passes(run, hidden, 2), Probes(48), hessian=True)[name]
+    found = collect_gradients(block, linears, passes(run, hidden, 2), hessian=True, probes=48)[name]
     expected = sum(exact_trace(block, run, hidden[i : i + 1], name, sub_block) for i in range(len(hidden)))
     assert found.trace == pytest.approx(expected, rel=0.15)
     out = linears[name].weight.shape[0]
@@ -79,7 +78,7 @@ def test_of_the_output_projection_the_hessian_is_the_inputs(build_model):
     linears = {"o": block.self_attn.o_proj}
     inputs: list[Tensor] = []
     handle = block.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, 1)))
-    found = collect_gradients(block, linears, passes(run, hidden, 8), Probes(64), hessian=True)["o"]
+    found = collect_gradients(block, linears, passes(run, hidden, 8), hessian=True, probes=64)["o"]
     handle.remove()
     plain = inputs[0].t() @ inputs[0]
     assert float((found.hessian - plain).norm() / plain.norm()) < 0.1
@@ -90,22 +89,22 @@ def test_of_the_output_projection_the_hessian_is_the_inputs(build_model):
 def test_batches_change_nothing_and_nothing_is_left_behind(build_model):
     block, run, hidden = llama_block(build_model)
     linears = linear_layers(block)
-    one = collect_gradients(block, linears, passes(run, hidden, 1), Probes(), hessian=True)
-    four = collect_gradients(block, linears, passes(run, hidden, 4), Probes(), hessian=True)
+    one = collect_gradients(block, linears, passes(run, hidden, 1), hessian=True)
+    four = collect_gradients(block, linears, passes(run, hidden, 4), hessian=True)
     assert len(one) == 7
     for name in linears:
         assert one[name].trace == pytest.approx(four[name].trace, rel=1e-4)
         torch.testing.assert_close(one[name].hessian, four[name].hessian, rtol=1e-3, atol=1e-3)
     assert not any(module._forward_hooks for module in block.modules())
     assert not any(parameter.requires_grad for parameter in block.parameters())
-    traces = collect_gradients(block, linears, passes(run, hidden, 4), Probes(), hessian=False)
+    traces = collect_gradients(block, linears, passes(run, hidden, 4), hessian=False)
     assert all(value.hessian is None and value.reason == "" for value in traces.values())
     assert traces["mlp.up_proj"].trace == four["mlp.up_proj"].trace
 
 
 def test_sequences_of_one_token_say_nothing_about_queries_and_keys(build_model):
     block, run, hidden = llama_block(build_model, tokens=1)
-    found = collect_gradients(block, linear_layers(block), passes(run, hidden, 4), Probes(), hessian=True)
+    found = collect_gradients(block, linear_layers(block), passes(run, hidden, 4), hessian=True)
     silent = {name for name, value in found.items() if value.reason}
     assert silent == {"self_attn.q_proj", "self_attn.k_proj"}
     assert all("zero on all tokens" in found[name].reason for name in silent)
@@ -113,20 +112,6 @@ def test_sequences_of_one_token_say_nothing_about_queries_and_keys(build_model):
     mixed, events = attention_aware(stats, found)
     assert {event.layer for event in events} == silent
     assert all((mixed[name] is stats[name]) == (name in silent) for name in found)
-
-
-def test_layers_may_be_measured_at_their_own_output(build_model):
-    block, run, hidden = llama_block(build_model)
-    linears = linear_layers(block)
-    found = collect_gradients(block, linears, passes(run, hidden, 4), Probes(feed_forward_at_layer=True), hessian=True)
-    for name, value in found.items():
-        if name.startswith("mlp"):
-            assert (value.trace, value.hessian, value.reason) == (value.own_trace, None, "")
-        else:
-            assert value.hessian is not None
-    assert is_attention(block, "self_attn")
-    assert not is_attention(block, "mlp")
-    assert not is_attention(block, "")
 
 
 class Odd(nn.Module):
@@ -167,7 +152,7 @@ def test_what_cannot_be_measured_falls_back_and_says_why(kind, reason):
     block = Odd(kind)
     hidden = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     linears = {"b.inner.first": block.inner.first, "b.last": block.last}
-    found = collect_gradients(block, linears, passes(block, hidden, 3), Probes(), hessian=True)
+    found = collect_gradients(block, linears, passes(block, hidden, 3), hessian=True)
     first = found["b.inner.first"]
     assert reason in first.reason
     assert bool(first.reason) == bool(reason)
@@ -181,5 +166,5 @@ def test_a_layer_that_no_token_reached():
     spare = nn.Linear(8, 8).requires_grad_(False)
     block.inner.spare = spare
     hidden = torch.randn(3, 4, 8)
-    found = collect_gradients(block, {"b.spare": spare}, passes(block, hidden, 3), Probes(), hessian=True)
+    found = collect_gradients(block, {"b.spare": spare}, passes(block, hidden, 3), hessian=True)
     assert found["b.spare"].reason == "no token reached it"

@@ -12,7 +12,7 @@ from bitquilt.train.problem import Link, Rule, TrainingSamples, TrainingSettings
 from bitquilt.train.trainer import train
 from tests.weights import make_weight, naive_dense
 
-ROUNDING, SCALING = Rule(1e-2, "adam", -0.5, 0.5), Rule(1e-2, low=0.5, high=2.0)
+ROUNDING, SCALING = Rule(1e-2, -0.5, 0.5), Rule(1e-2, low=0.5, high=2.0)
 FP32 = {"dtype": torch.float32, "gain_dtype": torch.float32, "row_gain_dtype": torch.float32}
 TABLES = {
     "shared": LevelTables(),

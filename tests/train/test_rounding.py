@@ -15,7 +15,7 @@ from bitquilt.train.rounding import Clipping, Rounding
 from bitquilt.train.trainer import train
 
 FP32 = {"scale_dtype": torch.float32}
-RULES = (Rule(0.01, "sign", -0.5, 0.5), Rule(3e-3, low=0.5, high=2.0))
+RULES = (Rule(0.01, -0.5, 0.5), Rule(3e-3, low=0.5, high=2.0))
 
 
 def row(*values):
@@ -53,11 +53,11 @@ def test_wide_open_logits_are_min_max(bits):
         torch.testing.assert_close(part.weight(part.start)[:, group], expected)
 
 
-def test_one_bit_groups_start_at_the_best_two_levels():
+def test_one_bit_groups_start_at_the_published_levels():
     part = clipping(row(0.1, 0.2, 0.6, 1.1), 1)
-    assert part.weight(part.start).tolist() == [pytest.approx([0.15, 0.15, 0.85, 0.85], abs=1e-5)]
+    assert part.weight(part.start).tolist() == [pytest.approx([0, 0, 1, 1], abs=1e-5)]
     wider = (torch.full((1, 1), 1.0), torch.zeros(1, 1))
-    half = 0.35 * (torch.sigmoid(torch.tensor(1.0)).item() + 0.5)
+    half = 0.5 * (torch.sigmoid(torch.tensor(1.0)).item() + 0.5)
     expected = [0.5 - half, 0.5 - half, 0.5 + half, 0.5 + half]
     assert part.weight(wider).tolist() == [pytest.approx(expected, abs=1e-5)]
     torch.testing.assert_close(part.export(wider).weight, part.weight(wider))
@@ -184,21 +184,18 @@ def test_gradients_of_the_rounding_are_finite_differences_with_the_codes_held(sw
 
 def test_free_one_bit_levels_are_refused():
     weight, groups = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), group_slices(8, 8)
-    found = sweep(weight, torch.eye(8), groups, lambda _k, columns: fit(columns, 1, one_bit="two_level"))
+    found = sweep(weight, torch.eye(8), groups, lambda _k, columns: fit(columns, 1, one_bit="code"))
     with pytest.raises(ValueError, match="one-bit groups with an offset"):
         Rounding.of(found, groups, torch.float16, *RULES)
 
 
-@pytest.mark.parametrize("kind", ["adam", "sign"])
-def test_trained_rounding_finds_better_codes_than_the_nearest(kind):
+def test_trained_rounding_finds_better_codes_than_the_nearest():
     """One layer on correlated inputs, from round to nearest; the error counts on samples that were not trained on."""
     g = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 8, 24, generator=g) @ torch.randn(24, 24, generator=g)
     weight, groups = torch.randn(10, 24, generator=g), group_slices(24, 8)
     nearest = round_to_nearest(weight, groups, lambda _k, c: fit(c, 2, search=RangeSearch(), symmetric=True))
-    part = Rounding.of(
-        replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, kind, -0.5, 0.5), RULES[1]
-    )
+    part = Rounding.of(replace(nearest, compensated=weight), groups, torch.float16, Rule(1 / 210, -0.5, 0.5), RULES[1])
     targets = inputs @ weight.t()
     samples = TrainingSamples(64, lambda chosen: inputs[list(chosen)], (lambda chosen: targets[list(chosen)],))
     trained = train((Link(lambda w, x: x @ w["layer"].t(), {"layer": part}),), samples, TrainingSettings(30, 8))

@@ -12,33 +12,22 @@ from bitquilt.core.types import MAX_BITS, MIN_BITS
 FULL_PALETTE = tuple(range(MIN_BITS, MAX_BITS + 1))
 
 
-def spread_bits(
-    norms: Sequence[float], total: int, swap: float = 0.0, palette: Sequence[int] = FULL_PALETTE
-) -> tuple[int, ...]:
+def spread_bits(norms: Sequence[float], total: int, palette: Sequence[int] = FULL_PALETTE) -> tuple[int, ...]:
     """Return bits per channel that sum to `total`, larger norms first; the earlier channel wins a tie.
 
-    `swap`: the share of channels with the largest norms that gets one bit more; as many with the smallest norms get one
-    bit less. Raises ValueError if a width is outside the palette or a norm is not finite.
+    Raises ValueError if a width is outside the palette or a norm is not finite.
     """
     count = len(norms)
     for channel, norm in enumerate(norms):
         if not math.isfinite(norm):
             raise ValueError(f"the activation norm of channel {channel} is {norm}; wanted a finite number")
-    if not 0 <= swap <= 0.5:
-        raise ValueError(f"swap is {swap}; wanted a share of the channels from 0 to 0.5")
     low, higher = divmod(total, count)
     bits = [low] * count
-    order = sorted(range(count), key=lambda j: -norms[j])
-    for j in order[:higher]:
+    for j in sorted(range(count), key=lambda j: -norms[j])[:higher]:
         bits[j] += 1
-    moved = round(swap * count)
-    for high_end, low_end in zip(order[:moved], reversed(order[count - moved :]), strict=True):
-        bits[high_end] += 1
-        bits[low_end] -= 1
     if min(bits) < min(palette) or max(bits) > max(palette):
         raise ValueError(
             f"channels would get {min(bits)} to {max(bits)} bits, the palette is {min(palette)} to {max(palette)}"
-            + ("; lower swap" if moved else "")
         )
     return tuple(bits)
 

@@ -21,7 +21,7 @@ from bitquilt.allocation.knapsack import repair
 @dataclass(frozen=True)
 class GraphTraining:
     """Training settings of the network. `budget_weight`: weight of the squared distance from the mean that the budget
-    allows. The softmax temperature t falls from `warm` to `cold`. `hard`: straight-through choices."""
+    allows. The softmax temperature t falls from `warm` to `cold`."""
 
     width: int = 64
     steps: int = 200
@@ -29,7 +29,6 @@ class GraphTraining:
     budget_weight: float = 5.0
     warm: float = 1.0
     cold: float = 0.1
-    hard: bool = True
     seed: int = 0
 
 
@@ -62,7 +61,7 @@ def graph_bits(
         for step in range(training.steps):
             progress = step / max(1, training.steps - 1)
             t = training.warm * (training.cold / training.warm) ** progress
-            chosen = choices(network(features, adjacency, weights), t, training.hard)
+            chosen = choices(network(features, adjacency, weights), t)
             loss = (chosen * errors).sum()
             loss = loss + training.budget_weight * ((share * (chosen @ prices)).sum() - target).square()
             optimizer.zero_grad()
@@ -82,11 +81,9 @@ def network(features: Tensor, adjacency: Tensor, weights: Sequence[Tensor]) -> T
     return hidden @ head + shift
 
 
-def choices(logits: Tensor, t: float, hard: bool) -> Tensor:
-    """Return pi = softmax(logits / t) `[n, |palette|]`; `hard`: one-hot forwards, pi backwards (straight-through)."""
+def choices(logits: Tensor, t: float) -> Tensor:
+    """Return the choices `[n, |palette|]`: one-hot forwards, softmax(logits / t) backwards (straight-through)."""
     soft = torch.softmax(logits / t, dim=1)
-    if not hard:
-        return soft
     one = torch.zeros_like(soft).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
     return one + soft - soft.detach()
 

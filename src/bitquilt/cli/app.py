@@ -1,13 +1,22 @@
-"""The typer app of the command line, `app`, with one verb per file. `load_verb` imports a verb when it is called: most
-verbs import torch, which the list of verbs does not need."""
+"""The `bitquilt` command: `main` runs the typer app `app`, which has one verb per file. `load_verb` imports a verb when
+it is called: most verbs import torch, which the list of verbs does not need."""
 
+import functools
 import importlib
-from typing import Any, NamedTuple
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from bitquilt._version import __version__
+from bitquilt.cli.output import EXIT_USER_ERROR, EXIT_WRONG_RESULT, stderr
+from bitquilt.errors import UserError, VerificationError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -70,11 +79,38 @@ def load_verb(name: str) -> Any:
     found = getattr(importlib.import_module(f"bitquilt.cli.{module}"), member)
     if not isinstance(found, typer.Typer):
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_CONTEXT)
-        alone.command(name)(found)
+        alone.command(name)(grouped(found))
         found = alone
     command = typer.main.get_command(found)
     command.name, command.help = name, verb.help
     return command
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return `verb` as typer should see it: each parameter that is a dataclass becomes one keyword per field."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint):
+            groups[parameter.name] = hint
+            own = get_type_hints(hint, include_extras=True)
+            shown += [
+                parameter.replace(name=f.name, kind=parameter.KEYWORD_ONLY, default=f.default, annotation=own[f.name])
+                for f in fields(hint)
+            ]
+        else:
+            shown.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+    @functools.wraps(verb)
+    def call(**given: Any) -> None:
+        packed = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        verb(**packed, **given)
+
+    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return call
 
 
 app = typer.Typer(
@@ -99,3 +135,22 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     pass
+
+
+def main(verbs: Callable[[], Any] = app) -> None:
+    """Run the command line and turn the user's mistakes into one line on stderr and an exit code.
+
+    `BITQUILT_TRACEBACK=1` keeps the traceback, for bug reports.
+    """
+    try:
+        verbs()
+    except (UserError, VerificationError) as error:
+        if os.environ.get("BITQUILT_TRACEBACK") == "1":
+            raise
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise SystemExit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_WRONG_RESULT) from None
+    finally:
+        try:  # while a closed pipe (`| head`) can still be caught; at exit Python would complain
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from bitquilt.cli.eval import keep_record, load_model, measure_text
-from bitquilt.cli.options import Reference, WindowOptions, grouped
+from bitquilt.cli.options import Reference, WindowOptions
 from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_json, print_line, stderr, stdout
 from bitquilt.core.units import percent_text, size_text
 from bitquilt.data.calibration import describe_source
@@ -19,7 +19,6 @@ from bitquilt.report.page import check_target, write_page
 from bitquilt.report.pareto import Panel
 
 
-@grouped
 def compare_checkpoints(
     folders: Annotated[list[str], Argument(metavar="DIR...", help="Folders or hub ids of checkpoints by bitquilt.")],
     windows: WindowOptions,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bitquilt.cli.options import AnyModel, DtypeOption, Reference, Text, WindowOptions, grouped
+from bitquilt.cli.options import AnyModel, DtypeOption, Reference, Text, WindowOptions
 from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_json, print_line, stderr, stdout
 from bitquilt.cli.progress import scoring
 from bitquilt.core.units import percent_text, size_text
@@ -68,7 +68,6 @@ def keep_record(checkpoint: Checkpoint, record: Record, quiet: bool = False) -> 
             print_line(stderr, f"the figures are not kept in {checkpoint.folder}: {error.strerror}")
 
 
-@grouped
 def evaluate(
     model: AnyModel,
     windows: WindowOptions,

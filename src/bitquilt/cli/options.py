@@ -1,14 +1,12 @@
-"""Options that several verbs share. `grouped` turns a parameter that is a dataclass of options into one flag per field,
-and `wish_of` reads the recipe and the budget that the flags of `plan` and `quantize` name."""
+"""Options that several verbs share; a dataclass becomes one flag per field (`app.grouped`). `read_flags` reads the
+recipe and the budget that the flags of `plan` and `quantize` name."""
 
 import ast
 import functools
-import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -106,33 +104,6 @@ class WindowOptions:
     seq_len: Annotated[Count, _window(help="Tokens per window. Default: the model's context, at most 2048.")] = None
     stride: Annotated[Count, _window(help="Start a window every so many tokens; windows then overlap.")] = None
     max_tokens: Annotated[Count, _window(help="Read only the first so many tokens of the text.")] = None
-
-
-def grouped(verb: Callable[..., None]) -> Callable[..., None]:
-    """Return `verb` as typer should see it: each parameter that is a dataclass becomes one keyword per field."""
-    hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {}
-    shown: list[inspect.Parameter] = []
-    for parameter in inspect.signature(verb).parameters.values():
-        hint = hints[parameter.name]
-        if is_dataclass(hint):
-            groups[parameter.name] = hint
-            own = get_type_hints(hint, include_extras=True)
-            shown += [
-                parameter.replace(name=f.name, kind=parameter.KEYWORD_ONLY, default=f.default, annotation=own[f.name])
-                for f in fields(hint)
-            ]
-        else:
-            shown.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
-
-    @functools.wraps(verb)
-    def call(**given: Any) -> None:
-        packed = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
-        verb(**packed, **given)
-
-    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    return call
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,21 @@
-"""How verbs speak to a terminal, a log or a script: `print_fact`, `print_json` and `plain_table` print, `run_cli` turns
-errors into exit codes. Results go to stdout, everything else to stderr."""
+"""How verbs speak to a terminal, a log or a script: `print_fact`, `print_json` and `plain_table` print. Results go to
+stdout, everything else to stderr."""
 
 import contextlib
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from typer import Option
 
 from bitquilt.core.events import Untouched
 from bitquilt.core.units import percent_text
-from bitquilt.errors import UserError, VerificationError
 
 EXIT_USER_ERROR = 2
 EXIT_WRONG_RESULT = 3
@@ -81,30 +78,6 @@ def plain_table(*names: str, right: Iterable[str] = (), wrap: Iterable[str] = ()
     for name in names:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in wrap)
     return table
-
-
-def run_cli(app: Callable[[], Any]) -> None:
-    """Call a typer app and turn the user's mistakes into one line on stderr and an exit code.
-
-    `BITQUILT_TRACEBACK=1` keeps the traceback, for bug reports.
-    """
-    try:
-        app()
-    except (UserError, VerificationError) as error:
-        if os.environ.get("BITQUILT_TRACEBACK") == "1":
-            raise
-        stderr.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise SystemExit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_WRONG_RESULT) from None
-    finally:
-        _flush()
-
-
-def _flush() -> None:
-    """Flush stdout while a closed pipe (`| head`) can still be caught; at exit Python would complain."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from bitquilt.cli.options import (
     LayerOptions,
     Model,
     RecipeOptions,
-    grouped,
     read_flags,
 )
 from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_commands, print_fact, print_json, stderr, stdout
@@ -78,7 +77,6 @@ class _Question:
         return shlex.join([*words, *(["--include-head"] if self.layers.include_head else [])])
 
 
-@grouped
 def plan(
     model: Model,
     recipe: RecipeOptions,

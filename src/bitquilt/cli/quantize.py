@@ -17,7 +17,6 @@ from bitquilt.cli.options import (
     LayerOptions,
     Model,
     RecipeOptions,
-    grouped,
     read_flags,
 )
 from bitquilt.cli.output import Json, Quiet, calm, print_commands, print_fact, print_json, stderr, stdout
@@ -28,7 +27,6 @@ from bitquilt.report.page_values import allocator_totals, events_of
 from bitquilt.report.run_facts import LayerEvent
 
 
-@grouped
 def quantize(
     model: Model,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write the quantized model to.")],

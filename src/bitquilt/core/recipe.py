@@ -11,21 +11,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from bitquilt.core.budget import Budget, Scope
-from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import Cost, Layer, LayerPlan, LayerStats, Layout, Solution
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Random-sign backward passes that estimate the Hessian at the output of a layer's sub-block.
-
-    `count`: passes per sequence. `seed`: seed of the signs. `feed_forward_at_layer`: measure layers outside the
-    attention at their own output instead.
-    """
-
-    count: int = 1
-    seed: int = 0
-    feed_forward_at_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,8 +22,8 @@ class Needs:
     `hessian`: the sum of x x^T of each input. `sample`: an even subsample of the tokens. `drift`: the sum of
     (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
     model's blocks, for training. These three run the full-precision model alongside the quantized one.
-    `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by
-    `probes`.
+    `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by a
+    backward pass per sequence with random signs.
 
     Raises ValueError for `stream_drift` without `drift`.
     """
@@ -47,7 +34,6 @@ class Needs:
     stream_drift: bool = False
     full_outputs: bool = False
     output_hessian: bool = False
-    probes: Probes = Probes()
 
     def __post_init__(self) -> None:
         if self.stream_drift and not self.drift:
@@ -56,7 +42,7 @@ class Needs:
     @property
     def calibration(self) -> bool:
         """Whether the recipe reads calibration data."""
-        return any(getattr(self, field.name) for field in fields(self) if field.name != "probes")
+        return any(getattr(self, field.name) for field in fields(self))
 
     @property
     def full_model(self) -> bool:
@@ -93,6 +79,10 @@ class Recipe(Protocol):
     def needs(self) -> Needs:
         """Statistics that calibration collects."""
 
+    @property
+    def training(self) -> Training:
+        """Training of the layers once they are solved."""
+
     def prepare(self, stats: LayerStats | None) -> Any:
         """Do the work that all layers with this input share, such as factoring the Hessian."""
 
@@ -104,37 +94,6 @@ class Recipe(Protocol):
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
         """Solve the layer with the chosen plan."""
-
-
-@runtime_checkable
-class TrainsBlocks(Protocol):
-    """A recipe that trains the layers of a block together after each is solved."""
-
-    @property
-    def train_batch(self) -> int:
-        """Samples per training step, a power of two; 0 switches training off."""
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the block. Raises ValueError if it cannot be trained."""
-
-
-@runtime_checkable
-class TunesModel(Protocol):
-    """A recipe that trains all blocks together after the last one is done."""
-
-    @property
-    def tune_batch(self) -> int:
-        """Samples per tuning step, a power of two; 0 switches tuning off."""
-
-    @property
-    def tune_bytes(self) -> int:
-        """Bytes of memory that tuning takes per quantized weight, in addition to the training of one block."""
-
-    def keep(self, solution: Solution) -> dict[str, Tensor]:
-        """Return the tensors of a solved layer that tuning needs and the checkpoint does not store."""
-
-    def tune(self, problem: ModelProblem) -> TrainedLayers:
-        """Train the model. Raises ValueError if it cannot be trained."""
 
 
 @runtime_checkable

@@ -1,4 +1,5 @@
-"""What a recipe that trains is handed and returns: `BlockProblem`, `ModelProblem` and `TrainedLayers`."""
+"""How a recipe trains solved layers: `Training`, what it is handed (`BlockProblem`, `ModelProblem`) and what it returns
+(`TrainedLayers`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,3 +64,37 @@ class TrainedLayers:
     loss: float
     losses: tuple[float, ...]
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """Training of a block's layers together, after each is solved. `batch`: samples per step, a power of two.
+
+    `run` raises ValueError if the block cannot be trained.
+    """
+
+    batch: int
+    run: Callable[[BlockProblem], TrainedLayers]
+
+
+@dataclass(frozen=True)
+class ModelTraining:
+    """Training of all blocks together, after the last one is done. `batch`: samples per step, a power of two.
+
+    `weight_bytes`: bytes of memory per quantized weight, in addition to the training of one block. `keep` returns the
+    tensors of a solved layer that training needs and the checkpoint does not store. `run` raises ValueError if the
+    model cannot be trained.
+    """
+
+    batch: int
+    run: Callable[[ModelProblem], TrainedLayers]
+    weight_bytes: int
+    keep: Callable[[Solution], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training that follows a recipe's solving, by block and in the whole model; None: no training there."""
+
+    block: BlockTraining | None = None
+    model: ModelTraining | None = None

@@ -7,7 +7,7 @@ be multiplied by a gain per row too: then the rows over their gains are clustere
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from bitquilt.core.types import Format, LayerPlan, QuantizedWeight
 from bitquilt.layer.assembly import assemble, groups_by_bits, permutation_of
 from bitquilt.layer.gptq_sweep import Sweep, in_original_order, sweep
-from bitquilt.layer.grids.codebook import Clustering, CodebookGrid, fit_codebook
+from bitquilt.layer.grids.codebook import CodebookGrid, fit_codebook
 from bitquilt.layer.grids.row_gains import fit_row_gains
 from bitquilt.layer.grids.shared_levels import fit_table
 from bitquilt.layer.hessian import Factor
@@ -29,12 +29,9 @@ FitChannels = Callable[[Tensor, Tensor], CodebookGrid]
 @dataclass(frozen=True)
 class LevelTables:
     """`scope`: a table per "channel", or "shared" by the channels of a width, each with a gain of `gain_dtype`.
-    `dtype`: of the levels. `clustering`, `iterations` as in `fit_codebook`. `row_gain_dtype`: of a gain per row, for
-    shared tables only; None = no row gains."""
+    `dtype`: of the levels. `row_gain_dtype`: of a gain per row, for shared tables only; None = no row gains."""
 
     scope: TableScope = "shared"
-    clustering: Clustering = "exact"
-    iterations: int = 50
     dtype: torch.dtype = torch.float16
     gain_dtype: torch.dtype = torch.float8_e4m3fn
     row_gain_dtype: torch.dtype | None = None
@@ -47,10 +44,9 @@ class LevelTables:
 
     def fitter(self, weight: Tensor, bits: int, counted: Tensor, importance: Tensor | None) -> FitChannels:
         """Return the fit for channels of so many bits; a shared table is fitted here, to `weight` fp32 `[out, n]`."""
-        options: dict[str, Any] = {"clustering": self.clustering, "iterations": self.iterations, "dtype": self.dtype}
         if self.scope == "shared":
-            return fit_table(weight, bits, counted, importance, gain_dtype=self.gain_dtype, **options).fit
-        return lambda columns, mass: fit_codebook(columns, bits, mass, **options)
+            return fit_table(weight, bits, counted, importance, dtype=self.dtype, gain_dtype=self.gain_dtype).fit
+        return lambda columns, mass: fit_codebook(columns, bits, mass, self.dtype)
 
     def over_row_gains(self, weight: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`weight` and `counted` `[out, in]` as the tables see them, and the gains as stored `[out]`, or None.

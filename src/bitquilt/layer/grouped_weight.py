@@ -1,25 +1,111 @@
-"""A planned layer as column groups: `solve` sweeps it into a stored weight, `protect` chooses its outliers.
+"""A planned layer as column groups: `solve` sweeps it into a stored weight, `protect` chooses its outliers,
+`FeedbackSweep` does both as a recipe's options say.
 
 What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, coordinate descent and the
 events of the report. `codebook_weight` does the same for channels with free levels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import Event, Layer, LayerPlan, Solution, check_finite, group_slices
+from bitquilt.core.recipe import Needs
+from bitquilt.core.types import Event, Layer, LayerPlan, LayerStats, Solution, check_finite, group_slices
 from bitquilt.layer.assembly import assemble
 from bitquilt.layer.descent import descend
 from bitquilt.layer.gptq_sweep import Sweep, sweep, sweep_grouped, sweep_ordered
 from bitquilt.layer.grids import Grid
 from bitquilt.layer.grids.uniform import scale_dtype_for
-from bitquilt.layer.hessian import Factor, damped, factorize
+from bitquilt.layer.hessian import Factor, check_damp, damped, factorize
+from bitquilt.layer.layouts import check_group_size
 from bitquilt.layer.outliers import activation_count, activation_outliers, check_share, error_outliers, sparse_remainder
+from bitquilt.layer.target import check_feedback, corrected, layer_factor
 
 FitColumns = Callable[[slice, Tensor, int, torch.dtype], Grid]
 """(columns of the group, their weights `[out, n]`, bits, scale dtype) -> grid."""
+HessianAt = Literal["input", "attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackSweep:
+    """The sweep of `gptq`, `slim-llm` and `quilt`, on a target that repairs earlier layers; see `GPTQ`."""
+
+    group_size: int
+    damp: float
+    alpha: float
+    stream_alpha: float
+    passes: int
+    group_order: bool
+    act_order: bool = False
+    error_outliers: float = 0.0
+    act_outliers: float = 0.0
+    hessian: HessianAt = "input"
+
+    @classmethod
+    def of(cls, options: object, **fixed: Any) -> Self:
+        """The sweep that the fields of a recipe with these names ask for; `fixed`: fields that are no options there."""
+        named = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
+        return cls(**{**named, **fixed})
+
+    @property
+    def needs(self) -> Needs:
+        """The Hessian, and the drift of the inputs if the target repairs earlier layers."""
+        return Needs(
+            hessian=True,
+            drift=bool(self.alpha or self.stream_alpha),
+            stream_drift=bool(self.stream_alpha),
+            output_hessian=self.hessian == "attention",
+        )
+
+    def check(self) -> None:
+        """Raise ValueError naming the option that cannot work."""
+        check_damp(self.damp)
+        check_group_size(self.group_size)
+        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
+        check_share(error_outliers=self.error_outliers, act_outliers=self.act_outliers)
+        if self.passes and (self.error_outliers or self.act_outliers):
+            raise ValueError(f"passes is {self.passes}; coordinate descent cannot move outliers: set one of them to 0")
+        if self.act_order and self.group_order:
+            raise ValueError("act_order and group_order are two orders of the columns; wanted one of them")
+
+    def prepare(self, stats: LayerStats | None) -> Factor:
+        """Factor the Hessian once for all layers that read one input."""
+        assert stats is not None
+        return layer_factor(stats, self.damp, self.group_size if self.group_order else None)
+
+    def outlier_count(self, out_features: int, in_features: int) -> int:
+        """Weights of a layer that are kept in half precision."""
+        act = activation_count(self.act_outliers, out_features, in_features)
+        return act + round(self.error_outliers * out_features * in_features)
+
+    def solve(
+        self, layer: Layer, plan: LayerPlan, prepared: Factor, fitter: Callable[[Factor], FitColumns]
+    ) -> Solution:
+        """Solve the layer with the grids of `fitter(factor)`.
+
+        Raises ValueError naming the layer if a weight is NaN or Inf.
+        """
+        assert layer.stats is not None
+        if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
+            prepared = layer_factor(layer.stats, self.damp, plan.group_size)
+        layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
+        fit, shares = fitter(prepared), (self.act_outliers, self.error_outliers)
+        protected = protect(layer, plan, prepared, fit, *shares)
+        solution = solve(
+            layer,
+            plan,
+            prepared,
+            fit,
+            damp=self.damp,
+            act_order=self.act_order,
+            protected=protected,
+            passes=self.passes,
+        )
+        unprotected = unprotected_event(layer.name, layer.weight, *shares)
+        return replace(solution, events=(*events, *solution.events, *unprotected))
 
 
 def solve(
@@ -111,19 +197,6 @@ def protect(
     for group, bits in zip(group_slices(weight.shape[1], plan.group_size), plan.bits, strict=True):
         rounded[:, group] = fit(group, rest[:, group], bits, torch.float16).quantize(weight[:, group])
     return act | error_outliers(weight, rounded, norms, round(error_share * weight.numel()), act)
-
-
-def check_protection(passes: int, **shares: float) -> None:
-    """Raise ValueError naming a share out of range, or for coordinate descent with protected weights."""
-    check_share(**shares)
-    if passes and any(shares.values()):
-        raise ValueError(f"passes is {passes}; coordinate descent cannot move outliers: set one of them to 0")
-
-
-def protected_count(shape: tuple[int, int], act_share: float, error_share: float) -> int:
-    """The number of weights that `protect` keeps in a layer of `shape` `[out, in]`."""
-    act = activation_count(act_share, *shape, "weight") if act_share else 0
-    return act + round(error_share * shape[0] * shape[1])
 
 
 def unprotected_event(name: str, weight: Tensor, *shares: float) -> tuple[Event, ...]:

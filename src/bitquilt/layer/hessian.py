@@ -13,6 +13,12 @@ _DAMP_GROWTH = 10.0
 _MAX_DAMP = 10.0  # ten times the mean diagonal: beyond that the "inverse" is a diagonal and something is broken
 
 
+def check_damp(damp: float) -> None:
+    """Raise ValueError unless `damp` is a share."""
+    if not 0 < damp <= 1:
+        raise ValueError(f"damp is {damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
+
+
 @dataclass(frozen=True, eq=False)
 class Factor:
     """`upper` fp32 `[in, in]`: U with (H + damp mean(diag H) I)^-1 = U^T U.  `dead` bool `[in]`: channels no token

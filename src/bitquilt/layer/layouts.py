@@ -15,7 +15,14 @@ from bitquilt.layer.codebook_weight import LevelTables
 
 GROUP_WIDTHS = tuple(range(2, MAX_BITS + 1))
 WIDTHS_FROM_ONE = (1, *GROUP_WIDTHS)
+_GROUP_SIZE_STEP = 8
 Widths = Sequence[int] | NDArray[np.integer[Any]]
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise ValueError unless groups of so many columns can be packed."""
+    if group_size < _GROUP_SIZE_STEP or group_size % _GROUP_SIZE_STEP:
+        raise ValueError(f"group size is {group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
 
 
 def grouped_layout(

@@ -5,14 +5,11 @@ of its rounding there. Neither knows the quantizer: any recipe can protect weigh
 code, and the sparse part holds the difference, so that a product needs no mask.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from bitquilt.core.types import Outliers
 
-ActivationRule = Literal["weight", "column"]
 # An outlier takes 32 bits (value and index): at half of the weights the sparse part alone costs 16 bits per weight.
 MAX_SHARE = 0.25
 _FP16_MAX = 65504.0
@@ -27,21 +24,17 @@ def check_share(**shares: float) -> None:
         raise ValueError(f"{' + '.join(shares)} is {sum(shares.values())}; wanted at most {MAX_SHARE} together")
 
 
-def activation_count(share: float, out_features: int, in_features: int, rule: ActivationRule = "weight") -> int:
+def activation_count(share: float, out_features: int, in_features: int) -> int:
     """The number of weights that `activation_outliers` protects."""
-    return out_features * round(share * in_features) if rule == "column" else round(share * out_features * in_features)
+    return round(share * out_features * in_features)
 
 
-def activation_outliers(weight: Tensor, norms: Tensor, share: float, rule: ActivationRule = "weight") -> Tensor:
+def activation_outliers(weight: Tensor, norms: Tensor, share: float) -> Tensor:
     """Choose O_act, bool `[out, in]`: the share of weights with the largest a_j |w_ij|, `norms` a_j `[in]`.
 
-    column: whole columns, those with the largest a_j. The earlier index wins a tie.
+    The earlier index wins a tie.
     """
-    out_features, in_features = weight.shape
-    if rule == "column":
-        columns = largest(norms.unsqueeze(0), round(share * in_features))
-        return columns.expand(out_features, -1).clone()
-    return largest(norms * weight.abs(), activation_count(share, out_features, in_features))
+    return largest(norms * weight.abs(), activation_count(share, *weight.shape))
 
 
 def error_outliers(weight: Tensor, quantized: Tensor, norms: Tensor, count: int, taken: Tensor) -> Tensor:

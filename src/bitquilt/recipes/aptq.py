@@ -24,7 +24,7 @@ from bitquilt.allocation.by_trace import by_trace, by_weighted_error
 from bitquilt.core.budget import Budget
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -38,11 +38,11 @@ from bitquilt.core.types import (
 )
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.layer.grouped_weight import live_weight, solve
-from bitquilt.layer.hessian import Factor, factorize
-from bitquilt.layer.layouts import grouped_layout
+from bitquilt.layer.hessian import Factor, check_damp, factorize
+from bitquilt.layer.layouts import check_group_size, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
-from bitquilt.recipes.shared.clipping import ClippingMode, clipping_batch, train_ranges
-from bitquilt.recipes.shared.traits import Traits, check_bpw, check_damp, check_group_size, check_mean, check_palette
+from bitquilt.recipes.shared.clipping import ClippingMode, clipping_training
+from bitquilt.recipes.shared.traits import Traits, check_bpw, check_mean, check_palette
 
 LayerAllocation = Literal["trace", "hawq2"]
 
@@ -164,13 +164,9 @@ class APTQ:
         return solve(layer, plan, prepared, fit_group, damp=self.damp)
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step of trained clipping; 0 without it."""
-        return clipping_batch(self.clipping)
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the ranges of a block. Raises ValueError if the block cannot be trained."""
-        return train_ranges(problem)
+    def training(self) -> Training:
+        """Trained clipping on request."""
+        return clipping_training(self.clipping)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """The palette."""

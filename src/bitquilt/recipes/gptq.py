@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -24,12 +24,11 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
-from bitquilt.layer.grouped_weight import FitColumns, live_weight
+from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, HessianAt, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
-from bitquilt.recipes.shared.clipping import ClippingMode, clipping_batch, train_ranges
-from bitquilt.recipes.shared.feedback import FeedbackSweep, HessianAt
+from bitquilt.recipes.shared.clipping import ClippingMode, clipping_training
 from bitquilt.recipes.shared.traits import Traits, check_whole_bits
 
 
@@ -80,18 +79,7 @@ class GPTQ:
     @property
     def sweep(self) -> FeedbackSweep:
         """The sweep that the options ask for."""
-        return FeedbackSweep(
-            group_size=self.group_size,
-            damp=self.damp,
-            alpha=self.alpha,
-            stream_alpha=self.stream_alpha,
-            passes=self.passes,
-            group_order=self.group_order,
-            act_order=self.act_order,
-            error_outliers=self.error_outliers,
-            act_outliers=self.act_outliers,
-            hessian=self.hessian,
-        )
+        return FeedbackSweep.of(self)
 
     @property
     def needs(self) -> Needs:
@@ -124,7 +112,7 @@ class GPTQ:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
         return self.sweep.solve(layer, plan, prepared, self._fitter)
 
-    def _fitter(self, original: Tensor, factor: Factor) -> FitColumns:
+    def _fitter(self, factor: Factor) -> FitColumns:
         search = RangeSearch() if self.scale_search else MIN_MAX
 
         def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
@@ -134,13 +122,9 @@ class GPTQ:
         return fit_group
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step of trained clipping; 0 without it."""
-        return clipping_batch(self.clipping)
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the ranges of a block. Raises ValueError if the block cannot be trained."""
-        return train_ranges(problem)
+    def training(self) -> Training:
+        """Trained clipping on request."""
+        return clipping_training(self.clipping)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""

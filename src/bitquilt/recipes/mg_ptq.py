@@ -29,7 +29,7 @@ from bitquilt.allocation.graph_network import GraphTraining, graph_bits
 from bitquilt.allocation.knapsack import best_bits, table_error
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     MIN_BITS,
     Cost,
@@ -48,12 +48,12 @@ from bitquilt.layer.assembly import assemble
 from bitquilt.layer.gptq_sweep import Sweep, sweep
 from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.layer.grouped_weight import layer_events, live_weight
-from bitquilt.layer.hessian import Factor, factorize
-from bitquilt.layer.layouts import grouped_layout
+from bitquilt.layer.hessian import Factor, check_damp, factorize
+from bitquilt.layer.layouts import check_group_size, grouped_layout
 from bitquilt.layer.nearest import round_groups
 from bitquilt.layer.sensitivity.column_graph import adjacency, column_features
-from bitquilt.recipes.shared.clipping import ClippingMode, clipping_batch, train_ranges
-from bitquilt.recipes.shared.traits import Traits, check_damp, check_group_size, check_mean, check_palette
+from bitquilt.recipes.shared.clipping import ClippingMode, clipping_training
+from bitquilt.recipes.shared.traits import Traits, check_mean, check_palette
 
 _COLUMNS = 1  # group size of a plan with bits per column
 _NEIGHBOURS = 16  # strongest edges of each unit in the graph
@@ -149,13 +149,9 @@ class MGPTQ:
         return Solution(stored, loss, layer_events(layer, scale_dtype, prepared, self.damp))
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step of trained clipping; 0 without it."""
-        return clipping_batch(self.clipping)
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the ranges of a block. Raises ValueError if the block cannot be trained."""
-        return train_ranges(problem)
+    def training(self) -> Training:
+        """Trained clipping on request."""
+        return clipping_training(self.clipping)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """The palette."""

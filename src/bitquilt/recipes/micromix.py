@@ -28,6 +28,7 @@ from torch import Tensor
 from bitquilt.core.budget import Budget
 from bitquilt.core.packing import bits_per_weight
 from bitquilt.core.recipe import Needs, PlanTerms
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Event,
@@ -70,6 +71,7 @@ class MicroMix:
         fractional=True, why_not_clipped="has powers of two for scales: no range between them to train"
     )
     needs: ClassVar[Needs] = Needs(sample=True)
+    training: ClassVar[Training] = Training()
 
     bits: float | None = None
     bpw: float | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -34,12 +34,11 @@ from bitquilt.core.types import (
 )
 from bitquilt.layer.assembly import assemble, disassemble
 from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit
-from bitquilt.layer.grouped_weight import FitColumns, live_weight
+from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
-from bitquilt.recipes.shared.effort import TUNE_BYTES, Effort, EffortTraining, kept_for_tuning
-from bitquilt.recipes.shared.feedback import FeedbackSweep
+from bitquilt.recipes.shared.effort import Effort, EffortTraining
 from bitquilt.recipes.shared.traits import Traits, check_whole_bits
 from bitquilt.train.problem import KeptEpoch, Rule, Values
 from bitquilt.train.rounding import Rounding
@@ -73,7 +72,6 @@ class Quilt:
 
     name: ClassVar[str] = "quilt"
     traits: ClassVar[Traits] = Traits(why_not_clipped="trains scales and rounding: effort=normal")
-    tune_bytes: ClassVar[int] = TUNE_BYTES
 
     bits: int = 2
     group_size: int = 64
@@ -91,29 +89,12 @@ class Quilt:
     @property
     def sweep(self) -> FeedbackSweep:
         """The sweep that the options ask for."""
-        return FeedbackSweep(
-            group_size=self.group_size,
-            damp=self.damp,
-            alpha=self.alpha,
-            stream_alpha=self.stream_alpha,
-            passes=self.passes,
-            group_order=True,
-        )
+        return FeedbackSweep.of(self, group_order=True)
 
     @property
-    def training(self) -> EffortTraining[Rounding]:
+    def effort_training(self) -> EffortTraining[Rounding]:
         """The training that the options ask for."""
-        return EffortTraining(
-            self.effort,
-            self.epochs,
-            self.tune_epochs,
-            self.tune_rate,
-            self.kept_epoch,
-            self.autocast,
-            reach=_REACH,
-            part_of=_part_of,
-            solution_of=_solution_of,
-        )
+        return EffortTraining.of(self, _REACH, _part_of, _solution_of)
 
     @property
     def needs(self) -> Needs:
@@ -129,7 +110,7 @@ class Quilt:
         """Raise ValueError naming the option that cannot work."""
         check_whole_bits(self.bits)
         self.sweep.check()
-        self.training.check()
+        self.effort_training.check()
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -148,26 +129,9 @@ class Quilt:
         return self.sweep.solve(layer, plan, prepared, _fitter)
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step in a block; 0 without training."""
-        return self.training.train_batch
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
-        return self.training.train_block(problem)
-
-    @property
-    def tune_batch(self) -> int:
-        """Samples per step in the whole model; 0 without training."""
-        return self.training.tune_batch
-
-    def keep(self, solution: Solution) -> dict[str, Tensor]:
-        """Tensors that training the whole model needs and the checkpoint does not store."""
-        return kept_for_tuning(solution)
-
-    def tune(self, problem: ModelProblem) -> TrainedLayers:
-        """Train all blocks together. Raises ValueError if they cannot be trained."""
-        return self.training.tune(problem)
+    def training(self) -> Training:
+        """The training that `effort` asks for."""
+        return self.effort_training.steps
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits: when layers share a budget of 2.25 bits, groups of one bit take a third off the KL."""
@@ -187,7 +151,7 @@ class Quilt:
         return prepared.importance
 
 
-def _fitter(original: Tensor, factor: Factor) -> FitColumns:
+def _fitter(factor: Factor) -> FitColumns:
     def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
         search, symmetric = RangeSearch(_TAUS, zeros=True), bits in _SYMMETRIC
         return fit(

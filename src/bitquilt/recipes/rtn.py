@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -25,10 +25,10 @@ from bitquilt.core.types import (
 from bitquilt.layer.assembly import assemble
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.layer.grouped_weight import layer_events
-from bitquilt.layer.layouts import GROUP_WIDTHS, grouped_layout
+from bitquilt.layer.layouts import GROUP_WIDTHS, check_group_size, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups, round_to_nearest
-from bitquilt.recipes.shared.clipping import ClippingMode, clipping_batch, train_ranges
-from bitquilt.recipes.shared.traits import Traits, check_group_size, check_whole_bits
+from bitquilt.recipes.shared.clipping import ClippingMode, clipping_training
+from bitquilt.recipes.shared.traits import Traits, check_whole_bits
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,9 @@ class RTN:
         return Solution(assemble(rounded, plan), None, layer_events(layer, scale_dtype))
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step of trained clipping; 0 without it."""
-        return clipping_batch(self.clipping)
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the ranges of a block. Raises ValueError if the block cannot be trained."""
-        return train_ranges(problem)
+    def training(self) -> Training:
+        """Trained clipping on request."""
+        return clipping_training(self.clipping)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""

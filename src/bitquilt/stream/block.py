@@ -82,8 +82,8 @@ def _calibrated(
         quantize_layers(job, block, _measured(states, block, solved), observe, solved)
     if full is not None:
         states.advance_calibration(block.number, full, "full")
-        if solved.solutions and (recipe := job.trainer) is not None:  # a block whose layers are all skipped has none
-            training = train_block(states, recipe, block, full, solved, observe)
+        if solved.solutions and (trains := job.recipe.training.block):  # a block whose layers are all skipped has none
+            training = train_block(states, trains, block, full, solved, observe)
         keep(job, block.number, solved)
     return training
 
@@ -94,7 +94,7 @@ def _measured(states: CalibratedStates, block: LoadedBlock, solved: SolvedLayers
     stats = input_statistics(states.job, block.linears, states.passes(block), hessian=needs.hessian)
     if not needs.output_hessian:
         return stats
-    found = collect_gradients(block.module, block.linears, states.passes(block), needs.probes, hessian=True)
+    found = collect_gradients(block.module, block.linears, states.passes(block), hessian=True)
     stats, events = attention_aware(stats, found)
     solved.events += events
     return stats

@@ -1,4 +1,4 @@
-"""`train_block` hands a block to a recipe that trains it, `keep` stores what training the whole model needs of it.
+"""`train_block` hands a solved block to the recipe's training, `keep` stores what training the whole model needs.
 
 The recipe sees a function and samples. The function is the full-precision block with other weights in the places of
 its layers (`of_weights`); samples are read from the work directory when the recipe asks for them.
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bitquilt.core.events import Epoch, Observer
-from bitquilt.core.recipe import TrainsBlocks
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, BlockTraining, TrainedLayers
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_transposed
 from bitquilt.stream.hidden_states import CalibratedStates
@@ -29,7 +28,7 @@ OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 def train_block(
     states: CalibratedStates,
-    recipe: TrainsBlocks,
+    training: BlockTraining,
     block: LoadedBlock,
     full: nn.Module,
     solved: SolvedLayers,
@@ -59,7 +58,7 @@ def train_block(
         told=progress,
     )
     try:
-        trained = recipe.train_block(problem)
+        trained = training.run(problem)
     except (ValueError, MemoryError) as error:
         raise UserError(f"{block.path}: {error}") from None
     for name, solution in trained.solutions.items():
@@ -73,8 +72,8 @@ def train_block(
 
 def keep(job: CalibratedJob, i: int, solved: SolvedLayers) -> None:
     """Store what the recipe needs of block i to train the whole model, if it does."""
-    if (recipe := job.tuner) is not None:
-        tensors = {f"{n}.{key}": t for n, s in solved.solutions.items() for key, t in recipe.keep(s).items()}
+    if (training := job.recipe.training.model) is not None:
+        tensors = {f"{n}.{key}": t for n, s in solved.solutions.items() for key, t in training.keep(s).items()}
         write_tensors(job.folder / kept_file(i), tensors)
 
 

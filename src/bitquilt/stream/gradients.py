@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitquilt.core.recipe import Probes
 from bitquilt.core.types import Event, LayerStats
 from bitquilt.layer.sensitivity.attention import GradientSums, gradient_sums, probe_signs, sequence_gradients
 from bitquilt.model.hooks import hooked
@@ -54,16 +53,16 @@ class _Watched:
 
 
 def collect_gradients(
-    block: nn.Module, linears: Mapping[str, nn.Module], passes: Iterable[Tensor], probes: Probes, *, hessian: bool
+    block: nn.Module, linears: Mapping[str, nn.Module], passes: Iterable[Tensor], *, hessian: bool, probes: int = 1
 ) -> dict[str, Gradients]:
     """Measure `linears` (full path -> module inside the block) while iterating `passes` runs the block.
 
     Each item of `passes` is the block's output `[batch, tokens, width]`. `hessian`: return matrices, not only traces.
+    `probes`: backward passes with random signs per sequence, for an estimate of less variance.
     A layer whose gradient does not exist, or is zero everywhere, has a `reason`.
     """
     paths = {id(module): path for path, module in block.named_modules()}
     owner = {name: _sub_block(block, paths[id(module)]) for name, module in linears.items()}
-    at_layer = {p for p in set(owner.values()) if probes.feed_forward_at_layer and not is_attention(block, p)}
     watched = {name: _Watched() for name in linears}
     members = {path: [watched[n] for n in linears if owner[n] == path] for path in dict.fromkeys(owner.values())}
     outputs: dict[str, Tensor] = {}
@@ -82,8 +81,7 @@ def collect_gradients(
                 outputs[_BLOCK] = output
                 signs = partial(_signs, range(seen, seen + len(output)), probes)
                 for path in members:
-                    if path not in at_layer:
-                        _backward(outputs.get(path), members[path], len(output), signs, hessian)
+                    _backward(outputs.get(path), members[path], len(output), signs, hessian)
                 for layer in watched.values():
                     layer.calls.clear()
                 outputs.clear()
@@ -93,8 +91,7 @@ def collect_gradients(
             layer.reason, layer.sums = f"no backward pass: {str(error).splitlines()[0]}", None
     largest = {path: max(layer.sums.squares if layer.sums else 0.0 for layer in members[path]) for path in members}
     return {
-        name: _result(layer, linears[name], owner[name] in at_layer, probes.count, _SILENT * largest[owner[name]])
-        for name, layer in watched.items()
+        name: _result(layer, linears[name], probes, _SILENT * largest[owner[name]]) for name, layer in watched.items()
     }
 
 
@@ -114,13 +111,6 @@ def attention_aware(
     return found, events
 
 
-def is_attention(block: nn.Module, path: str) -> bool:
-    """Whether the sub-block at `path` computes attention, judged by its name or its class's."""
-    module = block.get_submodule(path)
-    words = f"{path} {type(module).__name__}".lower() if path else ""
-    return "attn" in words or "attention" in words
-
-
 def _sub_block(block: nn.Module, path: str) -> str:
     """Return the outermost module below the block that contains the layer and is called, as lists are not."""
     parts = path.split(".")
@@ -131,12 +121,12 @@ def _sub_block(block: nn.Module, path: str) -> str:
     return _BLOCK
 
 
-def _signs(samples: range, probes: Probes, rows: Tensor) -> Iterator[Tensor]:
+def _signs(samples: range, probes: int, rows: Tensor) -> Iterator[Tensor]:
     """Random signs shaped like `rows` `[samples, n, width]`, one tensor per probe, drawn on the host: the same on every
     device."""
     shape = (rows.shape[1], rows.shape[2])
-    for probe in range(probes.count):
-        yield torch.stack([probe_signs(shape, probes.seed, i, probe) for i in samples]).to(rows.device)
+    for probe in range(probes):
+        yield torch.stack([probe_signs(shape, i, probe) for i in samples]).to(rows.device)
 
 
 def _backward(
@@ -171,12 +161,10 @@ def _backward(
             layer.sums = sums if layer.sums is None else layer.sums + sums
 
 
-def _result(layer: _Watched, module: nn.Module, at_layer: bool, probes: int, silent: float) -> Gradients:
+def _result(layer: _Watched, module: nn.Module, probes: int, silent: float) -> Gradients:
     out_features = len(linear_weight(module))
     own_trace = 2 * out_features * layer.inputs
     sums = layer.sums
-    if at_layer:
-        return Gradients(own_trace, own_trace, None)
     if sums is None or sums.squares <= silent:
         reason = layer.reason or ("no token reached it" if layer.inputs == 0 else "its gradient is zero on all tokens")
         return Gradients(own_trace, own_trace, None, reason)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitquilt.core.recipe import PlansModel, Recipe, TunesModel
+from bitquilt.core.recipe import PlansModel, Recipe
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.structure import Skeleton, vocabulary_size
@@ -84,7 +84,11 @@ class CalibratedStates(HiddenStates):
         """As in `HiddenStates`, for calibration tokens and probe."""
         self.advance_calibration(i, block, "quantized")
         super().advance(i, block)
-        if i + 1 == len(self.job.skeleton.blocks) and not self.job.include_head and self.job.tuner is None:
+        if (
+            i + 1 == len(self.job.skeleton.blocks)
+            and not self.job.include_head
+            and self.job.recipe.training.model is None
+        ):
             self.delete_activations(i + 1)
 
     def advance_calibration(self, i: int, block: nn.Module, model: Model) -> None:
@@ -99,7 +103,7 @@ class CalibratedStates(HiddenStates):
 
     def delete(self, i: int) -> None:
         """As in `HiddenStates`; the first block's inputs stay if all blocks are trained later."""
-        if i > 0 or self.job.tuner is None:
+        if i > 0 or self.job.recipe.training.model is None:
             self.delete_activations(i)
             super().delete(i)
 
@@ -168,7 +172,7 @@ def _copies(recipe: Recipe) -> int:
     first block or after the last, what the first block reads.
     """
     if recipe.needs.full_model:
-        return 5 if isinstance(recipe, TunesModel) and recipe.tune_batch else 4
+        return 5 if recipe.training.model else 4
     return 3 if isinstance(recipe, PlansModel) else 2
 
 
@@ -183,7 +187,8 @@ def _shapes_of_batches(job: CalibratedJob) -> Iterator[Tensor]:
     """Yield token ids in every shape in which a block is called: batches, and the powers of two of a training."""
     for rows in job.batches:
         yield job.ids[rows]
-    largest = max(job.trainer.train_batch if job.trainer else 0, job.tuner.tune_batch if job.tuner else 0)
+    training = job.recipe.training
+    largest = max((stage.batch for stage in (training.block, training.model) if stage is not None), default=0)
     for power in range(largest.bit_length()):
         yield job.ids[:1].expand(1 << power, -1)
 

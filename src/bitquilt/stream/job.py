@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.core.plan_file import OuterBits
-from bitquilt.core.recipe import Recipe, TrainsBlocks, TunesModel
+from bitquilt.core.recipe import Recipe
+from bitquilt.core.training import Training
 from bitquilt.core.types import LayerPlan, check_finite
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_linear, linear_weight
@@ -60,19 +61,9 @@ class CalibratedJob(Job):
         return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
     @property
-    def trainer(self) -> TrainsBlocks | None:
-        """The recipe if this run trains blocks once their layers are solved."""
-        return self.recipe if isinstance(self.recipe, TrainsBlocks) and self.recipe.train_batch > 0 else None
-
-    @property
-    def tuner(self) -> TunesModel | None:
-        """The recipe if this run trains all blocks together once they are done."""
-        return self.recipe if isinstance(self.recipe, TunesModel) and self.recipe.tune_batch > 0 else None
-
-    @property
     def trains(self) -> bool:
         """Whether this run trains anything."""
-        return self.trainer is not None or self.tuner is not None
+        return self.recipe.training != Training()
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,12 +51,16 @@ def quantize_layers(
 
     Raises UserError naming the layer that cannot be solved.
     """
-    prepare = preparing(job.recipe)
+    prepare, plans = preparing(job.recipe), job.plans or {}
     for name, module in block.linears.items():
         started = time.perf_counter()
         try:
             layer, events = _layer(name, module, stats.get(name))
-            plan, solution, notes = _solve(job, layer, prepare(layer.stats))
+            prepared, plan, notes = prepare(layer.stats), plans.get(name), job.notes.get(name, {})
+            if plan is None:
+                cost = job.recipe.measure(layer, prepared)
+                plan, notes = job.recipe.allocate(cost, layer.weight.shape[1]), cost.details
+            solution = job.recipe.quantize(layer, plan, prepared)
         except ValueError as error:
             text = str(error)
             raise UserError(text if name in text else f"{name}: {text}") from None
@@ -124,13 +128,3 @@ def _layer(name: str, module: nn.Module, stats: LayerStats | None) -> tuple[Laye
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 1, None)
         events.append(Event(name, "no calibration tokens", "no token reached this layer: all channels weigh the same"))
     return Layer(name, weight, None if bias is None else bias.data.float(), stats), events
-
-
-def _solve(job: Job, layer: Layer, prepared: Any) -> tuple[LayerPlan, Solution, Mapping[str, Any]]:
-    """Return plan and solution, and what the report says about how the plan was found."""
-    plan = None if job.plans is None else job.plans.get(layer.name)
-    if plan is not None:
-        return plan, job.recipe.quantize(layer, plan, prepared), job.notes.get(layer.name, {})
-    cost = job.recipe.measure(layer, prepared)
-    plan = job.recipe.allocate(cost, layer.weight.shape[1])
-    return plan, job.recipe.quantize(layer, plan, prepared), cost.details

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bitquilt.core.events import Observer, Stage
 from bitquilt.core.packing import unpack
-from bitquilt.core.recipe import TrainsBlocks, TunesModel
-from bitquilt.core.training import ModelProblem, TrainedLayers
+from bitquilt.core.recipe import Recipe
+from bitquilt.core.training import ModelProblem, ModelTraining, TrainedLayers
 from bitquilt.core.types import Layer, Solution
 from bitquilt.errors import UserError
 from bitquilt.model.linear import linear_weight
@@ -47,7 +47,7 @@ _PER_WEIGHT, _PER_WIDTH = 7, 2
 class TrainingMemory:
     """Memory in bytes that training the layers of these `shapes` `[out, in]` takes on top of everything else."""
 
-    recipe: object
+    recipe: Recipe
     skeleton: Skeleton
     shapes: Mapping[str, tuple[int, int]]
     seq_len: int
@@ -60,10 +60,10 @@ class TrainingMemory:
     @property
     def block(self) -> int:
         """Training the largest block with a whole batch."""
-        if not isinstance(self.recipe, TrainsBlocks) or not self.recipe.train_batch:
+        if (training := self.recipe.training.block) is None:
             return 0
         weights, widths = self._largest_block()
-        return 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * self.seq_len * self.recipe.train_batch)
+        return 4 * (_PER_WEIGHT * weights + _PER_WIDTH * widths * self.seq_len * training.batch)
 
     @property
     def model(self) -> int:
@@ -72,7 +72,7 @@ class TrainingMemory:
         The state of all layers, one block's weights and their gradients, and one sample in that block, before every
         block and at the output.
         """
-        if not isinstance(self.recipe, TunesModel) or not self.recipe.tune_batch:
+        if (training := self.recipe.training.model) is None:
             return 0
         skeleton = self.skeleton
         weights, widths = self._largest_block()
@@ -81,7 +81,7 @@ class TrainingMemory:
         outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
         alive = 3 * weights + _PER_WIDTH * widths * self.seq_len + hidden + _LOGITS_ALIVE * logits
         every = sum(rows * columns for rows, columns in self.shapes.values())
-        return self.recipe.tune_bytes * every + 4 * alive + 2 * outer
+        return training.weight_bytes * every + 4 * alive + 2 * outer
 
     def check(self, device: torch.device = _HOST) -> None:
         """Raise UserError if training the whole model takes more memory than is free on `device`."""
@@ -108,14 +108,14 @@ class TrainingMemory:
 
 def tuned(states: HiddenStates, records: list[BlockRecord], observe: Observer) -> list[BlockRecord]:
     """Return the blocks' records, of trained layers if the recipe tunes the model. Raises UserError if it cannot."""
-    if not isinstance(states, CalibratedStates) or (recipe := states.job.tuner) is None:
+    if not isinstance(states, CalibratedStates) or (training := states.job.recipe.training.model) is None:
         return records
     job = states.job
     if (done := committed_tuning(job.folder)) is not None:
         return done
     progress = TrainingProgress("the whole model", observe, "KL")
     observe(Stage("training all blocks together"))
-    trained = _train(states, recipe, _StoredSolutions(job, records), progress)
+    trained = _train(states, training, _StoredSolutions(job, records), progress)
     entry = progress.finish(trained)
     found = []
     for i, record in enumerate(records):
@@ -134,7 +134,7 @@ def committed_tuning(folder: Path) -> list[BlockRecord] | None:
 
 
 def _train(
-    states: CalibratedStates, recipe: TunesModel, solved: "_StoredSolutions", progress: TrainingProgress
+    states: CalibratedStates, training: ModelTraining, solved: "_StoredSolutions", progress: TrainingProgress
 ) -> TrainedLayers:
     job, skeleton = states.job, states.job.skeleton
     count, ids = len(skeleton.blocks), job.ids
@@ -163,7 +163,7 @@ def _train(
             told=progress,
         )
         try:
-            return recipe.tune(problem)
+            return training.run(problem)
         except (ValueError, MemoryError) as error:
             raise UserError(f"training all blocks together: {error}") from None
 

@@ -33,10 +33,9 @@ _FACTORS: dict[Schedule, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """The moves of one value: AdamW without decay, or by the sign of its gradient; kept in `low` .. `high`."""
+    """The moves of one value: AdamW without decay, kept in `low` .. `high`."""
 
     rate: float
-    kind: Literal["adam", "sign"] = "adam"
     low: float = -math.inf
     high: float = math.inf
 
@@ -72,15 +71,13 @@ class TrainingSettings:
     """`batch`: samples per step, a power of two; a block is called with that many samples, or a smaller power of two.
     `schedule`: rates stay, or fall to zero over all steps. `held_out`: share of the samples that is never trained on,
     at least one, and gives the loss after every epoch. `kept_epoch`: "best" = the epoch of least held-out loss, the
-    start included; "last" = train on the held-out samples too and keep the last epoch. `patience`: epochs without a
-    gain before training stops, 0 = never. `autocast`: the links' products in bfloat16 while training; the held-out loss
-    is computed in fp32."""
+    start included; "last" = train on the held-out samples too and keep the last epoch. `autocast`: the
+    links' products in bfloat16 while training; the held-out loss is computed in fp32."""
 
     epochs: int
     batch: int = 8
     schedule: Schedule = "linear"
     held_out: float = 0.125
-    patience: int = 0
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     autocast: bool = False
@@ -154,8 +151,7 @@ class Mover:
         self.pairs = [(v, rule) for v, rule in pairs if rule.rate > 0]
         by_rate: dict[float, list[Tensor]] = {}
         for value, rule in self.pairs:
-            if rule.kind == "adam":
-                by_rate.setdefault(rule.rate, []).append(value)
+            by_rate.setdefault(rule.rate, []).append(value)
         adam = [{"params": tensors, "lr": rate, "rate": rate} for rate, tensors in by_rate.items()]
         self.adam = torch.optim.AdamW(adam, betas=training.betas, weight_decay=0.0, fused=True) if adam else None
         self.schedule, self.steps, self.done = training.schedule, max(1, steps), 0
@@ -171,7 +167,5 @@ class Mover:
                 group["lr"] = group["rate"] * factor
             self.adam.step()
         for value, rule in self.pairs:
-            if rule.kind == "sign" and value.grad is not None:
-                value.sub_(value.grad.sign(), alpha=rule.rate * factor)
             if math.isfinite(rule.low) or math.isfinite(rule.high):
                 value.clamp_(rule.low, rule.high)

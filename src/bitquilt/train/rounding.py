@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitquilt.layer.gptq_sweep import Sweep
 from bitquilt.layer.grids import Grid, UniformGrid
-from bitquilt.layer.grids.uniform import OneBitRule, fit_two_levels
+from bitquilt.layer.grids.uniform import fit_two_levels
 from bitquilt.train.problem import Rule, Values, stored_as
 from bitquilt.train.rounding_ops import Groups, round_by_offset, round_by_scale, steps_by_offset
 
@@ -119,7 +119,7 @@ class Clipping:
     (sigmoid(u) + 1/2) times the distance of `fit_two_levels`; their u starts at 0, so that this factor is 1.
 
     No gradient passes a zero, or the sign of a one-bit group. `original` fp32 `[out, in]`, with a column range and a
-    width per group; `initial`: the first logit of both; `one_bit`: the rule of one-bit groups.
+    width per group; `initial`: the first logit of both.
     """
 
     original: Tensor
@@ -127,7 +127,6 @@ class Clipping:
     bits: Sequence[int]
     initial: float = 4.0
     rate: float = 1e-2
-    one_bit: OneBitRule = "two_level"
     scale_dtype: torch.dtype = torch.float16
 
     @cached_property
@@ -144,7 +143,7 @@ class Clipping:
     def levels(self) -> dict[int, UniformGrid]:
         """The grids of the one-bit groups, by group."""
         return {
-            k: fit_two_levels(self.original[:, self.groups[k]], rule=self.one_bit, scale_dtype=self.scale_dtype)
+            k: fit_two_levels(self.original[:, self.groups[k]], rule="code", scale_dtype=self.scale_dtype)
             for k, width in enumerate(self.bits)
             if width == 1
         }
@@ -181,8 +180,7 @@ class Clipping:
                 if k in self.levels:
                     step, low = self._levels(k, values)
                     offset = low.to(self.scale_dtype)
-                symmetric = k in self.levels and self.levels[k].zero is None
-                grids.append(UniformGrid(bits, step.to(self.scale_dtype), None if symmetric else offset))
+                grids.append(UniformGrid(bits, step.to(self.scale_dtype), offset))
             codes = [g.encode(self.original[:, group]) for g, group in zip(grids, self.groups, strict=True)]
             weight = torch.cat([g.decode(c) for g, c in zip(grids, codes, strict=True)], dim=1)
             return Sweep(torch.cat(codes, dim=1).to(torch.uint8), weight, tuple(grids), float("nan"))
@@ -205,7 +203,6 @@ class Clipping:
         grid = self.levels[k]
         spread = torch.sigmoid(values[0][:, k : k + 1]) + 0.5
         step = stored_as(self.scale_dtype, grid.scale.float() * spread)
-        if grid.zero is None:
-            return step, -0.5 * step
+        assert grid.zero is not None
         middle = grid.zero.float() + 0.5 * grid.scale.float()
         return step, stored_as(self.scale_dtype, middle - 0.5 * step)

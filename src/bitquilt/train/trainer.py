@@ -71,7 +71,7 @@ class _Training:
         if self.told is not None:
             self.told(0, training.epochs, start_loss)
         best: dict[str, Values] | None = None  # None = the start, which is cheaper to make again than to keep
-        best_loss, since = start_loss, 0
+        best_loss = start_loss
         losses: list[float] = []
         steps = training.epochs * -(-len(rest) // training.batch)
         mover = Mover(values, parts, training, steps)
@@ -86,12 +86,9 @@ class _Training:
             losses.append(self.held_out_loss(values, held))
             if self.told is not None:
                 self.told(epoch + 1, training.epochs, losses[-1])
-            since += 1
             if losses[-1] < best_loss or training.kept_epoch == "last":
-                best_loss, since = losses[-1], 0
+                best_loss = losses[-1]
                 best = _copied(values, best)
-            if training.patience and since >= training.patience:
-                break
         return Trained(best or _start(parts), start_loss, best_loss, tuple(losses), tuple(self.events))
 
     def held_out_loss(self, values: Mapping[str, Values], held: list[int]) -> float:

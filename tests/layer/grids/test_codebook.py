@@ -27,33 +27,29 @@ def test_the_known_column():
     for rows, expected in ((8, 4.11), (7, 0.1944)):  # a min-max grid through zero, for comparison
         column = COLUMN[:rows].t()
         assert error_of(column, uniform.fit(column, 2)) == pytest.approx(expected, abs=1e-2)
-    assert fit_codebook(COLUMN, 2, clustering="uniform").levels.tolist() == [[-1.0, 1.0, 3.0, 5.0]]
 
 
-@pytest.mark.parametrize("clustering", ["exact", "lloyd", "uniform"])
-def test_scaling_a_column_scales_its_levels_and_leaves_the_codes(clustering):
+def test_scaling_a_column_scales_its_levels_and_leaves_the_codes():
     weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
     scales = torch.tensor([1.0, 4.0, 0.125])
-    one = fit_codebook(weight, 3, clustering=clustering)
-    other = fit_codebook(weight * scales, 3, clustering=clustering)
+    one = fit_codebook(weight, 3)
+    other = fit_codebook(weight * scales, 3)
     assert torch.equal(one.encode(weight), other.encode(weight * scales))
     torch.testing.assert_close(other.levels, one.levels * scales[:, None])
 
 
-@pytest.mark.parametrize("clustering", ["exact", "lloyd"])
-def test_few_distinct_weights_are_kept_exactly(clustering):
+def test_few_distinct_weights_are_kept_exactly():
     weight = torch.tensor([[0.5, 1.0, 0.0], [0.5, -2.0, 0.0], [0.25, 1.0, 0.0], [3.0, 1.0, 0.0]])
-    grid = fit_codebook(weight, 2, clustering=clustering)
+    grid = fit_codebook(weight, 2)
     assert torch.equal(grid.quantize(weight), weight)
     assert grid.levels[1].tolist() == [-2.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("clustering", ["exact", "lloyd", "uniform"])
-def test_a_column_without_mass_gets_zeros(clustering):
+def test_a_column_without_mass_gets_zeros():
     weight = torch.randn(8, 2, generator=torch.Generator().manual_seed(2))
     mass = torch.ones(8, 2)
     mass[:, 1] = 0
-    grid = fit_codebook(weight, 1, mass, clustering=clustering)
+    grid = fit_codebook(weight, 1, mass)
     assert grid.levels[1].tolist() == [0.0, 0.0]
     assert bool(grid.levels[0].abs().sum() > 0)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference, lloyd
+from bitquilt.layer.grids.kmeans import exact_kmeans, kmeans_reference
 from bitquilt.ops import cpu_kernels
 
 
@@ -71,19 +71,6 @@ def test_columns_are_independent_and_batches_do_not_show(body, monkeypatch):
     for one, other, single in zip(together, apart, alone, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one[:, 3:4], single)
-
-
-@pytest.mark.parametrize("k", [2, 3, 8, 16])
-def test_exact_is_below_lloyd_which_is_below_its_start(k):
-    values, ones = weights_like(k, 300, 5), torch.ones(300, 5, dtype=torch.float64)
-    best = squared_error(values, ones, exact_kmeans(values, ones, k)[0])
-    settled, boundaries = lloyd(values, ones, k)
-    rounds = [squared_error(values, ones, lloyd(values, ones, k, i)[0]) for i in (1, 2, 5, 50)]
-    assert bool((best <= rounds[-1] + 1e-12).all())
-    assert all(bool((later <= earlier + 1e-12).all()) for earlier, later in itertools.pairwise(rounds))
-    for c in range(k):  # centroids are means of their members
-        members = values[int(boundaries[c, 0]) : int(boundaries[c + 1, 0]), 0]
-        assert float(settled[c, 0]) == pytest.approx(float(members.mean()))
 
 
 def test_exact_centroids_are_means_and_assignment_is_nearest():

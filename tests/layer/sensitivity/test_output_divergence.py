@@ -31,7 +31,7 @@ def steps(weight, noise, ranking, groups):
     ]
 
 
-@pytest.mark.parametrize("objective", ["kl", "mse", "kl_reverse"])
+@pytest.mark.parametrize("objective", ["kl", "kl_reverse"])
 def test_incremental_search_equals_recomputing_every_candidate(layer, objective):
     x, weight, bias, noise = layer
     groups = group_slices(44, 8)
@@ -43,8 +43,6 @@ def test_incremental_search_equals_recomputing_every_candidate(layer, objective)
         right = x @ weight.t() + bias
         if objective == "kl":
             expected.append(kl(right, x @ quantized.t() + bias))
-        elif objective == "mse":
-            expected.append(float((x @ quantized.t() + bias - right).double().square().mean()))
         else:
             p = torch.softmax(right, -1).clamp(min=1e-6)
             q = torch.softmax(x @ quantized.t(), -1).clamp(min=1e-6)

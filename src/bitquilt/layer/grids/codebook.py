@@ -7,16 +7,15 @@ CMPQ (arXiv 2410.13056), spec section 3.2. `grids.shared_levels` fits a table th
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from bitquilt.core.types import Format, Segment
 from bitquilt.layer.grids.grid import Grid
-from bitquilt.layer.grids.kmeans import exact_kmeans, lloyd
+from bitquilt.layer.grids.kmeans import exact_kmeans
 
-Clustering = Literal["exact", "lloyd", "uniform"]
 # Weights sorted in fp64 at once: a 4096 x 4096 layer peaks at 0.65 GiB above the start instead of 1.36.
 _AT_ONCE = 2**21
 
@@ -65,40 +64,30 @@ class CodebookGrid(Grid):
 
 
 def fit_codebook(
-    weight: Tensor,
-    bits: int,
-    mass: Tensor | None = None,
-    *,
-    clustering: Clustering = "exact",
-    iterations: int = 50,
-    dtype: torch.dtype = torch.float16,
+    weight: Tensor, bits: int, mass: Tensor | None = None, dtype: torch.dtype = torch.float16
 ) -> CodebookGrid:
     """Fit levels to every column of `weight` fp32 `[out, n]`; `mass` `[out, n]` >= 0 weighs squared errors, None = 1.
 
-    Weights of mass 0 do not count; a column without mass gets levels of 0. exact: the least squared error. lloyd: from
-    the quantiles, at most `iterations` rounds. uniform: equal steps from the least to the greatest weight. A column
-    with at most 2^bits distinct weights keeps them, and the last one fills the rest of its table.
+    Weights of mass 0 do not count; a column without mass gets levels of 0. A column with at most 2^bits distinct
+    weights keeps them, and the last one fills the rest of its table.
     """
     parts = []
     for first in range(0, max(weight.shape[1], 1), step := max(1, _AT_ONCE // max(len(weight), 1))):
         columns = slice(first, first + step)
         values, order = weight[:, columns].t().double().contiguous().sort(dim=1)
         masses = torch.ones_like(values) if mass is None else mass[:, columns].t().double().gather(1, order)
-        parts.append(cluster(values, masses, 1 << bits, clustering, iterations))
+        parts.append(cluster(values, masses, 1 << bits))
     levels = torch.cat(parts)
     limit = torch.finfo(dtype).max
     return CodebookGrid(bits, levels.clamp(-limit, limit).to(dtype))
 
 
-def cluster(values: Tensor, masses: Tensor, k: int, clustering: Clustering, iterations: int) -> Tensor:
+def cluster(values: Tensor, masses: Tensor, k: int) -> Tensor:
     """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`."""
-    if clustering == "uniform":
-        return _equal_steps(values, masses, k)
     levels, few = _distinct(values, masses, k)
     many = ~few
     if bool(many.any()):
-        arguments = values[many].t(), masses[many].t(), k
-        centroids, _ = exact_kmeans(*arguments) if clustering == "exact" else lloyd(*arguments, iterations)
+        centroids, _ = exact_kmeans(values[many].t(), masses[many].t(), k)
         levels[many] = centroids.t()
     return levels
 
@@ -118,12 +107,3 @@ def _distinct(values: Tensor, masses: Tensor, k: int) -> tuple[Tensor, Tensor]:
     levels = last.expand(-1, k).clone()
     levels.scatter_(1, rank.clamp(max=k - 1).masked_fill(~seen, k - 1), torch.where(seen, held, last))
     return levels, few
-
-
-def _equal_steps(values: Tensor, masses: Tensor, k: int) -> Tensor:
-    counted = masses > 0
-    low = values.masked_fill(~counted, torch.inf).amin(1, keepdim=True)
-    high = values.masked_fill(~counted, -torch.inf).amax(1, keepdim=True)
-    empty = low > high
-    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
-    return low + (high - low) * torch.linspace(0, 1, k, dtype=torch.float64, device=values.device)

@@ -1,4 +1,4 @@
-"""One-dimensional k-means of many columns: `exact_kmeans` finds the optimum, `lloyd` a local one.
+"""One-dimensional k-means of many columns: `exact_kmeans` finds the optimum.
 
 On a line the best clusters are intervals of the sorted values, so the optimum can be computed: dynamic programming over
 prefixes, where the best last boundary never moves left as the prefix grows (quadrangle inequality), hence
@@ -51,29 +51,6 @@ def kmeans_reference(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # means of neighbouring clusters of equal values may differ in the last bit and be out of order
     np.maximum.accumulate(centroids, axis=1, out=centroids)
     return torch.from_numpy(centroids), torch.from_numpy(boundaries)
-
-
-def lloyd(values: Tensor, weights: Tensor, k: int, iterations: int = 50) -> tuple[Tensor, Tensor]:
-    """Run Lloyd's rounds from the quantiles: arguments and results of `exact_kmeans`, a local optimum.
-
-    Stops when no boundary moves. An empty cluster takes the value with the largest weighted error.
-    """
-    _check_clusters(k)
-    x, w = values.double().t().contiguous(), weights.double().t().contiguous()
-    sums = [torch.nn.functional.pad(s.cumsum(1), (1, 0)) for s in (w, w * x)]
-    mass = sums[0]
-    targets = (torch.arange(k, dtype=torch.float64, device=x.device) + 0.5) / k * mass[:, -1:]
-    starts = torch.searchsorted(mass[:, 1:].contiguous(), targets).clamp_(max=x.shape[1] - 1)
-    centroids = x.gather(1, starts)
-    boundaries = _nearest_boundaries(x, centroids)
-    for _ in range(iterations):
-        centroids = _revive(x, w, *_means(sums, boundaries, centroids))
-        moved = _nearest_boundaries(x, centroids)
-        if torch.equal(moved, boundaries):
-            break
-        boundaries = moved
-    device = values.device
-    return centroids.t().contiguous().to(device), boundaries.t().contiguous().to(device)
 
 
 def _check_clusters(k: int) -> None:
@@ -152,28 +129,3 @@ def _fill_empty(means: Floats64) -> Floats64:
     source = np.where(left >= 0, left, leading)
     empty = source >= means.shape[1]
     return np.where(empty, 0.0, np.take_along_axis(means, np.minimum(source, means.shape[1] - 1), 1))
-
-
-def _nearest_boundaries(x: Tensor, centroids: Tensor) -> Tensor:
-    middles = (centroids[:, 1:] + centroids[:, :-1]) / 2
-    inner = torch.searchsorted(x, middles, right=True)
-    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=x.shape[1])
-
-
-def _means(sums: list[Tensor], boundaries: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The means of the clusters, the old centroid for empty ones, and which clusters are empty."""
-    mass, first = (s.gather(1, boundaries).diff(dim=1) for s in sums)
-    empty = mass <= 0
-    return torch.where(empty, centroids, first / mass.clamp(min=_TINY)), empty
-
-
-def _revive(x: Tensor, w: Tensor, centroids: Tensor, empty: Tensor) -> Tensor:
-    """Move one empty cluster per column onto the value with the largest weighted error."""
-    rows = torch.nonzero(empty.any(dim=1)).flatten()
-    if len(rows) == 0:
-        return centroids.sort(dim=1).values
-    error = (x[rows].unsqueeze(2) - centroids[rows].sort(dim=1).values.unsqueeze(1)).square().amin(2) * w[rows]
-    worst = error.argmax(dim=1)
-    moved = centroids.clone()
-    moved[rows, empty[rows].to(torch.int8).argmax(dim=1)] = x[rows, worst]
-    return moved.sort(dim=1).values

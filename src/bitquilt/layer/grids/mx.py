@@ -73,14 +73,3 @@ def mx_format(element: Element, activation: Activation = "none") -> Format:
 def fit_mx(weight: Tensor, element: Element, rule: ScaleRule = "ceil", activation: Activation = "none") -> MXGrid:
     """The grid of `weight` fp32 `[out, n]`: one power of two for every 32 columns of a row, by `rule`."""
     return MXGrid(element, mx.encode_exponents(mx.block_exponents(weight, element, rule)), activation)
-
-
-def worst_ratio(element: Element, rule: ScaleRule) -> float:
-    """The largest rounding error in a block as a share of the block's largest magnitude.
-
-    Half a step just above a power of two, or, where a scale saturates (ocp), all above qmax, up to 2^(emax + 1).
-    """
-    if rule == "ocp":
-        return 1 - element.largest / 2.0 ** (element.ocp_exponent + 1)
-    half_step = 2.0 ** (element.ocp_exponent - element.mantissa) / 2
-    return half_step / (2.0**element.ocp_exponent + half_step)

@@ -15,7 +15,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from bitquilt.layer.grids.codebook import Clustering, CodebookGrid, cluster
+from bitquilt.layer.grids.codebook import CodebookGrid, cluster
 
 _REFITS = 2  # of a column's gain to its codes
 # A large layer's table is fitted to a sample of at least so many rows, which give a column's root mean square to 4 %,
@@ -59,25 +59,17 @@ def fit_table(
     mass: Tensor | None = None,
     importance: Tensor | None = None,
     *,
-    clustering: Clustering = "exact",
-    iterations: int = 50,
     dtype: torch.dtype = torch.float16,
     gain_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> SharedTable:
-    """Fit the table that all columns of `weight` fp32 `[out, n]` share; `importance` `[n]` weighs them, None = 1.
-
-    uniform clustering: equal steps, symmetric around zero, with the reach that suits all columns together best.
-    """
+    """Fit the table that all columns of `weight` fp32 `[out, n]` share; `importance` `[n]` weighs them, None = 1."""
     step = max(1, len(weight) // max(_ROWS, _SAMPLE // weight.shape[1]))
     columns = _Columns.of(weight[::step], None if mass is None else mass[::step])
     cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
     cost = cost / cost.max().clamp(min=_TINY)
     gains = columns.root_mean_square()
-    if clustering == "uniform":
-        levels = _equal_steps(columns, cost, gains, 1 << bits)
-    else:
-        x, w = _sampled(columns, cost, gains)
-        levels = cluster(x.unsqueeze(0), w.unsqueeze(0), 1 << bits, clustering, iterations).squeeze(0).float()
+    x, w = _sampled(columns, cost, gains)
+    levels = cluster(x.unsqueeze(0), w.unsqueeze(0), 1 << bits).squeeze(0).float()
     gains = columns.refit(levels, gains)
     table, spread = _in_storage(levels, gains, columns, dtype)
     return SharedTable(bits, table, gain_dtype, spread)
@@ -115,14 +107,6 @@ class _Columns:
         chosen = self.rounded(levels, gains)
         scale = (self.counted * chosen.square()).sum(dim=0).clamp(min=_TINY)
         return gains * ((self.counted * self.weight * chosen).sum(dim=0) / scale).clamp(min=0)
-
-
-def _equal_steps(columns: _Columns, cost: Tensor, gains: Tensor, k: int) -> Tensor:
-    """Equal steps from -r to r times the columns' root mean squares, r the best of a few."""
-    steps = torch.linspace(-1, 1, k, device=gains.device)
-    reaches = [0.6 + 0.2 * i for i in range(20)]
-    errors = [float(columns.error(reach * steps, gains) @ cost) for reach in reaches]
-    return reaches[errors.index(min(errors))] * steps
 
 
 def _sampled(columns: _Columns, cost: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:

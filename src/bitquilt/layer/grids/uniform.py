@@ -15,7 +15,7 @@ from torch import Tensor
 from bitquilt.core.types import Format, Segment
 from bitquilt.layer.grids.grid import Grid
 
-OneBitRule = Literal["symmetric", "two_level", "centered", "code", "paper"]
+OneBitRule = Literal["symmetric", "code"]
 # fp16 steps below 2^-14 lose digits and above 2^15 may overflow: such layers keep bfloat16 scales.
 _FP16_SAFE = (2.0**-11, 2.0**14)
 
@@ -97,7 +97,7 @@ def fit(
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> UniformGrid:
-    """Fit the grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` or `[out, n]` weighs the errors, None = 1.
+    """Fit the grid of the group `weight` fp32 `[out, n]`; `importance` `[n]` weighs the errors, None = 1.
 
     `symmetric`: groups of two and more bits store no zero."""
     if bits == 1:
@@ -206,14 +206,7 @@ class _RangeErrors:
             error.abs_().pow_(self.exponent)
         if self.importance is None:
             return error.sum(dim=1, keepdim=True)
-        if self.importance.dim() == 1:
-            return torch.mv(error, self.importance).unsqueeze(1)
-        return error.mul_(self.importance).sum(dim=1, keepdim=True)
-
-
-def symmetric_widths(rule: OneBitRule) -> set[int]:
-    """The widths that store no offset under this rule: one bit, or none."""
-    return {1} if rule in ("symmetric", "paper") else set()
+        return torch.mv(error, self.importance).unsqueeze(1)
 
 
 def fit_two_levels(
@@ -226,48 +219,20 @@ def fit_two_levels(
     """Fit one bit per weight: two levels per row.
 
     symmetric: +- the importance-weighted mean |w|, the least-squares pair around zero; stores no offset.
-    paper (Eq. 2): the same with equal weights.
-    two_level: the split of the sorted row and the two means with the least sum of importance * error^2, exact.
-    centered: mean +- mean |w - mean|.  code (public implementation): mean +- mean |w|.
+    code (the public implementation of SliM-LLM): mean +- mean |w|.
     """
-    if symmetric_widths(rule):
-        size = weight.abs()
-        if importance is None or rule == "paper":
+    size = weight.abs()
+    if rule == "symmetric":
+        if importance is None:
             level = size.mean(dim=1, keepdim=True)
         else:
             mass = importance.expand_as(size)
             level = (size * mass).sum(dim=1, keepdim=True) / mass.sum(dim=1, keepdim=True).clamp_min(1e-30)
         return UniformGrid(1, _stored(2 * level, scale_dtype).to(scale_dtype), None)
-    if rule == "two_level":
-        low, high = _best_two_levels(weight, importance)
-    else:
-        centre = weight.mean(dim=1, keepdim=True)
-        spread = (weight - centre if rule == "centered" else weight).abs().mean(dim=1, keepdim=True)
-        low, high = centre - spread, centre + spread
-    offset = low.to(scale_dtype)
-    step = (high - offset.float()).to(scale_dtype)
+    centre, spread = weight.mean(dim=1, keepdim=True), size.mean(dim=1, keepdim=True)
+    offset = (centre - spread).to(scale_dtype)
+    step = (centre + spread - offset.float()).to(scale_dtype)
     return UniformGrid(1, step, offset)
-
-
-def _best_two_levels(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The two means `[out, 1]` of the split of each sorted row with the least weighted squared error."""
-    values, order = weight.double().sort(dim=1)
-    if importance is None:
-        mass = torch.ones_like(values)
-    else:
-        mass = importance.double().expand_as(values).gather(1, order)
-    # importance 0 (a dead column) must not make both sides of a split weightless
-    mass = mass + mass.mean(dim=1, keepdim=True) * 1e-12 + 1e-300
-    count, first = mass.cumsum(1), (mass * values).cumsum(1)
-    rest_count, rest_first = count[:, -1:] - count, first[:, -1:] - first
-    # error = sum m w^2 - left^2/left mass - right^2/right mass: the first term is the same for every split
-    gain = first.square() / count
-    gain[:, :-1] += rest_first[:, :-1].square() / rest_count[:, :-1]
-    split = gain.argmax(dim=1, keepdim=True)
-    low = first.gather(1, split) / count.gather(1, split)
-    right = rest_count.gather(1, split)
-    high = torch.where(split == values.shape[1] - 1, low, rest_first.gather(1, split) / right.clamp(min=1e-300))
-    return low.float(), high.float()
 
 
 def scale_dtype_for(weight: Tensor) -> torch.dtype:

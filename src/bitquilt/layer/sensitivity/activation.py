@@ -40,11 +40,6 @@ def published_threshold(bits: int, largest: float, exponent: int) -> float:
     return 2.0**exponent * 2 ** (bits - 1) / largest * _INT8_ERROR
 
 
-def exact_threshold(worst_ratio: float) -> float:
-    """T(n) / M_t from the format's true worst error, a share of the block's largest magnitude."""
-    return _INT8_ERROR / worst_ratio
-
-
 def partition(
     sample: Tensor,
     thresholds: tuple[float, float],

@@ -13,7 +13,6 @@ from torch import Tensor
 from bitquilt.core.types import LayerStats
 from bitquilt.layer.hessian import Factor
 
-FEATURES = 8
 _TINY = 1e-12  # as a share of the largest value: keeps the logarithm of a dead column near the others'
 
 

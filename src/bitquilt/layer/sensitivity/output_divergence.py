@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Objective = Literal["kl", "kl_reverse", "mse"]
+Objective = Literal["kl", "kl_reverse"]
 # Tokens handled at once: two fp32 outputs of 11008 features and their differences stay near 70 MB.
 _TOKENS_AT_ONCE = 512
 _PUBLISHED_CLAMP = 1e-6
@@ -53,8 +53,6 @@ class _Objective:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Objective) -> None:
         self.kind = kind
-        if kind == "mse":
-            return
         output = torch.nn.functional.linear(x, weight, bias)
         self.p = torch.softmax(output, dim=-1)
         if kind == "kl_reverse":
@@ -63,8 +61,6 @@ class _Objective:
             self.log_p = self.p.clamp(min=_PUBLISHED_CLAMP).log()
 
     def __call__(self, error: Tensor) -> Tensor:
-        if self.kind == "mse":
-            return error.square().mean(dim=-1).sum()
         if self.kind == "kl":
             # log sum P exp(d - m) with m = sum P d: exact for small errors, where log-softmaxes would cancel
             mean = torch.einsum("to,to->t", self.p, error)

@@ -11,24 +11,15 @@ from torch import Tensor
 
 from bitquilt.layer.hessian import Factor
 
-SalienceRule = Literal["cholesky", "inverse_diag", "paper_literal"]
 GroupStatistic = Literal["mean", "sum"]
 
 
-def salience(weight: Tensor, factor: Factor, rule: SalienceRule = "cholesky") -> Tensor:
-    """Return the salience of `weight`, both `[out, in]`.
+def salience(weight: Tensor, factor: Factor) -> Tensor:
+    """Return the salience w^2 / U_jj^2 of `weight`, both `[out, in]`.
 
-    cholesky: w^2 / U_jj^2, right for a left-to-right sweep (few columns compensate a late one), so never reuse its
-    ranking for another column order.  inverse_diag: w^2 / [H^-1]_jj, without an order.
-    paper_literal: w^2 / [H^-1]_jj^2.
+    It is right for a sweep in the order of `factor`, in which few columns compensate a late one, and for no other.
     """
-    if rule == "cholesky":
-        denominator = factor.pivots.square()
-    elif rule == "inverse_diag":
-        denominator = factor.inverse_diagonal
-    else:
-        denominator = factor.inverse_diagonal.square()
-    return weight.square() / denominator
+    return weight.square() / factor.pivots.square()
 
 
 def group_salience(values: Tensor, groups: Sequence[slice], dead: Tensor, statistic: GroupStatistic = "mean") -> Tensor:

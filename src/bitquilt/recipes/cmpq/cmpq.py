@@ -29,6 +29,7 @@ from bitquilt.allocation.fractional import FULL_PALETTE, check_budget
 from bitquilt.allocation.fractional import check_palette as check_unbroken_palette
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
+from bitquilt.core.training import Training
 from bitquilt.core.types import Cost, Event, Layer, LayerPlan, LayerStats, Layout, Solution, check_finite
 from bitquilt.layer.codebook_weight import LevelTables, round_channels
 from bitquilt.layer.grids.uniform import scale_dtype_for
@@ -88,6 +89,11 @@ class CMPQ:
     def needs(self) -> Needs:
         """The Hessian, whose diagonal holds the norms."""
         return Needs(hessian=True)
+
+    @property
+    def training(self) -> Training:
+        """No training."""
+        return Training()
 
     @property
     def plan_terms(self) -> PlanTerms:

@@ -11,17 +11,17 @@ from typing import ClassVar
 from torch import Tensor
 
 from bitquilt.core.recipe import Needs
-from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
 from bitquilt.layer.codebook_weight import sweep_channels
 from bitquilt.layer.grouped_weight import layer_events
-from bitquilt.layer.hessian import factorize
+from bitquilt.layer.hessian import check_damp, factorize
 from bitquilt.layer.target import check_feedback, corrected
 from bitquilt.recipes.cmpq.cmpq import CMPQ, ChannelAllocation
 from bitquilt.recipes.cmpq.input_norms import InputNorms, channel_norms
 from bitquilt.recipes.cmpq.trial_losses import Trial
-from bitquilt.recipes.shared.effort import TUNE_BYTES, Effort, EffortTraining, kept_for_tuning
-from bitquilt.recipes.shared.traits import Traits, check_damp
+from bitquilt.recipes.shared.effort import Effort, EffortTraining
+from bitquilt.recipes.shared.traits import Traits
 from bitquilt.train.levels import LevelRounding
 from bitquilt.train.problem import KeptEpoch, Rule, Values
 
@@ -53,7 +53,6 @@ class CMPQPlus(CMPQ):
         own_allocations=CMPQ.traits.own_allocations,
         why_not_clipped="has free levels, which no range holds together: effort=normal trains these",
     )
-    tune_bytes: ClassVar[int] = TUNE_BYTES
 
     error_outliers: float = 0.0
     act_outliers: float = 0.0
@@ -69,19 +68,9 @@ class CMPQPlus(CMPQ):
     autocast: bool = False
 
     @property
-    def training(self) -> EffortTraining[LevelRounding]:
+    def effort_training(self) -> EffortTraining[LevelRounding]:
         """The training that the options ask for."""
-        return EffortTraining(
-            self.effort,
-            self.epochs,
-            self.tune_epochs,
-            self.tune_rate,
-            self.kept_epoch,
-            self.autocast,
-            reach=_REACH,
-            part_of=_part_of,
-            solution_of=_solution_of,
-        )
+        return EffortTraining.of(self, _REACH, _part_of, _solution_of)
 
     @property
     def needs(self) -> Needs:
@@ -100,7 +89,7 @@ class CMPQPlus(CMPQ):
         super().check()
         check_damp(self.damp)
         check_feedback(self.alpha, self.stream_alpha)
-        self.training.check()
+        self.effort_training.check()
         for name, share in (("error_outliers", self.error_outliers), ("act_outliers", self.act_outliers)):
             if share and self.effort != "fast":
                 raise ValueError(f"{name} is {share:g}; effort={self.effort} trains codes and levels alone: use 0")
@@ -126,26 +115,9 @@ class CMPQPlus(CMPQ):
         return Solution(stored, loss, events, {"aim": aim})
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step in a block; 0 without training."""
-        return self.training.train_batch
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
-        return self.training.train_block(problem)
-
-    @property
-    def tune_batch(self) -> int:
-        """Samples per step in the whole model; 0 without training."""
-        return self.training.tune_batch
-
-    def keep(self, solution: Solution) -> dict[str, Tensor]:
-        """Tensors that training the whole model needs and the checkpoint does not store."""
-        return kept_for_tuning(solution)
-
-    def tune(self, problem: ModelProblem) -> TrainedLayers:
-        """Train all blocks together. Raises ValueError if they cannot be trained."""
-        return self.training.tune(problem)
+    def training(self) -> Training:
+        """The training that `effort` asks for."""
+        return self.effort_training.steps
 
     def column_cost(self, layer: Layer, prepared: InputNorms) -> Tensor:
         """1 / U_jj^2: later channels compensate."""

@@ -1,8 +1,8 @@
-"""`clipping="trained"`: `train_ranges` trains the ranges of all column groups of a block that is already solved."""
+"""`clipping="trained"`: `clipping_training` and `train_ranges` train the ranges of all groups of a solved block."""
 
 from typing import Literal
 
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, BlockTraining, TrainedLayers, Training
 from bitquilt.core.types import Solution
 from bitquilt.train.problem import Link, Read, TrainingSamples, TrainingSettings
 from bitquilt.train.ranges import Ranges
@@ -14,9 +14,9 @@ RATE = 1e-2  # of a factor whose start is 1, falling to zero
 TRAINING = TrainingSettings(epochs=8, batch=8)
 
 
-def clipping_batch(clipping: ClippingMode) -> int:
-    """Samples per training step; 0 without training."""
-    return TRAINING.batch if clipping == "trained" else 0
+def clipping_training(clipping: ClippingMode) -> Training:
+    """Training of the ranges of each block, or none."""
+    return Training(BlockTraining(TRAINING.batch, train_ranges) if clipping == "trained" else None)
 
 
 def train_ranges(

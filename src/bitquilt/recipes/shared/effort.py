@@ -7,12 +7,12 @@ best: afterwards the same for all blocks together, on the KL divergence of the m
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, fields
+from typing import Generic, Literal, Self, TypeVar
 
 from torch import Tensor
 
-from bitquilt.core.training import BlockProblem, ModelProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, BlockTraining, ModelProblem, ModelTraining, TrainedLayers, Training
 from bitquilt.core.types import LayerPlan, Solution
 from bitquilt.train.problem import (
     KeptEpoch,
@@ -55,6 +55,18 @@ class EffortTraining(Generic[P]):
     part_of: Callable[[Solution, LayerPlan, Rule, Rule], P]
     solution_of: Callable[[P, Values, LayerPlan], Solution]
 
+    @classmethod
+    def of(
+        cls,
+        options: object,
+        reach: float,
+        part_of: Callable[[Solution, LayerPlan, Rule, Rule], P],
+        solution_of: Callable[[P, Values, LayerPlan], Solution],
+    ) -> Self:
+        """The training that the fields of a recipe with these names ask for."""
+        named = {f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}
+        return cls(**named, reach=reach, part_of=part_of, solution_of=solution_of)
+
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
         self._training()
@@ -63,14 +75,11 @@ class EffortTraining(Generic[P]):
             raise ValueError(f"tune_rate is {self.tune_rate}; wanted 0 or more")
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step in a block; 0 without training."""
-        return 0 if self.effort == "fast" or not self.epochs else BATCH
-
-    @property
-    def tune_batch(self) -> int:
-        """Samples per step in the whole model; 0 without training."""
-        return BATCH if self.effort == "best" else 0
+    def steps(self) -> Training:
+        """Training by block, in the whole model, or none."""
+        block = None if self.effort == "fast" or not self.epochs else BlockTraining(BATCH, self.train_block)
+        model = ModelTraining(BATCH, self.tune, TUNE_BYTES, _kept) if self.effort == "best" else None
+        return Training(block, model)
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
@@ -112,10 +121,10 @@ class EffortTraining(Generic[P]):
         )
 
     def _tuning(self) -> TrainingSettings:
-        batch, kept, cast = max(1, self.tune_batch), self.kept_epoch, self.autocast
+        batch, kept, cast = BATCH if self.effort == "best" else 1, self.kept_epoch, self.autocast
         return TrainingSettings(self.tune_epochs, batch, "cosine", betas=(0.9, 0.98), kept_epoch=kept, autocast=cast)
 
 
-def kept_for_tuning(solution: Solution) -> dict[str, Tensor]:
+def _kept(solution: Solution) -> dict[str, Tensor]:
     """Tensors of a solved layer that training the whole model needs and the checkpoint does not store."""
     return {"aim": solution.details["aim"]}

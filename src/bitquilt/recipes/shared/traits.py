@@ -8,7 +8,6 @@ from bitquilt.core.recipe import Recipe
 from bitquilt.core.types import MAX_BITS
 
 MIN_TARGET_BITS, MAX_TARGET_BITS = 2, 8
-GROUP_SIZE_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,6 @@ def check_whole_bits(bits: int) -> None:
     """Raise ValueError unless `bits` is a width that a layer of uniform bits can have."""
     if not MIN_TARGET_BITS <= bits <= MAX_TARGET_BITS:
         raise ValueError(f"bits is {bits}; wanted a whole number from {MIN_TARGET_BITS} to {MAX_TARGET_BITS}")
-
-
-def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless groups of so many columns can be packed."""
-    if group_size < GROUP_SIZE_STEP or group_size % GROUP_SIZE_STEP:
-        raise ValueError(f"group size is {group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
-
-
-def check_damp(damp: float) -> None:
-    """Raise ValueError unless `damp` is a share."""
-    if not 0 < damp <= 1:
-        raise ValueError(f"damp is {damp}; wanted a share of the Hessian's mean diagonal above 0, at most 1")
 
 
 def check_bpw(bpw: float | None) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from bitquilt.allocation.double_pointer import cheapest_within, spread_evenly
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import Training
 from bitquilt.core.types import (
     Cost,
     Layer,
@@ -45,17 +45,15 @@ from bitquilt.layer.grids.uniform import (
     UniformGrid,
     fit,
     scale_dtype_for,
-    symmetric_widths,
 )
-from bitquilt.layer.grouped_weight import FitColumns, live_weight
+from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, HessianAt, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE
 from bitquilt.layer.sensitivity.output_divergence import Objective
 from bitquilt.layer.sensitivity.salience import GroupStatistic, group_salience, salience
 from bitquilt.layer.target import corrected
-from bitquilt.recipes.shared.clipping import ClippingMode, clipping_batch, train_ranges
-from bitquilt.recipes.shared.feedback import FeedbackSweep, HessianAt
+from bitquilt.recipes.shared.clipping import ClippingMode, clipping_training
 from bitquilt.recipes.shared.traits import Traits, check_bpw, check_whole_bits
 from bitquilt.recipes.slim_llm.bit_maps import MapSearch, mean_within
 
@@ -154,22 +152,12 @@ class SlimLLM:
     @property
     def sweep(self) -> FeedbackSweep:
         """The sweep that the options ask for."""
-        return FeedbackSweep(
-            group_size=self.group_size,
-            damp=self.damp,
-            alpha=self.alpha,
-            stream_alpha=self.stream_alpha,
-            passes=self.passes,
-            group_order=self.group_order,
-            error_outliers=self.error_outliers,
-            act_outliers=self.act_outliers,
-            hessian=self.hessian,
-        )
+        return FeedbackSweep.of(self)
 
     @property
     def needs(self) -> Needs:
         """The sweep's needs, tokens for the objective, and the block's outputs if clipping is trained."""
-        return replace(self.sweep.needs, sample=True, full_outputs=bool(self.train_batch))
+        return replace(self.sweep.needs, sample=True, full_outputs=self.training.block is not None)
 
     @property
     def plan_terms(self) -> PlanTerms:
@@ -239,16 +227,12 @@ class SlimLLM:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer with the plan's bits. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        return self.sweep.solve(layer, plan, prepared, lambda _, f: self._fit_columns(f, self.rules.search))
+        return self.sweep.solve(layer, plan, prepared, lambda factor: self._fit_columns(factor, self.rules.search))
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step of trained clipping; 0 without it."""
-        return clipping_batch(self.clipping)
-
-    def train_block(self, problem: BlockProblem) -> TrainedLayers:
-        """Train the ranges of a block. Raises ValueError if the block cannot be trained."""
-        return train_ranges(problem)
+    def training(self) -> Training:
+        """Trained clipping on request."""
+        return clipping_training(self.clipping)
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits."""
@@ -256,7 +240,8 @@ class SlimLLM:
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
-        symmetric = symmetric_widths(self.rules.one_bit) | set(GROUP_WIDTHS if self.symmetric else ())
+        one_bit = () if self.published else (1,)
+        symmetric = (*one_bit, *(GROUP_WIDTHS if self.symmetric else ()))
         count = self.sweep.outlier_count(out_features, in_features)
         return grouped_layout(
             out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count

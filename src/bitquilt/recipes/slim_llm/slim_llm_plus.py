@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitquilt.core.training import BlockProblem, TrainedLayers
+from bitquilt.core.training import BlockProblem, BlockTraining, TrainedLayers, Training
 from bitquilt.core.types import Layer, LayerPlan, Solution, group_slices
 from bitquilt.layer.assembly import assemble
 from bitquilt.layer.grids.uniform import scale_dtype_for
@@ -71,9 +71,9 @@ class SlimLLMPlus(SlimLLM):
         return Solution(stored, None, layer_events(layer, part.scale_dtype, prepared, self.damp), {"weight": weight})
 
     @property
-    def train_batch(self) -> int:
-        """Samples per step; 0 without training."""
-        return 1 if self.epochs else 0
+    def training(self) -> Training:
+        """Training of each block, unless `epochs` is 0."""
+        return Training(BlockTraining(1, self.train_block) if self.epochs else None)
 
     def train_block(self, problem: BlockProblem) -> TrainedLayers:
         """Train all layers of a block together. Raises ValueError if the block cannot be trained."""
@@ -106,7 +106,7 @@ class SlimLLMPlus(SlimLLM):
 
     def _part(self, weight: Tensor, plan: LayerPlan) -> Clipping:
         groups, dtype = group_slices(weight.shape[1], plan.group_size), scale_dtype_for(weight)
-        return Clipping(weight, groups, plan.bits, rate=RATE, one_bit=self.rules.one_bit, scale_dtype=dtype)
+        return Clipping(weight, groups, plan.bits, rate=RATE, scale_dtype=dtype)
 
     def _training(self) -> TrainingSettings:
         return TrainingSettings(self.epochs, batch=1, schedule="constant")
