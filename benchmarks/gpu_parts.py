@@ -131,8 +131,9 @@ def _tuned(setting: Setting, kind: str, layouts: dict[int, Callable[[int, int], 
 
 def _descent(setting: Setting, layout: Layout, tokens: int, timed: dict[Any, float], quads: bool) -> tuple[Any, Any]:
     """The tiling to begin with and the best one; `timed`: seconds of all that were tried."""
+    from benchmarks.tilings import neighbours
     from bitquilt.ops.gpu import launch
-    from bitquilt.ops.gpu.tiling import Tiling, choose_tiling, for_quads, neighbours
+    from bitquilt.ops.gpu.tiling import Tiling, choose_tiling, for_quads
 
     works = _works(setting, layout, tokens)
 

@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.tilings import neighbours
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitquilt import ops
@@ -25,7 +26,7 @@ from bitquilt.ops import cpu_kernels, gpu, reference
 from bitquilt.ops.gpu import launch, prepared_weight
 from bitquilt.ops.gpu import tuned_tilings as tuned
 from bitquilt.ops.gpu.quad_lookup import lookup_constraints, lookup_ptx
-from bitquilt.ops.gpu.tiling import MAX_FUSED, Tiling, choose_tiling, neighbours
+from bitquilt.ops.gpu.tiling import MAX_FUSED, Tiling, choose_tiling
 from bitquilt.ops.gpu.unpack_codes import has_ptx, pieces, plane_count, plane_sizes, unit_codes, unpack_ptx, unpack_view
 from bitquilt.ops.stored_weight import StoredWeight
 from tests.weights import KINDS, arguments, codebook_segment, make_weight, mx_segment, uniform_segment

@@ -48,8 +48,6 @@ class BestFit:
     theta: Array
     objective: float
     near_best: Array
-    converged: int
-    skipped: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def solve(form: Form, x: Array, loss: Array, *, starts: int = 60, seed: int = 0,
     # As good as the best: within half of it, or within what one delta of error everywhere would cost.
     limit = 1.5 * best + 0.5 * delta**2
     near = np.stack([candidate for value, candidate in polished if value <= limit])
-    return BestFit(theta, best, near, converged=len(found), skipped=starts - len(found))
+    return BestFit(theta, best, near)
 
 
 def polish(

@@ -1,11 +1,11 @@
 """A planned layer as column groups: `solve` sweeps it into a stored weight, `protect` chooses its outliers,
-`FeedbackSweep` does both as a recipe's options say.
+`FeedbackSweep` does both as a recipe's options say. `fit_ranges` fits the grids.
 
 What every GPTQ-based recipe shares: dead columns, the scales' storage type, the sweep, coordinate descent and the
 events of the report. `codebook_weight` does the same for channels with free levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -18,7 +18,7 @@ from bitquilt.layer.assembly import assemble
 from bitquilt.layer.descent import descend
 from bitquilt.layer.gptq_sweep import Sweep, sweep, sweep_grouped, sweep_ordered
 from bitquilt.layer.grids import Grid
-from bitquilt.layer.grids.uniform import scale_dtype_for
+from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, UniformGrid, fit, scale_dtype_for
 from bitquilt.layer.hessian import Factor, check_damp, damped, factorize
 from bitquilt.layer.layouts import check_group_size
 from bitquilt.layer.outliers import activation_count, activation_outliers, check_share, error_outliers, sparse_remainder
@@ -92,13 +92,13 @@ class FeedbackSweep:
         if self.group_order and plan.group_size != self.group_size:  # a plan made with other groups
             prepared = layer_factor(layer.stats, self.damp, plan.group_size)
         layer, events = corrected(layer, prepared, self.alpha, self.stream_alpha)
-        fit, shares = fitter(prepared), (self.act_outliers, self.error_outliers)
-        protected = protect(layer, plan, prepared, fit, *shares)
+        fit_columns, shares = fitter(prepared), (self.act_outliers, self.error_outliers)
+        protected = protect(layer, plan, prepared, fit_columns, *shares)
         solution = solve(
             layer,
             plan,
             prepared,
-            fit,
+            fit_columns,
             damp=self.damp,
             act_order=self.act_order,
             protected=protected,
@@ -112,7 +112,7 @@ def solve(
     layer: Layer,
     plan: LayerPlan,
     factor: Factor,
-    fit: FitColumns,
+    fit_columns: FitColumns,
     *,
     damp: float,
     act_order: bool = False,
@@ -134,7 +134,7 @@ def solve(
     def fit_group(k: int, columns: Tensor) -> Grid:
         if protected is not None:
             columns = columns.masked_fill(protected[:, groups[k]], 0.0)
-        return fit(groups[k], columns, plan.bits[k], scale_dtype)
+        return fit_columns(groups[k], columns, plan.bits[k], scale_dtype)
 
     swept: Sweep[Grid]
     if act_order:
@@ -154,6 +154,19 @@ def solve(
         outliers = sparse_remainder(swept.remainder, protected)
     stored = assemble(swept, plan, outliers)
     return Solution(stored, swept.loss, layer_events(layer, scale_dtype, factor, damp), {"aim": swept.aim})
+
+
+def fit_ranges(
+    importance: Tensor | None, search: RangeSearch, symmetric: Collection[int] = (), one_bit: OneBitRule = "symmetric"
+) -> FitColumns:
+    """Return the fit of uniform grids, errors weighted by `importance` `[in]`; widths `symmetric` store no zero."""
+
+    def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
+        weights = None if importance is None else importance[columns]
+        even = bits in symmetric
+        return fit(weight, bits, weights, search=search, one_bit=one_bit, symmetric=even, scale_dtype=scale_dtype)
+
+    return fit_group
 
 
 def live_weight(layer: Layer, factor: Factor) -> Tensor:
@@ -182,9 +195,9 @@ def layer_events(
 
 
 def protect(
-    layer: Layer, plan: LayerPlan, factor: Factor, fit: FitColumns, act_share: float, error_share: float
+    layer: Layer, plan: LayerPlan, factor: Factor, fit_columns: FitColumns, act_share: float, error_share: float
 ) -> Tensor | None:
-    """Choose O_act and O_q, together bool `[out, in]`, from shares of the layer's weights; `fit` as in `solve`.
+    """Choose O_act and O_q, together bool `[out, in]`, from shares of the layer's weights; `fit_columns` as in `solve`.
 
     None where no share is asked for, or where weights leave the range of float16, in which outliers are stored.
     """
@@ -195,7 +208,7 @@ def protect(
     act = activation_outliers(weight, norms, act_share)
     rest, rounded = weight.masked_fill(act, 0.0), torch.empty_like(weight)
     for group, bits in zip(group_slices(weight.shape[1], plan.group_size), plan.bits, strict=True):
-        rounded[:, group] = fit(group, rest[:, group], bits, torch.float16).quantize(weight[:, group])
+        rounded[:, group] = fit_columns(group, rest[:, group], bits, torch.float16).quantize(weight[:, group])
     return act | error_outliers(weight, rounded, norms, round(error_share * weight.numel()), act)
 
 

@@ -32,13 +32,12 @@ def grouped_layout(
     group_size: int,
     *,
     symmetric: Collection[int] = (1,),
-    scale_dtype: torch.dtype = torch.float16,
     outliers: int = 0,
 ) -> Layout:
     """The layout of uniform groups with `bits` each; `symmetric`: the widths that store no zero."""
 
     def form(width: int, _columns: int) -> Format:
-        return Format(width, group_size, "uniform", scale_dtype, symmetric=width in symmetric)
+        return Format(width, group_size, "uniform", symmetric=width in symmetric)
 
     return _side_by_side((out_features, in_features), bits, group_size, form, outliers)
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from bitquilt.allocation.by_trace import by_trace, by_weighted_error
@@ -36,8 +35,8 @@ from bitquilt.core.types import (
     group_slices,
     uniform_plan,
 )
-from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
-from bitquilt.layer.grouped_weight import live_weight, solve
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, scale_dtype_for
+from bitquilt.layer.grouped_weight import fit_ranges, live_weight, solve
 from bitquilt.layer.hessian import Factor, check_damp, factorize
 from bitquilt.layer.layouts import check_group_size, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
@@ -118,12 +117,12 @@ class APTQ:
         check_finite(layer.name, weight=layer.weight)
         found = {"in_features": float(layer.weight.shape[1]), "weights": float(layer.weight.numel()), "trace": trace}
         if self.allocation == "hawq2":
-            dtype = scale_dtype_for(layer.weight)
+            dtype, fit_group = scale_dtype_for(layer.weight), fit_ranges(None, self._search)
             for bits in self.palette:
                 error = 0.0
                 for group in group_slices(layer.weight.shape[1], self.group_size):
                     part = layer.weight[:, group]
-                    rounded = self._fit(part, bits, None, dtype).quantize(part)
+                    rounded = fit_group(group, part, bits, dtype).quantize(part)
                     error += float((part - rounded).double().square().sum())
                 found[f"error_{bits}"] = error
         return found
@@ -157,11 +156,7 @@ class APTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-
-        def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
-            return self._fit(weight, bits, prepared.importance[columns], scale_dtype)
-
-        return solve(layer, plan, prepared, fit_group, damp=self.damp)
+        return solve(layer, plan, prepared, fit_ranges(prepared.importance, self._search), damp=self.damp)
 
     @property
     def training(self) -> Training:
@@ -201,6 +196,6 @@ class APTQ:
             for b in self.palette
         }
 
-    def _fit(self, weight: Tensor, bits: int, importance: Tensor | None, dtype: torch.dtype) -> UniformGrid:
-        search = RangeSearch() if self.scale_search else MIN_MAX
-        return fit(weight, bits, importance, search=search, scale_dtype=dtype)
+    @property
+    def _search(self) -> RangeSearch:
+        return RangeSearch() if self.scale_search else MIN_MAX

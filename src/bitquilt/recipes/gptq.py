@@ -8,7 +8,6 @@ passes through zero; a Hessian that float32 cannot factor is tried in float64 be
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from bitquilt.core.budget import Budget
@@ -23,8 +22,8 @@ from bitquilt.core.types import (
     Solution,
     uniform_plan,
 )
-from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit
-from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, HessianAt, live_weight
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch
+from bitquilt.layer.grouped_weight import FeedbackSweep, HessianAt, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
@@ -110,16 +109,8 @@ class GPTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        return self.sweep.solve(layer, plan, prepared, self._fitter)
-
-    def _fitter(self, factor: Factor) -> FitColumns:
         search = RangeSearch() if self.scale_search else MIN_MAX
-
-        def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
-            weights = factor.importance[columns]
-            return fit(weight, bits, weights, search=search, symmetric=self.symmetric, scale_dtype=scale_dtype)
-
-        return fit_group
+        return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, search, self._no_zero))
 
     @property
     def training(self) -> Training:
@@ -132,11 +123,15 @@ class GPTQ:
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
-        symmetric = WIDTHS_FROM_ONE if self.symmetric else (1,)
         count = self.sweep.outlier_count(out_features, in_features)
         return grouped_layout(
-            out_features, in_features, plan.bits, plan.group_size, symmetric=symmetric, outliers=count
+            out_features, in_features, plan.bits, plan.group_size, symmetric=self._no_zero, outliers=count
         )
+
+    @property
+    def _no_zero(self) -> tuple[int, ...]:
+        """Widths that store no zero."""
+        return WIDTHS_FROM_ONE if self.symmetric else (1,)
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, errors weighted as in the sweep."""

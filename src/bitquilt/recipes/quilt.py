@@ -16,7 +16,6 @@ columns in their own order 1.048, integer zeros 1.105, without descent 1.091.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from bitquilt.core.budget import Budget
@@ -33,8 +32,8 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.assembly import assemble, disassemble
-from bitquilt.layer.grids.uniform import RangeSearch, UniformGrid, fit
-from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, live_weight
+from bitquilt.layer.grids.uniform import RangeSearch
+from bitquilt.layer.grouped_weight import FeedbackSweep, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
@@ -44,7 +43,7 @@ from bitquilt.train.problem import KeptEpoch, Rule, Values
 from bitquilt.train.rounding import Rounding
 
 # tau 0.4 .. 1.1 in steps of 0.02: half the default's candidates, because each is tried with three zeros
-_TAUS = tuple(round(0.4 + 0.02 * i, 2) for i in range(36))
+_SEARCH = RangeSearch(tuple(round(0.4 + 0.02 * i, 2) for i in range(36)), zeros=True)
 # Widths that store no zero: 7 % less KL at 2 bits on stories260k, 10 % more at 3 bits on babyllama.
 _SYMMETRIC = (1, 2)
 _REACH = 0.5  # steps that training can move a weight in a block: to the neighbouring code
@@ -126,7 +125,7 @@ class Quilt:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Solve the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        return self.sweep.solve(layer, plan, prepared, _fitter)
+        return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, _SEARCH, _SYMMETRIC))
 
     @property
     def training(self) -> Training:
@@ -149,16 +148,6 @@ class Quilt:
     def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
         """1 / U_jj^2: later columns compensate."""
         return prepared.importance
-
-
-def _fitter(factor: Factor) -> FitColumns:
-    def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
-        search, symmetric = RangeSearch(_TAUS, zeros=True), bits in _SYMMETRIC
-        return fit(
-            weight, bits, factor.importance[columns], search=search, symmetric=symmetric, scale_dtype=scale_dtype
-        )
-
-    return fit_group
 
 
 def _part_of(solution: Solution, plan: LayerPlan, rounding: Rule, scaling: Rule) -> Rounding:

@@ -26,12 +26,11 @@ _BLOCK = ""  # the sub-block of layers that stand in the block itself
 class Gradients:
     """One layer's curvature, summed over all tokens.
 
-    `trace`: of the Gauss-Newton Hessian at the sub-block's output; `own_trace`: of 2 sum x x^T for each row;
-    `hessian`: fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None. `reason`: why there is no trace, or "".
+    `trace`: of the Gauss-Newton Hessian at the sub-block's output, or of 2 sum x x^T for each row where a `reason` says
+    why there is none. `hessian`: fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None.
     """
 
     trace: float
-    own_trace: float
     hessian: Tensor | None
     reason: str = ""
 
@@ -167,9 +166,9 @@ def _result(layer: _Watched, module: nn.Module, probes: int, silent: float) -> G
     sums = layer.sums
     if sums is None or sums.squares <= silent:
         reason = layer.reason or ("no token reached it" if layer.inputs == 0 else "its gradient is zero on all tokens")
-        return Gradients(own_trace, own_trace, None, reason)
+        return Gradients(own_trace, None, reason)
     trace = sums.squares / probes
     if not trace < float("inf"):
-        return Gradients(own_trace, own_trace, None, "its gradient is not finite")
+        return Gradients(own_trace, None, "its gradient is not finite")
     matrix = None if sums.products is None else sums.products / (2 * out_features * probes)
-    return Gradients(trace, own_trace, matrix)
+    return Gradients(trace, matrix)

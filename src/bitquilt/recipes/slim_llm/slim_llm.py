@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from bitquilt.allocation.double_pointer import cheapest_within, spread_evenly
@@ -42,14 +41,12 @@ from bitquilt.layer.grids.uniform import (
     PUBLISHED_SEARCH,
     OneBitRule,
     RangeSearch,
-    UniformGrid,
-    fit,
     scale_dtype_for,
 )
-from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, HessianAt, live_weight
+from bitquilt.layer.grouped_weight import FeedbackSweep, FitColumns, HessianAt, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
-from bitquilt.layer.nearest import COARSE
+from bitquilt.layer.nearest import COARSE, round_groups
 from bitquilt.layer.sensitivity.output_divergence import Objective
 from bitquilt.layer.sensitivity.salience import GroupStatistic, group_salience, salience
 from bitquilt.layer.target import corrected
@@ -249,11 +246,11 @@ class SlimLLM:
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, fitted as in SQC with fewer candidates for the range."""
-        weight = live_weight(layer, prepared)
-        fit_group = self._fit_columns(prepared, self.rules.coarse_search)
-        scale_dtype = scale_dtype_for(weight)
-        groups = group_slices(weight.shape[1], self.group_size)
-        return torch.cat([fit_group(g, weight[:, g], bits, scale_dtype).quantize(weight[:, g]) for g in groups], dim=1)
+        weight, rules = live_weight(layer, prepared), self.rules
+        importance = prepared.importance if rules.weighs_errors else None
+        return round_groups(
+            weight, bits, self.group_size, importance, rules.coarse_search, self.symmetric, rules.one_bit
+        )
 
     def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
         """1 / U_jj^2: later columns compensate."""
@@ -265,17 +262,5 @@ class SlimLLM:
 
     def _fit_columns(self, factor: Factor, search: RangeSearch) -> FitColumns:
         """SQC: the grid of a group from its weights, its bits and the salience of its columns."""
-        rules = self.rules
-
-        def fit_group(columns: slice, weight: Tensor, bits: int, scale_dtype: torch.dtype) -> UniformGrid:
-            return fit(
-                weight,
-                bits,
-                factor.importance[columns] if rules.weighs_errors else None,
-                search=search,
-                one_bit=rules.one_bit,
-                symmetric=self.symmetric,
-                scale_dtype=scale_dtype,
-            )
-
-        return fit_group
+        importance = factor.importance if self.rules.weighs_errors else None
+        return fit_ranges(importance, search, GROUP_WIDTHS if self.symmetric else (), self.rules.one_bit)
