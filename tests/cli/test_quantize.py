@@ -14,6 +14,8 @@ from bitquilt.cli.quantize import print_events
 from bitquilt.core.events import BlockDone
 from bitquilt.report.page_values import allocator_totals
 from bitquilt.report.run_facts import LayerEvent, RunFacts, parse
+from bitquilt.request import Request
+from bitquilt.run import run
 
 from .conftest import FLAGS, Command
 
@@ -88,13 +90,13 @@ def test_quiet_says_nothing(command: Command, tiny: Path, text: Path, tmp_path: 
 def test_interrupted_it_continues(
     command: Command, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any, observer: Callable[[object], None], **options: Any) -> Any:
+    def interrupted(request: Request, observer: Callable[[object], None]) -> Any:
         def observe(event: object) -> None:
             observer(event)
             if isinstance(event, BlockDone):
                 raise KeyboardInterrupt
 
-        return bitquilt.quantize(*args, observer=observe, **options)
+        return run(request, observe)
 
     line = ("quantize", tiny, tmp_path / "out", *FLAGS, "--calibration", text)
     with monkeypatch.context() as patch:

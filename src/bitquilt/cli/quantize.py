@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from bitquilt.api import Result
-from bitquilt.api import quantize as run
 from bitquilt.cli.options import (
     BudgetOptions,
     CalibrationOptions,
@@ -21,10 +19,15 @@ from bitquilt.cli.options import (
 )
 from bitquilt.cli.output import Json, Quiet, calm, print_commands, print_fact, print_json, stderr, stdout
 from bitquilt.cli.progress import watching
+from bitquilt.core.plan_file import read_plan
+from bitquilt.core.settings import Calibration, Selection
 from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.report.facts import Facts, read_facts
 from bitquilt.report.page_values import allocator_totals, events_of
 from bitquilt.report.run_facts import LayerEvent
+from bitquilt.request import Request, Result, wish
+from bitquilt.run import run
+from bitquilt.stream.devices import choose_device
 
 
 def quantize(
@@ -50,28 +53,24 @@ def quantize(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Run `bitquilt.quantize` with the flags' values, then print a summary."""
+    """Make a request of the flags, run it, then print a summary."""
     asked = read_flags(recipe, budget, by_plan=plan is not None)
     with calm(quiet), watching(quiet) as observer:
+        where, followed = choose_device(device), None if plan is None else read_plan(plan)
+        request = Request(
+            model=model,
+            wish=wish(asked.recipe, asked.options, asked.budget, asked.scope, followed),
+            calibration=Calibration(data.calibration, data.samples, self_samples, data.seq_len, data.seed),
+            selection=Selection(layers.skip or (), layers.include_head, layers.embedding_bits, layers.head_bits),
+            out=out,
+            sensitivities=sensitivities,
+            rounds=rounds,
+            batch_size=batch_size,
+            work_dir=work_dir,
+            device=where,
+        )
         try:
-            result = run(
-                model,
-                asked.recipe,
-                out=out,
-                budget=asked.budget,
-                scope=asked.scope,
-                **asdict(data),
-                **(asdict(layers) | {"skip": layers.skip or ()}),
-                self_samples=self_samples,
-                batch_size=batch_size,
-                work_dir=work_dir,
-                plan=plan,
-                sensitivities=sensitivities,
-                rounds=rounds,
-                device=device,
-                observer=observer,
-                **asked.options,
-            )
+            result = run(request, observer)
         except KeyboardInterrupt:
             stderr.print("interrupted: finished blocks are kept; run the same command to continue")
             raise
