@@ -99,3 +99,32 @@ def test_the_bar_has_a_digit_per_group_or_the_mean_of_neighbours() -> None:
     assert group_bar("", 8).plain == ""
     colours = {str(span.style) for span in group_bar("12345678", 8).spans}
     assert len(colours) > 4
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e[/nope][bold]"
+
+
+@pytest.mark.parametrize("flags", [(), ("--map",)])
+def test_strings_of_a_checkpoint_do_not_reach_the_terminal_as_commands(
+    command: Command, quantized: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    for name in ("config.json", "report.json", "plan.json"):
+        text = (folder / name).read_text()
+        text = text.replace("mlp.up_proj", f"mlp.{json.dumps(HOSTILE)[1:-1]}").replace('"q_proj', json.dumps(HOSTILE))
+        (folder / name).write_text(text)
+    report = json.loads((folder / "report.json").read_text())
+    report["fingerprint"]["recipe"]["group_size"] = report["fingerprint"]["calibration"]["source"] = HOSTILE
+    report["machine"]["cpu"] = HOSTILE
+    report["events"] = [{"layer": HOSTILE, "kind": HOSTILE, "detail": HOSTILE}]
+    (folder / "report.json").write_text(json.dumps(report))
+    ran = command("inspect", folder, *flags)
+    assert ran.code == 0
+    assert "mlp.]0;owned[2J[/nope][bold]" in ran.out  # in the table and as markup, to the letter
+    assert not set("\x1b\x07\u202e") & set(ran.out + ran.err)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": HOSTILE}}))
+    ran = command("inspect", folder, *flags)
+    assert ran.code == 2
+    assert "error:" in ran.err
+    assert not set("\x1b\x07\u202e") & set(ran.out + ran.err)

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import QUANT_METHOD, layouts_of_entry
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import QuantizedLinear
@@ -114,7 +114,9 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
-    found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
+    names = source_names(model, checkpoint.tensors)
+    refuse_two_sources(checkpoint, {source: name for source, (name, converted) in names.items() if not converted})
+    found = {name for name, _ in names.values()}
     if missing := missing_parameters(model, found | quantized):
         raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")
 

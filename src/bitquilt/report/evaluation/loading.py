@@ -7,24 +7,37 @@ import torch
 from torch import Tensor
 
 from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import open_checkpoint
 
 # Tokens of the causality check: enough for a past and a future, few enough to cost nothing.
 _PROBE = 8
 
 
-def as_model(model: Any, device: torch.device | str | None, dtype: torch.dtype | str | None) -> Any:
+def as_model(
+    model: Any, device: torch.device | str | None, dtype: torch.dtype | str | None, trust_remote_code: bool = False
+) -> Any:
     """Return `model` itself if it is loaded, else what transformers loads from the path or hub id.
 
-    The default device is CUDA if there is one; the default type is float32 on a CPU, else the stored one.
-    Raises UserError for a missing model, one that is not a causal language model, and incomplete weights."""
+    The default device is CUDA if there is one; the default type is float32 on a CPU, else the stored one. Python code
+    in the folder runs only with `trust_remote_code`. Raises UserError for a missing model, one that is not a causal
+    language model, and incomplete weights."""
     if not isinstance(model, str | Path):
         return model
     from transformers import AutoModelForCausalLM
 
+    from bitquilt.model.transformers_model import load_pretrained
+
+    checkpoint = open_checkpoint(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        loaded, info = load_pretrained(
+            AutoModelForCausalLM,
+            checkpoint,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+        )
     except UserError:
         raise
     except (OSError, ValueError) as error:
