@@ -96,7 +96,7 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
     wish, selection = request.wish, request.selection
     settings: dict[str, object] = {
         "version": __version__,
-        "model": {"sha256": checkpoint.fingerprint()},
+        "model": {"sha256": checkpoint.fingerprint(), "files": checkpoint.companion_hashes()},
         "recipe": recipe_json(wish.recipe),
         "calibration": describe_calibration(request.calibration) if request.calibrates else None,
         "seed": request.calibration.seed,

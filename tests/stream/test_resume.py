@@ -191,6 +191,18 @@ def test_other_weights_of_the_same_shapes_are_another_run(
         run(quantize_tiny, make_model("llama", num_hidden_layers=3, seed=1), begun)
 
 
+def test_another_tokenizer_is_another_run(source: Path, quantize_tiny: Quantize, tmp_path: Path) -> None:
+    """It made the ids, and it is part of the output."""
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    (model / "vocab.txt").write_text("one")
+    with pytest.raises(_Interrupted):
+        run(quantize_tiny, model, tmp_path / "out", observer=interrupt_after_one_block)
+    (model / "vocab.txt").write_text("two")
+    with pytest.raises(UserError, match=r"model\.files\.vocab\.txt was"):
+        run(quantize_tiny, model, tmp_path / "out")
+
+
 def test_another_text_in_the_same_file_is_another_run(
     source: Path, token_file: Path, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:

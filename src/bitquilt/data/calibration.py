@@ -75,7 +75,9 @@ def make_calibration(
     if calibration.is_self:
         return written(calibration.samples)
     progress(f"reading calibration text from {calibration.source}")
-    tokenizer = load_tokenizer(checkpoint.folder, calibration.trust_remote_code)
+    tokenizer = None
+    if Path(calibration.source).suffix.lower() != ".safetensors":  # ids need none, and it may be a broken one
+        tokenizer = load_tokenizer(checkpoint.folder, calibration.trust_remote_code)
     stream = token_stream(calibration.source, tokenizer, vocab_size=vocabulary)
     ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed)
     return torch.cat([ids, written(calibration.self_samples)]) if calibration.self_samples else ids

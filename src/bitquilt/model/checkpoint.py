@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.model.config import ModelConfig, read_config
+from bitquilt.model.hashes import file_sha256
 from bitquilt.model.safety import check_inside, refuse_hub_kernels
 
 _SINGLE = "model.safetensors"
@@ -23,8 +24,6 @@ _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
 # These describe the source, not the quantized model.
 _OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-# Enough of each file to tell two fine-tunes of one model apart without reading 140 GB.
-_HASH_PROBES, _HASH_PROBE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,18 +76,15 @@ class Checkpoint:
         return {path.name: path.stat().st_size for path in self.companions()}
 
     def fingerprint(self) -> str:
-        """sha256 over config, headers, sizes and samples of every file's bytes."""
+        """sha256 over the config and the hash of every file of weights."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({info.file for info in self.tensors.values()}):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as stream:
-                header = int.from_bytes(stream.read(8), "little")
-                digest.update(stream.read(header))
-                for probe in range(_HASH_PROBES):
-                    stream.seek(size * probe // _HASH_PROBES)
-                    digest.update(stream.read(_HASH_PROBE_BYTES))
+            digest.update(f"{file.name}:{file_sha256(file)}".encode())
         return digest.hexdigest()
+
+    def companion_hashes(self) -> dict[str, str]:
+        """sha256 of the companions by name."""
+        return {path.name: file_sha256(path) for path in self.companions()}
 
 
 def is_companion(name: str) -> bool:
