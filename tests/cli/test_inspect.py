@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from bitquilt.cli.inspect import group_bar
 from bitquilt.cli.inspect import inspect as verb
@@ -128,3 +129,51 @@ def test_strings_of_a_checkpoint_do_not_reach_the_terminal_as_commands(
     assert ran.code == 2
     assert "error:" in ran.err
     assert not set("\x1b\x07\u202e") & set(ran.out + ran.err)
+
+
+def test_verify_compares_every_byte(command: Command, quantized: Path, tiny: Path, tmp_path: Path) -> None:
+    assert "files of weights are as they were written" in command("inspect", quantized, "--verify").out
+    assert json.loads(command("inspect", quantized, "--verify", "--json").out)["verified_files"] > 1
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    assert command("inspect", folder).code == 0
+    ran = command("inspect", folder, "--verify")
+    assert (ran.code, ran.err.count("is not as it was written")) == (3, 1)
+    assert shard.name in ran.err
+    (folder / "report.json").unlink()
+    assert "has no hashes to compare with" in command("inspect", folder, "--verify").err
+    assert "is full precision" in command("inspect", tiny, "--verify").err
+
+
+def test_a_scale_that_is_no_number_is_named(command: Command, quantized: Path, tmp_path: Path) -> None:
+    """By inspect, and when the model is loaded; NaN elsewhere is named when text is written."""
+    assert json.loads(command("inspect", quantized, "--json").out)["not_finite"] == []
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    place = "model.layers.1.mlp.up_proj"
+    _spoil(folder, f"{place}.scale_0")
+    assert json.loads(command("inspect", folder, "--json").out)["not_finite"] == [f"{place}.scale_0"]
+    assert f"{place}.scale_0 hold NaN or infinity" in command("inspect", folder).out
+    ran = command("generate", folder, "-p", "the", "-n", "2", "--device", "cpu")
+    assert (ran.code, f"tensor {place}.scale_0 holds NaN or infinity" in ran.err) == (2, True)
+
+
+def test_text_of_nan_is_refused_and_the_layer_named(command: Command, quantized: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    _spoil(folder, "model.layers.1.input_layernorm.weight")
+    ran = command("generate", folder, "-p", "the dog", "-n", "2", "--device", "cpu")
+    assert ran.code == 2
+    assert "the output of model.layers.1.input_layernorm is the first that is not" in ran.err
+
+
+def _spoil(folder: Path, name: str) -> None:
+    """Write NaN into a tensor of a checkpoint."""
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})

@@ -14,7 +14,7 @@ from bitquilt.model.hashes import file_sha256
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The files that were read to be hashed, with a cache of their own; no file is too small for it."""
     names: list[str] = []
-    compute = hashes._hashed
+    compute = hashes.sha256_now
 
     def counted(path: Path) -> str:
         names.append(path.name)
@@ -22,7 +22,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "_SMALL", 0)
-    monkeypatch.setattr(hashes, "_hashed", counted)
+    monkeypatch.setattr(hashes, "sha256_now", counted)
     return names
 
 

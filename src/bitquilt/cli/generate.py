@@ -17,11 +17,12 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.model.safety import trusted_text
-from bitquilt.report.evaluation.loading import as_model, check_causal
+from bitquilt.report.evaluation.loading import as_model, check_causal, check_finite, logits_of
 from bitquilt.serve.generation import Generation, TokenDecoder, start_generation
 from bitquilt.stream.devices import choose_device
 
 _NOT_PLAIN = Generation(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
+_PROBE = 8  # tokens of the prompt that are computed once more to see that the model's numbers are numbers
 _TOP_K = 50  # the default of transformers
 
 
@@ -77,6 +78,7 @@ def write_text(
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         check_causal(model, ids[0])
+        check_finite(model, logits_of(model, ids[:, :_PROBE]), ids[0, :_PROBE])
         torch.manual_seed(sampling.seed)
         generation = start_generation(model, ids[0], ids.shape[1] + most) if _plain(model) else _NOT_PLAIN
         if generation.decoder is not None and generation.logits is not None:

@@ -148,6 +148,18 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
             )
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the stored tensors that hold NaN or infinity: scales, gains, levels, zeros and outliers."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            bad = not bool(tensor.float().isfinite().all())
+        else:  # 255 is the NaN of E8M0, the exponents of mx
+            bad = name.startswith("scale_") and tensor.dtype == torch.uint8 and bool((tensor == 255).any())
+        found += [name] * bad
+    return found
+
+
 def op_layout(layout: Layout) -> list[int]:
     """The op's `layout` argument: grid number, bits, group_size and width of each segment."""
     numbers: list[int] = []

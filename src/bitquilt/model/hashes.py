@@ -1,5 +1,7 @@
 """Hashes of whole files: `file_sha256` computes each once and remembers it by path, size, time, inode and device.
 
+`sha256_now` always reads.
+
 A model of 140 GB takes minutes to hash, and a run asks for the hash whenever it starts or continues. The hashes are
 kept in `bitquilt/hashes.json` of the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`), which may be deleted at
 any time.
@@ -25,11 +27,11 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes. Raises OSError if it cannot be read."""
     key, state = os.path.realpath(path), _state(path)
     if state[0] < _SMALL:
-        return _hashed(path)
+        return sha256_now(path)
     known = _read().get(key)
     if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):
         return known[-1]
-    found = _hashed(path)
+    found = sha256_now(path)
     if _state(path) == state and time.time() - max(state[1:3]) / 1e9 > _SETTLED:
         _keep(key, [*state, found])
     return found
@@ -41,7 +43,8 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _hashed(path: Path) -> str:
+def sha256_now(path: Path) -> str:
+    """Return the sha256 of a file's bytes as the disk holds them, whatever is remembered."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

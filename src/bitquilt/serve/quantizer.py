@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitquilt.core.packing import tensor_specs
+from bitquilt.core.packing import not_finite, tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
@@ -68,6 +68,13 @@ class BitquiltQuantizer(HfQuantizer):
             raise UserError(str(error)) from None
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                held = {key: value for key, value in module.named_buffers(recurse=False) if not value.is_meta}
+                if bad := not_finite(held):
+                    raise UserError(
+                        f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again"
+                    )
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
