@@ -419,3 +419,16 @@ def test_a_damaged_checkpoint_is_found_before_it_is_published(
         run(quantize_tiny, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "out.work" / "fingerprint.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"3", b"[" * 99_999])
+@pytest.mark.parametrize("name", ["fingerprint.json", "block-00000.json"])
+def test_a_damaged_work_directory_is_named(
+    begun: Path, source: Path, quantize_tiny: Quantize, name: str, content: bytes
+) -> None:
+    (begun.with_name("out.work") / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        run(quantize_tiny, source, begun)
+    if name != "fingerprint.json":  # the message says so
+        (begun.with_name("out.work") / name).unlink()
+        run(quantize_tiny, source, begun)

@@ -89,7 +89,15 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
 def read_fingerprint(folder: Path) -> Fingerprint | None:
     """Return the fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
     mark = folder / _MARK
-    return Fingerprint(json.loads(mark.read_text())) if mark.is_file() else None
+    if not mark.is_file():
+        return None
+    try:
+        settings = json.loads(mark.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        settings = error
+    if not isinstance(settings, dict):
+        raise UserError(f"{mark} is damaged, so its run cannot continue; delete {folder} to start afresh")
+    return Fingerprint(settings)
 
 
 def delete_workdir(folder: Path) -> None:
