@@ -59,7 +59,7 @@ def quantize(
       stay on the CPU unless all blocks are trained together. A GPU sums in another order, so a few codes in ten
       thousand may differ.
     - `options`: fields of the recipe (`bits=2, group_size=32`), of `Calibration` (`samples, self_samples, seq_len,
-      seed`) and of `Selection` (`skip, include_head, embedding_bits, head_bits`).
+      seed, trust_remote_code`) and of `Selection` (`skip, include_head, embedding_bits, head_bits`).
 
     Raises UserError for anything that the caller can correct, and VerificationError if the checkpoint, read back from
     disk, disagrees with the run.
@@ -85,6 +85,7 @@ def quantize(
 
 def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "PreTrainedModel":
     """Load the quantized model in `folder`, ready to run; keyword arguments go to `from_pretrained`.
+    Python code in the folder runs only with `trust_remote_code=True`.
 
     `device`: "cuda", "cuda:N" or "auto" puts the packed weights on a GPU, where Triton kernels read them. For more
     than one GPU, leave `device` out and pass `device_map`.
@@ -92,7 +93,7 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
     """
     from transformers import AutoModelForCausalLM
 
-    from bitquilt.model.transformers_model import architecture
+    from bitquilt.model.transformers_model import architecture, load_pretrained
 
     checkpoint = open_checkpoint(folder)
     method = checkpoint.model_config.quantized_by
@@ -106,5 +107,5 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
     if device is not None and (where := choose_device(device)).type != "cpu":
         kwargs["device_map"] = {"": where}
     kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(checkpoint.folder, **kwargs)
+    model: PreTrainedModel = load_pretrained(kind, checkpoint, **kwargs)
     return model

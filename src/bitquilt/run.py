@@ -48,7 +48,7 @@ from bitquilt.stream.workdir import (
     read_tensors,
     write_tensors,
 )
-from bitquilt.stream.writer import assemble, finished, publish, verify, write_reports
+from bitquilt.stream.writer import assemble, check_output, finished, publish, reserved, verify, write_reports
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -71,9 +71,11 @@ def run(request: Request, observe: Observer) -> Result:
         if read_fingerprint(work_path) == fingerprint:  # killed after the checkpoint was in place
             delete_workdir(work_path)
         return Result(request.out, done, already_done=True)
+    budget = request.wish.budget
+    check_output(request.out, work_path, budget.value if budget is not None and budget.kind == "size" else 0.0)
     model = _examined(request, checkpoint, known)
     clock = StageClock(observe)
-    with open_workdir(work_path, fingerprint) as work, full_disk_is_an_error(work):
+    with open_workdir(work_path, fingerprint) as work, reserved(request.out), full_disk_is_an_error(work):
         report = _RunInFolder(request, model, work, clock.observe).make(fingerprint, clock, known)
         delete_workdir(work)
     return Result(request.out, report)
@@ -94,7 +96,7 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
     wish, selection = request.wish, request.selection
     settings: dict[str, object] = {
         "version": __version__,
-        "model": {"sha256": checkpoint.fingerprint()},
+        "model": {"sha256": checkpoint.fingerprint(), "files": checkpoint.companion_hashes()},
         "recipe": recipe_json(wish.recipe),
         "calibration": describe_calibration(request.calibration) if request.calibrates else None,
         "seed": request.calibration.seed,
@@ -179,7 +181,6 @@ class _RunInFolder:
         outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device)
         prediction = None if plans is None else predict(known, plans, request.wish.recipe, request.outer)
         report = self._write_reports(folder, outcome, planned, prediction)
-        request.out.parent.mkdir(parents=True, exist_ok=True)
         publish(folder, request.out)
         return report
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from bitquilt.cli.inspect import group_bar
 from bitquilt.cli.inspect import inspect as verb
@@ -99,3 +100,80 @@ def test_the_bar_has_a_digit_per_group_or_the_mean_of_neighbours() -> None:
     assert group_bar("", 8).plain == ""
     colours = {str(span.style) for span in group_bar("12345678", 8).spans}
     assert len(colours) > 4
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202e[/nope][bold]"
+
+
+@pytest.mark.parametrize("flags", [(), ("--map",)])
+def test_strings_of_a_checkpoint_do_not_reach_the_terminal_as_commands(
+    command: Command, quantized: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    for name in ("config.json", "report.json", "plan.json"):
+        text = (folder / name).read_text()
+        text = text.replace("mlp.up_proj", f"mlp.{json.dumps(HOSTILE)[1:-1]}").replace('"q_proj', json.dumps(HOSTILE))
+        (folder / name).write_text(text)
+    report = json.loads((folder / "report.json").read_text())
+    report["fingerprint"]["recipe"]["group_size"] = report["fingerprint"]["calibration"]["source"] = HOSTILE
+    report["machine"]["cpu"] = HOSTILE
+    report["events"] = [{"layer": HOSTILE, "kind": HOSTILE, "detail": HOSTILE}]
+    (folder / "report.json").write_text(json.dumps(report))
+    ran = command("inspect", folder, *flags)
+    assert ran.code == 0
+    assert "mlp.]0;owned[2J[/nope][bold]" in ran.out  # in the table and as markup, to the letter
+    assert not set("\x1b\x07\u202e") & set(ran.out + ran.err)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": HOSTILE}}))
+    ran = command("inspect", folder, *flags)
+    assert ran.code == 2
+    assert "error:" in ran.err
+    assert not set("\x1b\x07\u202e") & set(ran.out + ran.err)
+
+
+def test_verify_compares_every_byte(command: Command, quantized: Path, tiny: Path, tmp_path: Path) -> None:
+    assert "files of weights are as they were written" in command("inspect", quantized, "--verify").out
+    assert json.loads(command("inspect", quantized, "--verify", "--json").out)["verified_files"] > 1
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    assert command("inspect", folder).code == 0
+    ran = command("inspect", folder, "--verify")
+    assert (ran.code, ran.err.count("is not as it was written")) == (3, 1)
+    assert shard.name in ran.err
+    (folder / "report.json").unlink()
+    assert "has no hashes to compare with" in command("inspect", folder, "--verify").err
+    assert "is full precision" in command("inspect", tiny, "--verify").err
+
+
+def test_a_scale_that_is_no_number_is_named(command: Command, quantized: Path, tmp_path: Path) -> None:
+    """By inspect, and when the model is loaded; NaN elsewhere is named when text is written."""
+    assert json.loads(command("inspect", quantized, "--json").out)["not_finite"] == []
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    place = "model.layers.1.mlp.up_proj"
+    _spoil(folder, f"{place}.scale_0")
+    assert json.loads(command("inspect", folder, "--json").out)["not_finite"] == [f"{place}.scale_0"]
+    assert f"{place}.scale_0 hold NaN or infinity" in command("inspect", folder).out
+    ran = command("generate", folder, "-p", "the", "-n", "2", "--device", "cpu")
+    assert (ran.code, f"tensor {place}.scale_0 holds NaN or infinity" in ran.err) == (2, True)
+
+
+def test_text_of_nan_is_refused_and_the_layer_named(command: Command, quantized: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    _spoil(folder, "model.layers.1.input_layernorm.weight")
+    ran = command("generate", folder, "-p", "the dog", "-n", "2", "--device", "cpu")
+    assert ran.code == 2
+    assert "the output of model.layers.1.input_layernorm is the first that is not" in ran.err
+
+
+def _spoil(folder: Path, name: str) -> None:
+    """Write NaN into a tensor of a checkpoint."""
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})

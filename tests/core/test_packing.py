@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bitquilt.core.packing import (
     bits_per_weight,
+    check_indices,
     check_tensors,
     layout_from_json,
     layout_to_json,
@@ -110,7 +111,16 @@ def test_missing_and_misshapen_tensors_are_named():
         ({"in_features": 49}, "do not sum to 49"),
         ({"segments": [{"grid": "hexagonal"}]}, "hexagonal"),
         ({"ordering": "identity"}, "does not go with blocks"),
-        ({"block": None}, "layout of l"),
+        ({"block": None}, "layout of l: block is None"),
+        ({"ordering": 64}, "layout of l: ordering is 64; known are identity, map, order"),
+        ({"ordering": [1]}, "ordering is "),
+        ({"outliers": -1}, "outliers is -1"),
+        ({"outliers": 10**9}, "outliers is 1000000000"),
+        ({"out_features": True}, "out_features is True"),
+        ({"in_features": "48"}, "in_features is '48'"),
+        ({"segments": None}, "layout of l"),
+        ({"segments": []}, "do not sum"),
+        ({"row_gain_dtype": "int9"}, "row_gain_dtype is 'int9'; known are float16"),
     ],
 )
 def test_damaged_layouts_are_refused(change, message):
@@ -120,6 +130,64 @@ def test_damaged_layouts_are_refused(change, message):
     incomplete = {key: v for key, v in value.items() if key != "segments"}
     with pytest.raises(ValueError, match="segments"):
         layout_from_json(incomplete, "l")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"symmetric": [1, 2, 3]}, r"symmetric is \[1, 2, 3\]; wanted true or false"),
+        ({"symmetric": 1}, "symmetric is 1"),
+        ({"bits": 3.0}, "bits is 3.0"),
+        ({"bits": 9}, "bits is 9"),
+        ({"group_size": None}, "group_size is None"),
+        ({"width": -8}, "width is -8"),
+        ({"scale_dtype": "uint8"}, "scale_dtype is 'uint8'; known are float16"),
+        ({"gain_dtype": "uint8"}, "gain_dtype is 'uint8'"),
+        ({"grid": ["uniform"]}, "grid is "),
+        ({"grid": "mx", "bits": 4}, "scale_dtype is 'float16'; known are uint8"),
+        ({"activation": 3}, "activation is 3"),
+    ],
+)
+def test_damaged_segments_are_refused(change, message):
+    value = layout_to_json(make_weight("mixed").layout)
+    value["segments"][0] |= change
+    with pytest.raises(ValueError, match=f"layout of l: {message}"):
+        layout_from_json(value, "l")
+
+
+def flipped_map(tensors):
+    tensors["permutation"][0] ^= 1
+
+
+def doubled_order(tensors):
+    tensors["permutation"][1] = tensors["permutation"][0]
+
+
+def far_column(tensors):
+    tensors["outlier_columns"][-1] = 127
+
+
+def falling_rows(tensors):
+    tensors["outlier_rows"][1] = 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        ("mixed", flipped_map, r"l\.permutation gives the segments .*; the layout says"),
+        ("mixed_ragged", flipped_map, r"l\.permutation gives the segments .*; the layout says"),
+        ("reordered", doubled_order, r"l\.permutation is no order of 0 to"),
+        ("outliers", far_column, r"l\.outlier_columns holds \d+ to 127; the layer has inputs 0 to"),
+        ("outliers", falling_rows, r"l\.outlier_rows does not rise from 0 to"),
+    ],
+)
+def test_index_tensors_that_contradict_the_layout_are_refused(kind, damage, message):
+    weight = make_weight(kind)
+    tensors = {name: tensor.clone() for name, tensor in pack(weight).items()}
+    check_indices(tensors, weight.layout, "l")
+    damage(tensors)
+    with pytest.raises(ValueError, match=message):
+        check_indices(tensors, weight.layout, "l")
 
 
 def test_formats_and_layouts_check_themselves():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bitquilt import Calibration, Result, UserError
 from bitquilt.data import calibration
-from bitquilt.data.calibration import describe_source, make_calibration
+from bitquilt.data.calibration import describe_source, load_tokenizer, make_calibration
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.stream.workdir import write_tensors
 
@@ -162,3 +162,16 @@ def test_a_cache_that_grows_large_is_sampled_in_smaller_parts(
     ids = make_calibration(checkpoint, Calibration(samples=5, seq_len=12), vocabulary=VOCAB, progress=said.append)
     assert ids.shape == (5, 12)
     assert [text.split(": ")[1].split()[0] for text in said] == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": 3}', "\x00", '{"version": "1.0", "model": {"type": "X"}}'])
+def test_a_damaged_tokenizer_is_named_and_not_needed_for_ids(
+    make_model: Callable[..., Path], token_file: Path, tmp_path: Path, content: str
+) -> None:
+    shutil.copytree(make_model(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer in .*model cannot be read .*copy the model's tokenizer files"):
+        load_tokenizer(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    asked = Calibration(token_file, samples=2, seq_len=4)
+    assert make_calibration(checkpoint, asked, vocabulary=64, progress=lambda _: None).shape == (2, 4)

@@ -101,6 +101,20 @@ def test_the_fingerprint_tells_models_apart(folder: Path, make_model: MakeModel)
     assert first != open_checkpoint(folder).fingerprint()
 
 
+def test_the_fingerprint_sees_every_byte(folder: Path) -> None:
+    """Samples of 64 places missed edits of most of a file."""
+    save_file({"x": torch.zeros(2**21)}, folder / "model.safetensors")
+    before = open_checkpoint(folder).fingerprint()
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    last = open_checkpoint(folder).fingerprint()
+    content[-1] ^= 1
+    content[len(content) // 64 - 9999] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert len({before, last, open_checkpoint(folder).fingerprint()}) == 3
+
+
 @pytest.mark.parametrize("name", ["nothing/here/at-all", "/nothing", "./nothing", "nothing"])
 def test_a_path_that_does_not_exist(name: str) -> None:
     with pytest.raises(UserError, match=f"no folder at '{name}'"):

@@ -320,6 +320,52 @@ def test_a_packed_tensor_of_another_shape_or_type_is_named(damaged: Path, change
     _refused(damaged, rf"{CODES} is \[48, .*config\.json wants \[48, ")
 
 
+UP = "model.layers.1.mlp.up_proj"
+
+
+def _nan(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.scale_0"][0, 0] = torch.nan
+
+
+def _unnamed(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.codes_9"] = torch.zeros(3)
+
+
+def _full_precision(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"] = torch.zeros(48, 32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (_nan, rf"tensor {UP}\.scale_0 holds NaN or infinity"),
+        (_unnamed, rf"tensor {UP}\.codes_9 is in the checkpoint, but config\.json names no such part"),
+        (_full_precision, rf"tensor {UP}\.weight is in the checkpoint, but"),
+    ],
+)
+def test_tensors_that_the_layout_does_not_allow_are_refused(
+    damaged: Path, damage: Callable[[dict[str, Tensor]], None], match: str
+) -> None:
+    shard = _shard_of(damaged, CODES)
+    tensors = load_file(shard)
+    damage(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    _refused(damaged, match)
+
+
+def test_an_order_of_channels_that_the_layout_does_not_allow_is_refused(
+    make_quantized: MakeQuantized, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(make_quantized("llama", "mg-ptq", bits=2.5).folder, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = next(name for name in index["weight_map"] if name.endswith(".permutation"))
+    tensors = load_file(_shard_of(folder, name))
+    tensors[name][0] ^= 1
+    save_file(tensors, _shard_of(folder, name), {"format": "pt"})
+    _refused(folder, rf"tensor {name} (gives the segments|is no order)")
+
+
 def test_a_truncated_shard_is_named(damaged: Path) -> None:
     shard = _shard_of(damaged, CODES)
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -354,7 +400,7 @@ def test_layouts_that_disagree_with_the_model_are_refused(damaged: Path) -> None
         (lambda layout: layout.update(out_features=40), r"mlp\.up_proj"),
         (lambda layout: layout["segments"][0].update(bits=9), r"layout of model\.layers\.1\.mlp\.up_proj: bits is 9"),
         (lambda layout: layout["segments"][0].update(width=3), r"mlp\.up_proj: segment widths"),
-        (lambda layout: layout["segments"][0].pop("grid"), r"mlp\.up_proj: field or value 'grid'"),
+        (lambda layout: layout["segments"][0].pop("grid"), r"mlp\.up_proj: field 'grid' is missing"),
         (lambda layout: layout["segments"][0].update(grid="spline"), r"mlp\.up_proj: grid is 'spline'"),
         (lambda layout: layout.update(block="x"), r"layout of model\.layers\.1\.mlp\.up_proj"),
     ],

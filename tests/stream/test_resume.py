@@ -191,6 +191,18 @@ def test_other_weights_of_the_same_shapes_are_another_run(
         run(quantize_tiny, make_model("llama", num_hidden_layers=3, seed=1), begun)
 
 
+def test_another_tokenizer_is_another_run(source: Path, quantize_tiny: Quantize, tmp_path: Path) -> None:
+    """It made the ids, and it is part of the output."""
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    (model / "vocab.txt").write_text("one")
+    with pytest.raises(_Interrupted):
+        run(quantize_tiny, model, tmp_path / "out", observer=interrupt_after_one_block)
+    (model / "vocab.txt").write_text("two")
+    with pytest.raises(UserError, match=r"model\.files\.vocab\.txt was"):
+        run(quantize_tiny, model, tmp_path / "out")
+
+
 def test_another_text_in_the_same_file_is_another_run(
     source: Path, token_file: Path, quantize_tiny: Quantize, tmp_path: Path
 ) -> None:
@@ -407,3 +419,16 @@ def test_a_damaged_checkpoint_is_found_before_it_is_published(
         run(quantize_tiny, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "out.work" / "fingerprint.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"3", b"[" * 99_999])
+@pytest.mark.parametrize("name", ["fingerprint.json", "block-00000.json"])
+def test_a_damaged_work_directory_is_named(
+    begun: Path, source: Path, quantize_tiny: Quantize, name: str, content: bytes
+) -> None:
+    (begun.with_name("out.work") / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        run(quantize_tiny, source, begun)
+    if name != "fingerprint.json":  # the message says so
+        (begun.with_name("out.work") / name).unlink()
+        run(quantize_tiny, source, begun)

@@ -4,8 +4,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,3 +207,17 @@ def test_inputs_that_are_no_numbers_name_the_layer_and_leave_no_hooks() -> None:
     with pytest.raises(UserError, match="the input of layer one holds NaN or Inf"):
         _collect(model, x, 1)
     assert not any(module._forward_pre_hooks for module in model.children())
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_of_an_output_has_the_mode_that_the_user_wants(
+    make_model: Callable[..., Path], quantize_tiny: Callable[..., Any], tmp_path: Path, mask: int, mode: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        quantize_tiny(make_model(), tmp_path / "out", "rtn")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {
+        path.name: oct(mode) for path in (tmp_path / "out").iterdir()
+    }

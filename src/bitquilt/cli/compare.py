@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
 from typer import Argument, Option
 
 from bitquilt.cli.eval import keep_record, load_model, measure_text
@@ -91,8 +90,8 @@ def _print(panel: Panel) -> None:
     for entry in panel.entries:
         table.add_row(
             entry.key,
-            escape(entry.name),
-            escape(entry.recipe),
+            entry.name,
+            entry.recipe,
             size_text(entry.bytes),
             f"{entry.bpw:.3f}",
             "" if entry.kl_mean is None else f"{entry.kl_mean:.4f}",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bitquilt.cli.options import AnyModel, DtypeOption, Reference, Text, WindowOptions
+from bitquilt.cli.options import AnyModel, DtypeOption, Reference, Text, TrustCode, WindowOptions
 from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_json, print_line, stderr, stdout
 from bitquilt.cli.progress import scoring
 from bitquilt.core.units import percent_text, size_text
@@ -22,18 +22,20 @@ from bitquilt.report.evaluation.loading import as_model
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint with its model in memory; `dtype` is the type that was asked for."""
+    """A checkpoint with its model in memory; `dtype` is the type that was asked for. `trusted`: its code may run."""
 
     checkpoint: Checkpoint
     model: Any
     tokenizer: Any
     dtype: str | None = None
+    trusted: bool = False
 
 
-def load_model(checkpoint: Checkpoint, dtype: str | None = None) -> LoadedModel:
+def load_model(checkpoint: Checkpoint, dtype: str | None = None, trusted: bool = False) -> LoadedModel:
     """Load a checkpoint's model and tokenizer."""
     folder = checkpoint.folder
-    return LoadedModel(checkpoint, as_model(folder, None, dtype), load_tokenizer(folder), dtype)
+    model, tokenizer = as_model(folder, None, dtype, trusted), load_tokenizer(folder, trusted)
+    return LoadedModel(checkpoint, model, tokenizer, dtype, trusted)
 
 
 def measure_text(
@@ -50,7 +52,7 @@ def measure_text(
         return measure(
             loaded.model,
             text,
-            reference=None if reference is None else as_model(reference.folder, None, loaded.dtype),
+            reference=None if reference is None else as_model(reference.folder, None, loaded.dtype, loaded.trusted),
             tokenizer=loaded.tokenizer,
             batch_size=batch_size,
             size=model_size(loaded.checkpoint.folder),
@@ -77,6 +79,7 @@ def evaluate(
     tasks: Annotated[str | None, Option(metavar="A,B", help="Tasks of lm-eval, by name.")] = None,
     limit: Annotated[int | None, Option(help="Use only the first so many examples of each task.")] = None,
     dtype: DtypeOption = None,
+    trust_remote_code: TrustCode = False,
     save: Annotated[bool, Option("--save/--no-save", help="Keep the figures in the checkpoint's folder.")] = True,
     quiet: Quiet = False,
     json_output: Json = False,
@@ -90,7 +93,7 @@ def evaluate(
     with calm(quiet):
         checkpoint = open_checkpoint(model)
         base = None if reference is None else open_checkpoint(reference)
-        loaded = load_model(checkpoint, None if dtype is None else dtype.value)
+        loaded = load_model(checkpoint, None if dtype is None else dtype.value, trust_remote_code)
         if text is not None:
             figures = measure_text(loaded, text, base, windows, batch_size=batch_size, quiet=quiet)
         if tasks is not None:

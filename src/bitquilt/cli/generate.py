@@ -1,5 +1,6 @@
 """`bitquilt generate DIR --prompt TEXT`: continue a prompt. `write_text` does the same for a loaded model."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -9,17 +10,19 @@ import transformers
 from torch import Tensor
 from typer import Option
 
-from bitquilt.cli.options import AnyModel, Device, DtypeOption
+from bitquilt.cli.options import AnyModel, Device, DtypeOption, TrustCode
 from bitquilt.cli.output import calm, stderr
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
-from bitquilt.report.evaluation.loading import as_model, check_causal
+from bitquilt.model.safety import trusted_text
+from bitquilt.report.evaluation.loading import as_model, check_causal, check_finite, logits_of
 from bitquilt.serve.generation import Generation, TokenDecoder, start_generation
 from bitquilt.stream.devices import choose_device
 
 _NOT_PLAIN = Generation(None, None, "the model's own settings ask for more than temperature, top-k and top-p")
+_PROBE = 8  # tokens of the prompt that are computed once more to see that the model's numbers are numbers
 _TOP_K = 50  # the default of transformers
 
 
@@ -32,6 +35,13 @@ class Sampling:
     seed: int = 0
 
 
+class _Streamer(transformers.TextStreamer):
+    """Print text as it is written, on a terminal without control characters: a model may write any token."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(trusted_text(text) if sys.stdout.isatty() else text, stream_end)
+
+
 def generate(
     folder: AnyModel,
     prompt: Annotated[str, Option("--prompt", "-p", help="Text for the model to continue.")],
@@ -40,16 +50,17 @@ def generate(
     seed: Annotated[int, Option(help="Random seed: the same seed writes the same text.")] = 0,
     dtype: DtypeOption = None,
     device: Device = "auto",
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Load the model and stream the text."""
     where = choose_device(device)
     with calm():
         checkpoint = open_checkpoint(folder)
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer; put the model's tokenizer files in this folder")
-        model = as_model(checkpoint.folder, where, None if dtype is None else dtype.value)
-        streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+        model = as_model(checkpoint.folder, where, None if dtype is None else dtype.value, trust_remote_code)
+        streamer = _Streamer(tokenizer, skip_special_tokens=True)
         write_text(model, tokenizer, prompt, Sampling(max_new_tokens, temperature, seed), streamer)
 
 
@@ -67,6 +78,7 @@ def write_text(
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         check_causal(model, ids[0])
+        check_finite(model, logits_of(model, ids[:, :_PROBE]), ids[0, :_PROBE])
         torch.manual_seed(sampling.seed)
         generation = start_generation(model, ids[0], ids.shape[1] + most) if _plain(model) else _NOT_PLAIN
         if generation.decoder is not None and generation.logits is not None:

@@ -23,7 +23,7 @@ from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.recipes import usual_options
 from bitquilt.report.evaluation import fp16_bytes, model_size
 from bitquilt.report.evaluation_records import Record, newest
-from bitquilt.report.facts import Facts, LayerFacts, read_facts
+from bitquilt.report.facts import Facts, LayerFacts, check_hashes, damaged_scales, read_facts
 from bitquilt.report.run_facts import RunFacts, section
 from bitquilt.stream.job import all_targets
 
@@ -72,9 +72,12 @@ def inspect(
     bit_map: Annotated[
         bool, Option("--map", help="Show a line of digits per layer, its bits from channel to channel, and no table.")
     ] = False,
+    verify: Annotated[
+        bool, Option("--verify", help="Read all files and compare them with the hashes in report.json.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
-    """Read the headers and print what they say."""
+    """Read the headers and the scales and print what they say."""
     with calm(models=False):
         checkpoint = open_checkpoint(folder)
         method = checkpoint.model_config.quantized_by
@@ -83,13 +86,18 @@ def inspect(
                 f"{folder} was quantized by another tool ({method}); give a checkpoint of bitquilt or full precision"
             )
         if method is None:
+            if verify:
+                raise UserError(f"{folder} is full precision: only what bitquilt wrote has hashes to compare with")
             plain = _full_precision(checkpoint)
             plain = replace(plain, layers=_matching(plain.layers, layer))
             print_json(asdict(plain)) if json_output else _print_plain(plain)
         else:
             facts = read_facts(folder)
             layers = _matching(facts.layers, layer)
-            print_json(_facts_json(facts, layers)) if json_output else _print_facts(facts, layers, bit_map)
+            checked = check_hashes(facts) if verify else None
+            print_json(_facts_json(facts, layers, checked)) if json_output else _print_facts(facts, layers, bit_map)
+            if checked is not None and not json_output:
+                print_fact(stdout, "verified", f"{checked} files of weights are as they were written")
 
 
 def _full_precision(checkpoint: Checkpoint) -> _FullPrecision:
@@ -119,7 +127,7 @@ def _matching(layers: Mapping[str, T], pattern: str | None) -> dict[str, T]:
     return found
 
 
-def _facts_json(facts: Facts, layers: Layers) -> dict[str, Any]:
+def _facts_json(facts: Facts, layers: Layers, verified: int | None) -> dict[str, Any]:
     fingerprint = facts.run.fingerprint
     return {
         "folder": str(facts.checkpoint.folder),
@@ -133,6 +141,8 @@ def _facts_json(facts: Facts, layers: Layers) -> dict[str, Any]:
         "bytes_by_part": facts.parts,
         **{key: facts.run.stored.get(key) for key in _OF_THE_RUN},
         "evaluations": [record.stored for record in facts.evaluations],
+        "not_finite": damaged_scales(facts.checkpoint, layers),
+        "verified_files": verified,
         "absent": [one._asdict() for one in facts.absent],
         "layers": {name: _layer_json(layer) for name, layer in layers.items()},
     }
@@ -172,6 +182,10 @@ def _print_facts(facts: Facts, layers: Layers, bit_map: bool) -> None:
         )
     if "events" in run.stored:
         print_events(run.events)
+    if damaged := damaged_scales(facts.checkpoint, layers):
+        more = f" and {len(damaged) - 1} more tensors" if len(damaged) > 1 else ""
+        what = f"{damaged[0]}{more} hold NaN or infinity: the model computes nonsense; copy or quantize it again"
+        print_fact(stdout, "damaged", what, style="bold red")
 
 
 def _print_quality(facts: Facts) -> None:

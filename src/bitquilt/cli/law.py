@@ -70,7 +70,7 @@ def fit(
         print_warnings(fitted.report.warnings if fitted.report else (), name)
     if not quiet:
         print_fit(file, splits)
-        stdout.print(f"wrote {output}")
+        stdout.print(f"wrote {output}", markup=False)
 
 
 @law_app.command("predict")
@@ -203,7 +203,7 @@ def plot(
         return
     print_warnings(notes)
     if not quiet:
-        stdout.print(f"wrote {output}")
+        stdout.print(f"wrote {output}", markup=False)
 
 
 def _kind_of(runs: Path) -> str:

@@ -51,7 +51,9 @@ def print_fit(file: LawFile, splits: Splits) -> None:
             table.add_row("", f"{_UNSEEN[one.over]} ({len(one.splits)} splits)", "", *_cells(one))
     stdout.print(table)
     for name, law in file.laws.items():
-        stdout.print(f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in law.parameters.items()))
+        stdout.print(
+            f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in law.parameters.items()), markup=False
+        )
         for sign in law.check() if isinstance(law, DCPTLaw) else ():
             if not sign.holds:
                 at = "N {:.3g}e9, D {:.3g}e9, ratio {:.3g}".format(*sign.at)

@@ -44,6 +44,9 @@ Device = Annotated[str, Option(help="Device that computes: cpu, cuda, cuda:N, or
 DtypeOption = Annotated[Dtype | None, Option(help="Type to compute in. Default: float32 on a CPU, else as stored.")]
 Text = Annotated[str | None, _window(metavar="SOURCE", help=f"Text to evaluate on: {_DATA}.")]
 Reference = Annotated[str | None, _window(metavar="BASE", help="Full-precision model; adds the KL divergence from it.")]
+TrustCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python code from the model's folder. Only for people you trust.")
+]
 Count = int | None
 Number = float | None
 Word = str | None
@@ -83,6 +86,7 @@ class CalibrationOptions:
     samples: Annotated[int, _data(help="Number of calibration sequences.")] = 128
     seq_len: Annotated[int, _data(help="Tokens per calibration sequence.")] = 2048
     seed: Annotated[int, _data(help="Seed of everything that is drawn at random.")] = 0
+    trust_remote_code: TrustCode = False
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from typer import Option
 
 from bitquilt.core.events import Untouched
 from bitquilt.core.units import percent_text
+from bitquilt.model.safety import trusted_text
 
 EXIT_USER_ERROR = 2
 EXIT_WRONG_RESULT = 3
@@ -25,9 +27,25 @@ _PIPE_WIDTH = 200
 _LABEL = 11  # characters of a fact's label
 
 
+class Screen(Console):
+    """A console that prints no control characters: texts come from checkpoints, and a terminal would obey them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of `renderable`, cleaned; rich's own cursor movements stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(trusted_text(segment.text), segment.style)
+
+
+class _LiteralTable(Table):
+    """A table whose cells hold no markup: a layer may be called `[/bold]`."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def _console(stream: Any, **options: Any) -> Console:
     terminal = stream.isatty()
-    return Console(soft_wrap=not terminal, width=None if terminal else _PIPE_WIDTH, highlight=False, **options)
+    return Screen(soft_wrap=not terminal, width=None if terminal else _PIPE_WIDTH, highlight=False, **options)
 
 
 stdout = _console(sys.stdout)
@@ -73,8 +91,8 @@ def print_untouched(console: Console, untouched: Iterable[Untouched], total: int
 
 
 def plain_table(*names: str, right: Iterable[str] = (), wrap: Iterable[str] = ()) -> Table:
-    """Return a table without borders; `right`: columns aligned to the right, `wrap`: columns that may wrap."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """Return a table without borders or markup; `right`: columns aligned to the right, `wrap`: those that may wrap."""
+    table = _LiteralTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
         table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in wrap)
     return table

@@ -6,12 +6,12 @@ The planner, the report, the module and the writer all ask here, so predicted by
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from bitquilt.core.types import GRID_KINDS, Format, Layout, Outliers, Permutation, QuantizedWeight, Segment
+from bitquilt.core.types import GRID_KINDS, Format, Layout, Ordering, Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
 from bitquilt.ops.reference import ACTIVATIONS, expand_permutation, map_bits
 
@@ -148,6 +148,45 @@ def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
             )
 
 
+def check_indices(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    """Raise ValueError naming the first index tensor whose values contradict `layout`; its shapes are right."""
+    order = tensors.get("permutation")
+    if layout.ordering == "map" and order is not None:
+        owner = unpack_bits(order.unsqueeze(0), map_bits(len(layout.segments)), layout.blocks).squeeze(0).long()
+        sizes = torch.full_like(owner, layout.block)
+        sizes[-1] = layout.in_features - layout.block * (layout.blocks - 1)
+        wanted = [width for _, width in layout.segments]
+        got = [int(sizes[owner == i].sum()) for i in range(len(wanted))]
+        if got != wanted:
+            raise ValueError(f"tensor {name}.permutation gives the segments {got} channels; the layout says {wanted}")
+    elif layout.ordering == "order" and order is not None:
+        expected = torch.arange(layout.blocks, device=order.device)
+        if not torch.equal(order.long().sort().values, expected):
+            raise ValueError(f"tensor {name}.permutation is no order of 0 to {layout.blocks - 1}: each must occur once")
+    if layout.outliers:
+        columns, rows = tensors["outlier_columns"].long(), tensors["outlier_rows"].long()
+        low, high = int(columns.min()), int(columns.max())
+        if low < 0 or high >= layout.in_features:
+            raise ValueError(
+                f"tensor {name}.outlier_columns holds {low} to {high}; the layer has inputs 0 to "
+                f"{layout.in_features - 1}"
+            )
+        if int(rows[0]) != 0 or int(rows[-1]) != layout.outliers or bool((rows.diff() < 0).any()):
+            raise ValueError(f"tensor {name}.outlier_rows does not rise from 0 to {layout.outliers}, the outliers")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the stored tensors that hold NaN or infinity: scales, gains, levels, zeros and outliers."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            bad = not bool(tensor.float().isfinite().all())
+        else:  # 255 is the NaN of E8M0, the exponents of mx
+            bad = name.startswith("scale_") and tensor.dtype == torch.uint8 and bool((tensor == 255).any())
+        found += [name] * bad
+    return found
+
+
 def op_layout(layout: Layout) -> list[int]:
     """The op's `layout` argument: grid number, bits, group_size and width of each segment."""
     numbers: list[int] = []
@@ -186,33 +225,57 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
 def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
     """Invert `layout_to_json`. Raises ValueError naming the layer and the field that is wrong."""
     try:
-        segments = [(_format_from_json(item), int(item["width"])) for item in value["segments"]]
+        segments = [(_format_from_json(item), _whole(item, "width", 1)) for item in value["segments"]]
+        if value["ordering"] not in _ORDERINGS:
+            raise ValueError(f"ordering is {value['ordering']!r}; known are {', '.join(_ORDERINGS)}")
+        rows, columns = _whole(value, "out_features", 1), _whole(value, "in_features", 1)
         return Layout(
-            int(value["out_features"]),
-            int(value["in_features"]),
+            rows,
+            columns,
             tuple(segments),
             value["ordering"],
-            int(value["block"]),
-            int(value["outliers"]),
-            _SCALE_DTYPES[value["row_gain_dtype"]] if "row_gain_dtype" in value else None,
+            _whole(value, "block"),
+            _whole(value, "outliers", most=rows * columns),
+            _dtype(value, "row_gain_dtype") if "row_gain_dtype" in value else None,
         )
     except KeyError as error:
-        raise ValueError(f"layout of {name}: field or value {error} is missing or unknown") from None
-    except (TypeError, ValueError) as error:
+        raise ValueError(f"layout of {name}: field {error} is missing") from None
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"layout of {name}: {error}") from None
 
 
+_ORDERINGS = get_args(Ordering)
+
+
+def _whole(item: Mapping[str, Any], field: str, least: int = 0, most: int = 2**62) -> int:
+    value = item[field]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{field} is {value!r:.60}; wanted a whole number from {least} to {most}")
+    return value
+
+
+def _dtype(item: Mapping[str, Any], field: str, numbers: bool = True) -> torch.dtype:
+    """The type in a field; `numbers`: a floating one, else the exponents of mx."""
+    known = [name for name, dtype in _SCALE_DTYPES.items() if dtype.is_floating_point == numbers]
+    if item[field] not in known:
+        raise ValueError(f"{field} is {item[field]!r:.60}; known are {', '.join(known)}")
+    return _SCALE_DTYPES[item[field]]
+
+
 def _format_from_json(item: Mapping[str, Any]) -> Format:
-    if item["grid"] not in GRID_KINDS:
-        raise ValueError(f"grid is {item['grid']!r}; known are {sorted(GRID_KINDS)}")
-    if (activation := item.get("activation", "none")) not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; known are {sorted(ACTIVATIONS)}")
+    grid, activation = item["grid"], item.get("activation", "none")
+    if not isinstance(grid, str) or grid not in GRID_KINDS:
+        raise ValueError(f"grid is {grid!r:.60}; known are {sorted(GRID_KINDS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r:.60}; known are {sorted(ACTIVATIONS)}")
+    if not isinstance(item["symmetric"], bool):
+        raise ValueError(f"symmetric is {item['symmetric']!r:.60}; wanted true or false")
     return Format(
-        item["bits"],
-        item["group_size"],
-        item["grid"],
-        _SCALE_DTYPES[item["scale_dtype"]],
+        _whole(item, "bits"),
+        _whole(item, "group_size"),
+        grid,  # type: ignore[arg-type]
+        _dtype(item, "scale_dtype", numbers=not GRID_KINDS[grid].microscaled),  # type: ignore[index]
         item["symmetric"],
-        _SCALE_DTYPES[item["gain_dtype"]] if "gain_dtype" in item else None,
+        _dtype(item, "gain_dtype") if "gain_dtype" in item else None,
         activation,
     )

@@ -128,7 +128,7 @@ def read_plan(path: str | Path) -> PlanFile:
         raise UserError(
             f"cannot read the plan {path}: {error.strerror}; `bitquilt plan MODEL --out FILE` writes one"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"the plan {path} is not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -12,7 +12,7 @@ from bitquilt.core.plan_file import OuterBits
 from bitquilt.errors import UserError
 
 SELF = "self"
-_CALIBRATION = ("samples", "self_samples", "seq_len", "seed")
+_CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "trust_remote_code")
 _SELECTION = ("skip", "include_head", "embedding_bits", "head_bits")
 
 
@@ -23,6 +23,7 @@ class Calibration:
     `source`: text, jsonl, parquet, a folder of such files, a hub data set, token ids in a safetensors file, or "self",
     which lets the model write its own text. `samples` sequences of `seq_len` tokens are drawn with `seed`.
     `self_samples`: sequences that the model writes in addition to the text, for recipes that train.
+    `trust_remote_code`: run the Python code of a tokenizer that comes with its own.
 
     Raises UserError for a count that is too small, or for `self_samples` with the source "self".
     """
@@ -32,6 +33,7 @@ class Calibration:
     self_samples: int = 0
     seq_len: int = 2048
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seq_len", self.seq_len)):

@@ -75,19 +75,38 @@ def make_calibration(
     if calibration.is_self:
         return written(calibration.samples)
     progress(f"reading calibration text from {calibration.source}")
-    stream = token_stream(calibration.source, load_tokenizer(checkpoint.folder), vocab_size=vocabulary)
+    tokenizer = None
+    if Path(calibration.source).suffix.lower() != ".safetensors":  # ids need none, and it may be a broken one
+        tokenizer = load_tokenizer(checkpoint.folder, calibration.trust_remote_code)
+    stream = token_stream(calibration.source, tokenizer, vocab_size=vocabulary)
     ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed)
     return torch.cat([ids, written(calibration.self_samples)]) if calibration.self_samples else ids
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in the model's folder, or None without one."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in the model's folder, or None without one.
+
+    Raises UserError for files that make no tokenizer, and for a tokenizer with Python code of its own unless it is
+    trusted: nothing from a model's folder runs unasked.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
 
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # tokenizers raises bare Exception, each family what its parser raises
+            reason = str(error).strip().splitlines() or [""]
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"the tokenizer in {folder} comes with Python code of its own, which was not run; read the code, "
+                    "then pass --trust-remote-code (trust_remote_code=True), or give token ids in a .safetensors file"
+                ) from None
+            raise UserError(
+                f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {reason[0]}); copy the model's "
+                "tokenizer files again, or give token ids in a .safetensors file"
+            ) from None
 
 
 @torch.no_grad()
@@ -106,7 +125,7 @@ def sample_from_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from bitquilt.model.transformers_model import architecture
+    from bitquilt.model.transformers_model import architecture, load_pretrained
 
     kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
     if kind is not AutoModelForCausalLM and not kind.can_generate():
@@ -116,7 +135,7 @@ def sample_from_model(
         )
     _check_memory(checkpoint)
     with quiet_transformers():
-        model = kind.from_pretrained(checkpoint.folder, dtype="auto")
+        model = load_pretrained(kind, checkpoint, dtype="auto")
     if model.dtype == torch.float16:
         model = model.float()  # half precision is slow and overflows on CPUs
     model.eval()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.model.config import ModelConfig, read_config
+from bitquilt.model.hashes import file_sha256
+from bitquilt.model.safety import check_inside, refuse_hub_kernels
 
+_SINGLE = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".lock"}
 # These describe the source, not the quantized model.
 _OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-# Enough of each file to tell two fine-tunes of one model apart without reading 140 GB.
-_HASH_PROBES, _HASH_PROBE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,15 @@ class Checkpoint:
         return {path.name: path.stat().st_size for path in self.companions()}
 
     def fingerprint(self) -> str:
-        """sha256 over config, headers, sizes and samples of every file's bytes."""
+        """sha256 over the config and the hash of every file of weights."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in sorted({info.file for info in self.tensors.values()}):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as stream:
-                header = int.from_bytes(stream.read(8), "little")
-                digest.update(stream.read(header))
-                for probe in range(_HASH_PROBES):
-                    stream.seek(size * probe // _HASH_PROBES)
-                    digest.update(stream.read(_HASH_PROBE_BYTES))
+            digest.update(f"{file.name}:{file_sha256(file)}".encode())
         return digest.hexdigest()
+
+    def companion_hashes(self) -> dict[str, str]:
+        """sha256 of the companions by name."""
+        return {path.name: file_sha256(path) for path in self.companions()}
 
 
 def is_companion(name: str) -> bool:
@@ -98,7 +96,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """Open a local folder, or a hub id such as `org/name`, of which safetensors and small files are downloaded first.
 
     Raises UserError if there is no such folder or repository, no config.json, no safetensors (pickled weights are
-    refused), or if a file is truncated or an indexed tensor is missing.
+    refused), or if a file is truncated, an indexed tensor is missing, a file is outside the folder, two files hold
+    different values of one tensor, or the config asks for code from the hub.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -106,7 +105,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"{folder} has no config.json: wanted a Hugging Face model folder")
-    return Checkpoint(folder, str(source), _read_object(config_path), _tensor_table(folder))
+    check_inside(folder, (path for path in folder.iterdir() if _is_read(path)))
+    config = _read_object(config_path)
+    refuse_hub_kernels(config, config_path)
+    return Checkpoint(folder, str(source), config, _tensor_table(folder))
 
 
 def _download(source: str, revision: str | None) -> Path:
@@ -135,16 +137,20 @@ def _download(source: str, revision: str | None) -> Path:
         raise UserError(f"no folder at {source!r}, and downloading it from the hub failed: {error}") from None
 
 
+def _is_read(path: Path) -> bool:
+    """Whether a run may read this entry of a model's folder, or copy it."""
+    return path.suffix == ".safetensors" or path.name in _OWN_FILES or is_companion(path.name)
+
+
 def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
-    index_path = folder / INDEX_NAME
-    indexed: dict[str, str] | None = None
-    if index_path.is_file():
-        indexed = _read_object(index_path).get("weight_map")
-        if not isinstance(indexed, dict):
-            raise UserError(f"{index_path} has no weight_map: the file is damaged; download it again")
+    """Return the model's tensors: those of the index's files, else of model.safetensors, else of all files."""
+    index_path, single = folder / INDEX_NAME, folder / _SINGLE
+    indexed = _weight_map(index_path) if index_path.is_file() else None
+    if indexed is not None:
         files = sorted({folder / file for file in indexed.values()})
+        check_inside(folder, files)
+        _refuse_second_model(single, files)
     else:  # transformers' own name first: adapters and copies in other formats may be in the folder too
-        single = folder / "model.safetensors"
         files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         _refuse_without_safetensors(folder)
@@ -152,20 +158,71 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{index_path.name} names {file.name}, which is not in {folder}; download it again")
-        with _open(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                part = handle.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                table[name] = TensorInfo(file, shape, dtype, torch.Size(shape).numel() * _itemsize(dtype))
+        for name, info in _headers(file).items():
+            if name in table:
+                _refuse_two_values(name, table[name].file, name, file)
+            table[name] = info
     if indexed is not None and (missing := sorted(indexed.keys() - table.keys())):
         raise UserError(f"{index_path.name} names tensor {missing[0]}, which is in none of the files of {folder}")
     return table
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    found = _read_object(path).get("weight_map")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} has no weight_map: the file is damaged; download it again")
+    for name, file in found.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise UserError(f"{path} gives {file!r} for {name}; wanted the name of a .safetensors file")
+    return found
+
+
+def _headers(file: Path) -> dict[str, TensorInfo]:
+    found = {}
+    with _open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            part = handle.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            found[name] = TensorInfo(file, shape, dtype, torch.Size(shape).numel() * _itemsize(dtype))
+    return found
+
+
+def _refuse_second_model(single: Path, files: list[Path]) -> None:
+    """Raise UserError for a model.safetensors beside an index of other files: transformers would read the former."""
+    if single.is_file() and single not in files:
+        raise UserError(
+            f"{single.parent} holds two models: {single.name}, and {len(files)} files that {INDEX_NAME} names, such as "
+            f"{files[0].name}; remove the one that is out of date"
+        )
+
+
+def refuse_two_sources(checkpoint: Checkpoint, parameters: Mapping[str, str]) -> None:
+    """Raise UserError if two tensors with different values fill one parameter; `parameters`: its name by tensor."""
+    first: dict[str, str] = {}
+    for source, name in parameters.items():
+        if (
+            name in first and checkpoint.tensors[source].file.is_file()
+        ):  # of a model on the hub, headers are all there is
+            one, other = checkpoint.tensors[first[name]], checkpoint.tensors[source]
+            _refuse_two_values(first[name], one.file, source, other.file)
+        first[name] = source
+
+
+def _refuse_two_values(name: str, file: Path, other_name: str, other_file: Path) -> None:
+    """Raise UserError unless both tensors are the same. They are read, because copies of one tensor are harmless."""
+    with _open(file) as one, _open(other_file) as two:
+        values, others = one.get_tensor(name), two.get_tensor(other_name)
+    if values.dtype != others.dtype or not torch.equal(values, others):
+        raise UserError(
+            f"{file.parent} holds two values of one parameter: tensor {name} in {file.name} and tensor {other_name} in "
+            f"{other_file.name}; remove the one that is out of date"
+        )
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not even text
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, or not even text
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; wanted a JSON object")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, TensorInfo, is_companion, open_checkpoint
+from bitquilt.model.safety import refuse_hub_kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,7 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
         values = json.loads(config.read_text())
     except ValueError as error:
         raise UserError(f"config.json of {name} is not JSON: {error}") from None
+    refuse_hub_kernels(values, config)
     companions = {f.path: f.size for f in listed if _fetched(f.path) and is_companion(f.path)}
     return RemoteCheckpoint(config.parent, name, values, tensors, companions)
 

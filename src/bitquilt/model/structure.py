@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import is_linear, replace_module
@@ -125,6 +125,7 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
         sources[home].append(source)
         if not converted:
             parameters[source] = name
+    refuse_two_sources(checkpoint, parameters)
     return Skeleton(model, checkpoint, config_of(model), blocks, sources, parameters)
 
 

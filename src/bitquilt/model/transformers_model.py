@@ -1,11 +1,15 @@
-"""Models as transformers builds them: `empty_model`, `source_names` of stored tensors, and `load_tensors`.
+"""Models as transformers builds them: `empty_model`, `source_names` of stored tensors, `load_tensors`, and
+`load_pretrained` for a whole model.
 
 Importing this file imports transformers' model code, which takes three seconds: import it only where a model is built.
 """
 
+import json
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.checkpoint import INDEX_NAME, Checkpoint
 from bitquilt.model.config import without_quantization
 from bitquilt.model.transformers_logging import quiet_transformers
 
@@ -114,6 +118,32 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
 
 _FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_})
 _INIT = "torch.nn.init"
+
+
+def load_pretrained(kind: Any, checkpoint: Checkpoint, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Return what `kind.from_pretrained` makes of exactly the files that `checkpoint` reads.
+
+    Pickled weights are never opened, and the folder's own code does not run unless it is trusted.
+    """
+    options = {"use_safetensors": True, **options}
+    with _as_transformers_names_it(checkpoint) as folder:
+        return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+
+
+@contextmanager
+def _as_transformers_names_it(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield the folder, or one of links with an index where the weights have names that transformers does not know."""
+    files = {info.file for info in checkpoint.tensors.values()}
+    if (checkpoint.folder / INDEX_NAME).is_file() or {file.name for file in files} == {"model.safetensors"}:
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in {*files, checkpoint.folder / "config.json", *checkpoint.companions()}:
+            (folder / file.name).symlink_to(file.absolute())
+        weight_map = {name: info.file.name for name, info in checkpoint.tensors.items()}
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        yield folder
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -21,6 +21,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.remote import RemoteCheckpoint
 from bitquilt.stream.run_report import recipe_json
+from bitquilt.stream.workdir import replace_file
 
 FORMAT, _METHOD = 1, "kfac"  # tables by other methods, which older versions could measure, have no unit
 # At most 16 k tokens are measured, which keeps the inputs of 80 blocks 8192 wide at 43 GB of disk, and a quarter of
@@ -65,10 +66,8 @@ class Sensitivities:
             "perplexity": self.perplexity,
             "about": self.about,
         }
-        temporary = path.with_name(f".{path.name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.losses, temporary, {"sensitivities": json.dumps(meta)})
-        temporary.replace(path)
+        replace_file(path, lambda temporary: save_file(self.losses, temporary, {"sensitivities": json.dumps(meta)}))
 
     def check(self, about: Mapping[str, Any], where: str) -> None:
         """Raise UserError naming the first entry of `about` that differs; `where`: the file, for the message."""

@@ -1,21 +1,22 @@
 """Everything known about one checkpoint: `read_facts` gathers it from config.json, report.json, plan.json and
-evaluation.json.
+evaluation.json. `check_hashes` compares the files with the report, `damaged_scales` looks for NaN.
 
 Only config.json and the weights must exist. `Facts.absent` lists every other part that is missing and how to get it.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitquilt.core.packing import bits_per_weight, tensor_specs
+from bitquilt.core.packing import bits_per_weight, not_finite, tensor_specs
 from bitquilt.core.types import Layout, run_lengths
-from bitquilt.errors import UserError
+from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD, read_layouts
+from bitquilt.model.hashes import sha256_now
 from bitquilt.report.evaluation import ModelSize, fp16_bytes, model_size
 from bitquilt.report.evaluation_records import FILE, Record, read_records
 from bitquilt.report.run_facts import RunFacts, number, read_run, section
@@ -119,6 +120,40 @@ def read_facts(folder: str | Path, evaluations: Sequence[Path] = ()) -> Facts:
         evaluations=records,
         absent=_absent(run, layers, records),
     )
+
+
+def check_hashes(facts: Facts) -> int:
+    """Read every file of weights, compare it with report.json and return how many there are.
+
+    Raises UserError if the report holds no hashes, VerificationError naming the first file that differs.
+    """
+    folder, known = facts.checkpoint.folder, section(facts.run.stored, "files")
+    if not known:
+        raise UserError(
+            f"{folder} has no hashes to compare with: report.json is missing or of an earlier version; quantize again"
+        )
+    used = {info.file.name for info in facts.checkpoint.tensors.values()}
+    for name in sorted(known.keys() | used):
+        asked = section(known, name).get("sha256")
+        path = folder / name
+        if name not in used or asked is None:
+            where = "which the model does not use" if asked else "of which report.json knows nothing"
+            raise VerificationError(f"{folder} is not as it was written: {name}, {where}; copy or quantize it again")
+        if (got := sha256_now(path)) != asked:
+            raise VerificationError(
+                f"{path} is not as it was written: sha256 {got}, report.json says {asked}; copy or quantize it again"
+            )
+    return len(known)
+
+
+def damaged_scales(checkpoint: Checkpoint, layouts: Iterable[str]) -> list[str]:
+    """Names of the stored tensors of these layers that hold NaN or infinity; codes are not read."""
+    found = []
+    for path in layouts:
+        names = [n for n in checkpoint.tensors if n.rpartition(".")[0] == path and not n.startswith(f"{path}.codes_")]
+        tensors = {name.rpartition(".")[2]: tensor for name, tensor in checkpoint.read(names).items()}
+        found += [f"{path}.{name}" for name in not_finite(tensors)]
+    return found
 
 
 def _planned(folder: Path) -> dict[str, Any]:

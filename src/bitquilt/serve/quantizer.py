@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitquilt.core.packing import tensor_specs
+from bitquilt.core.packing import check_indices, not_finite, tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import QUANT_METHOD, layouts_of_entry
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import QuantizedLinear
@@ -68,6 +69,15 @@ class BitquiltQuantizer(HfQuantizer):
             raise UserError(str(error)) from None
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                held = {key: value for key, value in module.named_buffers(recurse=False) if not value.is_meta}
+                if len(held) == len(tensor_specs(module.layout)):
+                    _check_values(held, module.layout, name)
+                if bad := not_finite(held):
+                    raise UserError(
+                        f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again"
+                    )
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
@@ -114,9 +124,18 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
-    found = {name for name, _ in source_names(model, checkpoint.tensors).values()}
+    names = source_names(model, checkpoint.tensors)
+    refuse_two_sources(checkpoint, {source: name for source, (name, converted) in names.items() if not converted})
+    found = {name for name, _ in names.values()}
     if missing := missing_parameters(model, found | quantized):
         raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")
+
+
+def _check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    try:
+        check_indices(tensors, layout, name)
+    except ValueError as error:
+        raise UserError(f"{error}; copy or quantize the checkpoint again") from None
 
 
 def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], base: str) -> None:
@@ -124,11 +143,23 @@ def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], base: s
     for path, layout in layouts.items():
         for key, spec in tensor_specs(layout).items():
             name = f"{path}.{key}"
-            written = (name, f"{base}{name}", name.removeprefix(base))
-            info = next((checkpoint.tensors[n] for n in written if n in checkpoint.tensors), None)
+            info = next((checkpoint.tensors[n] for n in _written(name, base) if n in checkpoint.tensors), None)
             wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
             if info is None:
                 raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
             got = f"{list(info.shape)} {_TORCH_NAMES.get(info.dtype, info.dtype)}"
             if got != wanted:
                 raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")
+    keys = {home: {*tensor_specs(layouts[path]), "bias"} for path in layouts for home in _written(path, base)}
+    for name in checkpoint.tensors:
+        home, _, key = name.rpartition(".")
+        if home in keys and key not in keys[home]:
+            raise UserError(
+                f"tensor {name} is in the checkpoint, but config.json names no such part of {home}; copy or quantize "
+                "it again"
+            )
+
+
+def _written(name: str, base: str) -> tuple[str, str, str]:
+    """The names that a layer or tensor may have in the file: with and without the prefix of the base model."""
+    return name, f"{base}{name}", name.removeprefix(base)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
 from bitquilt.core.packing import layout_from_json, layout_to_json
 from bitquilt.core.types import Event, LayerPlan, Layout
+from bitquilt.errors import UserError
 from bitquilt.stream.workdir import write_json
 
 StoredLayout = Annotated[
@@ -90,8 +91,13 @@ class BlockRecord(BaseModel):
 
 
 def read_record(path: Path) -> BlockRecord | None:
-    """Return the record at `path`, or None if there is none yet."""
-    return BlockRecord.model_validate(json.loads(path.read_text())) if path.is_file() else None
+    """Return the record at `path`, or None if there is none yet. Raises UserError for a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return BlockRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
+        raise UserError(f"{path} is damaged: delete this file and the blocks from there on are solved again") from None
 
 
 def write_record(path: Path, record: BlockRecord) -> None:

@@ -19,6 +19,7 @@ from bitquilt._version import __version__
 from bitquilt.core.events import StageClock, Untouched, peak_memory_bytes
 from bitquilt.core.recipe import Recipe
 from bitquilt.model.config import FORMAT_VERSION, total_bpw, total_nominal_bits
+from bitquilt.model.hashes import file_sha256
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.records import BlockRecord
 from bitquilt.stream.workdir import Fingerprint
@@ -58,6 +59,7 @@ class RunReport:
     def to_json(self, folder: Path, promise: Promise) -> dict[str, Any]:
         """Return the content of report.json for the checkpoint in `folder`. Seconds and bytes throughout.
 
+        `files`: size and hash of every file of weights, which `bitquilt inspect --verify` compares.
         `stages` and `peak_memory_bytes` are of this process, `blocks` of all that took part; `continued_after_block` is
         how many blocks this process found done.
         """
@@ -71,6 +73,10 @@ class RunReport:
             "bpw": total_bpw(layouts),
             "nominal_bits": total_nominal_bits(layouts),
             "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "files": {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in sorted(folder.glob("*.safetensors"))
+            },
             "logit_difference": self.difference,
             "untouched": [asdict(item) for item in self.untouched],
             "events": [asdict(event) for record in self.records for event in record.events],

@@ -89,7 +89,15 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
 def read_fingerprint(folder: Path) -> Fingerprint | None:
     """Return the fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
     mark = folder / _MARK
-    return Fingerprint(json.loads(mark.read_text())) if mark.is_file() else None
+    if not mark.is_file():
+        return None
+    try:
+        settings = json.loads(mark.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        settings = error
+    if not isinstance(settings, dict):
+        raise UserError(f"{mark} is damaged, so its run cannot continue; delete {folder} to start afresh")
+    return Fingerprint(settings)
 
 
 def delete_workdir(folder: Path) -> None:
@@ -115,13 +123,13 @@ def check_disk(folder: Path, wanted: int, what: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file and rename it into place."""
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file and rename it into place."""
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+    replace_file(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -199,9 +207,14 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, make it durable and rename it to `path`; its mode follows the user's umask."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the user's umask has it; safetensors replaces the file by a private one
     write(temporary)
+    temporary.chmod(mode)
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)

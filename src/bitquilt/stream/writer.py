@@ -1,19 +1,22 @@
 """`assemble` turns a finished work directory into a checkpoint folder, `verify` reloads it and compares logits.
 
 `write_reports` adds plan.json and report.json, `publish` moves the folder to its place, and `finished` recognizes an
-output that is already there. One shard per block, linked into place, so that a 70B model needs no second copy on the
-disk; the rest of the model is copied tensor by tensor, under its own names and types.
+output that is already there. `check_output` and `reserved` make sure of its place before the run. One shard per block,
+linked into place, so that a 70B model needs no second copy on the disk; the rest of the model is copied tensor by
+tensor, under its own names and types.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
@@ -136,7 +139,7 @@ def finished(out: Path, fingerprint: Fingerprint) -> dict[str, Any] | None:
 
     Raises UserError if another run, or something else, made `out`.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or _is_empty_folder(out):
         return None
     try:
         report = json.loads((out / "report.json").read_text())
@@ -149,14 +152,80 @@ def finished(out: Path, fingerprint: Fingerprint) -> dict[str, Any] | None:
     return dict(report)
 
 
-def publish(folder: Path, out: Path) -> None:
-    """Rename the finished folder to `out`; on another disk, copy it next to `out` first."""
-    with contextlib.suppress(OSError):
-        out.rmdir()  # an empty folder that the user made
+def check_output(out: Path, work: Path, promised: float = 0.0) -> None:
+    """Raise UserError if the finished folder could not be moved to `out`, before anything is computed.
+
+    `work`: the work directory. `promised`: bytes of the output, needed on a disk of its own.
+    """
+    if out.is_symlink():
+        raise UserError(f"{out} is a symbolic link to {os.readlink(out)}; give the output folder itself")
+    one, other = Path(os.path.realpath(out)), Path(os.path.realpath(work))
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise UserError(
+            f"the output folder {out} and the work directory {work} contain each other; give a --work-dir elsewhere"
+        )
+    place = _existing(out.absolute().parent)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "is not a folder" if not place.is_dir() else "is read-only for you"
+        raise UserError(f"{out} cannot be created: {place} {what}; give another output folder")
+    free = shutil.disk_usage(place).free
+    if promised > free and place.stat().st_dev != _existing(work.absolute()).stat().st_dev:
+        raise UserError(
+            f"the budget is {promised / 1e9:.2f} GB and in {place} {free / 1e9:.2f} GB are free; give another output "
+            "folder, or free some space"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of `path` and its parents that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+@contextlib.contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Hold a lock on the name `out`. Raises UserError if another run writes there, whatever its work directory."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    lock = FileLock(path)
     try:
-        folder.rename(out)
-    except OSError:
-        neighbour = out.with_name(f".{out.name}.tmp")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another run is writing {out}; wait for it or give another output folder") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Rename the finished folder to `out`; on another disk, copy it next to `out` first.
+
+    Raises UserError if that fails; the finished folder then stays where it is, and the message says so.
+    """
+    neighbour = out.with_name(f".{out.name}.tmp")
+    try:
+        if out.is_symlink() or (out.exists() and not _is_empty_folder(out)):
+            raise FileExistsError(errno.EEXIST, "something else was put there during the run")
+        with contextlib.suppress(OSError):
+            out.rmdir()  # an empty folder that the user made
+        try:
+            folder.rename(out)
+        except OSError:
+            shutil.rmtree(neighbour, ignore_errors=True)
+            shutil.copytree(folder, neighbour)
+            for file in neighbour.iterdir():  # the original is deleted next
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            neighbour.rename(out)
+    except (OSError, shutil.Error) as error:
         shutil.rmtree(neighbour, ignore_errors=True)
-        shutil.copytree(folder, neighbour)
-        neighbour.rename(out)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the checkpoint is finished but could not be moved to {out} ({reason}); it is complete in {folder}. "
+            "Move it yourself, or mend the cause and run the same command again"
+        ) from None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

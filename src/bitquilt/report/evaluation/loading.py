@@ -1,4 +1,5 @@
-"""Models to evaluate: `as_model` loads one, `logits_of` runs it, `check_causal` refuses what is not causal."""
+"""Models to evaluate: `as_model` loads one, `logits_of` runs it, `check_causal` refuses what is not causal,
+`check_finite` names the layer where NaN begins."""
 
 from pathlib import Path
 from typing import Any
@@ -7,24 +8,37 @@ import torch
 from torch import Tensor
 
 from bitquilt.errors import UserError
+from bitquilt.model.checkpoint import open_checkpoint
 
 # Tokens of the causality check: enough for a past and a future, few enough to cost nothing.
 _PROBE = 8
 
 
-def as_model(model: Any, device: torch.device | str | None, dtype: torch.dtype | str | None) -> Any:
+def as_model(
+    model: Any, device: torch.device | str | None, dtype: torch.dtype | str | None, trust_remote_code: bool = False
+) -> Any:
     """Return `model` itself if it is loaded, else what transformers loads from the path or hub id.
 
-    The default device is CUDA if there is one; the default type is float32 on a CPU, else the stored one.
-    Raises UserError for a missing model, one that is not a causal language model, and incomplete weights."""
+    The default device is CUDA if there is one; the default type is float32 on a CPU, else the stored one. Python code
+    in the folder runs only with `trust_remote_code`. Raises UserError for a missing model, one that is not a causal
+    language model, and incomplete weights."""
     if not isinstance(model, str | Path):
         return model
     from transformers import AutoModelForCausalLM
 
+    from bitquilt.model.transformers_model import load_pretrained
+
+    checkpoint = open_checkpoint(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        loaded, info = load_pretrained(
+            AutoModelForCausalLM,
+            checkpoint,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+        )
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -74,3 +88,30 @@ def check_causal(model: Any, ids: Tensor) -> None:
             f"{type(model).__name__} is not a causal language model: a later token changes the logits of "
             "an earlier one; give a model that predicts the next token"
         )
+
+
+def check_finite(model: Any, logits: Tensor, ids: Tensor) -> None:
+    """Raise UserError if `logits` of `ids` int64 [tokens] hold NaN or infinity, naming the layer where they begin.
+
+    -inf alone is no fault: some models mask tokens that they never write."""
+    if not bool((logits.isnan() | logits.isposinf()).any()):
+        return
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        tensors = [t for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, Tensor)]
+        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+            found.append(name)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    hooks = [m.register_forward_hook(lambda _m, _in, out, n=name: look(n, out)) for name, m in leaves]
+    try:
+        logits_of(model, ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    where = f"the output of {found[0]} is the first that is not" if found else "every layer's output alone is finite"
+    raise UserError(
+        f"the model's logits are not finite; {where}: its scales are damaged, or the type overflows; "
+        "`bitquilt inspect DIR --verify` checks the files, --dtype float32 has more range"
+    )
