@@ -13,7 +13,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -36,7 +36,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises UserError if the config names no known model, or none can be built from it.
     """
     config = load_config(checkpoint)
-    config.use_cache = False
+    switch_cache_off(config)
     build = _model_class(config)
     with init_empty_weights(include_buffers=False), _EmptyOnMeta(), quiet_transformers(), _mistakes_of(checkpoint):
         model: PreTrainedModel = build(config, torch.float32)
@@ -55,6 +55,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
         )
     with _mistakes_of(checkpoint):
         return AutoConfig.for_model(**values)
+
+
+def switch_cache_off(config: Any) -> None:
+    """Set `use_cache` to False in a config and in those of its parts: models with several read their text config's."""
+    config.use_cache = False
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            switch_cache_off(part)
 
 
 @contextmanager
