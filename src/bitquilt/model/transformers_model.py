@@ -4,7 +4,7 @@ Importing this file imports transformers' model code, which takes three seconds:
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
             f"in {checkpoint.folder}/config.json"
         )
     with _mistakes_of(checkpoint):
-        return AutoConfig.for_model(**values)
+        return AutoConfig.for_model(**_with_infinities(values))
+
+
+def _with_infinities(values: dict[str, Any]) -> dict[str, Any]:
+    """Decode the numbers that JSON has no word for, `{"__float__": "Infinity"}`, as transformers writes them."""
+    decode: Callable[[dict[str, Any]], dict[str, Any]] | None
+    decode = getattr(PreTrainedConfig, "_decode_special_floats", None)
+    return values if decode is None else decode(values)
 
 
 def switch_cache_off(config: Any) -> None:
