@@ -91,7 +91,12 @@ def fit_codebook(
 
 
 def cluster(values: Tensor, masses: Tensor, k: int, clustering: Clustering, iterations: int) -> Tensor:
-    """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`."""
+    """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`.
+
+    Without values, or without mass, levels are 0.
+    """
+    if not values.shape[1]:
+        return values.new_zeros(len(values), k)
     if clustering == "uniform":
         return _equal_steps(values, masses, k)
     levels, few = _distinct(values, masses, k)
