@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+import bitquilt
 from bitquilt import Result, UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import open_skeleton
@@ -147,3 +148,52 @@ def test_an_argument_that_a_block_fills_is_refused_by_name(
         monkeypatch.setattr(modeling_llama.LlamaModel, "forward", with_state)
         with pytest.raises(UserError, match=rf"model\.layers\.0 receives 'memory', which holds {kind}"):
             quantize_tiny(make_model(), tmp_path / f"{number}")
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_quantized_wrapper_is_evaluated_and_saved_again(
+    name: str, folder: Folder, quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    out = quantize_tiny(folder(name), tmp_path / "out", "rtn").folder
+    model = bitquilt.load(out)
+    assert type(model) is type(wrapper(name))
+    text = torch.randint(5, 58, (200,), generator=torch.Generator().manual_seed(5))
+    found = bitquilt.evaluate(str(out), text, seq_len=16, reference=str(folder(name)))
+    assert found.perplexity == bitquilt.evaluate(model, text, seq_len=16).perplexity
+    assert found.kl_mean is not None
+    model.save_pretrained(tmp_path / "again")
+    again = bitquilt.load(tmp_path / "again")
+    assert torch.equal(text_logits(again), text_logits(model))
+    assert bitquilt.evaluate(str(tmp_path / "again"), text, seq_len=16).perplexity == found.perplexity
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "smolvlm"])
+def test_a_tower_larger_than_the_language_model_is_listed_with_its_share(
+    name: str, folder: Folder, quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    source = folder(name, hidden_size=128, intermediate_size=256)
+    result = quantize_tiny(source, tmp_path / "out", "gptq")
+    assert len(result.report["layers"]) == 14
+    assert all("vision" not in layer for layer in result.report["layers"])
+    tower = result.report["untouched"][0]
+    share = tower["nbytes"] / open_checkpoint(source).nbytes
+    assert "vision" in tower["reason"]
+    assert tower["reason"].endswith(f", a tower with blocks of its own ({share:.0%} of the model)")
+    assert share > 0.7
+
+
+def test_the_blocks_are_those_that_are_asked_for(
+    folder: Folder, make_model: Callable[..., Path], quantize_tiny: Callable[..., Result], tmp_path: Path
+) -> None:
+    source, asked = folder("llava"), "model.language_model.layers"
+    result = quantize_tiny(source, tmp_path / "out", "gptq", blocks=asked)
+    plain = quantize_tiny(source, tmp_path / "plain", "gptq")
+    assert result.report["layers"].keys() == plain.report["layers"].keys()
+    assert result.report["fingerprint"]["blocks"] == asked
+    with pytest.raises(UserError, match=rf"blocks is 'layers'; the lists of blocks .*vision_tower.*{asked}"):
+        quantize_tiny(source, tmp_path / "none", "gptq", blocks="layers")
+    tower = next(n for n, m in wrapper("llava").named_modules() if isinstance(m, nn.ModuleList) and "vision" in n)
+    with pytest.raises(UserError, match=r"does not call model\.vision_tower.* leave out --blocks"):
+        quantize_tiny(source, tmp_path / "tower", "gptq", blocks=tower)
+    found = bitquilt.plan(make_model(), "rtn", bits=3, blocks="model.layers")
+    assert found.planned.layouts == bitquilt.plan(make_model(), "rtn", bits=3).planned.layouts

@@ -454,6 +454,8 @@ def test_a_layer_whose_inputs_are_all_zero_is_stored_with_an_event(name, options
     stats = replace(layer.stats, hessian=torch.zeros_like(layer.stats.hessian))
     _, solution = run(make_recipe(name, bits=3.5, **options), replace(layer, stats=stats))
     assert torch.isfinite(naive_dense(solution.weight)).all()
-    assert [e.detail for e in solution.events if e.kind == "dead channels"] == ["44 of 44 input channels saw only zeros"]
+    assert [e.detail for e in solution.events if e.kind == "dead channels"] == [
+        "44 of 44 input channels saw only zeros"
+    ]
     if name == "cmpq+":
         assert not naive_dense(solution.weight).any()

@@ -150,6 +150,18 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def class_of(names: Iterable[str], *, generates: bool = False) -> Any:
+    """Return the class that loads a folder with these `architectures`: the first that transformers has.
+
+    AutoModelForCausalLM stands in for an unknown one and, where the model has to be one that `generates` text, for one
+    without logits of the next token.
+    """
+    kind = architecture(names)
+    if kind is None or (generates and not kind.can_generate()):
+        return AutoModelForCausalLM
+    return kind
+
+
 def architecture(names: Iterable[str]) -> Any:
     """Return the first of these model classes that transformers has, or None."""
     return next((kind for name in names if (kind := getattr(transformers, name, None)) is not None), None)

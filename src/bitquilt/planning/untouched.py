@@ -3,7 +3,9 @@
 from collections.abc import Container
 
 from bitquilt.core.events import Untouched
-from bitquilt.model.structure import Skeleton, linear_layers
+from bitquilt.model.structure import Skeleton, find_towers, linear_layers
+
+_TOWER = ", a tower with blocks of its own"
 
 
 def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
@@ -13,6 +15,7 @@ def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untou
     }
     own = dict(skeleton.model.state_dict())
     infos = skeleton.checkpoint.tensors
+    towers = find_towers(skeleton.model, skeleton.blocks)
     grouped: dict[str, list[str]] = {}
     for path, sources in skeleton.sources.items():
         for source in sources:
@@ -22,6 +25,8 @@ def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untou
                 continue
             if name is not None and name not in own:
                 reason = "not part of this model class, copied unchanged"
+            elif tower := next((t for t in towers if (name or source).startswith(f"{t}.")), None):
+                reason = f"{tower}{_TOWER}"
             elif not path:
                 reason = "outside the blocks (embedding, final norm, head)"
             elif layer in linear:
@@ -31,7 +36,10 @@ def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untou
             else:
                 reason = "inside the blocks, not a plain linear layer (experts, routers, convolutions)"
             grouped.setdefault(reason, []).append(source)
-    found = [
-        Untouched(why, len(names), sum(infos[n].nbytes for n in names), names[0]) for why, names in grouped.items()
-    ]
+    found = []
+    for why, names in grouped.items():
+        nbytes = sum(infos[n].nbytes for n in names)
+        if why.endswith(_TOWER):
+            why += f" ({nbytes / skeleton.checkpoint.nbytes:.0%} of the model)"
+        found.append(Untouched(why, len(names), nbytes, names[0]))
     return tuple(sorted(found, key=lambda item: -item.nbytes))

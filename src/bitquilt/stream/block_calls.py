@@ -110,6 +110,11 @@ def _learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
         raise UserError(
             f"{name} does not run on token ids alone ({error}); give a causal language model or an encoder"
         ) from error
+    if output is None:
+        raise UserError(
+            f"{type(skeleton.model).__name__} does not call {skeleton.blocks[0]} for a text: these are not the "
+            "language model's blocks; leave out --blocks"
+        )
     return None if isinstance(output, Tensor) else tuple(output[1:])
 
 

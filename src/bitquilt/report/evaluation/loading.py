@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.errors import UserError
+from bitquilt.model.config import read_config
 
 # Tokens of the causality check: enough for a past and a future, few enough to cost nothing.
 _PROBE = 8
@@ -19,12 +20,16 @@ def as_model(model: Any, device: torch.device | str | None, dtype: torch.dtype |
     Raises UserError for a missing model, one that is not a causal language model, and incomplete weights."""
     if not isinstance(model, str | Path):
         return model
-    from transformers import AutoModelForCausalLM
+    from transformers import PreTrainedConfig
+
+    from bitquilt.model.transformers_model import class_of
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        values, _ = PreTrainedConfig.get_config_dict(model)
+        kind = class_of(read_config(values).architectures, generates=True)
+        loaded, info = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)
     except UserError:
         raise
     except (OSError, ValueError) as error:
