@@ -18,13 +18,14 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
-from bitquilt.model.linear import is_linear, replace_module
+from bitquilt.model.linear import is_linear, linear_weight, replace_module
 from bitquilt.model.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOST = torch.device("cpu")
+_FEW_WEIGHTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +192,23 @@ def _path_of_decoder(model: nn.Module) -> str:
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Return the block's linear layers by path inside the block, in the model's order."""
     return {path: module for path, module in block.named_modules() if is_linear(module)}
+
+
+def gates(linears: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of a block's linear layers that stay in 16 bits: their bytes are nothing, their errors are not.
+
+    Layers of one output row; and those no larger than a sixteenth of the block's largest that choose experts, by their
+    name, or have fewer than 1000 weights.
+    """
+    sizes = {name: linear_weight(module).shape for name, module in linears.items()}
+    largest = max((shape.numel() for shape in sizes.values()), default=0)
+    small = {name for name, shape in sizes.items() if 16 * shape.numel() <= largest}
+    few = {name for name in small if sizes[name].numel() < _FEW_WEIGHTS or _chooses_experts(name)}
+    return few | {name for name, shape in sizes.items() if shape[0] == 1}
+
+
+def _chooses_experts(name: str) -> bool:
+    return any(part == "gate" or "router" in part for part in name.split("."))
 
 
 def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:

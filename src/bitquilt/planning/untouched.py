@@ -3,16 +3,16 @@
 from collections.abc import Container
 
 from bitquilt.core.events import Untouched
-from bitquilt.model.structure import Skeleton, find_towers, linear_layers
+from bitquilt.model.structure import Skeleton, find_towers, gates, linear_layers
 
 _TOWER = ", a tower with blocks of its own"
 
 
 def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untouched, ...]:
     """Return everything except the weights of `layers` (full paths), the largest share first."""
-    linear = {
-        f"{path}.{name}" for path in skeleton.blocks for name in linear_layers(skeleton.model.get_submodule(path))
-    }
+    blocks = {path: linear_layers(skeleton.model.get_submodule(path)) for path in skeleton.blocks}
+    linear = {f"{path}.{name}" for path, found in blocks.items() for name in found}
+    small = {f"{path}.{name}" for path, found in blocks.items() for name in gates(found)}
     own = dict(skeleton.model.state_dict())
     infos = skeleton.checkpoint.tensors
     towers = find_towers(skeleton.model, skeleton.blocks)
@@ -29,6 +29,8 @@ def untouched_tensors(skeleton: Skeleton, layers: Container[str]) -> tuple[Untou
                 reason = f"{tower}{_TOWER}"
             elif not path:
                 reason = "outside the blocks (embedding, final norm, head)"
+            elif layer in small:
+                reason = "gates and other tiny layers inside the blocks"
             elif layer in linear:
                 reason = "skipped on request"
             elif len(infos[source].shape) < 2:
