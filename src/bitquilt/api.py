@@ -59,7 +59,7 @@ def quantize(
       stay on the CPU unless all blocks are trained together. A GPU sums in another order, so a few codes in ten
       thousand may differ.
     - `options`: fields of the recipe (`bits=2, group_size=32`), of `Calibration` (`samples, self_samples, seq_len,
-      seed, trust_remote_code`) and of `Selection` (`skip, include_head, embedding_bits, head_bits`).
+      seed, trust_remote_code`) and of `Selection` (`skip, include_head, embedding_bits, head_bits, blocks`).
 
     Raises UserError for anything that the caller can correct, and VerificationError if the checkpoint, read back from
     disk, disagrees with the run.
@@ -91,9 +91,7 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
     than one GPU, leave `device` out and pass `device_map`.
     Raises UserError if the folder is not a bitquilt checkpoint or is damaged, or if the device does not exist.
     """
-    from transformers import AutoModelForCausalLM
-
-    from bitquilt.model.transformers_model import architecture, load_pretrained
+    from bitquilt.model.transformers_model import class_of, load_pretrained
 
     checkpoint = open_checkpoint(folder)
     method = checkpoint.model_config.quantized_by
@@ -106,6 +104,6 @@ def load(folder: str | Path, *, device: str | None = None, **kwargs: Any) -> "Pr
         raise UserError(f"device={device!r} and device_map both say where the model goes; give one")
     if device is not None and (where := choose_device(device)).type != "cpu":
         kwargs["device_map"] = {"": where}
-    kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
+    kind = class_of(checkpoint.model_config.architectures)
     model: PreTrainedModel = load_pretrained(kind, checkpoint, **kwargs)
     return model

@@ -109,6 +109,8 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
         settings["budget"] = wish.budget_json
     if request.outer.head is not None:
         settings["head_bits"] = request.outer.head
+    if selection.blocks is not None:
+        settings["blocks"] = selection.blocks
     if request.rounds == 2:
         settings["rounds"] = request.rounds
     if request.sensitivities is not None:
@@ -129,7 +131,7 @@ class _Model:
 def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
     """Open the model without weights. Raises UserError for anything that headers and shapes show to be impossible."""
     wish, selection = request.wish, request.selection
-    skeleton = open_skeleton(checkpoint)
+    skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
     tables = rounded_tables(skeleton, request.outer, layers)
     TrainingMemory(wish.recipe, skeleton, layers, request.calibration.seq_len).check(request.device)

@@ -1,13 +1,16 @@
 """One reader of config.json: a file and a loaded model give the same answers, and the cache is transformers' own."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
+import bitquilt
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of, read_config, read_layouts, with_quantization, without_quantization
@@ -101,3 +104,29 @@ def test_the_entry_is_written_and_read(make_quantized: Callable[..., Any]) -> No
     plain = without_quantization(config)
     assert read_config(plain).quantized_by is None
     assert with_quantization(plain, read_layouts(config)) == config
+
+
+@pytest.mark.parametrize("word", ['{"__float__": "Infinity"}', "Infinity"])  # transformers 5 and 4
+def test_numbers_without_a_json_word_are_read_and_written_back_in_their_form(
+    word: str, quantize_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = Mamba2Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=8,
+        initializer_range=0.2,
+    )
+    source, out = tmp_path / "source", tmp_path / "out"
+    Mamba2ForCausalLM(config).save_pretrained(source)
+    values = json.loads((source / "config.json").read_text())
+    values["time_step_limit"] = [0.0, json.loads(word)]
+    (source / "config.json").write_text(json.dumps(values))
+    result = quantize_tiny(source, out, "gptq")
+    assert len(result.report["layers"]) == 4
+    assert json.loads((out / "config.json").read_text())["time_step_limit"] == values["time_step_limit"]
+    assert bitquilt.load(out).config.time_step_limit[1] == math.inf

@@ -10,12 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt import Result
 from bitquilt.core.events import Started
 from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.structure import gates
 from tests.conftest import FAMILIES
 
 CASES = [(family, "rtn") for family in FAMILIES]  # all recipes on all of them: tests/recipes/test_everywhere.py
@@ -125,6 +132,48 @@ def test_experts_stay_in_16_bits_and_the_run_says_so_before_it_starts(
         t.nbytes for n, t in read_tensors(source).items() if n.removesuffix(".weight") in result.report["layers"]
     )
     assert sum(item.nbytes for item in started.untouched) == total - quantized
+
+
+def test_gates_and_tiny_layers_stay_in_16_bits_and_are_listed(
+    quantize_tiny: Quantize, read_tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=48,
+        decoder_sparse_step=1,
+        initializer_range=0.2,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "source")
+    result = quantize_tiny(tmp_path / "source", tmp_path / "out", "gptq")
+    gates = [f"model.layers.{i}.mlp.shared_expert_gate.weight" for i in range(2)]
+    before, after = read_tensors(tmp_path / "source"), read_tensors(result.folder)
+    assert all(same_bytes(before[name], after[name]) for name in gates)
+    assert len(result.report["layers"]) == 2 * 7  # attention and the shared expert; keys of 512 weights are no gates
+    listed = next(item for item in result.report["untouched"] if "gates" in item["reason"])
+    assert (listed["tensors"], listed["example"]) == (2, gates[0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ({"up": (512, 512), "gate": (8, 512), "gate_proj": (8, 512)}, {"gate"}),
+        ({"up": (512, 512), "router.layer": (8, 512), "gate": (512, 512)}, {"router.layer"}),
+        ({"up": (512, 512), "dt": (31, 32), "dt_proj": (32, 32)}, {"dt"}),
+        ({"up": (48, 32), "k_proj": (16, 32)}, set()),  # a small model, not a small layer
+        ({"up": (8, 4), "one": (1, 4)}, {"one"}),
+    ],
+)
+def test_which_layers_are_gates(layers: dict[str, tuple[int, int]], kept: set[str]) -> None:
+    made = {name: nn.Linear(width, rows, device="meta") for name, (rows, width) in layers.items()}
+    assert gates(made) == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -3,12 +3,14 @@
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.core.types import Layer, Layout, QuantizedWeight, uniform_plan
@@ -216,3 +218,75 @@ def test_an_arranged_layer_moves_and_loads() -> None:
     assert not other.arranged
     assert torch.equal(other.codes_0, module.codes_0)
     assert torch.equal(other.dequantize(), dense)
+
+
+def _shared(module: nn.Module) -> None:
+    module.share_memory()
+
+
+def _tensors_shared(module: nn.Module) -> None:
+    for tensor in module.buffers():
+        tensor.share_memory_()
+
+
+def _sent(module: nn.Module) -> None:
+    ForkingPickler.dumps(module)
+
+
+def _cast(module: nn.Module) -> None:
+    module.to(torch.bfloat16).to(torch.float32)
+
+
+def _set(module: nn.Module) -> None:
+    for tensor in module.buffers():
+        tensor.set_(tensor.clone())
+
+
+def _data_replaced(module: nn.Module) -> None:
+    for tensor in module.buffers():
+        tensor.data = tensor.clone()
+
+
+def _swapped(module: nn.Module) -> None:
+    for tensor in module.buffers():
+        with pytest.raises(RuntimeError, match="weakref"):  # torch refuses to swap a tensor that is remembered
+            torch.utils.swap_tensors(tensor, tensor.clone())
+
+
+MOVES = [_shared, _tensors_shared, _sent, _cast, _set, _data_replaced, _swapped]
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("columns", [40, 4096])  # in place, and in large pages
+def test_a_storage_that_moves_in_place_is_found_again(move: Callable[[nn.Module], None], columns: int) -> None:
+    """The old memory is unmapped or another tensor's: a remembered address would read it, or end the process."""
+    module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(3, columns, 8, rows=OUT),)))
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+    one, many = module(x), module(x.repeat(20, 1))
+    dense = module.dequantize()
+    for _ in range(2):
+        move(module)
+        rubbish = [torch.full_like(tensor, 1) for tensor in module.buffers()]  # takes freed memory
+        assert torch.equal(module(x), one)
+        assert torch.equal(module(x.repeat(20, 1)), many)
+        assert torch.equal(module.dequantize(), dense)
+        del rubbish
+
+
+def _in_a_child(module: nn.Module, x: Tensor, results: Any) -> None:
+    torch.set_num_threads(1)
+    results.put(module(x).tolist())
+
+
+def test_a_module_passed_to_a_spawned_process_works_there_and_here() -> None:
+    module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(3, IN, 8, rows=OUT),)))
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    before = module(x)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=_in_a_child, args=(module, x, results))
+    child.start()
+    assert torch.tensor(results.get(timeout=120)).equal(before)
+    child.join()
+    assert child.exitcode == 0
+    assert torch.equal(module(x), before)

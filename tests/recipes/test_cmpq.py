@@ -435,3 +435,27 @@ def test_only_cmpq_plus_repairs():
     assert make_recipe("cmpq").needs == Needs(hessian=True)
     assert make_recipe("cmpq+").needs == Needs(hessian=True, drift=True, stream_drift=True)
     assert make_recipe("cmpq+", **PLAIN).needs == Needs(hessian=True)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("budget", ["bits", "bpw"])
+def test_a_matrix_of_zeros_has_zeros_as_levels_and_an_event(name, options, budget):
+    """As block expansion makes them. Layers of more than 4096 weights are clustered in bins."""
+    layer = make_layer(out=200)
+    layer = replace(layer, weight=torch.zeros_like(layer.weight))
+    _, solution = run(make_recipe(name, **{budget: 3.5}, **options), layer)
+    assert not naive_dense(solution.weight).any()
+    assert "zero weights" in {event.kind for event in solution.events}
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_layer_whose_inputs_are_all_zero_is_stored_with_an_event(name, options):
+    layer = make_layer(out=200)
+    stats = replace(layer.stats, hessian=torch.zeros_like(layer.stats.hessian))
+    _, solution = run(make_recipe(name, bits=3.5, **options), replace(layer, stats=stats))
+    assert torch.isfinite(naive_dense(solution.weight)).all()
+    assert [e.detail for e in solution.events if e.kind == "dead channels"] == [
+        "44 of 44 input channels saw only zeros"
+    ]
+    if name == "cmpq+":
+        assert not naive_dense(solution.weight).any()

@@ -203,3 +203,27 @@ def test_layers_that_do_not_fit_are_named():
         decoder.set_head(0, 0)
     with pytest.raises(ValueError, match=r"the head is \[64, 64\], not \[10, 64\]"):
         decoder.set_product_head(good, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_whose_storages_move_in_the_middle_of_a_text(name, dtype):
+    model = quantized(*FAMILIES[name], dtype)
+    ids = list(range(3, 11))
+    texts = []
+    for moves in (False, True):
+        decoder = CpuDecoder(model, 16)
+        assert decoder.begin(torch.tensor(ids[:4])) is not None
+        found = []
+        for token in ids[4:]:
+            if moves:
+                norm = model.model.norm.weight
+                model.share_memory()
+                torch.utils.swap_tensors(norm, torch.nn.Parameter(norm.clone()))
+                rubbish = [torch.ones_like(tensor) for tensor in model.state_dict().values()]
+            found.append(decoder.step(token).clone())
+            rubbish = None
+        texts.append(torch.stack(found))
+    assert rubbish is None
+    assert torch.equal(*texts)

@@ -71,6 +71,20 @@ def test_what_is_recorded_once_writes_what_transformers_writes(name, monkeypatch
         assert written(decoder, ids[:2], 20) == by_transformers(model, ids[:2], 20)  # another text, the same cache
 
 
+@torch.no_grad()
+def test_a_step_whose_weights_moved_is_recorded_again():
+    model = quantized(*FAMILIES["llama"]).to(DEVICE)
+    decoder = GraphDecoder(model, 24)
+    ids = torch.tensor([5, 17, 3, 99], device=DEVICE)
+    expected, before = written(decoder, ids, 12), decoder._replay
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    decoder._replay = None  # the old one reads memory that is gone
+    assert written(decoder, ids, 12) == expected
+    assert before is not None
+    assert decoder._replay is not None
+
+
 def test_the_kernels_between_the_products():
     """The whole step by Triton, the products among it."""
     model = quantized(*FAMILIES["qwen3"], torch.float32).to(DEVICE)

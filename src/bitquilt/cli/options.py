@@ -99,6 +99,7 @@ class LayerOptions:
         None
     )
     head_bits: Annotated[Count, _layers(metavar="N", help="Round an output head that is not tied to N bits.")] = None
+    blocks: Annotated[Word, _layers(metavar="PATH", help="List of blocks. Default: the language model's.")] = None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class _Question:
         words = ["bitquilt", "quantize", self.model, "OUT", "--plan", str(plan)]
         words += [str(word) for pair in given.items() for word in pair]
         words += [word for pattern in self.layers.skip or () for word in ("--skip", pattern)]
+        words += [] if self.layers.blocks is None else ["--blocks", self.layers.blocks]
         return shlex.join([*words, *(["--include-head"] if self.layers.include_head else [])])
 
 
@@ -109,7 +110,8 @@ def plan(
     path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe.recipe or DEFAULT_RECIPE}.sensitivities")
     with calm(quiet, models=measure):
         if measure:
-            measured = asdict(data) | {"skip": layers.skip or (), "include_head": layers.include_head}
+            chosen = {name: getattr(layers, name) for name in ("include_head", "blocks")}
+            measured = asdict(data) | {"skip": layers.skip or (), **chosen}
             with watching(quiet) as observer:
                 measure_model(model, path, wish.recipe, work_dir=work_dir, device=device, observer=observer, **measured)
         try:

@@ -13,7 +13,7 @@ from bitquilt.errors import UserError
 
 SELF = "self"
 _CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "trust_remote_code")
-_SELECTION = ("skip", "include_head", "embedding_bits", "head_bits")
+_SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "blocks")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,15 @@ class Selection:
     `skip`: patterns of layer paths to leave unquantized, such as "model.layers.0.*". `include_head`: solve the layer
     that makes logits like any other layer, unless it is tied to the embedding. `embedding_bits`: round the token
     embedding, and a head tied to it, to 2 to 8 bits in groups of 32 with one scale each. `head_bits`: the same for a
-    head of its own. A budget counts both.
+    head of its own. A budget counts both. `blocks`: path of the list of repeated blocks, such as "model.layers", where
+    the language model's is not the one to take.
     """
 
     skip: Sequence[str] = ()
     include_head: bool = False
     embedding_bits: int | None = None
     head_bits: int | None = None
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))

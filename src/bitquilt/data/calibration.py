@@ -125,9 +125,9 @@ def sample_from_model(
     """
     from transformers import AutoModelForCausalLM
 
-    from bitquilt.model.transformers_model import architecture, load_pretrained
+    from bitquilt.model.transformers_model import class_of, load_pretrained
 
-    kind = architecture(checkpoint.model_config.architectures) or AutoModelForCausalLM
+    kind = class_of(checkpoint.model_config.architectures)
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(
             f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "

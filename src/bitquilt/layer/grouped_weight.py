@@ -178,8 +178,13 @@ def live_weight(layer: Layer, factor: Factor) -> Tensor:
 def layer_events(
     layer: Layer, scale_dtype: torch.dtype, factor: Factor | None = None, damp: float = 0.0
 ) -> tuple[Event, ...]:
-    """The events of a solved layer for the report: dead channels, another precision, wide scales."""
+    """The events of a solved layer for the report: nothing but zeros, dead channels, another precision, wide scales."""
     events = []
+    if not bool(layer.weight.any()):
+        events.append(Event(layer.name, "zero weights", "all weights are zero, and so are their levels"))
+    if factor is None and layer.stats is not None and not bool(layer.stats.hessian.diagonal().any()):
+        count = layer.weight.shape[1]
+        events.append(Event(layer.name, "dead channels", f"{count} of {count} input channels saw only zeros"))
     if factor is not None and bool(factor.dead.any()):
         count = int(factor.dead.sum())
         events.append(

@@ -14,7 +14,7 @@ from bitquilt.ops import cpu_kernels, gpu
 from bitquilt.ops.gpu_order import ARRANGED, arrange, arrangeable
 from bitquilt.ops.large_pages import place
 from bitquilt.ops.reference import LAYOUT_FIELDS, as_stored
-from bitquilt.ops.stored_weight import Handle, StoredWeight, version
+from bitquilt.ops.stored_weight import Handle, StoredWeight, state
 
 _PAGED_BYTES = 2**16  # smaller layers stay where they are: a page holds hundreds of them
 _settling = threading.Lock()
@@ -28,16 +28,16 @@ class _Ready:
 
     def __init__(self) -> None:
         self.handle: Handle | None = None
-        self._seen: list[tuple[str, Tensor, int]] = []
+        self._seen: list[tuple[str, Tensor, tuple[int, int]]] = []
 
     def of(self, buffers: Mapping[str, Tensor | None]) -> Handle | None:
         for name, tensor, before in self._seen:
-            if buffers[name] is not tensor or version(tensor) != before:
+            if buffers[name] is not tensor or state(tensor) != before:
                 return None
         return self.handle
 
     def set(self, handle: Handle, buffers: Mapping[str, Tensor | None]) -> None:
-        self._seen = [(name, t, version(t)) for name, t in buffers.items() if t is not None]
+        self._seen = [(name, t, state(t)) for name, t in buffers.items() if t is not None]
         self.handle = handle
 
     def __deepcopy__(self, memo: Any) -> "_Ready":

@@ -48,17 +48,17 @@ _NEEDED = (
 _STRANGE = ("attention_bias", "mlp_bias")
 
 
-def open_outline(checkpoint: Checkpoint) -> Skeleton:
+def open_outline(checkpoint: Checkpoint, blocks: str | None = None) -> Skeleton:
     """Return the skeleton of `checkpoint` for planning, which needs names and sizes only. Raises as `open_skeleton`."""
-    model = _outline(checkpoint)
+    model = None if blocks is not None else _outline(checkpoint)
     if model is None:
-        return open_skeleton(checkpoint)
-    blocks = tuple(f"model.layers.{i}" for i in range(len(model.model.layers)))  # type: ignore[arg-type, union-attr]
-    sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
+        return open_skeleton(checkpoint, blocks=blocks)
+    found = tuple(f"model.layers.{i}" for i in range(len(model.model.layers)))  # type: ignore[arg-type, union-attr]
+    sources: dict[str, list[str]] = {path: [] for path in (*found, "")}
     for name in checkpoint.tensors:
         sources[".".join(name.split(".")[:3]) if name.startswith("model.layers.") else ""].append(name)
     names = {name: name for name in checkpoint.tensors}
-    return Skeleton(cast(Any, model), checkpoint, checkpoint.model_config, blocks, sources, names)
+    return Skeleton(cast(Any, model), checkpoint, checkpoint.model_config, found, sources, names)
 
 
 class _Outline(nn.Module):

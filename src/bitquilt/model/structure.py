@@ -5,7 +5,7 @@ buffers are real; a block's weights are read from the checkpoint when its turn c
 """
 
 import copy
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,13 +18,14 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
-from bitquilt.model.linear import is_linear, replace_module
+from bitquilt.model.linear import is_linear, linear_weight, replace_module
 from bitquilt.model.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HOST = torch.device("cpu")
+_FEW_WEIGHTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +102,12 @@ class Skeleton:
                 replace_parameter(self.model, name, torch.empty_like(parameter, device="meta"))
 
 
-def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None = None) -> Skeleton:
+def open_skeleton(
+    checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None = None, blocks: str | None = None
+) -> Skeleton:
     """Build the model of `checkpoint` without weights, computing in float32, with quantized layers for `layouts`.
 
+    `blocks`: the path of their ModuleList, None to find it.
     Raises UserError if the config names no known model or the model has no blocks with linear layers.
     """
     from bitquilt.model.transformers_model import empty_model, missing_parameters, source_names
@@ -111,8 +115,8 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
     model = empty_model(checkpoint)
     if layouts:
         replace_layers(model, layouts)
-    blocks = find_blocks(model)
-    sources: dict[str, list[str]] = {path: [] for path in (*blocks, "")}
+    found = find_blocks(model, blocks)
+    sources: dict[str, list[str]] = {path: [] for path in (*found, "")}
     parameters: dict[str, str] = {}
     names = source_names(model, checkpoint.tensors)
     if missing := missing_parameters(model, {name for name, _ in names.values()}):
@@ -121,12 +125,12 @@ def open_skeleton(checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None =
             f"{len(missing)} of the model's tensors are in none of its files"
         )
     for source, (name, converted) in names.items():
-        home = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        home = next((block for block in found if name.startswith(f"{block}.")), "")
         sources[home].append(source)
         if not converted:
             parameters[source] = name
     refuse_two_sources(checkpoint, parameters)
-    return Skeleton(model, checkpoint, config_of(model), blocks, sources, parameters)
+    return Skeleton(model, checkpoint, config_of(model), found, sources, parameters)
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:
@@ -138,30 +142,74 @@ def vocabulary_size(model: "PreTrainedModel") -> int:
         raise UserError(f"{type(model).__name__} has no table of token embeddings: wanted a language model") from None
 
 
-def find_blocks(model: nn.Module) -> tuple[str, ...]:
+def find_blocks(model: nn.Module, chosen: str | None = None) -> tuple[str, ...]:
     """Return the paths of the repeated blocks: the members of the outermost ModuleList with most linear weights.
 
-    Raises UserError if no ModuleList has members with linear layers.
+    The language model's own are meant: in a model with a vision tower, whose blocks may be larger, only the text
+    decoder is searched, and in a quantized model what is quantized. `chosen`: the path of the ModuleList to take
+    instead. Raises UserError if that is none, or if no ModuleList has members with linear layers.
     """
-    best: tuple[int, tuple[str, ...]] = (0, ())
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in inside):
-            continue
-        size = sum(p.numel() for m in module.modules() if is_linear(m) or _is_quantized(m) for p in _tensors(m))
-        if size:
-            inside.append(path)
-            best = max(best, (size, tuple(f"{path}.{i}" for i in range(len(module)))), key=lambda item: item[0])
-    if not best[1]:
+    lists, decoder = _block_lists(model), _path_of_decoder(model)
+    if chosen is not None and chosen not in lists:
+        known = ", ".join(lists) or "none"
+        raise UserError(f"blocks is {chosen!r}; the lists of blocks in {type(model).__name__} are: {known}")
+    quantized = [path for path in lists if any(map(_is_quantized, model.get_submodule(path).modules()))]
+    own = [path for path in lists if path.startswith(f"{decoder}.")]
+    lists = {path: lists[path] for path in ([chosen] if chosen else quantized or own or lists)}
+    if not lists:
         raise UserError(
             f"{type(model).__name__} has no blocks (a ModuleList of modules with nn.Linear): nothing to quantize"
         )
-    return best[1]
+    best = max(lists, key=lambda path: lists[path])
+    return tuple(f"{best}.{i}" for i in range(len(model.get_submodule(best))))  # type: ignore[arg-type]
+
+
+def find_towers(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of the parts with blocks of their own that hold none of `blocks`, such as a vision tower."""
+    parts = (path.split(".") for path in _block_lists(model) if not blocks[0].startswith(f"{path}."))
+    prefixes = ([".".join(names[: i + 1]) for i in range(len(names))] for names in parts)
+    return tuple(dict.fromkeys(next(p for p in longer if not blocks[0].startswith(f"{p}.")) for longer in prefixes))
+
+
+def _block_lists(model: nn.Module) -> dict[str, int]:
+    """Return the number of entries in the linear layers of each outermost ModuleList that has any, by path."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        size = sum(p.numel() for m in module.modules() if is_linear(m) or _is_quantized(m) for p in _tensors(m))
+        if size:
+            found[path] = size
+    return found
+
+
+def _path_of_decoder(model: nn.Module) -> str:
+    """Return the path of the text decoder as transformers names it; "" for other modules."""
+    named: Callable[[], object] | None = getattr(model, "get_decoder", None)
+    decoder = None if named is None else named()
+    return next((path for path, module in model.named_modules() if module is decoder), "")
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Return the block's linear layers by path inside the block, in the model's order."""
     return {path: module for path, module in block.named_modules() if is_linear(module)}
+
+
+def gates(linears: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of a block's linear layers that stay in 16 bits: their bytes are nothing, their errors are not.
+
+    Layers of one output row; and those no larger than a sixteenth of the block's largest that choose experts, by their
+    name, or have fewer than 1000 weights.
+    """
+    sizes = {name: linear_weight(module).shape for name, module in linears.items()}
+    largest = max((shape.numel() for shape in sizes.values()), default=0)
+    small = {name for name, shape in sizes.items() if 16 * shape.numel() <= largest}
+    few = {name for name in small if sizes[name].numel() < _FEW_WEIGHTS or _chooses_experts(name)}
+    return few | {name for name, shape in sizes.items() if shape[0] == 1}
+
+
+def _chooses_experts(name: str) -> bool:
+    return any(part == "gate" or "router" in part for part in name.split("."))
 
 
 def replace_parameter(root: nn.Module, path: str, value: Tensor) -> None:

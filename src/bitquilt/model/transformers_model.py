@@ -7,7 +7,7 @@ Importing this file imports transformers' model code, which takes three seconds:
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -40,7 +40,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises UserError if the config names no known model, or none can be built from it.
     """
     config = load_config(checkpoint)
-    config.use_cache = False
+    switch_cache_off(config)
     build = _model_class(config)
     with init_empty_weights(include_buffers=False), _EmptyOnMeta(), quiet_transformers(), _mistakes_of(checkpoint):
         model: PreTrainedModel = build(config, torch.float32)
@@ -58,7 +58,22 @@ def load_config(checkpoint: Checkpoint) -> Any:
             f"in {checkpoint.folder}/config.json"
         )
     with _mistakes_of(checkpoint):
-        return AutoConfig.for_model(**values)
+        return AutoConfig.for_model(**_with_infinities(values))
+
+
+def _with_infinities(values: dict[str, Any]) -> dict[str, Any]:
+    """Decode the numbers that JSON has no word for, `{"__float__": "Infinity"}`, as transformers writes them."""
+    decode: Callable[[dict[str, Any]], dict[str, Any]] | None
+    decode = getattr(PreTrainedConfig, "_decode_special_floats", None)
+    return values if decode is None else decode(values)
+
+
+def switch_cache_off(config: Any) -> None:
+    """Set `use_cache` to False in a config and in those of its parts: models with several read their text config's."""
+    config.use_cache = False
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            switch_cache_off(part)
 
 
 @contextmanager
@@ -163,6 +178,18 @@ class _EmptyOnMeta(TorchFunctionMode):
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def class_of(names: Iterable[str], *, generates: bool = False) -> Any:
+    """Return the class that loads a folder with these `architectures`: the first that transformers has.
+
+    AutoModelForCausalLM stands in for an unknown one and, where the model has to be one that `generates` text, for one
+    without logits of the next token.
+    """
+    kind = architecture(names)
+    if kind is None or (generates and not kind.can_generate()):
+        return AutoModelForCausalLM
+    return kind
 
 
 def architecture(names: Iterable[str]) -> Any:

@@ -1,7 +1,8 @@
 """A `StoredWeight` as the operators take it, and `handle_of`, its remembered form for the native code.
 
 A `Handle` turns tensors into addresses and sizes once, not at every call. A weight is checked the first time, and again
-whenever one of its tensors is another one or was written to. That takes 0.1 ms, as long as a small layer's product.
+whenever one of its tensors is another one, was written to, or moved to other memory in place. That takes 0.1 ms, as
+long as a small layer's product.
 """
 
 import weakref
@@ -85,23 +86,25 @@ class TensorVersions:
     """A weight's layout and tensors at one moment, without keeping the tensors alive."""
 
     def __init__(self, weight: StoredWeight) -> None:
-        self._tensors = [(weakref.ref(t), version(t)) for t in weight.tensors()]
+        self._tensors = [(weakref.ref(t), state(t)) for t in weight.tensors()]
         self._layout = (list(weight.layout), weight.block)
 
     def again(self, weight: StoredWeight) -> bool:
-        """Whether `weight` still has the same layout and tensors, not written to since."""
+        """Whether `weight` still has the same layout and tensors, neither written to nor moved since."""
         if self._layout != (weight.layout, weight.block):
             return False
         tensors = weight.tensors()
         return len(tensors) == len(self._tensors) and all(
-            seen() is tensor and before == version(tensor)
+            seen() is tensor and before == state(tensor)
             for tensor, (seen, before) in zip(tensors, self._tensors, strict=True)
         )
 
 
-def version(tensor: Tensor) -> int:
-    """Number of writes to a tensor; -1 for one made in inference mode, which does not count them."""
-    return -1 if tensor.is_inference() else tensor._version
+def state(tensor: Tensor) -> tuple[int, int]:
+    """The number of writes to a tensor, -1 for one made in inference mode, which does not count them, and its address.
+
+    A storage moves without a write: `share_memory_`, and so pickling for another process, replaces it in place."""
+    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 class Handle:
@@ -126,7 +129,7 @@ class Handle:
         self.native = make(level, numbers)
 
     def fits(self, weight: StoredWeight, out_features: int, level: str) -> bool:
-        """Whether it still describes `weight`: the same tensors, not written to since."""
+        """Whether it still describes `weight`: the same tensors, neither written to nor moved since."""
         return (self.level, self.out_features) == (level, out_features) and self._seen.again(weight)
 
 

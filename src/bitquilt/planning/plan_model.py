@@ -60,7 +60,7 @@ def plan(
     wanted = wish(recipe, options, budget, scope)
     checkpoint = open_headers(model)
     refuse_quantized(checkpoint)
-    skeleton = open_outline(checkpoint)
+    skeleton = open_outline(checkpoint, selection.blocks)
     shapes = shapes_of(all_targets(skeleton, selection.skip, selection.include_head))
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
@@ -112,7 +112,7 @@ def measure_model(
     _check_writable(Path(path))
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
-    skeleton = open_skeleton(checkpoint)
+    skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     all_targets(skeleton, selection.skip, selection.include_head)  # refuses a selection that cannot be quantized
     calibration, _ = clip_to_context(calibration, checkpoint)
     vocabulary = vocabulary_size(skeleton.model)

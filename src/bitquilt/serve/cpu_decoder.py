@@ -14,6 +14,7 @@ from bitquilt.model.embedding import SharedHead, lookup
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import cpu_kernels
 from bitquilt.ops.large_pages import place
+from bitquilt.ops.stored_weight import Handle
 from bitquilt.serve.llama_check import (
     agrees,
     attention_shape,
@@ -37,7 +38,6 @@ class CpuDecoder:
     def __init__(self, model: Any, length: int) -> None:
         """ValueError: the model is not of this build; the message says where."""
         self.model, self.length, self.position = model, length, 0
-        self._kept: list[Tensor] = []
         base = llama_base(model)
         on_cpu = cpu_kernels.level() != cpu_kernels.REFERENCE and model.device.type == "cpu"
         require(on_cpu, "there are no kernels for it")
@@ -47,20 +47,32 @@ class CpuDecoder:
         require(head.bias is None, "the head has a bias")
         self.dtype = dtype = self._embed(torch.zeros(1, dtype=torch.int64)).dtype
         require(dtype in cpu_kernels.TYPES, f"it computes in {dtype}")
-        positions = torch.arange(length).unsqueeze(0)
-        cosines, sines = (self._floats(t[0]) for t in base.rotary_emb(torch.zeros(1, dtype=torch.float32), positions))
         cache_type = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.cache = torch.zeros(len(base.layers), 2, shape.kv_heads, length, shape.head_width, dtype=cache_type)
+        self._digits = 3 if dtype == torch.float32 else 2
+        self._logits = torch.empty(head.out_features)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Tell the native code where everything is; it has the addresses of `_kept`, and of copies in `_handles`."""
+        model, base = self.model, llama_base(self.model)
+        shape, head = attention_shape(base), model.get_output_embeddings()
+        self._kept: list[Tensor] = []
+        self._handles: list[Handle] = []
+        positions = torch.arange(self.length).unsqueeze(0)
+        cosines, sines = (self._floats(t[0]) for t in base.rotary_emb(torch.zeros(1, dtype=torch.float32), positions))
         attention = [shape.heads, shape.kv_heads, shape.head_width, cosines.shape[-1]]
-        sizes = [model.config.hidden_size, *attention, model.config.intermediate_size, head.out_features, length]
+        sizes = [model.config.hidden_size, *attention, model.config.intermediate_size, head.out_features, self.length]
         self._native = cpu_kernels.decoder(sizes, shape.epsilon, shape.scaling)
         for layer, cache in zip(base.layers, self.cache, strict=True):
             self._add(layer, cache)
         norm = self._floats(base.norm.weight)
         self._native.set_ends(norm.data_ptr(), cosines.data_ptr(), sines.data_ptr())
         self._set_head(head)
-        self._digits = 3 if dtype == torch.float32 else 2
-        self._logits = torch.empty(head.out_features)
+        self._addresses = self._current_addresses()
+
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._kept]
 
     @torch.no_grad()
     def begin(self, ids: Tensor) -> Tensor | None:
@@ -74,6 +86,8 @@ class CpuDecoder:
         """See `generation.TokenDecoder`."""
         with torch.no_grad():
             x = lookup(self._embed, torch.tensor([token]))[0].float().contiguous()
+            if self._current_addresses() != self._addresses:  # `share_memory` moves a storage in place
+                self._describe()
         digits = 1 if cpu_kernels.activations() == "int8" else self._digits
         self._native.step(x.data_ptr(), self.position, self._logits.data_ptr(), digits, torch.get_num_threads())
         self.position += 1
@@ -98,6 +112,7 @@ class CpuDecoder:
         handle = layer.settle()
         require(handle is not None, "the kernels do not know a layer's format")
         self._kept += [t for t in layer._buffers.values() if t is not None]
+        self._handles.append(handle)
         return handle.native
 
     def _set_head(self, head: Any) -> None:

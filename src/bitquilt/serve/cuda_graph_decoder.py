@@ -29,7 +29,7 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class GraphDecoder:
-    """See `generation.TokenDecoder`. The graph knows the model's tensors by their addresses: they must not move."""
+    """See `generation.TokenDecoder`. The graph knows tensors by their addresses; if one moves, it is captured again."""
 
     name = "graph"
 
@@ -52,7 +52,16 @@ class GraphDecoder:
         ends = DecoderEnds(embed, base.norm.weight, head, cosines[0].contiguous(), sines[0].contiguous())
         blocks = [_block(layer) for layer in base.layers]
         self._step = DecoderStep(blocks, ends, shape, head.out_features, self.dtype, ops=ops)
-        self._replay = captured(self._step, device)
+        self._kept = [*model.parameters(), *model.buffers()]
+        self._capture()
+
+    def _capture(self) -> None:
+        """Compute the step that was put, and record it."""
+        self._replay = captured(self._step, self.model.device)
+        self._addresses = self._current_addresses()
+
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._kept]
 
     @torch.no_grad()
     def begin(self, ids: Tensor) -> Tensor | None:
@@ -68,7 +77,10 @@ class GraphDecoder:
         if self.position >= self.length:
             raise ValueError(f"position is {self.position}; the cache has {self.length} places")
         self._step.put(token, self.position)
-        self._replay()
+        if self._current_addresses() == self._addresses:
+            self._replay()
+        else:
+            self._capture()
         self.position += 1
         return self._step.logits
 

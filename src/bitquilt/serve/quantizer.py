@@ -120,7 +120,7 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
     if not files:
         return
     checkpoint = open_checkpoint(Path(files[0]).parent)
-    _check_packed(checkpoint, layouts, f"{model.base_model_prefix}.")
+    _check_packed(checkpoint, layouts, model)
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
@@ -138,12 +138,19 @@ def _check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
         raise UserError(f"{error}; copy or quantize the checkpoint again") from None
 
 
-def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], base: str) -> None:
-    """Compare the tensors of quantized layers with what config.json implies; a base model may have been saved."""
+def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> None:
+    """Compare the tensors of quantized layers with what config.json implies.
+
+    A base model may have been saved, and `save_pretrained` writes some families under older names than their own.
+    """
+    from bitquilt.model.transformers_model import source_names  # late, as in `_check_files`
+
+    base, stored = f"{model.base_model_prefix}.", checkpoint.tensors
+    renamed = {own: stored[name] for name, (own, _) in source_names(model, stored).items()}
     for path, layout in layouts.items():
         for key, spec in tensor_specs(layout).items():
             name = f"{path}.{key}"
-            info = next((checkpoint.tensors[n] for n in _written(name, base) if n in checkpoint.tensors), None)
+            info = next((stored[n] for n in _written(name, base) if n in stored), renamed.get(name))
             wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
             if info is None:
                 raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")

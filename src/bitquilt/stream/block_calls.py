@@ -7,6 +7,7 @@ later as the model does: with its masks, rotary tables and positions, which diff
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from bitquilt.stream.devices import to_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments that a block receives besides the hidden states."""
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,8 @@ def learn_calls(skeleton: Skeleton, batches: Iterable[Tensor], device: torch.dev
     """Learn how the blocks are called for token ids shaped like those of `batches` `[batch, tokens]`.
 
     Needs the outer weights in memory and loads the first block. Arguments are put on `device`. Raises UserError for a
-    model that needs more than token ids, does not run each block once, in order, or gives them the tokens' own values.
+    model that needs more than token ids, does not run each block once, in order, or gives them the tokens' own values
+    or state that they fill.
     """
     extras: tuple[Any, ...] | None = None
     found: dict[tuple[int, ...], Sequence[Call]] = {}
@@ -106,6 +110,11 @@ def _learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Any, ...] | None:
         raise UserError(
             f"{name} does not run on token ids alone ({error}); give a causal language model or an encoder"
         ) from error
+    if output is None:
+        raise UserError(
+            f"{type(skeleton.model).__name__} does not call {skeleton.blocks[0]} for a text: these are not the "
+            "language model's blocks; leave out --blocks"
+        )
     return None if isinstance(output, Tensor) else tuple(output[1:])
 
 
@@ -126,18 +135,48 @@ def _check_order(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None
 
 
 def _record_calls(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:
-    """Return a call per block. What depends on the tokens cannot be replayed for others: UserError."""
+    """Return a call per block. What depends on the tokens or may be filled cannot be replayed: UserError."""
     calls = _listen(skeleton, ids, extras)
+    for path, call in zip(skeleton.blocks, calls, strict=True):
+        _refuse_state(path, call)
     again = _listen(skeleton, ids.flip(0, 1).roll(1, 1), extras)
     for path, (args, kwargs), (other_args, other_kwargs) in zip(skeleton.blocks, calls, again, strict=True):
-        received = {**{f"argument {i + 2}": value for i, value in enumerate(args)}, **kwargs}
-        for (key, one), other in zip(received.items(), (*other_args, *other_kwargs.values()), strict=True):
+        for (key, one), other in zip(
+            _by_name((args, kwargs)).items(), (*other_args, *other_kwargs.values()), strict=True
+        ):
             if not _equal(one, other):
                 raise UserError(
                     f"block {path} receives {key!r}, which depends on the tokens besides the hidden states: "
                     "this architecture cannot be streamed block by block"
                 )
     return calls
+
+
+def _by_name(call: Call) -> dict[str, Any]:
+    args, kwargs = call
+    return {**{f"argument {i + 2}": value for i, value in enumerate(args)}, **kwargs}
+
+
+def _refuse_state(path: str, call: Call) -> None:
+    """Raise UserError for an argument that a block could fill, such as a cache: the next call would find it filled."""
+    for key, value in _by_name(call).items():
+        if (kind := _state_in(value)) is not None:
+            raise UserError(
+                f"block {path} receives {key!r}, which holds {kind}: state that one call leaves for the next. Its "
+                "results would depend on the batches before, so this architecture cannot be streamed block by block"
+            )
+
+
+def _state_in(value: Any) -> str | None:
+    """Name what in nested `value` is no plain value: an object, or an empty list or dict, which waits to be filled."""
+    if value is None or isinstance(value, _PLAIN):
+        return None
+    if isinstance(value, (list, dict)) and not value:
+        return f"an empty {type(value).__name__}"
+    if isinstance(value, (list, tuple, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return next((kind for part in parts if (kind := _state_in(part)) is not None), None)
+    return f"a {type(value).__name__}"
 
 
 def _listen(skeleton: Skeleton, ids: Tensor, extras: tuple[Any, ...] | None) -> list[Call]:

@@ -20,7 +20,7 @@ from bitquilt.core.training import Training
 from bitquilt.core.types import LayerPlan, check_finite
 from bitquilt.errors import UserError
 from bitquilt.model.linear import is_linear, linear_weight
-from bitquilt.model.structure import Skeleton, linear_layers
+from bitquilt.model.structure import Skeleton, gates, linear_layers
 
 _HOST = torch.device("cpu")
 
@@ -95,12 +95,14 @@ def open_block(job: Job, i: int, tensors: dict[str, Tensor] | None = None) -> It
 
 
 def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the block's layers to quantize by full path: linear, stored unchanged, not matching `skip`."""
+    """Return the block's layers to quantize by full path: linear, stored unchanged, no gates, not matching `skip`."""
     plain = set(skeleton.parameters.values())
     found = {}
-    for name, module in linear_layers(block).items():
+    linears = linear_layers(block)
+    small = gates(linears)
+    for name, module in linears.items():
         full = f"{path}.{name}"
-        if f"{full}.weight" in plain and not any(fnmatch(full, pattern) for pattern in skip):
+        if name not in small and f"{full}.weight" in plain and not any(fnmatch(full, pattern) for pattern in skip):
             found[full] = module
     return found
 

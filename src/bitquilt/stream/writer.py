@@ -75,8 +75,10 @@ def verify(folder: Path, work: Path) -> float:
     difference = float((logits - expected["logits"]).abs().max()) / largest
     if not difference <= _LOGIT_TOLERANCE:
         raise VerificationError(
-            f"the checkpoint in {folder} does not compute what the run computed: logits differ by {difference:.2g} of "
-            f"the largest (allowed {_LOGIT_TOLERANCE}); the disk may be failing. The work directory is kept"
+            f"the checkpoint in {folder} does not compute what the run computed: on {expected['ids'].numel()} tokens "
+            f"their logits differ by {difference:.2g} of the largest (allowed {_LOGIT_TOLERANCE}). Nothing was "
+            f"published, and the work directory {work} is kept. Delete it and run the same command again. If that ends "
+            f"the same way, bitquilt computes {type(skeleton.model).__name__} wrongly: please report it"
         )
     return difference
 

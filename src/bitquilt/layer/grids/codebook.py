@@ -83,7 +83,12 @@ def fit_codebook(
 
 
 def cluster(values: Tensor, masses: Tensor, k: int) -> Tensor:
-    """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`."""
+    """Fit ascending levels fp64 `[columns, k]` to ascending fp64 `values` `[columns, n]` with their `masses`.
+
+    Without values, or without mass, levels are 0.
+    """
+    if not values.shape[1]:
+        return values.new_zeros(len(values), k)
     levels, few = _distinct(values, masses, k)
     many = ~few
     if bool(many.any()):

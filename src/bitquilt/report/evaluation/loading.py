@@ -24,20 +24,15 @@ def as_model(
     language model, and incomplete weights."""
     if not isinstance(model, str | Path):
         return model
-    from transformers import AutoModelForCausalLM
-
-    from bitquilt.model.transformers_model import load_pretrained
+    from bitquilt.model.transformers_model import class_of, load_pretrained
 
     checkpoint = open_checkpoint(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     try:
+        kind = class_of(checkpoint.model_config.architectures, generates=True)
         loaded, info = load_pretrained(
-            AutoModelForCausalLM,
-            checkpoint,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            output_loading_info=True,
+            kind, checkpoint, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
         )
     except UserError:
         raise
