@@ -69,12 +69,13 @@ class _Question:
         given = {
             f"--{name.replace('_', '-')}": value
             for name, value in asdict(self.data).items()
-            if value != getattr(usual, name)
+            if value != getattr(usual, name) and not isinstance(value, bool)
         }
         given |= {} if self.device == "cpu" else {"--device": self.device}
         words = ["bitquilt", "quantize", self.model, "OUT", "--plan", str(plan)]
         words += [str(word) for pair in given.items() for word in pair]
         words += [word for pattern in self.layers.skip or () for word in ("--skip", pattern)]
+        words += [] if self.data.bos else ["--no-bos"]
         return shlex.join([*words, *(["--include-head"] if self.layers.include_head else [])])
 
 
