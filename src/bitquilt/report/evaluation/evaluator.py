@@ -100,16 +100,14 @@ def evaluate(
     after `max_tokens`. `seq_len`: tokens per window (default: the model's context, at most 2048). `stride`: use the
     strided protocol. `column`: the column of a data set to read. `bos`: begin every window of a text with BOS, where
     the tokenizer adds it to a document. `batch_size` in windows affects only speed and memory. `size` replaces what
-    `model_size` finds. `progress(done, total, perplexity)` is called per batch, `notify` with the number of rows that
-    hold no text.
+    `model_size` finds. `progress(done, total, perplexity)` is called per batch, `notify` with skipped rows.
 
     Raises UserError for a model that is not a causal LM, a window beyond the context, a text that is too short, two
     vocabularies, and logits that are not finite."""
     subject = loading.as_model(model, device, dtype)
     other = None if reference is None else loading.as_model(reference, device, dtype)
     models = [subject] if other is None else [subject, other]
-    seq_len = _window_length(models, seq_len)
-    vocab = _common_vocabulary(models)
+    seq_len, vocab = _window_length(models, seq_len), _common_vocabulary(models)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; wanted at least 1")
     if tokenizer is None and isinstance(model, str | Path):
@@ -123,9 +121,8 @@ def evaluate(
             loading.check_causal(each, stream[:seq_len])
         scores = list(_score(subject, other, stream, planned, batch_size, progress, first))
     losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
-    cross_entropy = losses.to(torch.float64).mean().item()
+    cross_entropy, size = losses.to(torch.float64).mean().item(), size or model_size(model)
     far: dict[str, Any] = {} if other is None else dataclasses.asdict(divergence.summarize(kl, agree))
-    size = size or model_size(model)
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
         cross_entropy=cross_entropy,
