@@ -151,7 +151,9 @@ def run_model(model: str, recipes: list[str], most: int | None = None) -> None:
             if not run.tables.is_file():
                 calibration = SHARED / "text" / TEXTS[model][0]
                 source = SHARED / "models" / model
-                bitquilt.measure_model(source, run.tables, recipe, calibration, seq_len=SEQ_LEN, **DATA, **run.options)
+                bitquilt.measure_model(
+                    source, run.tables, recipe, calibration, seq_len=SEQ_LEN, bos=False, **DATA, **run.options
+                )
             published = done.get(Run(model, recipe, run.options, "published", run.budget).key) or {}
             # equal bits: to a rounding error, which a budget never forgives
             target = run.budget if published.get("bpw") is None else published["bpw"] * (1 + 1e-12)

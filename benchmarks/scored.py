@@ -22,6 +22,7 @@ from bitquilt.model.structure import open_skeleton, vocabulary_size
 from bitquilt.model.transformers_logging import quiet_transformers
 from bitquilt.report.evaluation import Evaluation
 
+# Windows are cut without BOS, as for all published tables; `bitquilt` itself begins each with BOS.
 SEQ_LEN = 256
 # Calibration and evaluation: different files of the text that each model knows.
 TEXTS = {
@@ -60,16 +61,18 @@ def quantize_and_score(model: str, recipe: str | Recipe, *, tokens: int, **setti
     source = SHARED / "models" / model
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         out, started, cpu = Path(folder) / "out", time.perf_counter(), time.process_time()
-        result = bitquilt.quantize(source, recipe, calibration, out, seq_len=SEQ_LEN, **settings)
+        result = bitquilt.quantize(source, recipe, calibration, out, seq_len=SEQ_LEN, bos=False, **settings)
         seconds, busy = time.perf_counter() - started, time.process_time() - cpu
-        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, max_tokens=tokens)
+        score = bitquilt.evaluate(out, evaluation, reference=source, seq_len=SEQ_LEN, bos=False, max_tokens=tokens)
         return Scored(result.report, read_plan(out / "plan.json").plans, score, seconds, busy)
 
 
 def calibration_ids(model: str, samples: int, seed: int = 0) -> Tensor:
     """The token ids that a run of ours calibrates on `[samples, tokens]`."""
     checkpoint = open_checkpoint(SHARED / "models" / model)
-    calibration = bitquilt.Calibration(SHARED / "text" / TEXTS[model][0], samples, seq_len=SEQ_LEN, seed=seed)
+    calibration = bitquilt.Calibration(
+        SHARED / "text" / TEXTS[model][0], samples, seq_len=SEQ_LEN, bos=False, seed=seed
+    )
     vocabulary = vocabulary_size(open_skeleton(checkpoint).model)
     return make_calibration(checkpoint, calibration, vocabulary=vocabulary, progress=lambda _text: None)
 
@@ -83,5 +86,5 @@ def score_weights(model: str, weights: Mapping[str, Tensor], *, tokens: int) -> 
         module.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         text = SHARED / "text" / TEXTS[model][1]
-        score = bitquilt.evaluate(Path(folder), text, reference=source, seq_len=SEQ_LEN, max_tokens=tokens)
+        score = bitquilt.evaluate(Path(folder), text, reference=source, seq_len=SEQ_LEN, bos=False, max_tokens=tokens)
     return {"kl_mean": score.kl_mean, "perplexity": score.perplexity, "top1_agreement": score.top1_agreement}

@@ -98,7 +98,7 @@ def compare(
     vocabulary = int(skeleton.checkpoint.config["vocab_size"])
     ids = make_calibration(
         skeleton.checkpoint,
-        Calibration(calibration, samples=64, seq_len=256),
+        Calibration(calibration, samples=64, seq_len=256, bos=False),
         vocabulary=vocabulary,
         progress=lambda _: None,
     )
@@ -147,10 +147,10 @@ def one_block(folder: Path) -> tuple[Path, Path]:
 def cost(model: str, row: str, folder: Path, samples: int) -> dict[str, Any]:
     """Processor seconds of measuring and of quantizing to one bit above the least that the recipe reaches."""
     name, options = COSTS[row]
-    data: dict[str, Any] = {"samples": samples, "seq_len": 256}
+    data: dict[str, Any] = {"samples": samples, "seq_len": 256, "bos": False}
     if model == BLOCK:
         source, calibration = one_block(folder)
-        data = {"samples": min(samples // 2, 32), "seq_len": 512}
+        data = {"samples": min(samples // 2, 32), "seq_len": 512, "bos": False}
     else:
         source, calibration = SHARED / "models" / model, SHARED / "text" / TEXTS[model][0]
     started = time.process_time()

@@ -59,7 +59,7 @@ def quantize(
       stay on the CPU unless all blocks are trained together. A GPU sums in another order, so a few codes in ten
       thousand may differ.
     - `options`: fields of the recipe (`bits=2, group_size=32`), of `Calibration` (`samples, self_samples, seq_len,
-      seed, trust_remote_code`) and of `Selection` (`skip, include_head, embedding_bits, head_bits, blocks`).
+      seed, column, bos, trust_remote_code`) and of `Selection` (`skip, include_head, embedding_bits, blocks`, ...).
 
     Raises UserError for anything that the caller can correct, and VerificationError if the checkpoint, read back from
     disk, disagrees with the run.

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bitquilt import Calibration, Result, UserError
 from bitquilt.data import calibration
@@ -125,6 +126,31 @@ def test_a_source_is_described_by_its_content(token_file: Path, tmp_path: Path) 
     one, other = describe_source(token_file), describe_source(tmp_path / "copy.safetensors")
     assert one["sha256"] == other["sha256"]
     assert len(one["sha256"]) == 64
+
+
+def test_sequences_of_a_text_begin_with_bos(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The other tokens are those of the same windows without it."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_model(), folder)
+    tokenizer().save_pretrained(folder)
+    text = tmp_path / "a.txt"
+    text.write_text("word other " * 60)
+
+    def read(bos: bool) -> Tensor:
+        calibration = Calibration(text, samples=5, seq_len=12, bos=bos)
+        return make_calibration(open_checkpoint(folder), calibration, vocabulary=VOCAB, progress=lambda _text: None)
+
+    assert set(read(True)[:, 0].tolist()) == {2}
+    assert 2 not in read(False)
+    assert torch.equal(read(True)[:, 1:], read(False)[:, 1:])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Two words, and a BOS before each document."""
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "word": 3, "other": 4, "<s>": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
 
 
 def test_own_sequences_stand_behind_those_of_the_text(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_the_offset_of_a_bad_byte_is_that_in_the_whole_file(tmp_path: Path, monk
         ("a.bin", b"ab\x00c", "byte 0x00 at offset 2 "),
         ("a.jsonl", b'"fine"\n"\xff"', "byte 0xff at offset 8 "),
         ("a.jsonl", b'"fine"\n{"text": ', "line 2: broken JSON"),
-        ("a.jsonl", b'{"content": "x", "id": 1}', r"content \(str\), id \(int\); rename"),
-        ("a.jsonl", b'{"text": null}', r"text \(NoneType\)"),
-        ("a.jsonl", b"[1]", 'line 1: no string under "text", found a list'),
+        ("a.jsonl", b'{"content": "x", "id": 1}', r"content \(str\), id \(int\); name .* --column"),
+        ("a.jsonl", b'{"text": null}', r"0 tokens \(1 of 1 rows are skipped: 1 with no text in them\)"),
+        ("a.jsonl", b"[1]", 'row 1: no string under "text", found a int'),
         ("a.jsonl", b'"ok"\n"\\ud83d"', "line 2: .*half a character"),
         ("a.jsonl", b'""\n\n', "gives 0 tokens"),
         ("a.parquet", b"PAR1 and no more", "not a whole parquet file"),
@@ -121,13 +121,10 @@ def test_bad_input_is_named(tmp_path: Path, name: str, content: bytes, message: 
 
 
 def test_a_parquet_without_text_is_named(tmp_path: Path) -> None:
-    other, hole = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    other = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"content": ["x"]}), other)
-    parquet.write_table(pa.table({"text": ["x", None]}), hole)
     with pytest.raises(UserError, match=r"no column text, found content \(string\)"):
         token_stream(other, by_bytes)
-    with pytest.raises(UserError, match="row 2: no string"):
-        token_stream(hole, by_bytes)
 
 
 def test_a_folder_without_text_and_a_file_that_does_not_exist(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Make it fit: budgets are met and never exceeded, plans round-trip, ties hold, what cannot be reached is refused."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,46 @@ def test_better_scopes_predict_less_loss(measured: Callable[..., tuple[Path, Pat
     assert max(losses) == losses[-1]
 
 
+@pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "cmpq", "aptq", "micromix"])
+def test_no_layer_is_split_where_layers_have_one_width(recipe: str, measured: Callable[..., tuple[Path, Path]]) -> None:
+    made = planner(*measured(recipe), recipe)
+    least, most = made.reach(Budget("size", 1.0))
+    for share in (0.1, 0.4, 0.7):
+        target = int(least + share * (most - least))
+        for known in (made.known, None):
+            found = Planner.plan(made, Budget("size", target), "layers", known)
+            assert found.spent <= target
+            assert all(len(set(plan.bits)) == 1 for plan in found.plans.values())
+
+
+@pytest.mark.parametrize("kind", ["bits", "bpw", "size"])
+def test_widths_of_whole_layers_are_chosen_exactly(kind: Any, measured: Callable[..., tuple[Path, Path]]) -> None:
+    """As good as the best of all choices that fit, but for the headers of files, which are no part of the choice."""
+    headers = 64 if kind == "size" else 0  # digits of offsets
+    model, path = measured()
+    skeleton = open_skeleton(open_checkpoint(model))
+    layers = shapes(all_targets(skeleton, ("*.layers.1.*", "*.mlp.*", "*.o_proj"), False))
+    recipe: Any = make_recipe("slim-llm", **options_of("slim-llm"))
+    made, known = Planner(skeleton, recipe, layers), read_sensitivities(path)
+    assert len(layers) == 3
+    sizes = [part.stop - part.start for part in made.units.slices.values()]
+    losses = made.units.losses(known)
+
+    def loss(widths: Sequence[int]) -> float:
+        return float(losses[np.arange(len(losses)), np.repeat(widths, sizes)].sum())
+
+    every = [np.array(widths, np.int8) for widths in itertools.product(range(len(made.units.palette)), repeat=3)]
+    spent = [made.spent(Budget(kind, 1.0), made.layouts(np.repeat(widths, sizes))) for widths in every]
+    least, most = made.reach(Budget(kind, 1.0))
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        budget = Budget(kind, least + share * (most - least))
+        found = made.plan(budget, "layers", known)
+        best = min(
+            loss(w.tolist()) for w, s in zip(every, spent, strict=True) if s <= max(budget.value - headers, least)
+        )
+        assert loss([made.units.palette.index(plan.bits[0]) for plan in found.plans.values()]) <= best * (1 + 2e-5)
+
+
 def test_pairs_leave_every_layers_mean_and_take_no_more_than_uniform(
     measured: Callable[..., tuple[Path, Path]],
 ) -> None:
@@ -211,6 +252,27 @@ def test_every_recipe_can_be_planned(recipe: str, bpw: float, measured: Callable
 
 
 # Quantizing to a budget
+
+
+@pytest.mark.parametrize("scope", ["global", "layers", "uniform"])
+def test_a_plan_says_whether_quantize_makes_it(
+    scope: str, measured: Callable[..., tuple[Path, Path]], quantize_tiny: Quantize, tmp_path: Path
+) -> None:
+    """Exact figures are those of the run; all others name a bound that the run keeps."""
+    model, _ = measured("gptq")
+    budget = Budget("bpw", 5.5)
+    found = bitquilt.plan(model, "gptq", budget=budget, scope=scope, group_size=8)
+    assert found.exact == found.summary["exact"] == (scope == "uniform")
+    recipe = make_recipe("gptq", group_size=8)
+    result = quantize_tiny(model, tmp_path / "out", recipe, budget=budget, scope=scope)
+    assert result.report["bpw"] <= 5.5
+    if found.exact:
+        assert folder_bytes(result.folder) == found.summary["bytes"]
+
+
+def test_a_recipe_with_a_rule_of_its_own_has_no_exact_plan(make_model: MakeModel) -> None:
+    assert bitquilt.plan(make_model(), "rtn", bits=3, group_size=8).exact
+    assert not bitquilt.plan(make_model(), "slim-llm", bits=3, group_size=8).exact
 
 
 @pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "rtn", "cmpq", "slim-llm+", "mg-ptq", "aptq", "micromix"])

@@ -56,6 +56,17 @@ def test_another_protocol_is_another_panel(measured: Path) -> None:
     assert {panel.missing for panel in panels} == {("slim",), ("rtn",)}
 
 
+def test_windows_with_and_without_bos_are_not_compared(measured: Path) -> None:
+    facts = [read_facts(measured / name) for name in ("slim", "rtn")]
+    record = facts[1].evaluations[0]
+    assert not record.bos  # token ids
+    other = replace(facts[1], evaluations=[replace(record, bos=True)])
+    panels = compare([facts[0], other])
+    assert {panel.missing for panel in panels} == {("slim",), ("rtn",)}
+    assert len({panel.protocol for panel in panels}) == 2
+    assert parse(Record, record.stored | {"bos": True}).bos
+
+
 def test_divergences_from_two_references_are_not_compared(measured: Path) -> None:
     facts = [read_facts(measured / name) for name in ("slim", "rtn")]
     other = replace(facts[1], evaluations=[replace(facts[1].evaluations[0], reference_sha256="another")])

@@ -1,8 +1,8 @@
-"""`order_steps` returns the path of a scope, the rule for which column groups may differ in bits; `paired` adds pairs.
+"""`order_steps` returns the path of a scope, the rule for which column groups may differ in bits; `paired` adds pairs;
+`summed` has a row per layer, for the scope whose layers have one width each.
 
 global:  any group of any layer; the steepest gain per bit goes first.
-layers:  layers differ, the groups of one layer do not. A layer's step is taken group by group, so that a budget may end
-         inside one layer and is met to one group.
+layers:  layers differ, the groups of one layer do not. It has no path: `allocation.exact` chooses a width per layer.
 layer:   every layer has the same bits per weight; inside a layer the steepest gain goes first.
 pairs:   every layer has the same bits; inside a layer N-1, N and N+1 bits in pairs, as SliM-LLM publishes.
 uniform: every layer has the same bits, its wider groups spread evenly over the columns; needs no losses.
@@ -23,12 +23,11 @@ _GOLDEN = (5**0.5 - 1) / 2
 def order_steps(scope: Scope, losses: Floats, costs: Floats, members: Sequence[Ints], weights: Sequence[float]) -> Path:
     """Return the path of `scope` for `losses` and `costs` `[units, choices]`, costs ascending.
 
-    "pairs" has the steps of "uniform"; `paired` then changes its choices. Raises ValueError if a loss is not finite.
+    "pairs" has the steps of "uniform"; `paired` then changes its choices. "layers" has no steps. Raises ValueError if
+    a loss is not finite.
     """
     if scope == "global":
         return steepest(losses, costs)
-    if scope == "layers":
-        return _layers(losses, costs, members)
     parts = [
         steepest(losses[units], costs[units]) if scope == "layer" else _even(losses[units], costs[units])
         for units in members
@@ -38,25 +37,6 @@ def order_steps(scope: Scope, losses: Floats, costs: Floats, members: Sequence[I
     unit = np.concatenate([units[part.unit] for part, units in zip(parts, members, strict=True)])
     choice = np.concatenate([part.choice for part in parts])
     return _path(len(losses), unit[order], choice[order], losses, costs)
-
-
-def _layers(losses: Floats, costs: Floats, members: Sequence[Ints]) -> Path:
-    whole = steepest(
-        np.stack([losses[units].sum(axis=0, dtype=np.float64) for units in members]),
-        np.stack([costs[units].sum(axis=0, dtype=np.float64) for units in members]),
-    )
-    unit, choice = [], []
-    at = [0] * len(members)
-    for layer, to in zip(whole.unit.tolist(), whole.choice.tolist(), strict=True):
-        units = members[layer]
-        gain = losses[units, at[layer]] - losses[units, to]
-        price = costs[units, to] - costs[units, at[layer]]
-        unit.append(units[np.argsort(-gain / price, kind="stable")])
-        choice.append(np.full(len(units), to, dtype=np.int8))
-        at[layer] = to
-    if not unit:
-        return _path(len(losses), np.empty(0, np.int32), np.empty(0, np.int8), losses, costs)
-    return _path(len(losses), np.concatenate(unit), np.concatenate(choice), losses, costs)
 
 
 def _even(losses: Floats, costs: Floats) -> Path:
@@ -77,6 +57,11 @@ def _path(count: int, unit: Ints, choice: Ints, losses: Floats, costs: Floats) -
     price = (costs[unit, choice] - costs[unit, before]).astype(np.float64)
     gains = losses[unit, before] - losses[unit, choice]
     return Path(np.zeros(count, dtype=np.int8), unit, choice, np.cumsum(price), gains)
+
+
+def summed(table: Floats, members: Sequence[Ints]) -> Floats:
+    """Return the sums `[layers, choices]` of `table` `[units, choices]` over the units of each layer, in fp64."""
+    return np.stack([table[units].sum(axis=0, dtype=np.float64) for units in members])
 
 
 def paired(choices: Ints, losses: Floats, costs: Floats, members: Sequence[Ints]) -> Ints:

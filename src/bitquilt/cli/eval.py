@@ -57,6 +57,7 @@ def measure_text(
             batch_size=batch_size,
             size=model_size(loaded.checkpoint.folder),
             progress=progress,
+            notify=lambda said: None if quiet else print_line(stderr, said),
             **asdict(windows),
         )
 

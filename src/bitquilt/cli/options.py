@@ -16,7 +16,8 @@ from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_op
 from bitquilt.request import Wish, wish
 
 DEFAULT_RECIPE = "slim-llm"
-_DATA = "text, jsonl, parquet, a folder of these, a hub data set, or token ids in safetensors"
+_DATA = "text, jsonl, json, csv, parquet, a folder of these, a hub data set, or token ids in safetensors"
+_COLUMN = "Column of a data set to read. Default: text, messages, conversations, or instruction with output."
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
 Or a rule of the recipe: sba, dp (slim-llm); trace, hawq2 (aptq); norm, error_table (cmpq, cmpq+)."""
@@ -47,6 +48,7 @@ Reference = Annotated[str | None, _window(metavar="BASE", help="Full-precision m
 TrustCode = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code from the model's folder. Only for people you trust.")
 ]
+_BOS = "Begin every window of a text with BOS, where the tokenizer adds it."
 Count = int | None
 Number = float | None
 Word = str | None
@@ -87,6 +89,8 @@ class CalibrationOptions:
     seq_len: Annotated[int, _data(help="Tokens per calibration sequence.")] = 2048
     seed: Annotated[int, _data(help="Seed of everything that is drawn at random.")] = 0
     trust_remote_code: TrustCode = False
+    column: Annotated[Word, _data(metavar="NAME", help=_COLUMN)] = None
+    bos: Annotated[bool, _data("--bos/--no-bos", help=_BOS)] = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class WindowOptions:
     seq_len: Annotated[Count, _window(help="Tokens per window. Default: the model's context, at most 2048.")] = None
     stride: Annotated[Count, _window(help="Start a window every so many tokens; windows then overlap.")] = None
     max_tokens: Annotated[Count, _window(help="Read only the first so many tokens of the text.")] = None
+    column: Annotated[Word, _window(metavar="NAME", help=_COLUMN)] = None
+    bos: Annotated[bool, _window("--bos/--no-bos", help=_BOS)] = True
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
-from bitquilt.recipes import own_allocations, takes_fractions
 
 EXIT_DOES_NOT_FIT = 4
 
@@ -68,13 +67,14 @@ class _Question:
         given = {
             f"--{name.replace('_', '-')}": value
             for name, value in asdict(self.data).items()
-            if value != getattr(usual, name)
+            if value != getattr(usual, name) and not isinstance(value, bool)
         }
         given |= {} if self.device == "cpu" else {"--device": self.device}
         words = ["bitquilt", "quantize", self.model, "OUT", "--plan", str(plan)]
         words += [str(word) for pair in given.items() for word in pair]
         words += [word for pattern in self.layers.skip or () for word in ("--skip", pattern)]
         words += [] if self.layers.blocks is None else ["--blocks", self.layers.blocks]
+        words += [] if self.data.bos else ["--no-bos"]
         return shlex.join([*words, *(["--include-head"] if self.layers.include_head else [])])
 
 
@@ -203,15 +203,21 @@ def _print_summary(found: Forecast) -> None:
 
 
 def _unmeasured(found: Forecast) -> str:
-    """How bits are allocated where nothing was measured."""
+    """How bits are allocated where nothing was measured, and whether `quantize` takes the same bytes."""
     name = found.wish.recipe.name
+    if found.exact and found.wish.budget is not None:
+        return "exact: the same bits in every layer, as in `quantize` with the same settings"
     if found.wish.budget is not None:
         return (
-            "even in this plan, which only shows the size. Run with --measure to allocate by what each bit is worth; "
-            "`quantize` with a budget measures by itself, `quantize --plan` does not"
+            f"not exact: `quantize` measures first, then takes at most {found.wish.budget}, which is the bound. The "
+            "figures above take all layers for equally sensitive, as does this plan. Add --measure to this command for "
+            "exact figures; `quantize --sensitivities FILE` then makes the same plan, `quantize --plan` follows a plan"
         )
-    if own_allocations(name) or takes_fractions(name):
-        return f"even in this plan, which only shows the size; `quantize` allocates by the rule of {name}"
+    if not found.exact:
+        return (
+            f"not exact: even bits in all layers, as in this plan; `quantize` allocates by the rule of {name}, whose "
+            "maps take more. Add --allocation global and --measure for exact figures of a plan by measured losses"
+        )
     return "the same bits in every layer; a budget (--size, --bpw) with --measure puts them where they are worth most"
 
 

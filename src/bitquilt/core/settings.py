@@ -12,7 +12,7 @@ from bitquilt.core.plan_file import OuterBits
 from bitquilt.errors import UserError
 
 SELF = "self"
-_CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "trust_remote_code")
+_CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "column", "bos", "trust_remote_code")
 _SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "blocks")
 
 
@@ -20,12 +20,13 @@ _SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "blocks")
 class Calibration:
     """Calibration data of a run.
 
-    `source`: text, jsonl, parquet, a folder of such files, a hub data set, token ids in a safetensors file, or "self",
-    which lets the model write its own text. `samples` sequences of `seq_len` tokens are drawn with `seed`.
-    `self_samples`: sequences that the model writes in addition to the text, for recipes that train.
-    `trust_remote_code`: run the Python code of a tokenizer that comes with its own.
+    `source`: text, jsonl, json, csv, parquet, a folder of files, a hub data set, token ids in a safetensors file, or
+    "self", which lets the model write its own text. `samples` sequences of `seq_len` tokens are drawn with `seed`.
+    `self_samples`: sequences that the model writes in addition to the text, for recipes that train. `column`: the
+    column of a data set to read, instead of the usual ones. `bos`: begin every sequence of a text with BOS, where the
+    tokenizer adds it to a document. `trust_remote_code`: run the Python code of a tokenizer that comes with its own.
 
-    Raises UserError for a count that is too small, or for `self_samples` with the source "self".
+    Raises UserError for a count that is too small, or for `self_samples` or a column with the source "self".
     """
 
     source: str | Path = SELF
@@ -34,6 +35,8 @@ class Calibration:
     seq_len: int = 2048
     seed: int = 0
     trust_remote_code: bool = False
+    column: str | None = None
+    bos: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seq_len", self.seq_len)):
@@ -46,6 +49,8 @@ class Calibration:
                 f"self_samples is {self.self_samples}, but the model writes all of its calibration text already; "
                 "give more samples instead of self_samples, or give a text"
             )
+        if self.column is not None and self.is_self:
+            raise UserError(f"column is {self.column}, but the model writes its own text; give a data set or no column")
 
     @property
     def is_self(self) -> bool:

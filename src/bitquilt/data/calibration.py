@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitquilt.core.settings import SELF, Calibration
 from bitquilt.data.documents import check_source, content_hash
-from bitquilt.data.tokens import token_stream, windows
+from bitquilt.data.tokens import token_stream, window_bos, windows
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import config_of
@@ -38,19 +38,22 @@ def clip_to_context(calibration: Calibration, checkpoint: Checkpoint) -> tuple[C
 def check_calibration(calibration: Calibration) -> None:
     """Raise UserError for a source that does not exist, before a model is fetched or built."""
     if not calibration.is_self:
-        check_source(calibration.source)
+        check_source(calibration.source, calibration.column)
 
 
-def describe_source(source: str | Path) -> dict[str, Any]:
+def describe_source(source: str | Path, column: str | None = None) -> dict[str, Any]:
     """Return what identifies a source of text."""
-    return {"source": SELF} if str(source) == SELF else {"source": str(source), "sha256": content_hash(source)}
+    if str(source) == SELF:
+        return {"source": SELF}
+    named = {} if column is None else {"column": column}
+    return {"source": str(source), "sha256": content_hash(source), **named}
 
 
 def describe_calibration(calibration: Calibration) -> dict[str, Any]:
     """Return what identifies the calibration data in a fingerprint."""
     own = {"self_samples": calibration.self_samples} if calibration.self_samples else {}
-    size = {"samples": calibration.samples, "seq_len": calibration.seq_len}
-    return {**describe_source(calibration.source), **size, **own}
+    size = {"samples": calibration.samples, "seq_len": calibration.seq_len, "bos": calibration.bos}
+    return {**describe_source(calibration.source, calibration.column), **size, **own}
 
 
 def make_calibration(
@@ -78,8 +81,15 @@ def make_calibration(
     tokenizer = None
     if Path(calibration.source).suffix.lower() != ".safetensors":  # ids need none, and it may be a broken one
         tokenizer = load_tokenizer(checkpoint.folder, calibration.trust_remote_code)
-    stream = token_stream(calibration.source, tokenizer, vocab_size=vocabulary)
-    ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed)
+    bos = window_bos(calibration.source, tokenizer, vocabulary) if calibration.bos else None
+    stream = token_stream(
+        calibration.source,
+        tokenizer,
+        vocab_size=vocabulary,
+        column=calibration.column,
+        notify=progress,
+    )
+    ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed, bos)
     return torch.cat([ids, written(calibration.self_samples)]) if calibration.self_samples else ids
 
 

@@ -3,8 +3,8 @@
 A source is one of
 
     notes.txt            one plain stream without special tokens, as is any other file that decodes as UTF-8
-    stories.jsonl        one document per line: {"text": "..."} or a bare JSON string (.json is read the same way)
-    stories.parquet      one document per row, in the string column `text`
+    stories.jsonl        one document per row, as are .json, .csv, .tsv and .parquet: text in the column `text` or in
+                         one that is named, a conversation, or an instruction with its answer (`data/rows.py`)
     folder/              its .txt, .jsonl and .parquet files, recursively, in the order of their paths
     name[:config][@split][#revision]
                          a dataset of the Hugging Face hub, streamed; the split defaults to `train`,
@@ -18,8 +18,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from bitquilt.data.row_files import NEED_DATASETS, ROW_FILES, decode, read_rows
+from bitquilt.data.rows import Document, row_document
 from bitquilt.errors import UserError
 
 IN_A_FOLDER = (".jsonl", ".parquet", ".txt")
@@ -37,43 +38,38 @@ _HUB_ID = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+))?"
     r"(?:@(?P<split>[\w.-]+))?(?:#(?P<revision>[\w./-]+))?"
 )
-# JSON can spell half a character ("\ud83d"), which no tokenizer reads.
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-_NEED_DATASETS = "needs a package that is not installed; run: pip install 'bitquilt[datasets]'"
 
 
-class Document(NamedTuple):
-    """A piece of text; `plain` text is tokenized without special tokens."""
-
-    text: str
-    plain: bool
-
-
-def read_documents(source: str | Path) -> Iterator[Document]:
+def read_documents(source: str | Path, column: str | None = None) -> Iterator[Document]:
     """Yield the documents of `source` in order, read lazily; a plain file over 8 MiB comes in several pieces.
 
-    Raises UserError for a missing source, an empty file or folder, bytes that are not UTF-8 (with their offset), a
-    broken JSON line (with its number) and a document without text.
+    `column`: the field of a row to read, instead of the usual ones. Raises UserError for a missing source, an empty
+    file or folder, bytes that are not UTF-8 (with their offset), a broken JSON line (with its number) and a row that
+    lacks the field.
     """
     files = _files(source)
     if files is None:
-        yield from _read_hub(str(source))
+        yield from _read_hub(str(source), column)
         return
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file} is empty; give a file with text in it")
-        kind = file.suffix.lower()
-        if kind in (".jsonl", ".json"):
-            yield from _read_jsonl(file)
-        elif kind == ".parquet":
-            yield from _read_parquet(file)
+        if file.suffix.lower() in ROW_FILES:
+            yield from read_rows(file, column)
         else:
             yield from _read_plain(file)
 
 
-def check_source(source: str | Path) -> None:
-    """Raise UserError if `source` is neither on this machine nor a hub id, or is a folder without texts."""
-    _files(source)
+def check_source(source: str | Path, column: str | None = None) -> None:
+    """Raise UserError if `source` is neither on this machine nor a hub id, is a folder without texts, or has a file
+    whose first row lacks the wanted column; also for a column where there are no rows."""
+    files = _files(source)
+    rows = files is None or any(file.suffix.lower() in ROW_FILES for file in files)
+    if column is not None and not rows:
+        raise UserError(f"{source} has no columns, so --column {column} does not apply; leave it out")
+    for file in files or ():
+        if file.suffix.lower() in ROW_FILES and file.stat().st_size:
+            next(read_rows(file, column), None)
 
 
 def content_hash(source: str | Path) -> str:
@@ -121,90 +117,24 @@ def _read_plain(path: Path) -> Iterator[Document]:
             end = len(held) if file.tell() == size else held.rfind(b"\n") + 1 or held.rfind(b" ")
             if end < 1:
                 continue
-            text = _decode(held[:end], path, offset)
+            text = decode(held[:end], path, offset)
             yield Document(text.removeprefix("\ufeff") if offset == 0 else text, plain=True)
             offset, held = offset + end, held[end:]
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    bad = raw.find(b"\0")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = error.start if bad < 0 else min(bad, error.start)
-    if bad >= 0:
-        raise UserError(
-            f"{path} is not text: byte 0x{raw[bad]:02x} at offset {offset + bad} is not UTF-8 text; "
-            "give UTF-8 text, .jsonl, .parquet, or token ids in .safetensors"
-        )
-    return text
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decode(raw, path, offset).removeprefix("\ufeff" if number == 1 else "")
-            offset += len(raw)
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); "
-                    'wanted one document per line, as {"text": "..."} or a bare string'
-                ) from None
-            yield Document(_text_of(value, f"{path}, line {number}"), plain=False)
-
-
-def _text_of(value: object, where: str) -> str:
-    text = value.get("text") if isinstance(value, dict) else value
-    if isinstance(text, str):
-        if half := _HALF_CHARACTER.search(text):
-            raise UserError(f"{where}: {half[0]!r} is half a character; remove it from the text")
-        return text
-    if isinstance(value, dict):
-        fields = ", ".join(f"{key} ({type(held).__name__})" for key, held in value.items()) or "none"
-        got, fix = f"the fields {fields}", 'rename the one with the text to "text"'
-    else:
-        got, fix = f"a {type(value).__name__}", 'write {"text": "..."} or a bare string'
-    raise UserError(f'{where}: no string under "text", found {got}; {fix}')
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{path}: reading parquet {_NEED_DATASETS}") from None
-    try:
-        with ParquetFile(path) as table:
-            if "text" not in table.schema_arrow.names:
-                fields = ", ".join(f"{field.name} ({field.type})" for field in table.schema_arrow) or "none"
-                raise UserError(f"{path}: no column text, found {fields}; rename the right one to text")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield Document(_text_of({"text": value}, f"{path}, row {row}"), plain=False)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a whole parquet file ({error}); write it again") from None
-
-
-def _read_hub(source: str) -> Iterator[Document]:
+def _read_hub(source: str, column: str | None) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"{source} is not a path on this machine; reading it as a hub dataset {_NEED_DATASETS}"
+            f"{source} is not a path on this machine; reading it as a hub dataset {NEED_DATASETS}"
         ) from None
     hub = _hub_id(source)
     try:
         where = {"split": hub["split"], "revision": hub["revision"]}
         rows = datasets.load_dataset(hub["name"], hub["config"], **where, streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield Document(_text_of(row, f"{source}, row {number}"), plain=False)
+            yield row_document(row, f"{source}, row {number}", column)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

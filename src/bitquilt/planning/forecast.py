@@ -14,13 +14,14 @@ from bitquilt.core.types import Layout
 from bitquilt.model.memory import Memory
 from bitquilt.planning.estimate import Estimate, Permit
 from bitquilt.planning.planner import Planned
+from bitquilt.recipes import own_allocations, takes_fractions
 from bitquilt.request import Wish
 from bitquilt.stream.run_report import recipe_json
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What a budget buys. `planned.plans` is what `quantize` would do.
+    """What a budget buys. `planned.plans` is what `quantize` would do if `exact`, else the same bits in every layer.
 
     `reachable_bytes`: smallest and largest folder with this recipe. `memory`: to run the model with `ctx` tokens.
     `estimate`: what quantizing takes here. `permits`: kernels and formats that take the result, by title. `ties`:
@@ -40,6 +41,18 @@ class Forecast:
     untouched: tuple[Untouched, ...]
     sensitivities: Path | None
 
+    @property
+    def exact(self) -> bool:
+        """Whether `quantize` with the same settings makes this very plan.
+
+        Without tables of losses it measures them first; without a budget some recipes follow a rule of their own. What
+        it then takes of a budget is bounded by the budget alone.
+        """
+        if self.wish.budget is not None:
+            return self.sensitivities is not None or not self.wish.by_loss
+        name = self.wish.recipe.name
+        return not (own_allocations(name) or takes_fractions(name))
+
     def plan_json(self) -> dict[str, Any]:
         """Content of a plan.json for `quantize --plan`."""
         return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.outer)
@@ -53,6 +66,7 @@ class Forecast:
             "recipe": recipe_json(self.wish.recipe),
             "budget": None if budget is None else {**budget, "spent": planned.spent},
             "fits": True,
+            "exact": self.exact,
             "bytes": planned.size.total,
             "tensor_bytes": planned.size.tensors,
             "bpw": planned.bpw,

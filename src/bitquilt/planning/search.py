@@ -1,7 +1,7 @@
 """`Search(...).choices(scope)`: the choices of least loss whose exact size is within a budget.
 
 Separable costs order the steps (`allocation.scopes`). Where the order is cut is decided by the exact size, so that a
-plan never exceeds its budget.
+plan never exceeds its budget. Layers of one width are chosen exactly; a step is then a whole layer.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 
 from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
 from bitquilt.allocation.path import Floats, Ints, Path, cut, spend_rest, steepest_up_to
-from bitquilt.allocation.scopes import order_steps, paired
+from bitquilt.allocation.scopes import order_steps, paired, summed
 from bitquilt.core.budget import Scope
 from bitquilt.planning.unit_costs import Units
 
@@ -19,8 +19,12 @@ from bitquilt.planning.unit_costs import Units
 # units every widest width is tried: cmpq at 2.96 bpw on stories260k (3,600 channels of 64 and 172) is predicted to lose
 # 5 % less with nothing beyond 4 bits than with channels of up to 8; on the demo model it is 2 %.
 _FEW_UNITS = 30_000
-# Below this share of the budget, single steps fill it, which large models never need. Layers of one width: the second.
-_NEAR, _NEAR_LAYERS = 0.998, 0.995
+# Below this share of the budget, single steps fill it, which large models never need.
+_NEAR = 0.998
+# Up to so many widths of layers, headers are counted with them: in a folder of 270 kB they are 0.06 % of it.
+_FEW_WIDTHS = 1024
+# Solutions tried for layers of one width; two or three are enough, because headers differ by a few bytes.
+_TRIES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +46,9 @@ class Search:
     def choices(self, scope: Scope) -> Ints:
         """Best choices found for the scope."""
         units = self.units
-        path = order_steps(scope, self.losses, self.costs, units.members_units, units.weights)
         if scope == "layers":
-            return self._filled(self._within(path), _NEAR_LAYERS)
+            return self._whole_layers()
+        path = order_steps(scope, self.losses, self.costs, units.members_units, units.weights)
         if scope != "global":
             return self._within(path, pairs=scope == "pairs")
         choices = self._filled(self._refined(self._within(path)))
@@ -53,6 +57,47 @@ class Search:
             other = self._filled(self._within(steepest_up_to(widest, self.losses, self.costs)))
             choices = min(choices, other, key=self._loss)
         return choices
+
+    def _whole_layers(self) -> Ints:
+        """Return one choice for all units of a layer: the exact optimum over layers, by what whole layers take.
+
+        Costs may leave out some bytes of headers that depend on the choices. So the room for costs is what remains with
+        those of the last solution, until a solution comes again; the best one that fits stands.
+        """
+        losses = summed(self.losses, self.units.members_units)
+        costs = self._layer_costs()
+        rows, sizes = np.arange(len(costs)), [len(units) for units in self.units.members_units]
+        best = found = np.zeros(len(costs), dtype=np.int8)
+        seen = {found.tobytes()}
+        for _ in range(_TRIES):
+            cost = float(costs[rows, found].sum())
+            room = cost + (self.target - self.exact(np.repeat(found, sizes))) / self.unit
+            if room < float(costs[:, 0].sum()):
+                break
+            found = exact_choices(losses, costs, room * (1 + 1e-12)).astype(np.int8)
+            if found.tobytes() in seen:
+                break
+            seen.add(found.tobytes())
+            fits = self.exact(np.repeat(found, sizes)) <= self.target
+            if fits and losses[rows, found].sum() < losses[rows, best].sum():
+                best = found
+        return np.repeat(best, sizes)
+
+    def _layer_costs(self) -> Floats:
+        """Costs `[layers, palette]` of whole layers, in small models with the bytes that their headers take."""
+        members, widths = self.units.members_units, len(self.units.palette)
+        if not self.estimates:
+            return summed(self.costs, members)
+        costs = self.units.layer_costs()
+        if costs.size <= _FEW_WIDTHS:
+            narrow = np.zeros(self.units.count, dtype=np.int8)
+            least = self.exact(narrow)
+            for layer, units in enumerate(members):
+                for width in range(1, widths):
+                    wide = narrow.copy()
+                    wide[units] = width
+                    costs[layer, width] = costs[layer, 0] + (self.exact(wide) - least) / self.unit
+        return np.maximum.accumulate(costs, axis=1)
 
     @property
     def _base(self) -> float:
@@ -68,8 +113,8 @@ class Search:
 
         return after(cut(path, lambda steps: self.exact(after(steps)), self.target, self._base, self.unit))
 
-    def _filled(self, choices: Ints, near: float = _NEAR) -> Ints:
-        if self.exact(choices) >= near * self.target:
+    def _filled(self, choices: Ints) -> Ints:
+        if self.exact(choices) >= _NEAR * self.target:
             return choices
         return spend_rest(choices, self.losses, self.costs, self.exact, self.target)
 

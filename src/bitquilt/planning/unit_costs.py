@@ -111,6 +111,16 @@ class Units:
         weights = self.nominal()[:, :1] / np.float32(self.palette[0])
         return np.asarray(weights * left, dtype=np.float32)
 
+    def layer_costs(self) -> NDArray[np.float64]:
+        """Bits `[layers, palette]` of each layer or tied set where all of its units have one width."""
+        known = {
+            shape: [storage_bits(self._bare(*shape, min(b, max(self.recipe.widths(shape[0]))))) for b in self.palette]
+            for shape in set(self.shapes.values())
+        }
+        return np.array(
+            [np.sum([known[self.shapes[n]] for n in tied], axis=0) for tied in self.members.values()], float
+        )
+
     @property
     def members_units(self) -> list[Ints]:
         """Units of each layer or tied set, in column order."""

@@ -4,7 +4,8 @@ evaluation.json, `read_records` reads such a file and `newest` picks a record.
     {"format_version": 1, "evaluations": [{"date": ..., "text": {"source", "sha256"}, "reference", "perplexity", ...}]}
 
 A record is what `bitquilt eval --json` prints. Two checkpoints share a table only if their protocols are equal:
-the text (by its hash), the window, the stride and the number of tokens. Divergences also need the same reference.
+the text (by its hash and column), the window, the stride, the number of tokens and BOS. Divergences also need the same
+reference.
 """
 
 import datetime
@@ -20,6 +21,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.config import QUANT_METHOD
 from bitquilt.report.evaluation import Evaluation
+from bitquilt.report.evaluation.evaluator import protocol_text
 from bitquilt.report.run_facts import Json, parse, string, whole
 from bitquilt.stream.workdir import write_json
 
@@ -44,6 +46,7 @@ class Record:
     limit: int | None
     seq_len: int | None
     stride: int | None
+    bos: bool
     tokens: int | None
     bytes: int | None
     perplexity: float | None
@@ -63,14 +66,14 @@ class Record:
     @property
     def protocol(self) -> Protocol:
         """What two records must share for their figures to be compared."""
-        return json.dumps([self.text.get("sha256") or self.text.get("source"), self.seq_len, self.stride, self.tokens])
+        text = [self.text.get("sha256") or self.text.get("source"), self.text.get("column")]
+        return json.dumps([*text, self.seq_len, self.stride, self.tokens, self.bos])
 
     @property
     def protocol_text(self) -> str:
         """The protocol in words, to print next to figures."""
-        stride = "" if self.stride is None else f", stride {self.stride}"
         source = Path(string(self.text.get("source"))).name or "unknown text"
-        return f"{source}: {self.seq_len}-token windows{stride}, {self.tokens} tokens"
+        return f"{source}: {protocol_text(self.seq_len, self.stride, self.tokens, self.bos)}"
 
 
 def describe_evaluation(
@@ -80,7 +83,7 @@ def describe_evaluation(
     text: str | Path | None = None,
     reference: Checkpoint | None = None,
     dtype: str | None = None,
-    asked: Mapping[str, int | None] | None = None,
+    asked: Mapping[str, int | str | None] | None = None,
     tasks: Mapping[str, Mapping[str, float]] | None = None,
     limit: int | None = None,
 ) -> Record:
@@ -91,7 +94,7 @@ def describe_evaluation(
         "model": model,
         "reference": None if reference is None else reference.name,
         "reference_sha256": None if reference is None else reference.fingerprint(),
-        "text": None if text is None else describe_source(text),
+        "text": None if text is None else describe_source(text, string((asked or {}).get("column")) or None),
         "dtype": dtype,
         "asked": None if asked is None else dict(asked),
         **({} if figures is None else figures.to_json()),

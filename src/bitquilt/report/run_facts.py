@@ -157,6 +157,8 @@ def _read(hint: Any, value: object) -> object:
         return (
             tuple(_read(inner, item) for item in value if isinstance(item, wanted)) if isinstance(value, list) else ()
         )
+    if hint is bool:
+        return value is True
     if hint in (str, float, int):
         return string(value) if hint is str else hint(number(value) or 0)
     if hint in (float | None, int | None):

@@ -227,6 +227,37 @@ def test_causal_models_of_other_families_pass(stream: Tensor, dtype: torch.dtype
         assert found.perplexity == pytest.approx(VOCAB, rel=0.2)  # random: near uniform
 
 
+class _Letters:
+    """A tokenizer of ids: BOS, which is 7, before a document, then an id a letter."""
+
+    bos_token_id = 7
+
+    def __call__(self, text: str, *, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [7] * add_special_tokens + [ord(letter) % VOCAB for letter in text]}
+
+
+@pytest.mark.parametrize(("name", "stride"), [("a.txt", None), ("a.jsonl", None), ("a.txt", 6)])
+def test_windows_of_text_begin_with_bos(model: nn.Module, tmp_path: Path, name: str, stride: int | None) -> None:
+    text = "the sea was calm and the ship went on " * 3
+    (tmp_path / name).write_text(text if name == "a.txt" else json.dumps(text))
+    ids = torch.tensor(_Letters()(text, add_special_tokens=name == "a.jsonl")["input_ids"])
+    with_bos = evaluate(model, tmp_path / name, tokenizer=_Letters(), seq_len=16, stride=stride)
+    without = evaluate(model, tmp_path / name, tokenizer=_Letters(), seq_len=16, stride=stride, bos=False)
+    losses, scored = [], 1
+    for start in range(0, len(ids) - 15, stride or 16):
+        window = torch.cat([torch.tensor([7]), ids[start + 1 : start + 16]])
+        losses.append(naive_losses(model, window)[max(scored, start + 1) - start - 1 :])
+        scored = start + 16
+    if stride is None:
+        assert with_bos.perplexity == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-5)
+    assert with_bos.tokens == without.tokens
+    assert with_bos.bos
+    assert with_bos.protocol().startswith("16-token windows with BOS, ")
+    assert without.protocol().startswith("16-token windows, ")
+    assert without == evaluate(model, ids, seq_len=16, stride=stride)
+    assert with_bos.perplexity != without.perplexity
+
+
 def test_a_model_without_a_config_is_measured_as_asked(stream: Tensor) -> None:
     class Uniform(nn.Module):
         device = torch.device("cpu")
@@ -258,17 +289,18 @@ def test_options_out_of_range(model: nn.Module, stream: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "tokens", "perplexity"),
+    ("name", "text", "tokens", "bos", "perplexity"),
     [
-        ("stories260k", "tinystories/evaluation.jsonl", 12_000, 4.45),
-        ("babyllama-1m-chars", "tinystories/evaluation.jsonl", 12_000, 2.29),
-        ("demo", "books/evaluation.txt", 20_000, 56.0),
+        ("stories260k", "tinystories/evaluation.jsonl", 12_000, False, 4.45),
+        ("stories260k", "tinystories/evaluation.jsonl", 12_000, True, 5.02),
+        ("babyllama-1m-chars", "tinystories/evaluation.jsonl", 12_000, False, 2.29),
+        ("demo", "books/evaluation.txt", 20_000, True, 56.0),  # its tokenizer adds none
     ],
 )
-def test_known_figures_of_trained_models(name: str, text: str, tokens: int, perplexity: float) -> None:
+def test_known_figures_of_trained_models(name: str, text: str, tokens: int, bos: bool, perplexity: float) -> None:
     folder = SHARED / "models" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here; set BITQUILT_SHARED to the folder with models/ and text/")
-    found = evaluate(folder, SHARED / "text" / text, seq_len=256, max_tokens=tokens)
+    found = evaluate(folder, SHARED / "text" / text, seq_len=256, max_tokens=tokens, bos=bos)
     assert found.perplexity == pytest.approx(perplexity, rel=0.01)
     assert found.tokens == tokens // 256 * 255

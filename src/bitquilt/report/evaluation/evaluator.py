@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.data.calibration import load_tokenizer
-from bitquilt.data.tokens import token_stream
+from bitquilt.data.tokens import token_stream, window_bos
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
@@ -39,8 +39,8 @@ class Evaluation:
     """Figures of one model on one text.
 
     `cross_entropy` and `kl_*`, KL(reference || model), are in nats per token; without a reference the latter are None.
-    `tokens` counts predicted tokens. `stride` is None for disjoint windows. The last three fields describe the model's
-    size, None if unknown."""
+    `tokens` counts predicted tokens. `stride` is None for disjoint windows. `bos`: every window begins with BOS. The
+    last three fields describe the model's size, None if unknown."""
 
     perplexity: float
     cross_entropy: float
@@ -53,6 +53,7 @@ class Evaluation:
     tokens: int
     seq_len: int
     stride: int | None = None
+    bos: bool = False
     bpw: float | None = None
     nominal_bits: float | None = None
     bytes: int | None = None
@@ -65,8 +66,13 @@ class Evaluation:
 
     def protocol(self) -> str:
         """The protocol in words, to print next to the figures."""
-        step = "" if self.stride is None else f", stride {self.stride}"
-        return f"{self.seq_len}-token windows{step}, {self.tokens} tokens"
+        return protocol_text(self.seq_len, self.stride, self.tokens, self.bos)
+
+
+def protocol_text(seq_len: int | None, stride: int | None, tokens: int | None, bos: bool) -> str:
+    """A protocol in words. Windows without BOS are not mentioned: token ids and many models have none."""
+    step = "" if stride is None else f", stride {stride}"
+    return f"{seq_len}-token windows{' with BOS' if bos else ''}{step}, {tokens} tokens"
 
 
 def evaluate(
@@ -78,42 +84,45 @@ def evaluate(
     seq_len: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
+    column: str | None = None,
+    bos: bool = True,
     batch_size: int | None = None,
     size: ModelSize | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Measure the perplexity of `model` on `text` and, given a `reference`, the divergence from it.
 
     A model is loaded already, or a path or hub id to load to `device` (default: CUDA if there is one) in `dtype`
     (default: float32 on a CPU, else as stored). `text` is a source of `bitquilt.data.tokens` or token ids [tokens], cut
     after `max_tokens`. `seq_len`: tokens per window (default: the model's context, at most 2048). `stride`: use the
-    strided protocol. `batch_size` in windows affects only speed and memory. `size` replaces what `model_size` finds.
-    `progress(done, total, perplexity)` is called per batch.
+    strided protocol. `column`: the column of a data set to read. `bos`: begin every window of a text with BOS, where
+    the tokenizer adds it to a document. `batch_size` in windows affects only speed and memory. `size` replaces what
+    `model_size` finds. `progress(done, total, perplexity)` is called per batch, `notify` with skipped rows.
 
     Raises UserError for a model that is not a causal LM, a window beyond the context, a text that is too short, two
     vocabularies, and logits that are not finite."""
     subject = loading.as_model(model, device, dtype)
     other = None if reference is None else loading.as_model(reference, device, dtype)
     models = [subject] if other is None else [subject, other]
-    seq_len = _window_length(models, seq_len)
-    vocab = _common_vocabulary(models)
+    seq_len, vocab = _window_length(models, seq_len), _common_vocabulary(models)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; wanted at least 1")
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(open_checkpoint(model).folder)
-    stream = token_stream(text, tokenizer, max_tokens, vocab)
+    stream = token_stream(text, tokenizer, max_tokens, vocab, column, notify)
+    first = window_bos(text, tokenizer, vocab) if bos else None
     planned = perplexity.plan_windows(stream.numel(), seq_len, stride)
     batch_size = batch_size or max(1, min(16, _LOGITS // (seq_len * (vocab or 1))))
     with _evaluating(models):
         for each in models:
             loading.check_causal(each, stream[:seq_len])
-        scores = list(_score(subject, other, stream, planned, batch_size, progress))
+        scores = list(_score(subject, other, stream, planned, batch_size, progress, first))
     losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
-    cross_entropy = losses.to(torch.float64).mean().item()
+    cross_entropy, size = losses.to(torch.float64).mean().item(), size or model_size(model)
     far: dict[str, Any] = {} if other is None else dataclasses.asdict(divergence.summarize(kl, agree))
-    size = size or model_size(model)
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
         cross_entropy=cross_entropy,
@@ -121,6 +130,7 @@ def evaluate(
         tokens=losses.numel(),
         seq_len=seq_len,
         stride=stride,
+        bos=first is not None,
         **far,
         **({} if size is None else dataclasses.asdict(size)),
     )
@@ -167,11 +177,14 @@ def _score(
     planned: list[Window],
     batch_size: int,
     progress: Progress | None,
+    bos: int | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield losses, divergences, top-1 agreements and the reference's losses of each window, [targets] each."""
     loss, tokens, done = 0.0, 0, 0
     for batch in _batches(planned, batch_size):
         ids = torch.stack([stream[window.start : window.end] for window in batch])
+        if bos is not None:
+            ids[:, 0] = bos
         logits = loading.logits_of(model, ids)
         expected = None if reference is None else loading.logits_of(reference, ids).to(logits.device)
         if expected is not None and expected.shape != logits.shape:
