@@ -138,8 +138,17 @@ _INIT = "torch.nn.init"
 def load_pretrained(kind: Any, checkpoint: Checkpoint, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """Return what `kind.from_pretrained` makes of exactly the files that `checkpoint` reads.
 
-    Pickled weights are never opened, and the folder's own code does not run unless it is trusted.
+    Pickled weights are never opened, and the folder's own code does not run unless it is trusted. Raises UserError for
+    a model type that only such code knows.
     """
+    if checkpoint.config.get("auto_map"):
+        if trust_remote_code:
+            kind = AutoModelForCausalLM  # chooses the folder's class
+        elif (name := checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+            raise UserError(
+                f"{checkpoint.name} has model type {name!r}, which only Python code of its own knows, and that was not "
+                "run; read the code, then pass --trust-remote-code (trust_remote_code=True)"
+            )
     options = {"use_safetensors": True, **options}
     with _as_transformers_names_it(checkpoint) as folder:
         return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)

@@ -32,7 +32,7 @@ _CONSTANT, _REPAIRED = 1.2, 0.64
 # on babyllama-1m-chars (slim-llm, groups of 64, 2.31), 0.166, 0.169, 0.196 on the demo model (128, 2.14).
 _FACTORS = {1: 4.0, 2: 1.94, 3: 1.24, 4: 1.05}
 # Measured over predicted KL, each model predicted with the constant of the two others, is 0.72 to 2.06, with repair
-# 0.59 to 1.72 (docs/results.md, python -m benchmarks.prediction); the range adds a margin.
+# 0.59 to 1.72 (docs/lab/sensitivities.md, python -m benchmarks.prediction); the range adds a margin.
 RANGE = (0.55, 2.1)
 
 

@@ -62,7 +62,7 @@ _SYMMETRIC = (1,)  # widths that store no zero
 
 @dataclass(frozen=True)
 class MGPTQ:
-    """Options of MG-PTQ. KL figures: babyllama, 3 bits, groups of 32 unless said (docs/results.md).
+    """Options of MG-PTQ. KL figures: babyllama, 3 bits, groups of 32 unless said (docs/lab/mg-ptq.md).
 
     `bits`: mean of the codes' widths, any number within the palette; met exactly from below.
     `group_size`: input columns that share a scale and a zero.

@@ -9,7 +9,7 @@ Without gradients (`effort="fast"`), per layer, in the order in which a block co
 4. coordinate descent over the codes follows the sweep (`layer.descent`).
 With gradients (`effort="normal"` and `"best"`), offsets and scales are trained from that result (`shared.effort`).
 
-What each ingredient is worth: docs/results.md. 2 bits, groups of 32, stories260k: KL 1.030; without the target 1.595,
+What each ingredient is worth: docs/lab/quilt.md. 2 bits, groups of 32, stories260k: KL 1.030; without the target 1.595,
 columns in their own order 1.048, integer zeros 1.105, without descent 1.091.
 """
 
@@ -51,7 +51,7 @@ _REACH = 0.5  # steps that training can move a weight in a block: to the neighbo
 
 @dataclass(frozen=True)
 class Quilt:
-    """Options of Quilt. KL figures: 2 bits, groups of 32, stories260k (docs/results.md).
+    """Options of Quilt. KL figures: 2 bits, groups of 32, stories260k (docs/lab/quilt.md).
 
     `bits`: width of every code, 2 to 8, where no budget for the whole model is given.
     `group_size`: input columns that share a scale and a zero.

@@ -13,7 +13,7 @@ every channel its own, which on a layer of few rows costs more than the codes; r
 layers where it pays (30 % less KL on stories260k); with `bpw`, outliers are left out where the same bytes are worth
 more as bits (with them all, stories260k has 37 % more KL).
 Never reproduced: Lloyd's algorithm; k-means is exact. Not offered: a codebook per output row, Fisher weights.
-`cmpq+` adds compensation between channels. Figures: docs/results.md, 3 bits per weight, demo model unless said.
+`cmpq+` adds compensation between channels. Figures: docs/lab/cmpq.md, 3 bits per weight, demo model unless said.
 
 The parts: `input_norms` (1), `cmpq_budget` (sizes of every way to spend a budget), `trial_losses` (2, 4, and losses).
 """

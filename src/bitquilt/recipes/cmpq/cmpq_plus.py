@@ -2,7 +2,7 @@
 
 In addition to `cmpq`: errors are repaired by later channels as in GPTQ, channels in descending norm, levels fitted on
 what is then there; layers repair what the layers before them broke (`layer.target`); bits go where they save most.
-Compensation takes 22 to 70 % off the KL of `cmpq` at 3 bits per weight, repairs another 36 to 39 % (docs/results.md).
+Compensation takes 22 to 70 % off the KL of `cmpq` at 3 bits per weight, repairs another 36 to 39 % (docs/lab/cmpq.md).
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from bitquilt.train.trainer import train
 
 ClippingMode = Literal["solved", "trained"]
 RATE = 1e-2  # of a factor whose start is 1, falling to zero
-# At 2 bits, groups of 32: 43 and 51 % less KL than `rtn` alone, 25 and 36 % less than `gptq` (docs/results.md).
+# At 2 bits, groups of 32: 43 and 51 % less KL than `rtn` alone, 25 and 36 % less than `gptq` (docs/lab/clipping.md).
 TRAINING = TrainingSettings(epochs=8, batch=8)
 
 

@@ -28,7 +28,7 @@ from bitquilt.train.trainer import train
 
 P = TypeVar("P", bound=TrainableWeight)
 Effort = Literal["fast", "normal", "best"]
-# stories260k, 2 bits, groups of 32, KL (docs/results.md): batches of 4 reach 0.765, of 8 0.785
+# stories260k, 2 bits, groups of 32, KL (docs/lab/training.md): batches of 4 reach 0.765, of 8 0.785
 BATCH = 4
 SCALE_RATE = 1e-2  # in a block; 0.765, without moving scales 0.817
 TUNE_SCALE_RATE = 3e-3  # in the whole model
