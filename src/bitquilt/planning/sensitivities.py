@@ -25,11 +25,11 @@ from bitquilt.stream.workdir import replace_file
 
 FORMAT, _METHOD = 1, "kfac"  # tables by other methods, which older versions could measure, have no unit
 # At most 16 k tokens are measured, which keeps the inputs of 80 blocks 8192 wide at 43 GB of disk, and a quarter of
-# those that calibrate: a token costs twice what it does in a quantization, and fewer serve as well,
-# down to the rank that the widest layer's Hessian needs.
+# those that calibrate: a token costs twice what it does in a quantization, and fewer serve as well
+# (docs/lab/sensitivities.md), down to the rank that the widest layer's Hessian needs.
 _MOST, _SHARE, _LEAST = 16_384, 0.25, 2048
 # Fields of a recipe that the tables do not depend on: how many bits there are, and who allocates them.
-_BUDGETED = ("bits", "bpw", "allocation", "swap")
+_BUDGETED = ("bits", "bpw", "allocation")
 
 
 def measured_tokens(tokens: int, widest: int) -> int:
