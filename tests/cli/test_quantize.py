@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import bitquilt
 from bitquilt.cli.options import parse_setting
 from bitquilt.cli.quantize import print_events
 from bitquilt.core.events import BlockDone
+from bitquilt.core.settings import Calibration, Selection
+from bitquilt.errors import UserError
 from bitquilt.report.page_values import allocator_totals
 from bitquilt.report.run_facts import LayerEvent, RunFacts, parse
 from bitquilt.request import Request
@@ -79,6 +82,28 @@ def test_fractional_budgets(command: Command, tiny: Path, text: Path, tmp_path: 
     assert sum(layer["bits"].values()) == 32
     assert layer["outliers"] > 0
     assert "of the weights" in command("inspect", tmp_path / "out").out
+
+
+def test_every_flag_reaches_the_run(
+    command: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"body": "text"}\n')
+    asked: list[Request] = []
+
+    def recorded(request: Request, observer: object) -> Any:
+        asked.append(request)
+        raise UserError("recorded")
+
+    monkeypatch.setattr(RUN, recorded)
+    calibration = ("--calibration", data, "--column", "body", "--no-bos", "--trust-remote-code", "--seed", "7")
+    sizes = ("--samples", "3", "--seq-len", "5", "--self-samples", "2")
+    layers = ("--skip", "*.down_proj", "--blocks", "model.layers", "--include-head")
+    outer = ("--embedding-bits", "4", "--head-bits", "5")
+    command("quantize", tiny, tmp_path / "out", *calibration, *sizes, *layers, *outer)
+    for value, usual in ((asked[0].calibration, Calibration()), (asked[0].selection, Selection())):
+        same = [f.name for f in fields(value) if getattr(value, f.name) == getattr(usual, f.name)]
+        assert not same, "a field has no flag above, or its flag is not passed on"
 
 
 def test_quiet_says_nothing(command: Command, tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from bitquilt.core.budget import SCOPES, Budget
+from bitquilt.core.settings import Calibration, Selection
 from bitquilt.errors import UserError
 from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
 from bitquilt.request import Wish, wish
@@ -92,6 +93,11 @@ class CalibrationOptions:
     column: Annotated[Word, _data(metavar="NAME", help=_COLUMN)] = None
     bos: Annotated[bool, _data("--bos/--no-bos", help=_BOS)] = True
 
+    def read(self, self_samples: int = 0) -> Calibration:
+        """The value of the same fields. Raises UserError for one that is out of range."""
+        fields = {key: value for key, value in vars(self).items() if key != "calibration"}
+        return Calibration(self.calibration, self_samples=self_samples, **fields)
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -104,6 +110,10 @@ class LayerOptions:
     )
     head_bits: Annotated[Count, _layers(metavar="N", help="Round an output head that is not tied to N bits.")] = None
     blocks: Annotated[Word, _layers(metavar="PATH", help="List of blocks. Default: the language model's.")] = None
+
+    def read(self) -> Selection:
+        """The value of the same fields."""
+        return Selection(**{**vars(self), "skip": self.skip or ()})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from bitquilt.cli.options import (
 from bitquilt.cli.output import Json, Quiet, calm, print_commands, print_fact, print_json, stderr, stdout
 from bitquilt.cli.progress import watching
 from bitquilt.core.plan_file import read_plan
-from bitquilt.core.settings import Calibration, Selection
 from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.report.facts import Facts, read_facts
 from bitquilt.report.page_values import allocator_totals, events_of
@@ -60,8 +59,8 @@ def quantize(
         request = Request(
             model=model,
             wish=wish(asked.recipe, asked.options, asked.budget, asked.scope, followed),
-            calibration=Calibration(data.calibration, data.samples, self_samples, data.seq_len, data.seed),
-            selection=Selection(layers.skip or (), layers.include_head, layers.embedding_bits, layers.head_bits),
+            calibration=data.read(self_samples),
+            selection=layers.read(),
             out=out,
             sensitivities=sensitivities,
             rounds=rounds,
