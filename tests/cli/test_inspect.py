@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -177,3 +178,27 @@ def _spoil(folder: Path, name: str) -> None:
     tensors = load_file(shard)
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
+
+
+def test_a_source_that_another_tool_quantized_is_named(
+    command: Command, quantized: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """By inspect of the source, and of what was made of it."""
+    shutil.copytree(tiny, tmp_path / "fp8")
+    stored, scales = load_file(tiny / "model.safetensors"), {}
+    for name in [name for name in stored if "_proj" in name]:
+        scales[f"{name}_scale"] = torch.full((), 0.01)
+        stored[name] = (stored[name].float() / 0.01).to(torch.float8_e4m3fn)
+    save_file(stored | scales, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    ran = command("inspect", tmp_path / "fp8")
+    assert "LlamaForCausalLM, quantized by another tool" in ran.out
+    assert "fp8 with a scale per matrix, 8.0" in " ".join(ran.out.split())
+    told = json.loads(command("inspect", tmp_path / "fp8", "--json").out)
+    assert (told["source"]["matrices"], told["nominal_bits"]) == (14, 8)
+    assert "was quantized by another tool" in command("inspect", tmp_path / "fp8", "--verify").err
+    assert json.loads(command("inspect", tiny, "--json").out)["source"] is None
+    shutil.copytree(quantized, tmp_path / "ours")
+    report = json.loads((quantized / "report.json").read_text())
+    report["model"]["source"] = told["source"]
+    (tmp_path / "ours" / "report.json").write_text(json.dumps(report))
+    assert "fp8 with a scale per matrix, 8.0" in " ".join(command("inspect", tmp_path / "ours").out.split())

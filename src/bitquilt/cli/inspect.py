@@ -12,7 +12,7 @@ from typer import Option
 
 from bitquilt.cli.options import AnyModel
 from bitquilt.cli.output import Json, calm, plain_table, print_fact, print_json, print_untouched, stdout
-from bitquilt.cli.quantize import print_bits_and_size, print_budget, print_events
+from bitquilt.cli.quantize import print_bits_and_size, print_budget, print_events, print_source
 from bitquilt.core.events import Untouched
 from bitquilt.core.units import percent_text, ratio_text, size_text, time_text
 from bitquilt.errors import UserError
@@ -50,7 +50,10 @@ class _StoredWeight:
 
 @dataclass(frozen=True)
 class _FullPrecision:
-    """A full-precision model, as --json prints it: weights that would be quantized, and tensors that would not."""
+    """A model that can be quantized, as --json prints it: weights that would be quantized, and tensors that would not.
+
+    `source`: how another tool quantized it, None for full precision.
+    """
 
     folder: str
     quantized: bool
@@ -58,6 +61,7 @@ class _FullPrecision:
     blocks: int
     bpw: float | None
     nominal_bits: float | None
+    source: dict[str, object] | None
     bytes: int
     ratio_to_fp16: float
     untouched: tuple[Untouched, ...]
@@ -81,13 +85,15 @@ def inspect(
     with calm(models=False):
         checkpoint = open_checkpoint(folder)
         method = checkpoint.model_config.quantized_by
-        if method not in (None, QUANT_METHOD):
+        checkpoint.refuse_undecodable()
+        if method not in (None, QUANT_METHOD) and not checkpoint.source.weights:
             raise UserError(
                 f"{folder} was quantized by another tool ({method}); give a checkpoint of bitquilt or full precision"
             )
-        if method is None:
+        if method != QUANT_METHOD:
             if verify:
-                raise UserError(f"{folder} is full precision: only what bitquilt wrote has hashes to compare with")
+                what = "was quantized by another tool" if checkpoint.source.weights else "is full precision"
+                raise UserError(f"{folder} {what}: only what bitquilt wrote has hashes to compare with")
             plain = _full_precision(checkpoint)
             plain = replace(plain, layers=_matching(plain.layers, layer))
             print_json(asdict(plain)) if json_output else _print_plain(plain)
@@ -103,8 +109,7 @@ def inspect(
 def _full_precision(checkpoint: Checkpoint) -> _FullPrecision:
     outline = open_outline(checkpoint)
     targets = all_targets(outline, (), include_head=False)
-    stored = {name: checkpoint.tensors[source] for source, name in outline.parameters.items()}
-    weights = {name: stored[f"{name}.weight"] for name in targets}
+    weights = {name: source for source, name in outline.parameters.items()}
     size = model_size(checkpoint.folder)
     return _FullPrecision(
         folder=str(checkpoint.folder),
@@ -113,11 +118,19 @@ def _full_precision(checkpoint: Checkpoint) -> _FullPrecision:
         blocks=len(outline.blocks),
         bpw=None if size is None else size.bpw,
         nominal_bits=None if size is None else size.nominal_bits,
-        bytes=checkpoint.nbytes,
-        ratio_to_fp16=checkpoint.nbytes / fp16_bytes(checkpoint.folder),
+        source=checkpoint.source.to_json(),
+        bytes=checkpoint.stored_bytes,
+        ratio_to_fp16=checkpoint.stored_bytes / fp16_bytes(checkpoint.folder),
         untouched=untouched_tensors(outline, targets),
-        layers={name: _StoredWeight(info.shape, info.dtype, info.nbytes) for name, info in weights.items()},
+        layers={name: _stored_weight(checkpoint, weights[f"{name}.weight"]) for name in targets},
     )
+
+
+def _stored_weight(checkpoint: Checkpoint, source: str) -> _StoredWeight:
+    info, encoded = checkpoint.tensors[source], checkpoint.source.weights.get(source)
+    if encoded is None:
+        return _StoredWeight(info.shape, info.dtype, info.nbytes)
+    return _StoredWeight(info.shape, encoded.encoding.label, encoded.nbytes)
 
 
 def _matching(layers: Mapping[str, T], pattern: str | None) -> dict[str, T]:
@@ -138,6 +151,7 @@ def _facts_json(facts: Facts, layers: Layers, verified: int | None) -> dict[str,
         "seed": fingerprint.get("seed"),
         **asdict(facts.size),
         "ratio_to_fp16": facts.ratio,
+        "source": section(facts.run.model, "source") or None,
         "bytes_by_part": facts.parts,
         **{key: facts.run.stored.get(key) for key in _OF_THE_RUN},
         "evaluations": [record.stored for record in facts.evaluations],
@@ -171,6 +185,7 @@ def _print_facts(facts: Facts, layers: Layers, bit_map: bool) -> None:
         share = percent_text(kept / sum(layer.out_features * layer.in_features for layer in layers.values()), 2)
         print_fact(stdout, "outliers", f"{kept} in half precision, {share} of the weights")
     print_bits_and_size(facts)
+    print_source(section(run.model, "source"))
     print_fact(stdout, "contents", ", ".join(f"{part} {size_text(count)}" for part, count in facts.parts.items()))
     print_budget(facts)
     _print_quality(facts)
@@ -246,7 +261,9 @@ def _print_plain(plain: _FullPrecision) -> None:
     for name, info in plain.layers.items():
         table.add_row(_short(name), "x".join(map(str, info.shape)), info.dtype, size_text(info.bytes))
     stdout.print(table)
-    stdout.print(f"{plain.folder}: {plain.model_class}, full precision", style="bold", markup=False)
+    kind = "full precision" if plain.source is None else "quantized by another tool, decoded as it is read"
+    stdout.print(f"{plain.folder}: {plain.model_class}, {kind}", style="bold", markup=False)
+    print_source(plain.source or {})
     print_fact(stdout, "size", f"{size_text(plain.bytes)} ({ratio_text(plain.ratio_to_fp16)})")
     share = percent_text(sum(info.bytes for info in plain.layers.values()) / plain.bytes, 2)
     listed = f"the {len(plain.layers)} layers above, in {plain.blocks} blocks"

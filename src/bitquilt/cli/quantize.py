@@ -1,7 +1,7 @@
 """`bitquilt quantize MODEL OUT`: from a checkpoint to a smaller checkpoint."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from bitquilt.core.plan_file import read_plan
 from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.report.facts import Facts, read_facts
 from bitquilt.report.page_values import allocator_totals, events_of
-from bitquilt.report.run_facts import LayerEvent
+from bitquilt.report.run_facts import LayerEvent, number, section, string
 from bitquilt.request import Request, Result, wish
 from bitquilt.run import run
 from bitquilt.stream.devices import choose_device
@@ -89,6 +89,7 @@ def _as_json(result: Result, facts: Facts) -> dict[str, Any]:
         "recipe": facts.run.recipe,
         **asdict(facts.size),
         "ratio_to_fp16": facts.ratio,
+        "source": section(facts.run.model, "source") or None,
         "seconds": facts.run.seconds.this_process,
         **{key: stored.get(key) for key in kept},
     }
@@ -100,6 +101,7 @@ def _summarize(result: Result, facts: Facts, model: str) -> None:
     stdout.print(str(result.folder), style="bold", markup=False, end="", soft_wrap=True)
     stdout.print(f": {done}")
     print_bits_and_size(facts)
+    print_source(section(facts.run.model, "source"))
     print_budget(facts)
     for kind, totals in allocator_totals(facts.run).items():
         shown = ", ".join(f"{name} {value:.5g}" for name, value in totals.items())
@@ -119,6 +121,14 @@ def print_bits_and_size(facts: Facts) -> None:
     """Print the two figures that count, each with its measure."""
     print_fact(stdout, "bits", f"{facts.size.nominal_bits:.3g} nominal, {facts.size.bpw:.3f} true per weight")
     print_fact(stdout, "size", f"{size_text(facts.size.bytes)} on disk ({ratio_text(facts.ratio)})")
+
+
+def print_source(source: Mapping[str, Any]) -> None:
+    """Print how another tool had quantized the model, if one had."""
+    bits = number(source.get("bits_per_weight"))
+    if bits is not None:
+        what = f"{string(source.get('format'))}, {bits:.3f} true bits per weight: its losses are in the model too"
+        print_fact(stdout, "source", what)
 
 
 def print_budget(facts: Facts) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +13,65 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitquilt.errors import UserError
-from bitquilt.model.config import ModelConfig, read_config
+from bitquilt.model.config import QUANT_METHOD, ModelConfig, read_config
+from bitquilt.model.encoded.recognize import recognize
+from bitquilt.model.encoded.source_format import SourceFormat
+from bitquilt.model.encoded.stated_format import SIDE_FILES, read_stated
 from bitquilt.model.hashes import file_sha256
 from bitquilt.model.safety import check_inside, refuse_hub_kernels
+from bitquilt.model.tensor_info import TensorInfo
 
 _SINGLE = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NEVER_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".lock"}
 # These describe the source, not the quantized model.
-_OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md")
+_OWN_FILES = ("config.json", INDEX_NAME, "plan.json", "report.json", "evaluation.json", "README.md", *SIDE_FILES)
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor's file, shape, type and size, from the file's header alone."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder of safetensors with a config.json; no tensor is in memory until `read`."""
+    """A folder of safetensors with a config.json; no tensor is in memory until `read`.
+
+    `tensors` are those of the model in full precision. Where another tool quantized it, `source` says how the files
+    hold them, and they are decoded as they are read.
+    """
 
     folder: Path
     name: str
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    source: SourceFormat = field(default_factory=SourceFormat, kw_only=True)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by name, each a copy of its own. Raises UserError for a damaged file."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        found: dict[str, Tensor] = {}
-        for file, members in by_file.items():
-            with _open(file) as handle:
-                for name in members:
-                    found[name] = handle.get_tensor(name).clone()
+        asked, encoded = list(names), self.source.weights
+        infos = {name: self.tensors[name] for name in asked if name not in encoded}
+        for name in asked:
+            if name in encoded:
+                infos |= {part: encoded[name].infos[role] for role, part in encoded[name].names.items()}
+        stored = _read_stored(infos)
+        found = {}
+        for name in asked:
+            if name in encoded:
+                parts = {role: stored.pop(part) for role, part in encoded[name].names.items()}
+                found[name] = self._decoded(name, parts)
+            else:
+                found[name] = stored[name]
         return found
+
+    def _decoded(self, name: str, parts: dict[str, Tensor]) -> Tensor:
+        try:
+            return self.source.weights[name].encoding.decode(parts).to(DTYPES[self.tensors[name].dtype]).contiguous()
+        except UserError as error:
+            raise UserError(f"{name} in {self.folder}: {error}") from None
+
+    def refuse_undecodable(self) -> None:
+        """Raise UserError if the weights are quantized in a way that cannot be decoded."""
+        if self.source.refusal is not None:
+            raise UserError(f"{self.name}: {self.source.refusal}")
 
     @property
     def model_config(self) -> ModelConfig:
@@ -64,8 +80,13 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, decoded ones included."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as the files hold them."""
+        return self.nbytes + self.source.nbytes - sum(self.tensors[name].nbytes for name in self.source.weights)
 
     def companions(self) -> list[Path]:
         """Small files of the model that are copied to the output: tokenizer, generation settings, custom code."""
@@ -78,7 +99,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """sha256 over the config and the hash of every file of weights."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({info.file for info in self.tensors.values()}):
+        files = {info.file for info in self.tensors.values()}
+        files |= {info.file for weight in self.source.weights.values() for info in weight.infos.values()}
+        if self.source.weights:
+            files |= {self.folder / name for name in SIDE_FILES if (self.folder / name).is_file()}
+        for file in sorted(files):
             digest.update(f"{file.name}:{file_sha256(file)}".encode())
         return digest.hexdigest()
 
@@ -108,7 +133,17 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     check_inside(folder, (path for path in folder.iterdir() if _is_read(path)))
     config = _read_object(config_path)
     refuse_hub_kernels(config, config_path)
-    return Checkpoint(folder, str(source), config, _tensor_table(folder))
+    tensors, encoded = read_format(folder, config, _tensor_table(folder))
+    return Checkpoint(folder, str(source), config, tensors, source=encoded)
+
+
+def read_format(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, TensorInfo]
+) -> tuple[dict[str, TensorInfo], SourceFormat]:
+    """Return the tensors of the model in full precision, and how the files of `folder` hold them."""
+    if read_config(config).quantized_by == QUANT_METHOD:
+        return tensors, SourceFormat()
+    return recognize(tensors, read_stated(folder, config))
 
 
 def _download(source: str, revision: str | None) -> Path:
@@ -187,6 +222,19 @@ def _headers(file: Path) -> dict[str, TensorInfo]:
     return found
 
 
+def _read_stored(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Read tensors as the files hold them, each file opened once."""
+    by_file: dict[Path, list[str]] = {}
+    for name, info in infos.items():
+        by_file.setdefault(info.file, []).append(name)
+    found: dict[str, Tensor] = {}
+    for file, members in by_file.items():
+        with _open(file) as handle:
+            for name in members:
+                found[name] = handle.get_tensor(name).clone()
+    return found
+
+
 def _refuse_second_model(single: Path, files: list[Path]) -> None:
     """Raise UserError for a model.safetensors beside an index of other files: transformers would read the former."""
     if single.is_file() and single not in files:
@@ -200,11 +248,10 @@ def refuse_two_sources(checkpoint: Checkpoint, parameters: Mapping[str, str]) ->
     """Raise UserError if two tensors with different values fill one parameter; `parameters`: its name by tensor."""
     first: dict[str, str] = {}
     for source, name in parameters.items():
-        if (
-            name in first and checkpoint.tensors[source].file.is_file()
-        ):  # of a model on the hub, headers are all there is
-            one, other = checkpoint.tensors[first[name]], checkpoint.tensors[source]
-            _refuse_two_values(first[name], one.file, source, other.file)
+        # of a model on the hub, headers are all there is
+        if name in first and (file := checkpoint.tensors[source].file).is_file():
+            (one,), (other,) = (checkpoint.read([each]).values() for each in (first[name], source))
+            _refuse_different(one, other, first[name], checkpoint.tensors[first[name]].file, source, file)
         first[name] = source
 
 
@@ -212,7 +259,11 @@ def _refuse_two_values(name: str, file: Path, other_name: str, other_file: Path)
     """Raise UserError unless both tensors are the same. They are read, because copies of one tensor are harmless."""
     with _open(file) as one, _open(other_file) as two:
         values, others = one.get_tensor(name), two.get_tensor(other_name)
-    if values.dtype != others.dtype or not torch.equal(values, others):
+    _refuse_different(values, others, name, file, other_name, other_file)
+
+
+def _refuse_different(one: Tensor, other: Tensor, name: str, file: Path, other_name: str, other_file: Path) -> None:
+    if one.dtype != other.dtype or not torch.equal(one, other):
         raise UserError(
             f"{file.parent} holds two values of one parameter: tensor {name} in {file.name} and tensor {other_name} in "
             f"{other_file.name}; remove the one that is out of date"

@@ -16,6 +16,7 @@ from bitquilt.errors import UserError
 QUANT_METHOD = "bitquilt"
 FORMAT_VERSION = 1
 _ENTRY = "quantization_config"
+_EARLIER_ENTRY = "compression_config"  # of compressed-tensors
 _WINDOWED = "sliding_attention"
 
 
@@ -60,7 +61,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         key_value_heads=_number(text, "num_key_value_heads") or heads,
         head_size=_number(text, "head_dim") or width // max(1, heads),
         bos=bos if isinstance(bos, int) else None,
-        quantized_by=_quantized_by(values.get(_ENTRY)),
+        quantized_by=_quantized_by(values.get(_ENTRY) or text.get(_ENTRY) or values.get(_EARLIER_ENTRY)),
     )
 
 
@@ -80,12 +81,16 @@ def with_quantization(values: Mapping[str, Any], layouts: Mapping[str, Layout]) 
         "bpw": total_bpw(layouts),
         "modules": {name: layout_to_json(layout) for name, layout in layouts.items()},
     }
-    return {**values, _ENTRY: entry}
+    return {**without_quantization(values), _ENTRY: entry}
 
 
 def without_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the `quantization_config` entry."""
-    return {key: value for key, value in values.items() if key != _ENTRY}
+    """Drop what says how a model was quantized, also from the configs of its parts."""
+    kept = {key: value for key, value in values.items() if key not in (_ENTRY, _EARLIER_ENTRY)}
+    return {
+        key: without_quantization(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
 
 
 def read_layouts(values: Mapping[str, Any]) -> dict[str, Layout]:

@@ -50,6 +50,7 @@ _STRANGE = ("attention_bias", "mlp_bias")
 
 def open_outline(checkpoint: Checkpoint, blocks: str | None = None) -> Skeleton:
     """Return the skeleton of `checkpoint` for planning, which needs names and sizes only. Raises as `open_skeleton`."""
+    checkpoint.refuse_undecodable()
     model = None if blocks is not None else _outline(checkpoint)
     if model is None:
         return open_skeleton(checkpoint, blocks=blocks)

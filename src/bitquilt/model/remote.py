@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, TensorInfo, is_companion, open_checkpoint
+from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, is_companion, open_checkpoint, read_format
+from bitquilt.model.encoded.stated_format import SIDE_FILES
 from bitquilt.model.safety import refuse_hub_kernels
+from bitquilt.model.tensor_info import TensorInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,8 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
         config = Path(hf_hub_download(name, "config.json", revision=revision, endpoint=endpoint))
         metadata = api.get_safetensors_metadata(name, revision=revision)
         listed = [f for f in api.list_repo_tree(name, revision=revision) if isinstance(f, RepoFile)]
+        for side_file in {f.path for f in listed} & set(SIDE_FILES):
+            hf_hub_download(name, side_file, revision=revision, endpoint=endpoint)
     except RepositoryNotFoundError:
         raise UserError(
             f"{name!r} is neither a folder nor a hub repository (private ones need `hf auth login`)"
@@ -75,7 +79,8 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
         raise UserError(f"config.json of {name} is not JSON: {error}") from None
     refuse_hub_kernels(values, config)
     companions = {f.path: f.size for f in listed if _fetched(f.path) and is_companion(f.path)}
-    return RemoteCheckpoint(config.parent, name, values, tensors, companions)
+    seen, source_format = read_format(config.parent, values, tensors)
+    return RemoteCheckpoint(config.parent, name, values, seen, companions, source=source_format)
 
 
 def _fetched(path: str) -> bool:

@@ -18,6 +18,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
+from bitquilt.model.encoded.recognize import FLOATS
 from bitquilt.model.linear import is_linear, linear_weight, replace_module
 from bitquilt.model.transformers_logging import quiet_transformers
 
@@ -112,6 +113,7 @@ def open_skeleton(
     """
     from bitquilt.model.transformers_model import empty_model, missing_parameters, source_names
 
+    checkpoint.refuse_undecodable()
     model = empty_model(checkpoint)
     if layouts:
         replace_layers(model, layouts)
@@ -129,8 +131,21 @@ def open_skeleton(
         sources[home].append(source)
         if not converted:
             parameters[source] = name
+    if not layouts:
+        _refuse_codes(model, checkpoint, parameters)
     refuse_two_sources(checkpoint, parameters)
     return Skeleton(model, checkpoint, config_of(model), found, sources, parameters)
+
+
+def _refuse_codes(model: nn.Module, checkpoint: Checkpoint, parameters: Mapping[str, str]) -> None:
+    """Raise UserError for a parameter that is stored in a type of which no full-precision weight is."""
+    floating = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}
+    for source, name in parameters.items():
+        if name in floating and (dtype := checkpoint.tensors[source].dtype) not in FLOATS:
+            raise UserError(
+                f"tensor {source} in {checkpoint.folder} is {dtype}: the model is quantized, and nothing says how to "
+                "decode it; give the full-precision model"
+            )
 
 
 def vocabulary_size(model: "PreTrainedModel") -> int:

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bitquilt.errors import UserError
-from bitquilt.model.checkpoint import INDEX_NAME, Checkpoint
+from bitquilt.model.checkpoint import DTYPES, INDEX_NAME, Checkpoint
 from bitquilt.model.config import without_quantization
 from bitquilt.model.transformers_logging import quiet_transformers
 
@@ -149,9 +150,35 @@ def load_pretrained(kind: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
                 f"{checkpoint.name} has model type {name!r}, which only Python code of its own knows, and that was not "
                 "run; read the code, then pass --trust-remote-code (trust_remote_code=True)"
             )
+    if not checkpoint.model_config.quantized_by:
+        checkpoint.refuse_undecodable()
+    if checkpoint.source.weights:
+        return _load_decoded(kind, checkpoint, options)
     options = {"use_safetensors": True, **options}
     with _as_transformers_names_it(checkpoint) as folder:
         return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _OnDemand:
+    """A tensor of `checkpoint` that is read, and decoded, when transformers slices it."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.checkpoint.read([self.name])[self.name]
+
+
+def _load_decoded(kind: Any, checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+    """Return the model of a checkpoint that another tool quantized, from the weights that a run reads too."""
+    config = load_config(checkpoint)
+    if kind is AutoModelForCausalLM:
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+    if options.get("dtype") == "auto":
+        options["dtype"] = DTYPES[checkpoint.tensors[next(iter(checkpoint.source.weights))].dtype]
+    state = {name: _OnDemand(checkpoint, name) for name in checkpoint.tensors}
+    return kind.from_pretrained(None, config=config, state_dict=state, **options)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import torch
 
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
-from bitquilt.model.checkpoint import TensorInfo
 from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton
+from bitquilt.model.tensor_info import TensorInfo
 from bitquilt.stream.writer import rest_shards
 
 # The order of types in which safetensors writes tensors, the last one first; tensors of one type go by name.

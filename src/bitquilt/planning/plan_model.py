@@ -134,8 +134,9 @@ def measure_model(
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a model that is already quantized."""
-    if method := checkpoint.model_config.quantized_by:
+    """Raise UserError for a model that is already quantized, unless its weights can be decoded."""
+    checkpoint.refuse_undecodable()
+    if (method := checkpoint.model_config.quantized_by) and not checkpoint.source.weights:
         raise UserError(f"{checkpoint.name} is already quantized ({method}); give the full-precision model")
 
 

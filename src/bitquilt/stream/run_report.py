@@ -131,14 +131,19 @@ def machine() -> dict[str, Any]:
 
 
 def _model(skeleton: Skeleton) -> dict[str, Any]:
-    """Describe the model. A local one by its folder's name only: a path says more about the user than the model."""
+    """Describe the model. A local one by its folder's name only: a path says more about the user than the model.
+
+    `source`: how another tool had quantized it.
+    """
     checkpoint = skeleton.checkpoint
     local = Path(checkpoint.name).is_dir()
+    source = checkpoint.source.to_json()
     return {
         "name": checkpoint.folder.resolve().name if local else checkpoint.name,
         "class": type(skeleton.model).__name__,
         "blocks": len(skeleton.blocks),
         "bytes": checkpoint.nbytes,
+        **({} if source is None else {"source": source}),
     }
 
 

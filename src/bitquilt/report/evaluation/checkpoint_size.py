@@ -28,7 +28,8 @@ class ModelSize:
 
 
 def model_size(model: nn.Module | str | Path) -> ModelSize | None:
-    """Return the size of a loaded model, of a folder, or of a hub id; None if another tool quantized it.
+    """Return the size of a loaded model, of a folder, or of a hub id; None if another tool quantized it and its
+    weights cannot be decoded.
 
     A folder's bytes are those of its safetensors files, headers included; a loaded model's are those of its tensors,
     each counted once. For a full-precision model, bpw and nominal bits are the stored width of its matrices.
@@ -40,6 +41,9 @@ def model_size(model: nn.Module | str | Path) -> ModelSize | None:
     if checkpoint.model_config.quantized_by == QUANT_METHOD:
         layouts = read_layouts(checkpoint.config)
         return ModelSize(total, total_bpw(layouts), total_nominal_bits(layouts))
+    source = checkpoint.source
+    if source.bits_per_weight is not None and source.code_bits is not None:
+        return ModelSize(total, source.bits_per_weight, source.code_bits)
     if checkpoint.model_config.quantized_by is not None:
         return None
     stored = (info for info in checkpoint.tensors.values() if len(info.shape) == 2 and info.dtype in _FLOATS)
