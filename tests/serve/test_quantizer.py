@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -66,6 +67,36 @@ def folder(make_quantized: MakeQuantized) -> Path:
 def model(folder: Path) -> PreTrainedModel:
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     return loaded
+
+
+def test_a_program_without_bitquilt_stops_and_says_what_is_missing(folder: Path) -> None:
+    """transformers alone would fill the quantized layers with random numbers."""
+    code = f"""
+import sys
+sys.modules["bitquilt"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+for kind in (AutoModelForCausalLM, AutoModel):
+    try:
+        kind.from_pretrained({str(folder)!r})
+    except ValueError as error:
+        print(error)
+"""
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=plain
+    )
+    assert done.stdout.count("were quantized by bitquilt") == 2
+    assert done.stdout.count("Install bitquilt and run `import bitquilt` before from_pretrained") == 2
+
+
+def test_checkpoints_without_the_guard_load_as_before(folder: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    """Those of earlier builds, and copies that save_pretrained writes."""
+    shutil.copytree(folder, tmp_path / "earlier")
+    config = json.loads((folder / "config.json").read_text())
+    assert "bitquilt" in config.pop("transformers_weights")
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "earlier")), logits(model))
+    assert not hasattr(model.config, "transformers_weights")
 
 
 @pytest.mark.parametrize("order", ["bitquilt, torch, transformers", "torch, transformers.quantizers, bitquilt"])

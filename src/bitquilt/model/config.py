@@ -16,6 +16,13 @@ from bitquilt.errors import UserError
 QUANT_METHOD = "bitquilt"
 FORMAT_VERSION = 1
 _ENTRY = "quantization_config"
+# The name of the weights' file in config.json, a setting of transformers. A name that is no .safetensors file makes
+# `from_pretrained` stop with an error that quotes it; our own quantizer removes the setting before it is read.
+GUARDED = "transformers_weights"
+GUARD = (
+    "these weights were quantized by bitquilt and only it can load them. Install bitquilt and run `import bitquilt` "
+    "before from_pretrained, or call bitquilt.load"
+)
 _EARLIER_ENTRY = "compression_config"  # of compressed-tensors
 _WINDOWED = "sliding_attention"
 
@@ -72,7 +79,11 @@ def config_of(model: Any) -> ModelConfig:
 
 
 def with_quantization(values: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """Add the `quantization_config` entry: enough to rebuild every quantized module's shapes."""
+    """Add the `quantization_config` entry: enough to rebuild every quantized module's shapes.
+
+    Also add the guard against programs that do not know the format: transformers would only warn about an unknown
+    `quant_method`, and fill the layers with random numbers.
+    """
     entry = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -81,12 +92,12 @@ def with_quantization(values: Mapping[str, Any], layouts: Mapping[str, Layout]) 
         "bpw": total_bpw(layouts),
         "modules": {name: layout_to_json(layout) for name, layout in layouts.items()},
     }
-    return {**without_quantization(values), _ENTRY: entry}
+    return {**without_quantization(values), GUARDED: GUARD, _ENTRY: entry}
 
 
 def without_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     """Drop what says how a model was quantized, also from the configs of its parts."""
-    kept = {key: value for key, value in values.items() if key not in (_ENTRY, _EARLIER_ENTRY)}
+    kept = {key: value for key, value in values.items() if key not in (_ENTRY, _EARLIER_ENTRY, GUARDED)}
     return {
         key: without_quantization(value) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in kept.items()

@@ -1,8 +1,8 @@
 """transformers' quantizer for the checkpoint format: `BitquiltConfig` and `BitquiltQuantizer`.
 
 Importing this file registers both, so that `AutoModelForCausalLM.from_pretrained(dir)` works after `import bitquilt`.
-Without the import transformers logs a warning and fills the layers with random numbers: a checkpoint cannot ask for the
-package that reads it.
+Without the import transformers would log a warning and fill the layers with random numbers. A guard in config.json
+makes it stop instead (`GUARD` in `model/config.py`); the quantizer removes the guard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from bitquilt.core.packing import check_indices, not_finite, tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
-from bitquilt.model.config import QUANT_METHOD, layouts_of_entry
+from bitquilt.model.config import GUARDED, QUANT_METHOD, layouts_of_entry
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu
@@ -59,6 +59,15 @@ class BitquiltQuantizer(HfQuantizer):
     """Put empty `QuantizedLinear` modules in place before transformers loads the tensors."""
 
     requires_calibration = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Remove the guard: transformers from 5.18 on shows the config to its quantizer here, then looks for files."""
+        vars(config).pop(GUARDED, None)
+        return config
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Remove the guard, in transformers up to 5.17."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         layouts = layouts_of_entry(self.quantization_config.to_dict())
