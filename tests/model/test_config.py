@@ -99,6 +99,14 @@ def test_who_quantized_the_model(entry: object, tool: str | None) -> None:
         read_layouts({"quantization_config": entry})
 
 
+def test_a_part_may_hold_the_entry() -> None:
+    """Wrappers with a vision tower keep it in the config of their text part."""
+    entry = {"quant_method": "awq", "bits": 4}
+    values = {"model_type": "llava", "text_config": {"hidden_size": 8, "quantization_config": entry}}
+    assert read_config(values).quantized_by == "awq"
+    assert without_quantization(values) == {"model_type": "llava", "text_config": {"hidden_size": 8}}
+
+
 def test_the_entry_is_written_and_read(make_quantized: Callable[..., Any]) -> None:
     config = open_checkpoint(make_quantized().folder).config
     plain = without_quantization(config)

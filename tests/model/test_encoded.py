@@ -225,6 +225,7 @@ def test_transformers_gets_the_same_weights(plain: Path, tmp_path: Path) -> None
             model, info = load_pretrained(kind, checkpoint, dtype=dtype, output_loading_info=True)
             assert not info["missing_keys"]
             models.append(model.state_dict())
+            assert model.generation_config.pad_token_id == 0
         assert models[0].keys() == models[1].keys()
         assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
@@ -302,6 +303,14 @@ def test_a_zero_of_all_ones_was_zero() -> None:
 LAYER = "model.layers.0.mlp.up_proj"
 
 
+def without(encode: Encode, suffix: str) -> Encode:
+    def left_out(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        stored, decoded = encode(path, weight)
+        return {name: tensor for name, tensor in stored.items() if not name.endswith(suffix)}, decoded
+
+    return left_out
+
+
 def refused(folder: Path, reason: str) -> None:
     checkpoint = open_checkpoint(folder)
     with pytest.raises(UserError, match=reason):
@@ -315,6 +324,7 @@ def refused(folder: Path, reason: str) -> None:
         ("weight", torch.ones(64, 16, dtype=torch.uint8), r"up_proj.weight is U8 .* give the full-precision model"),
         ("weight_scale", torch.ones(64, 1), r"up_proj.weight_scale is F32"),
         ("SCB", torch.ones(64), r"quantized \(bitsandbytes int8\)"),
+        ("codes", torch.ones(64, 4, dtype=torch.int16), r"up_proj.codes is I16"),
         ("weight_scale_2", torch.ones(()), r"quantized \(NVFP4\)"),
         ("qweight", torch.ones(4, 64, dtype=torch.int32), r"up_proj.qweight is I32"),
         ("weight_packed", torch.ones(64, 4, dtype=torch.uint8), r"up_proj.weight_packed is U8"),
@@ -338,6 +348,13 @@ def test_settings_that_contradict_the_tensors_are_refused(plain: Path, tmp_path:
     refused(unknown, "config.json does not say how many bits")
     wrong, _ = write(plain, tmp_path / "c", packed(4, True), compressed(num_bits=3, group_size=16))
     refused(wrong, "3 bits and 4 groups of 16 do not fill")
+    for at, encode, config, left_out in [
+        ("e", packed(4, True), compressed(num_bits=4, group_size=16, symmetric=False), "weight_zero_point"),
+        ("f", fp8((1, 0), "weight_scale", torch.int8), compressed(num_bits=8, symmetric=False), "weight_zero_point"),
+        ("g", without(gptq(4, v2=False), "qzeros"), method("gptq", bits=4), "qzeros"),
+        ("h", without(gptq(4, v2=False, act_order=True), "g_idx"), method("gptq", bits=4, desc_act=True), "g_idx"),
+    ]:
+        refused(write(plain, tmp_path / at, encode, config)[0], f"has no model.*{left_out}, which the settings")
     _, full = write(plain, tmp_path / "d", packed(4, True), {})
     (full / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     refused(full, r"hf_quant_config.json says that the model is quantized \(FP8\), and no tensor is")
@@ -352,3 +369,16 @@ def test_two_widths_by_the_names_of_their_layers(plain: Path, tmp_path: Path) ->
     one, twin = map(open_checkpoint, folders)
     read, expected = one.read(one.tensors), twin.read(twin.tensors)
     assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_tensors_that_do_not_fit_together_are_an_error_that_names_the_layer(plain: Path, tmp_path: Path) -> None:
+    def broken(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        stored, decoded = packed(4, False)(path, weight)
+        return {**stored, f"{path}.weight_zero_point": torch.ones(1, 1, dtype=torch.int32)}, decoded
+
+    checkpoint = open_checkpoint(write(plain, tmp_path, broken, compressed(num_bits=4, group_size=16))[0])
+    with pytest.raises(UserError, match=r"layers.0.mlp.up_proj.weight in .* do not fit together"):
+        checkpoint.read([f"{LAYER}.weight"])
+    empty = {f"{LAYER}.qweight": torch.ones(4, 8).int(), f"{LAYER}.scales": torch.ones(0, 64)}
+    save_file({**empty, f"{LAYER}.qzeros": torch.ones(0, 8).int()}, checkpoint.folder / "model.safetensors")
+    assert "do not fit together" in str(open_checkpoint(checkpoint.folder).source.refusal)

@@ -12,11 +12,13 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import bitquilt
 from bitquilt import Budget, Result, UserError
 from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.remote import open_headers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -186,3 +188,22 @@ def test_no_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_the_hub_would_not_take(hub: Hub) -> None:
     with pytest.raises(UserError, match=r"no folder at 'org/-bad--name-'"):
         open_checkpoint("org/-bad--name-")
+
+
+def test_headers_show_what_codes_decode_to(hub: Hub, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A model that another tool quantized is planned like the full-precision one; only its headers are fetched."""
+    hub.folders["org/fp8"] = folder = tmp_path / "served"
+    folder.mkdir()
+    model = make_model()
+    tensors, scales = load_file(model / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors[name], scales[f"{name}_scale"] = tensors[name].to(torch.float8_e4m3fn), torch.ones(())
+    save_file(tensors | scales, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    there, here = open_headers("org/fp8"), open_checkpoint(folder)
+    assert {n: (i.shape, i.dtype) for n, i in there.tensors.items()} == {
+        n: (i.shape, i.dtype) for n, i in here.tensors.items()
+    }
+    assert there.source.name == here.source.name == "fp8 with a scale per matrix"
+    assert "hf_quant_config.json" in hub.fetched

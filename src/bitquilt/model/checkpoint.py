@@ -64,9 +64,15 @@ class Checkpoint:
 
     def _decoded(self, name: str, parts: dict[str, Tensor]) -> Tensor:
         try:
-            return self.source.weights[name].encoding.decode(parts).to(DTYPES[self.tensors[name].dtype]).contiguous()
+            decoded = self.source.weights[name].encoding.decode(parts)
         except UserError as error:
             raise UserError(f"{name} in {self.folder}: {error}") from None
+        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:  # shapes that do not fit
+            raise UserError(
+                f"{name} in {self.folder} cannot be decoded: its tensors do not fit together ({error}); download the "
+                "model again"
+            ) from None
+        return decoded.to(DTYPES[self.tensors[name].dtype]).contiguous()
 
     def refuse_undecodable(self) -> None:
         """Raise UserError if the weights are quantized in a way that cannot be decoded."""

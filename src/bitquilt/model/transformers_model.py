@@ -18,7 +18,14 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -174,11 +181,17 @@ def _load_decoded(kind: Any, checkpoint: Checkpoint, options: dict[str, Any]) ->
     """Return the model of a checkpoint that another tool quantized, from the weights that a run reads too."""
     config = load_config(checkpoint)
     if kind is AutoModelForCausalLM:
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise UserError(f"{checkpoint.name} is no causal language model: its config is a {type(config).__name__}")
         kind = AutoModelForCausalLM._model_mapping[type(config)]
     if options.get("dtype") == "auto":
         options["dtype"] = DTYPES[checkpoint.tensors[next(iter(checkpoint.source.weights))].dtype]
     state = {name: _OnDemand(checkpoint, name) for name in checkpoint.tensors}
-    return kind.from_pretrained(None, config=config, state_dict=state, **options)
+    loaded = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    if (checkpoint.folder / "generation_config.json").is_file() and kind.can_generate():
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return loaded
 
 
 @contextmanager

@@ -6,8 +6,7 @@ blocks, and is never believed that a checkpoint is full precision.
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from bitquilt.model.encoded.source_format import SourceFormat
 from bitquilt.model.encoded.stated_format import StatedFormat
@@ -35,18 +34,20 @@ _OF_ACTIVATIONS = re.compile(
     r"(\.|_)(input_scale|input_zero_point|input_global_scale|output_scale|activation_scale|"
     r"[qkv]_scale|[kv]_zero_point|kv_scale|prob_scale)$"
 )
-# Tensors that only quantized checkpoints have, and who writes them.
+# Tensors that only quantized checkpoints have, and who writes them; some names count only where codes are stored.
 _FOREIGN = {
     r"\.SCB$": "bitsandbytes int8",
     r"\.(absmax|quant_map|nested_absmax)$|\.quant_state": "bitsandbytes 4-bit",
     r"\.(weight_scale_2|weight_global_scale)$": "NVFP4",
     r"\.weight_scales$": "EETQ",
-    r"\.(codebooks|Qidxs|W_q)$": "AQLM, QuIP# or HQQ",
     r"\.weight\._(data|scale)$": "quanto",
     r"\.pre_quant_scale$": "AWQ of ModelOpt",
     r"\.(qweight|qzeros)$": "",
     r"\.weight_(packed|shape|scale|scale_inv|zero_point|g_idx)$|_scale_inv$": "",
 }
+# Types of what belongs to codes; scales in U8 and E8M0 are exponents.
+_TYPES = {"scale": ("F", "BF16", "U8"), "zero": ("I8", "I32"), "group": ("I32", "I64"), "shape": ("I32", "I64")}
+_FOREIGN_CODES = re.compile(r"\.(codes|Qidxs|W_q)$")  # AQLM, QuIP#, HQQ
 
 
 class _Undecodable(Exception):
@@ -59,7 +60,7 @@ def recognize(tensors: Mapping[str, TensorInfo], stated: StatedFormat) -> tuple[
     try:
         for name in tensors:
             for suffix, encode in _RULES.items():
-                if name.endswith(suffix) and (found := encode(tensors, name, stated)) is not None:
+                if name.endswith(suffix) and (found := _encoded(encode, tensors, name, stated)) is not None:
                     target, weight = found
                     weights[target] = weight
                     used.update(weight.names.values())
@@ -68,6 +69,13 @@ def recognize(tensors: Mapping[str, TensorInfo], stated: StatedFormat) -> tuple[
     except _Undecodable as error:
         return dict(tensors), SourceFormat(refusal=f"{error}; {_READABLE}")
     return seen, SourceFormat(weights)
+
+
+def _encoded(encode: "_Rule", tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) -> "_Found":
+    try:
+        return encode(tensors, name, stated)
+    except (ZeroDivisionError, IndexError, ValueError):  # sides of length 0, or too few of them
+        raise _Undecodable(f"the shapes of {name}, its scales and zeros do not fit together") from None
 
 
 def _decoded_view(
@@ -96,9 +104,10 @@ def _refuse_leftovers(
     for name, info in seen.items():
         if name in weights:
             continue
-        foreign = next((label for pattern, label in _FOREIGN.items() if re.search(pattern, name)), None)
+        plain = name.endswith((".weight", ".bias"))  # nearly all names: 50,000 experts take no time
+        foreign = None if plain else next((who for pattern, who in _FOREIGN.items() if re.search(pattern, name)), None)
         codes = _CODES.fullmatch(info.dtype) and info.dtype not in FLOATS
-        matrix = len(info.shape) > 1 and name.endswith(("weight", "_proj"))
+        matrix = len(info.shape) > 1 and (name.endswith(("weight", "_proj")) or _FOREIGN_CODES.search(name))
         if foreign is not None or (codes and (matrix or info.dtype.startswith(("F4", "F6", "F8")))):
             raise _Undecodable(
                 f"the model is quantized ({foreign or stated.name or 'in an unknown format'}): tensor {name} is "
@@ -111,8 +120,16 @@ def _refuse_leftovers(
         )
 
 
-def _parts(tensors: Mapping[str, TensorInfo], encoding: Encoding, names: Mapping[str, str | None]) -> EncodedWeight:
-    kept = {role: name for role, name in names.items() if name is not None and name in tensors}
+def _parts(
+    tensors: Mapping[str, TensorInfo], encoding: Encoding, names: Mapping[str, str], wanted: Iterable[str] = ()
+) -> EncodedWeight:
+    kept = {role: name for role, name in names.items() if name in tensors}
+    for role, types in _TYPES.items():
+        if role in kept and not tensors[kept[role]].dtype.startswith(types):
+            raise _Undecodable(f"{kept[role]} is {tensors[kept[role]].dtype}; wanted {' or '.join(types)}")
+    for role in wanted:
+        if role not in kept:
+            raise _Undecodable(f"{kept['codes']} has no {names[role]}, which the settings in config.json want")
     return EncodedWeight(encoding, kept, {role: tensors[name] for role, name in kept.items()})
 
 
@@ -135,13 +152,16 @@ def _scaled(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) 
     extent = _extent(codes.shape, grid.shape, stated)
     if extent is None:
         raise _Undecodable(f"{name} has shape {list(codes.shape)} and {scale} {list(grid.shape)}: no blocks fit both")
-    return name, _parts(tensors, ScaledCodes(codes.dtype, codes.shape, extent), names)
+    wanted = ["zero"] if codes.dtype == "I8" and stated.wants_zeros(base.removesuffix(".")) else []
+    return name, _parts(tensors, ScaledCodes(codes.dtype, codes.shape, extent), names, wanted)
 
 
 def _extent(shape: tuple[int, ...], grid: tuple[int, ...], stated: StatedFormat) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if the shapes do not fit."""
     (rows, columns), lead = shape[-2:], shape[:-2]
     count = math.prod(grid)
+    if 0 in shape:
+        return None
     if count == 1:
         return (rows, columns) if not lead else None
     if lead and count == lead[0] == grid[0]:
@@ -189,7 +209,12 @@ def _gptq_or_awq(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFor
     columns = codes.shape[0] * 32 // bits if group is None else group.shape[0]
     size = stated.block[1] if stated.block[1] and -(-columns // stated.block[1]) == groups else -(-columns // groups)
     encoding = GptqWeight(bits, (rows, columns), size, minus_one=stated.layout != "gptq_v2")
-    return f"{base}weight", _parts(tensors, encoding, parts)
+    settings = stated.settings
+    wanted = [
+        *(["group"] if settings.get("desc_act") is True else []),
+        *([] if settings.get("sym") is True else ["zero"]),
+    ]
+    return f"{base}weight", _parts(tensors, encoding, parts, wanted)
 
 
 def _gptq_bits(
@@ -227,7 +252,8 @@ def _packed(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) 
             f"{name} is {list(codes.shape)}, which {bits} bits and {groups} groups of {size} do not fill"
         )
     encoding = PackedIntegers(bits, (rows, columns), -(-columns // groups), per_word)
-    return f"{base}weight", _parts(tensors, encoding, parts)
+    wanted = ["zero"] if stated.wants_zeros(base.removesuffix(".")) else []
+    return f"{base}weight", _parts(tensors, encoding, parts, wanted)
 
 
 def _mxfp4(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) -> _Found:
@@ -241,7 +267,7 @@ def _mxfp4(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) -
     return base, _parts(tensors, encoding, {"codes": name, "scale": f"{base}_scales"})
 
 
-_Rule = Callable[[Mapping[str, TensorInfo], str, StatedFormat], Any]
+_Rule = Callable[[Mapping[str, TensorInfo], str, StatedFormat], _Found]
 _RULES: Mapping[str, _Rule] = {
     "qweight": _gptq_or_awq,
     "weight_packed": _packed,

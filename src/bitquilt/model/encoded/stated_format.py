@@ -53,11 +53,19 @@ class StatedFormat:
         return _width(self.settings.get("bits")) or _width(self.settings.get("w_bit"))
 
     def of_module(self, path: str) -> tuple[int | None, int | None]:
-        """Bits and group size that compressed-tensors states for a module; its own name goes before its class."""
+        """Bits and group size that compressed-tensors states for a module."""
+        group = self._group_of(path)
+        return _width(group.get("num_bits")), _positive(group.get("group_size"))
+
+    def wants_zeros(self, path: str) -> bool:
+        """Whether compressed-tensors states that a module has zeros."""
+        return self._group_of(path).get("symmetric") is False
+
+    def _group_of(self, path: str) -> dict[str, Any]:
+        """The settings of a module's weights; its own name goes before its class."""
         groups = self._groups
         named = (group for targets, group in groups.items() if any(_names(target, path) for target in targets))
-        group = next(named, next((g for targets, g in groups.items() if "Linear" in targets), {}))
-        return _width(group.get("num_bits")), _positive(group.get("group_size"))
+        return next(named, next((group for targets, group in groups.items() if "Linear" in targets), {}))
 
     @property
     def _groups(self) -> dict[tuple[str, ...], dict[str, Any]]:
@@ -106,8 +114,8 @@ def _names(target: str, path: str) -> bool:
 
 
 def _positive(value: object) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and value > 0 else None
 
 
 def _width(value: object) -> int | None:
-    return value if isinstance(value, int) and 1 <= value <= 8 else None
+    return value if type(value) is int and 1 <= value <= 8 else None
