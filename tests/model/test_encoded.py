@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import bitquilt
 from bitquilt import UserError
@@ -266,6 +267,15 @@ def test_a_block_may_not_divide_the_matrix() -> None:
     grid = torch.arange(10.0).view(5, 2)
     decoded = ScaledCodes("F8_E4M3", (576, 256), (128, 128)).decode({"codes": codes, "scale": grid})
     assert torch.equal(decoded, grid.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1))
+
+
+def test_blocks_of_fp8_are_what_transformers_makes_of_them() -> None:
+    codes, grid = (
+        torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn),
+        torch.rand(4, 2),
+    )
+    theirs = Fp8Dequantize(None).convert({"weight": codes, "weight_scale_inv": grid})["weight"]
+    assert torch.equal(ScaledCodes("F8_E4M3", (64, 32), (16, 16)).decode({"codes": codes, "scale": grid}), theirs)
 
 
 def test_scales_may_be_exponents() -> None:

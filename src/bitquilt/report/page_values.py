@@ -162,10 +162,11 @@ def events_of(events: Sequence[LayerEvent]) -> list[EventKind]:
 
 
 def settings_of(facts: Facts) -> list[tuple[str, str]]:
-    """Every setting and hash of the run by its path in report.json.
+    """Every setting and hash of the run by its path in report.json, and how another tool had quantized the source.
 
     A source is named without its folders: pages are passed on, and a path tells more about the user than the data."""
-    flat = _flat(facts.run.fingerprint)
+    source = section(facts.run.model, "source")
+    flat = _flat({**facts.run.fingerprint, **({"quantized source": source} if source else {})})
     found = [(key, _shown(Path(str(value)).name if key.endswith(".source") else value)) for key, value in flat]
     return [*found, ("checkpoint.sha256", facts.checkpoint.fingerprint())]
 
