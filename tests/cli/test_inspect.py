@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bitquilt.cli.inspect import group_bar
 from bitquilt.cli.inspect import inspect as verb
+from bitquilt.report.facts import read_facts
+from bitquilt.report.page_values import settings_of
 
 from .conftest import Command
 
@@ -202,3 +204,4 @@ def test_a_source_that_another_tool_quantized_is_named(
     report["model"]["source"] = told["source"]
     (tmp_path / "ours" / "report.json").write_text(json.dumps(report))
     assert "fp8 with a scale per matrix, 8.0" in " ".join(command("inspect", tmp_path / "ours").out.split())
+    assert ("quantized source.format", "fp8 with a scale per matrix") in settings_of(read_facts(tmp_path / "ours"))
