@@ -122,6 +122,39 @@ def packed(bits: int, symmetric: bool, group: int = 16) -> Encode:
     return encode
 
 
+TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def fp4(pairs: Tensor) -> Tensor:
+    """Numbers of 4 bits, the lower half of a byte first."""
+    value = torch.tensor([*TABLE, *(-one for one in TABLE)])
+    return torch.stack([value[(pairs & 15).long()], value[(pairs >> 4).long()]], -1).flatten(-2)
+
+
+def pairs(codes_name: str, common: str | None) -> Encode:
+    """MXFP4 with exponents, or NVFP4 with scales in fp8 and the number `common`."""
+
+    def encode(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = weight.shape
+        size = 32 if common is None else 16
+        codes = numbers(0, 256, rows, columns // 2).to(torch.uint8)
+        stored = {codes_name: codes}
+        if common is None:
+            scale = numbers(120, 126, rows, columns // size, seed=1).to(torch.uint8)
+            factors = 2.0 ** (scale.float() - 127)
+        else:
+            scale = torch.rand(rows, columns // size, generator=torch.Generator().manual_seed(1)).to(
+                torch.float8_e4m3fn
+            )
+            stored[common] = torch.tensor(0.125 if common.endswith("_2") else 8.0)
+            factors = scale.float() * 0.125
+        decoded = fp4(codes) * factors.repeat_interleave(size, 1)
+        stored["weight_scale"] = scale
+        return {f"{path}.{name}": tensor for name, tensor in stored.items()}, decoded.bfloat16()
+
+    return encode
+
+
 def compressed(**weights: Any) -> dict[str, Any]:
     groups = {"a": {"targets": ["Linear"], "weights": weights}}
     return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
@@ -148,6 +181,11 @@ FORMATS: dict[str, tuple[Encode, dict[str, Any], str]] = {
     "gptq of 8 bits": (gptq(8, v2=False), {}, "GPTQ with 8 bits"),
     "awq": (awq, method("awq", bits=4, group_size=16, version="gemm"), "AWQ with 4 bits"),
     "packed": (packed(4, True), compressed(num_bits=4, group_size=16), "int4 of compressed-tensors"),
+    "mxfp4 of compressed-tensors": (pairs("weight_packed", None), method("compressed-tensors"), "MXFP4"),
+    "nvfp4 of compressed-tensors": (
+        pairs("weight_packed", "weight_global_scale"), method("compressed-tensors"), "NVFP4"
+    ),
+    "nvfp4 of modelopt": (pairs("weight", "weight_scale_2"), {}, "NVFP4"),
     "packed with zeros": (packed(3, False), compressed(num_bits=3, group_size=16), "int3 of compressed-tensors"),
 }  # fmt: off
 
@@ -245,10 +283,7 @@ def test_the_bits_of_the_source_count_its_scales(plain: Path, tmp_path: Path) ->
 
 def test_experts_in_mxfp4(plain: Path, tmp_path: Path) -> None:
     codes, exponents = numbers(0, 256, 2, 6, 3, 16).to(torch.uint8), numbers(120, 130, 2, 6, 3, seed=1).to(torch.uint8)
-    table = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    value = torch.tensor([*table, *(-one for one in table)])
-    pairs = torch.stack([value[(codes & 15).long()], value[(codes >> 4).long()]], -1).flatten(-2)
-    expected = (pairs * 2.0 ** (exponents.float() - 127).unsqueeze(-1)).flatten(-2).transpose(1, 2)
+    expected = (fp4(codes) * 2.0 ** (exponents.float() - 127).unsqueeze(-1)).flatten(-2).transpose(1, 2)
     shutil.copytree(plain, tmp_path / "model")
     stored = {"experts.up_proj_blocks": codes, "experts.up_proj_scales": exponents}
     save_file(stored, tmp_path / "model" / "model.safetensors")

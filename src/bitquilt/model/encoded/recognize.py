@@ -23,8 +23,8 @@ from bitquilt.model.encoded.weights import (
 from bitquilt.model.tensor_info import TensorInfo
 
 _READABLE = (
-    "bitquilt reads fp8, int8, GPTQ, AWQ (gemm), MXFP4 and compressed-tensors (float-, int- and pack-quantized); give "
-    "the full-precision model"
+    "bitquilt reads fp8, int8, GPTQ, AWQ (gemm), MXFP4, NVFP4 and compressed-tensors (float-, int- and "
+    "pack-quantized); give the full-precision model"
 )
 # Types in which no full-precision weight is stored.
 _CODES = re.compile(r"[FIU](4|6|8|16|32|64)(_.*)?|BOOL")
@@ -47,6 +47,7 @@ _FOREIGN = {
 }
 # Types of what belongs to codes; scales in U8 and E8M0 are exponents.
 _TYPES = {"scale": ("F", "BF16", "U8"), "zero": ("I8", "I32"), "group": ("I32", "I64"), "shape": ("I32", "I64")}
+_EXPONENTS = ("U8", "F8_E8M0")
 _FOREIGN_CODES = re.compile(r"\.(codes|Qidxs|W_q)$")  # AQLM, QuIP#, HQQ
 
 
@@ -139,6 +140,8 @@ _Found = tuple[str, EncodedWeight] | None
 def _scaled(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) -> _Found:
     """`X` in fp8 or int8 beside `X_scale_inv` or `X_scale`, or `weight` beside `scale`."""
     codes, base = tensors[name], name.removesuffix("weight")
+    if codes.dtype == "U8" and f"{name}_scale_2" in tensors and f"{name}_scale" in tensors:
+        return name, _pairs(tensors, {"codes": name, "scale": f"{name}_scale", "factor": f"{name}_scale_2"})
     if not codes.dtype.startswith(("F8_E4M3", "F8_E5M2", "I8")) or len(codes.shape) < 2:
         return None
     scale = next((s for s in (f"{name}_scale_inv", f"{name}_scale", f"{base}scale") if s in tensors), None)
@@ -146,14 +149,22 @@ def _scaled(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) 
         return None
     names = {"codes": name, "scale": scale, "zero": f"{name}_zero_point"}
     grid = tensors[scale]
-    if codes.dtype == "I8" and grid.dtype in ("U8", "F8_E8M0"):
-        pairs = Fp4Pairs((*codes.shape[:-1], 2 * codes.shape[-1]))
-        return name, _parts(tensors, pairs, names)
+    if codes.dtype == "I8" and grid.dtype in _EXPONENTS:
+        return name, _pairs(tensors, names)
     extent = _extent(codes.shape, grid.shape, stated)
     if extent is None:
         raise _Undecodable(f"{name} has shape {list(codes.shape)} and {scale} {list(grid.shape)}: no blocks fit both")
     wanted = ["zero"] if codes.dtype == "I8" and stated.wants_zeros(base.removesuffix(".")) else []
     return name, _parts(tensors, ScaledCodes(codes.dtype, codes.shape, extent), names, wanted)
+
+
+def _pairs(tensors: Mapping[str, TensorInfo], names: Mapping[str, str]) -> EncodedWeight:
+    """Two numbers of 4 bits per byte: MXFP4 with exponents for scales, NVFP4 with scales in fp8 and one for all."""
+    codes, scale = tensors[names["codes"]], tensors[names["scale"]]
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    if codes.shape[:-1] != scale.shape[:-1] or shape[-1] % scale.shape[-1]:
+        raise _Undecodable(f"{names['codes']} is {list(codes.shape)} with scales {list(scale.shape)}")
+    return _parts(tensors, Fp4Pairs(shape, "MXFP4" if scale.dtype in _EXPONENTS else "NVFP4"), names)
 
 
 def _extent(shape: tuple[int, ...], grid: tuple[int, ...], stated: StatedFormat) -> tuple[int, int] | None:
@@ -238,6 +249,9 @@ def _packed(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) 
     roles = {"scale": "weight_scale", "zero": "weight_zero_point", "shape": "weight_shape", "group": "weight_g_idx"}
     parts = {"codes": name, **{role: base + suffix for role, suffix in roles.items()}}
     codes, scale = tensors[name], tensors.get(parts["scale"])
+    common = f"{base}weight_global_scale"
+    if codes.dtype == "U8" and scale is not None and (scale.dtype in _EXPONENTS) != (common in tensors):
+        return f"{base}weight", _pairs(tensors, {"codes": name, "scale": parts["scale"], "divisor": common})
     if codes.dtype != "I32" or scale is None or len(codes.shape) != 2:
         return None
     bits, size = stated.of_module(base.removesuffix("."))

@@ -1,8 +1,8 @@
 """Weights as other tools store them: one class per encoding, each of which decodes one matrix.
 
 `ScaledCodes` holds fp8 or int8 numbers and a grid of scales, `GptqWeight` and `AwqWeight` what those tools write,
-`PackedIntegers` the packed integers of compressed-tensors, `Mxfp4Blocks` the experts of gpt-oss, `Fp4Pairs` two numbers
-of 4 bits per byte. `decode` takes the stored tensors by role and returns the matrix; the arithmetic is in float32.
+`PackedIntegers` the packed integers of compressed-tensors, `Mxfp4Blocks` the experts of gpt-oss, `Fp4Pairs` MXFP4
+and NVFP4 of other models. `decode` takes the stored tensors by role and returns the matrix, computed in float32.
 """
 
 from collections.abc import Mapping
@@ -213,9 +213,10 @@ class Mxfp4Blocks:
 
 @dataclass(frozen=True)
 class Fp4Pairs:
-    """Two numbers of 4 bits per int8 `[out, in / 2]`, a power of 2 for each block; decoded by transformers.
+    """Two numbers of 4 bits per byte `[out, in / 2]`, with a scale for each block; unpacked by transformers.
 
-    Parts: `codes`, `scale`.
+    Parts: `codes`, `scale`, which bytes hold as exponents (MXFP4), and for NVFP4 a number that all scales are
+    multiplied by (`factor`, of ModelOpt) or divided by (`divisor`, of compressed-tensors).
     """
 
     shape: tuple[int, ...]
@@ -225,7 +226,12 @@ class Fp4Pairs:
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # late: imports model code
 
-        stored = {"weight": parts["codes"], "weight_scale_inv": parts["scale"]}
+        scale = _scale(parts["scale"])
+        if "factor" in parts:
+            scale = scale * parts["factor"].float()
+        if "divisor" in parts:
+            scale = scale / parts["divisor"].float()
+        stored = {"weight": parts["codes"].view(torch.int8), "weight_scale_inv": scale}
         decoded: Tensor = Fp8Dequantize(None).convert(stored)["weight"]
         return decoded
 
