@@ -171,7 +171,8 @@ class _Measurement:
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
                     drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
-                    losses.extend(_next_token_losses(logits, self.ids[rows]))
+                    if not skeleton.config.encoder_decoder:  # its logits are of the token itself
+                        losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
                 assert hidden.grad is not None
                 gradients.write(rows, hidden.grad)

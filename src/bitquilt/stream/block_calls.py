@@ -9,15 +9,17 @@ which is kept in more columns of the hidden states (`calls/columns.py`).
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bitquilt.errors import UserError
-from bitquilt.model.structure import Skeleton, vocabulary_size
+from bitquilt.model.structure import Skeleton, stack_starts, vocabulary_size
 from bitquilt.stream.calls.columns import SMALL_SHAPES, Columns, TokenTensor, check_exact, lives, token_tensor
+from bitquilt.stream.calls.crossing import Crossing, learn_closing
 from bitquilt.stream.calls.recording import (
     Call,
     Extras,
@@ -28,12 +30,15 @@ from bitquilt.stream.calls.recording import (
     listen,
     names_of,
     run_model,
+    shaken,
     wrap_output,
 )
 from bitquilt.stream.calls.shared_states import SharedStates, is_shared, learn_shared
 from bitquilt.stream.devices import to_device
 
 _PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
+_ENCODED = -1  # the number of the encoder's output until the others are counted
+_NO_COLUMNS = Columns(TokenTensor(0, 1, (), torch.float32), (), ())
 _SENTENCE = "this architecture cannot be streamed block by block"
 
 
@@ -55,18 +60,19 @@ class _Roles:
     columns: Columns
     places: Mapping[tuple[int, int], int]
     shared: SharedStates | None
+    crossing: Crossing | None
 
 
 @dataclass(frozen=True, eq=False)
 class BlockCalls:
     """How a model calls its blocks: `by_shape`, with which arguments for inputs `[batch, tokens]`, block by block.
 
-    `extras`: what a block returns after the hidden states; None if it returns a tensor, not a tuple.
+    `extras`: what each block returns after the hidden states; None if it returns a tensor, not a tuple.
     """
 
     skeleton: Skeleton
     device: torch.device
-    extras: Extras
+    extras: Sequence[Extras]
     by_shape: Mapping[tuple[int, ...], Sequence[Call]]
     roles: _Roles
 
@@ -79,12 +85,14 @@ class BlockCalls:
 
         Needs the outer weights in memory.
         """
-        places = self.roles.places
+        places, crossing = self.roles.places, self.roles.crossing
         heard = listen(self.skeleton, ids, self.extras, last=None if places else 0)
         carried: dict[int, Tensor] = {}
         for (i, j), number in places.items():
             carried.setdefault(number, heard.leaves(i)[j])
-        return self.roles.columns.pack(0, heard.hidden, carried)
+        if crossing is not None:
+            carried[crossing.waiting] = heard.inputs[crossing.start]
+        return self.roles.columns.pack(0, heard.inputs[0], carried)
 
     def run(self, i: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Call block i on `hidden` `[batch, tokens, width]` -> what block i + 1 reads, on the device of the calls."""
@@ -103,7 +111,10 @@ class BlockCalls:
         output = block(own, *args, **kwargs)
         if shared is not None:
             carried |= shared.taken(i, mapping)
-        return columns.pack(i + 1, output if isinstance(output, Tensor) else output[0], carried)
+        own = output if isinstance(output, Tensor) else output[0]
+        if self.roles.crossing is not None:
+            own = self.roles.crossing.after(i, own, carried)
+        return columns.pack(i + 1, own, carried)
 
     def finish(self, ids: Tensor, hidden: Tensor, *, gradient: bool = False) -> Tensor:
         """Return the model's output, logits if it has a head, when its last block returns `hidden`.
@@ -113,10 +124,10 @@ class BlockCalls:
         count = len(self.skeleton.blocks)
         last, _ = self.roles.columns.unpack(count, hidden)
 
-        def returning(*_: Any, **__: Any) -> Any:
-            return wrap_output(last, self.extras)
+        def returning(i: int, *_: Any, **__: Any) -> Any:
+            return wrap_output(last, self.extras[i])
 
-        output = run_model(self.skeleton, ids, dict.fromkeys(range(count), returning), gradient)
+        output = run_model(self.skeleton, ids, {i: partial(returning, i) for i in range(count)}, gradient)
         logits = getattr(output, "logits", None)
         result: Tensor = logits if logits is not None else output[0]
         return result
@@ -129,71 +140,88 @@ def learn_calls(skeleton: Skeleton, batches: Iterable[Tensor], device: torch.dev
     model that needs more than token ids, does not run each block once, in order, or gives them something that depends
     on other blocks, or state that they fill.
     """
-    extras: Extras = None
+    extras: Sequence[Extras] = ()
     roles: _Roles | None = None
     found: dict[tuple[int, ...], Sequence[Call]] = {}
     for ids in batches:
         if roles is None:
             extras = learn_extras(skeleton, ids)
             check_order(skeleton, ids, extras)
-            roles = _learn_roles(skeleton, ids, extras)
+            roles = _learn_roles(skeleton, ids, extras, device)
         if (shape := tuple(ids.shape)) not in found:
             found[shape] = to_device(_record_calls(skeleton, ids, extras, roles), device)
     assert roles is not None
     return BlockCalls(skeleton, device, extras, found, roles)
 
 
-def _learn_roles(skeleton: Skeleton, ids: Tensor, extras: Extras) -> _Roles:
+def _learn_roles(skeleton: Skeleton, ids: Tensor, extras: Sequence[Extras], device: torch.device) -> _Roles:
     """Find what the blocks receive of the tokens. Raises UserError where that is not a value per token."""
-    blocks = range(len(skeleton.blocks))
     heard, other = listen(skeleton, ids, extras), listen(skeleton, _others(ids), extras)
-    shaken = listen(skeleton, ids, extras, passing=lambda hidden: 1.5 * hidden + 0.25)
     for path, call in zip(skeleton.blocks, heard.calls, strict=True):
         _refuse_state(path, call)
     numbers: dict[int, int] = {}  # one per tensor: a model may hand the same one to many blocks
     places: dict[tuple[int, int], int] = {}
-    for i in blocks:
-        leaves = zip(heard.leaves(i), other.leaves(i), shaken.leaves(i), names_of(heard.calls[i]), strict=True)
-        for j, (leaf, at_other, at_shaken, name) in enumerate(leaves):
-            if not _equal(leaf, at_shaken):
-                raise UserError(
-                    f"block {skeleton.blocks[i]} receives {name!r}, which depends on what other blocks return besides "
-                    f"the hidden states: {_SENTENCE}"
-                )
-            if not _equal(leaf, at_other):
+    changed, closed, encoded = _changed(skeleton, ids, extras)
+    for i, path in enumerate(skeleton.blocks):
+        leaves = zip(heard.leaves(i), other.leaves(i), changed.leaves(i), names_of(heard.calls[i]), strict=True)
+        for j, (leaf, at_other, at_changed, name) in enumerate(leaves):
+            if not _equal(leaf, at_changed):
+                if encoded is None or not _equal(at_changed, encoded):
+                    raise _of_other_blocks(path, name)
+                places[i, j] = _ENCODED
+            elif not _equal(leaf, at_other):
                 places[i, j] = numbers.setdefault(id(leaf), len(numbers))
+    crossing = None
+    if closed is not None:
+        start = stack_starts(skeleton.blocks)[1]
+        if not _equal(heard.inputs[start], changed.inputs[start]):
+            raise _of_other_blocks(skeleton.blocks[start], "hidden_states")
+        crossing = Crossing(start, closed.to(device), len(numbers), len(numbers) + 1)
+        places = {place: crossing.encoded if k == _ENCODED else k for place, k in places.items()}
     shares = any(is_shared(leaf) for leaf in heard.leaves(0))
-    standard = heard.hidden.dim() == 3 and heard.hidden.shape[:2] == ids.shape
+    standard = heard.inputs[0].dim() == 3 and heard.inputs[0].shape[:2] == ids.shape
     if standard and not places and not shares:
-        hidden = TokenTensor(0, 1, tuple(heard.hidden.shape[2:]), heard.hidden.dtype)
-        return _Roles(Columns(hidden, (), ((),) * (len(blocks) + 1)), {}, None)
-    return _with_columns(skeleton, heard, extras, places, shares)
+        hidden = TokenTensor(0, 1, tuple(heard.inputs[0].shape[2:]), heard.inputs[0].dtype)
+        return _Roles(Columns(hidden, (), ((),) * (len(skeleton.blocks) + 1)), {}, None, None)
+    return _with_columns(skeleton, heard, extras, _Roles(_NO_COLUMNS, places, None, crossing), shares)
 
 
-def _with_columns(
-    skeleton: Skeleton, heard: Heard, extras: Extras, places: Mapping[tuple[int, int], int], shares: bool
-) -> _Roles:
+def _changed(
+    skeleton: Skeleton, ids: Tensor, extras: Sequence[Extras]
+) -> tuple[Heard, nn.Sequential | None, Tensor | None]:
+    """Return a pass in which all blocks change their inputs, what closes an encoder, and its output in that pass."""
+    starts = stack_starts(skeleton.blocks)
+    if len(starts) == 1:
+        return listen(skeleton, ids, extras, passing=shaken), None, None
+    closed, heard, encoded = learn_closing(skeleton, ids, extras, starts[1])
+    return heard, closed, encoded
+
+
+def _with_columns(skeleton: Skeleton, heard: Heard, extras: Sequence[Extras], roles: _Roles, shares: bool) -> _Roles:
     """Give all that depends on the tokens its columns, from the block that makes it to the last that reads it."""
-    vocabulary, count = vocabulary_size(skeleton.model), len(skeleton.blocks)
+    vocabulary, count, crossing = vocabulary_size(skeleton.model), len(skeleton.blocks), roles.crossing
     small = [
         listen(skeleton, torch.arange(rows * length).view(rows, length) % vocabulary, extras)
         for rows, length in SMALL_SHAPES
     ]
-    hidden = token_tensor([one.hidden for one in small])
-    if hidden is None:
-        raise _not_per_token(skeleton.blocks[0], "hidden_states")
+    hidden = _token_tensor(skeleton.blocks[0], "hidden_states", [one.inputs[0] for one in small])
     carried: dict[int, TokenTensor] = {}
     made, read = dict[int, int](), dict[int, int]()
-    for (i, j), number in places.items():
+    for (i, j), number in roles.places.items():
         name = names_of(heard.calls[i])[j]
-        tensor = token_tensor([one.leaves(i)[j] for one in small])
-        if tensor is None:
-            raise _not_per_token(skeleton.blocks[i], name)
+        carried[number] = _token_tensor(skeleton.blocks[i], name, [one.leaves(i)[j] for one in small])
         try:
             check_exact(name, heard.leaves(i)[j])
         except ValueError as error:
             raise UserError(f"block {skeleton.blocks[i]} receives {name!r}: {error}") from None
-        carried[number], made[number], read[number] = tensor, 0, i
+        made[number], read[number] = 0, i
+    if crossing is not None:
+        path, start = skeleton.blocks[crossing.start], crossing.start
+        waiting = _token_tensor(path, "hidden_states", [one.inputs[start] for one in small])
+        if waiting != hidden or crossing.encoded not in carried:
+            raise UserError(f"the encoder and the decoder of {type(skeleton.model).__name__} do not fit: {_SENTENCE}")
+        carried[crossing.waiting], made[crossing.waiting], read[crossing.waiting] = waiting, 0, start - 1
+        made[crossing.encoded] = start
     shared = None
     if shares:
         shared, tensors = learn_shared(skeleton, small, len(carried))
@@ -204,12 +232,16 @@ def _with_columns(
             read |= {k: i for entry in shared.reads[i].values() for k in entry}
     order = range(len(carried))
     alive = lives([made[k] for k in order], [read[k] for k in order], count)
-    return _Roles(Columns(hidden, tuple(carried[k] for k in order), alive), places, shared)
+    return _Roles(Columns(hidden, tuple(carried[k] for k in order), alive), roles.places, shared, crossing)
 
 
-def _record_calls(skeleton: Skeleton, ids: Tensor, extras: Extras, roles: _Roles) -> list[Call]:
+def _record_calls(skeleton: Skeleton, ids: Tensor, extras: Sequence[Extras], roles: _Roles) -> list[Call]:
     """Return a call per block, with places kept for what the columns hold. UserError if more depends on the tokens."""
-    heard, again = listen(skeleton, ids, extras), listen(skeleton, _others(ids), extras)
+    heard = listen(skeleton, ids, extras)
+    if _receives_extras(heard, extras):  # a table of positions, say: it follows the shape
+        extras = learn_extras(skeleton, ids)
+        heard = listen(skeleton, ids, extras)
+    again = listen(skeleton, _others(ids), extras)
     calls: list[Call] = []
     for i, path in enumerate(skeleton.blocks):
         leaves, spec = tree_flatten(heard.calls[i])
@@ -223,6 +255,26 @@ def _record_calls(skeleton: Skeleton, ids: Tensor, extras: Extras, roles: _Roles
                 raise _not_per_token(path, names[j])
         calls.append(tree_unflatten(leaves, spec))
     return calls
+
+
+def _receives_extras(heard: Heard, extras: Sequence[Extras]) -> bool:
+    """Whether a block receives a tensor that an earlier block returned besides the hidden states."""
+    returned = {id(leaf) for leaf in tree_leaves(list(extras)) if isinstance(leaf, Tensor)}
+    return any(id(leaf) in returned for i in range(len(heard.calls)) for leaf in heard.leaves(i))
+
+
+def _token_tensor(path: str, name: str, small: Sequence[Tensor]) -> TokenTensor:
+    found = token_tensor(small)
+    if found is None:
+        raise _not_per_token(path, name)
+    return found
+
+
+def _of_other_blocks(path: str, name: str) -> UserError:
+    return UserError(
+        f"block {path} receives {name!r}, which depends on what other blocks return besides the hidden states: "
+        f"{_SENTENCE}"
+    )
 
 
 def _others(ids: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The model's own forward pass with other blocks: `run_model` runs it, `listen` records how it calls its blocks.
 
-`learn_extras` runs the first block itself, whose further outputs some models hand on to the next block.
+`learn_extras` runs the first block of a stack itself, whose further outputs some models hand on to the next block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bitquilt.errors import UserError
-from bitquilt.model.structure import Skeleton
+from bitquilt.model.structure import Skeleton, is_encoder_decoder, stack_starts
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments that a block receives besides the hidden states."""
@@ -28,9 +28,9 @@ class Stop(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """One pass: what the first block reads, and the call of each block."""
+    """One pass: the hidden states that each block reads, and the rest of its call."""
 
-    hidden: Tensor
+    inputs: list[Tensor]
     calls: list[Call]
 
     def leaves(self, i: int) -> list[Any]:
@@ -42,37 +42,60 @@ def run_model(skeleton: Skeleton, ids: Tensor, forwards: dict[int, Callable[...,
     """Return the model's output for token ids with these forward methods of blocks; None if one raises `Stop`."""
     with torch.set_grad_enabled(gradient), _patched(skeleton, forwards):
         try:
-            return skeleton.model(input_ids=ids)
+            return skeleton.model(**_inputs(skeleton, ids))
         except Stop:
             return None
+
+
+def _inputs(skeleton: Skeleton, ids: Tensor) -> dict[str, Tensor]:
+    """Return the model's arguments. An encoder-decoder reads the ids and is to write them again."""
+    shift = getattr(skeleton.model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or not is_encoder_decoder(skeleton.model):
+        return {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": shift(labels=ids)}
 
 
 def listen(
     skeleton: Skeleton,
     ids: Tensor,
-    extras: Extras,
+    extras: Sequence[Extras],
     passing: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     last: int | None = None,
 ) -> Heard:
-    """Record the calls of all blocks, or those up to block `last`; each returns `passing` of its input and `extras`."""
+    """Record the calls of all blocks, or those up to block `last`; each returns `passing` of its input and its extras.
+
+    `extras`: those of each block.
+    """
     calls: list[Call] = []
-    first: list[Tensor] = []
+    inputs: list[Tensor] = []
     wanted = len(skeleton.blocks) if last is None else last + 1
 
     def listening(*args: Any, **kwargs: Any) -> Any:
         hidden, rest, named = split_call(args, kwargs)
-        first.append(hidden)
+        inputs.append(hidden)
         calls.append((rest, named))
         if len(calls) == wanted:
             raise Stop
-        return wrap_output(passing(hidden), extras)
+        return wrap_output(passing(hidden), extras[len(calls) - 1])
 
     run_model(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), listening))
-    return Heard(first[0], calls)
+    return Heard(inputs, calls)
 
 
-def learn_extras(skeleton: Skeleton, ids: Tensor) -> Extras:
-    """Run the first block itself. Raises UserError for a model that wants more than token ids."""
+def learn_extras(skeleton: Skeleton, ids: Tensor) -> tuple[Extras, ...]:
+    """Run the first block of every stack itself, and return the extras of each block.
+
+    Raises UserError for a model that wants more than token ids.
+    """
+    starts, count = stack_starts(skeleton.blocks), len(skeleton.blocks)
+    found: list[Extras] = []
+    for start, end in zip(starts, (*starts[1:], count), strict=True):
+        found += [_extras_of(skeleton, ids, start, found)] * (end - start)
+    return tuple(found)
+
+
+def _extras_of(skeleton: Skeleton, ids: Tensor, start: int, before: Sequence[Extras]) -> Extras:
+    """Run block `start` itself; those before it, whose extras are known, pass on their inputs."""
     output: Any = None
 
     def watch(*args: Any, **kwargs: Any) -> Any:
@@ -80,9 +103,12 @@ def learn_extras(skeleton: Skeleton, ids: Tensor) -> Extras:
         output = type(first).forward(first, *args, **kwargs)
         raise Stop
 
+    def passing(i: int, *args: Any, **kwargs: Any) -> Any:
+        return wrap_output(split_call(args, kwargs)[0], before[i])
+
     try:
-        with skeleton.resident(skeleton.blocks[0]) as first:
-            run_model(skeleton, ids, {0: watch})
+        with skeleton.resident(skeleton.blocks[start]) as first:
+            run_model(skeleton, ids, {**{i: partial(passing, i) for i in range(start)}, start: watch})
     except (TypeError, ValueError, AttributeError) as error:  # it wants pixels, or a decoder's inputs, or a mask
         name = type(skeleton.model).__name__
         raise UserError(
@@ -90,19 +116,19 @@ def learn_extras(skeleton: Skeleton, ids: Tensor) -> Extras:
         ) from error
     if output is None:
         raise UserError(
-            f"{type(skeleton.model).__name__} does not call {skeleton.blocks[0]} for a text: these are not the "
+            f"{type(skeleton.model).__name__} does not call {skeleton.blocks[start]} for a text: these are not the "
             "language model's blocks; leave out --blocks"
         )
     return None if isinstance(output, Tensor) else tuple(output[1:])
 
 
-def check_order(skeleton: Skeleton, ids: Tensor, extras: Extras) -> None:
+def check_order(skeleton: Skeleton, ids: Tensor, extras: Sequence[Extras]) -> None:
     """Raise UserError for a model that does not run each block once, in order."""
     order: list[int] = []
 
     def passing(i: int, *args: Any, **kwargs: Any) -> Any:
         order.append(i)
-        return wrap_output(split_call(args, kwargs)[0], extras)
+        return wrap_output(split_call(args, kwargs)[0], extras[i])
 
     blocks = range(len(skeleton.blocks))
     run_model(skeleton, ids, {i: partial(passing, i) for i in blocks})
@@ -111,6 +137,11 @@ def check_order(skeleton: Skeleton, ids: Tensor, extras: Extras) -> None:
             f"{type(skeleton.model).__name__} does not go once through its {len(blocks)} blocks in order, it calls "
             f"{order[:12]}: such an architecture cannot be streamed block by block"
         )
+
+
+def shaken(hidden: Tensor) -> Tensor:
+    """Return other hidden states: what follows them differs from one pass to the next."""
+    return 1.5 * hidden + 0.25
 
 
 def names_of(call: Call) -> list[str]:

@@ -105,7 +105,7 @@ def learn_shared(skeleton: Skeleton, small: Sequence[Heard], first: int) -> tupl
 def _pass_through(skeleton: Skeleton, heard: Heard) -> _Seen:
     """Run the blocks on the meta device, each with the mapping as those before it left it."""
     found, entries = _Seen([], []), dict[Any, Any]()
-    hidden = heard.hidden.to(_META)
+    hidden = heard.inputs[0].to(_META)
     for path, call in zip(skeleton.blocks, heard.calls, strict=True):
         mapping = _Watched()
         mapping.data |= entries
