@@ -189,27 +189,30 @@ def _config(kind: str, fields: dict[str, Any]) -> Any:
     return transformers.AutoConfig.for_model(kind, **{**own, **fields})
 
 
-def survey_config(name: str) -> Any:
-    """The config of a tiny model of a family."""
+def survey_config(name: str, **fields: Any) -> Any:
+    """The config of a tiny model of a family; `fields` change that of a model without a tower."""
     if name not in WRAPPERS:
-        return _config(name, SURVEY[name])
-    text, tower, fields = WRAPPERS[name]
+        return _config(name, {**SURVEY[name], **fields})
+    text, tower, own = WRAPPERS[name]
     base = transformers.AutoConfig.for_model(name)
     kind = text.get("model_type") or base.text_config.model_type
     inner = _config(kind, {key: value for key, value in text.items() if key != "model_type"})
     if "model_type" not in tower:
         tower = {**tower, "model_type": base.vision_config.model_type}
     return transformers.AutoConfig.for_model(
-        name, text_config=inner.to_dict(), vision_config=tower, tie_word_embeddings=False, **fields
+        name, text_config=inner.to_dict(), vision_config=tower, tie_word_embeddings=False, **own
     )
 
 
-def survey_model(name: str) -> transformers.PreTrainedModel:
-    """A random model of a family; no norm is exactly one and no tensor zero, which would hide mistakes."""
+def survey_model(name: str, **fields: Any) -> transformers.PreTrainedModel:
+    """A random model of a family, its config changed by `fields`.
+
+    No norm is exactly one and no tensor zero, which would hide mistakes.
+    """
     auto = "AutoModelForImageTextToText" if name in WRAPPERS else _CLASSES.get(name, "AutoModelForCausalLM")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, auto).from_config(survey_config(name), dtype=torch.float32)
+        model = getattr(transformers, auto).from_config(survey_config(name, **fields), dtype=torch.float32)
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and "A_log" not in key and "dt" not in key:
                 torch.nn.init.normal_(parameter, mean=0.0 if key.endswith("bias") else 1.0, std=0.1)

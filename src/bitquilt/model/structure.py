@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
-from bitquilt.model.linear import is_linear, linear_weight, replace_module
+from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_module
+from bitquilt.model.shared_layers import SharedLinear
 from bitquilt.model.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ class Skeleton:
 
         load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         module = self.model.get_submodule(path)
-        if not path:
+        if path:
+            self._fill_shared(path, module)
+        else:
             missing = set(self.model.state_dict()) - set(self.parameters.values())
             with quiet_transformers():  # a tied tensor stored twice with two values stays two tensors
                 self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -88,6 +92,23 @@ class Skeleton:
             yield self.load(path, tensors).to(device)
         finally:
             replace_module(self.model, path, empty)
+
+    def _fill_shared(self, path: str, module: nn.Module) -> None:
+        """Read what the block at `path` shares with another block, under whose name it is stored."""
+        ties, stored = self.model.all_tied_weights_keys, {own: source for source, own in self.parameters.items()}
+        wanted = {
+            f"{path}.{name}": stored[ties[f"{path}.{name}"]]
+            for name, parameter in module.named_parameters()
+            if parameter.is_meta and ties.get(f"{path}.{name}") in stored
+        }
+        values = self.checkpoint.read(wanted.values())
+        for name, source in wanted.items():
+            replace_parameter(self.model, name, values[source].to(self.model.dtype))
+        for shared in (m for m in module.modules() if isinstance(m, SharedLinear)):
+            layout = shared.holder.layout
+            tensors = {key: f"{shared.source}.{key}" for key in tensor_specs(layout)}
+            found = self.checkpoint.read(tensors.values())
+            shared.hold(QuantizedLinear.from_tensors({key: found[name] for key, name in tensors.items()}, layout))
 
     def kept_sources(self, path: str, replaced: Container[str]) -> list[str]:
         """Return the checkpoint names of the tensors at `path` but for those of the parameters in `replaced`."""
