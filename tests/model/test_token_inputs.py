@@ -67,6 +67,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "adapter_rank": 4,
         "use_mamba_kernels": False,
     },
+    # hidden states [batch, tokens, streams, width], token ids that choose experts
+    "deepseek_v4": {
+        **_TEXT,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "sliding_window": 6,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "hc_mult": 2,
+        "q_lora_rank": 16,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+    },
 }
 Folder = Callable[[str], Path]
 
@@ -80,6 +99,9 @@ def build(name: str) -> transformers.PreTrainedModel:
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 and "A_log" not in key and "dt" not in key:
                 torch.nn.init.normal_(parameter, mean=0.0 if key.endswith("bias") else 1.0, std=0.1)
+        for key, buffer in model.named_buffers():
+            if key.endswith("tid2eid"):  # zeros: every token would choose the same experts
+                buffer.copy_(torch.randint(0, 4, buffer.shape))
     return model.eval()
 
 
