@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bitquilt
+from tests.model.survey_models import chosen_third
 
 # The same examples on every machine, and no deadline: a busy machine is no bug. HYPOTHESIS_PROFILE=default explores.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -97,6 +98,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN3_MOE),
     "bert": ("BertForMaskedLM", "BertConfig", _ONE_HEAD_COUNT),
 }
+
+
+def pytest_report_header() -> str:
+    """Which part of the survey runs: it is another one every day."""
+    return chosen_third()[0]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,6 +24,7 @@ from bitquilt.core.types import LayerPlan
 from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.shared_layers import shared_layers
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.planning.folder_size import folder_bytes
 from bitquilt.planning.interaction import LossPrediction, predict
@@ -134,6 +135,12 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
     skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
     tables = rounded_tables(skeleton, request.outer, layers)
+    if wish.recipe.training.model is not None and (shared := shared_layers(skeleton.model)):
+        target, source = next(iter(shared.items()))
+        raise UserError(
+            f"{target} has the weight of {source}, and all blocks cannot be trained together where they share weights; "
+            "effort=normal trains one block at a time"
+        )
     TrainingMemory(wish.recipe, skeleton, layers, request.calibration.seq_len).check(request.device)
     planner = None
     if wish.plan is not None:

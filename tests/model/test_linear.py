@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.core.types import Layer, Layout, QuantizedWeight, uniform_plan
@@ -290,3 +291,13 @@ def test_a_module_passed_to_a_spawned_process_works_there_and_here() -> None:
     child.join()
     assert child.exitcode == 0
     assert torch.equal(module(x), before)
+
+
+def test_falcons_own_linear_class_is_a_linear_layer_and_other_subclasses_are_not() -> None:
+    class Strange(FalconLinear):
+        pass
+
+    made = [kind(4, 3) for kind in (nn.Linear, FalconLinear, Strange)]
+    assert [is_linear(layer) for layer in made] == [True, True, False]
+    layer, x = FalconLinear(8, 6), torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))  # the class still is one

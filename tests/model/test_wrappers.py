@@ -13,7 +13,7 @@ import bitquilt
 from bitquilt import Result, UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import open_skeleton
-from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.block_calls import learn_calls
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -106,7 +106,7 @@ def test_the_second_batch_is_computed_like_the_first(name: str, folder: Folder) 
     with skeleton.resident(""):
         calls = learn_calls(skeleton, batches(), torch.device("cpu"))
         for ids in batches():
-            hidden = embed(skeleton, ids)
+            hidden = calls.start(ids)
             for i, path in enumerate(skeleton.blocks):
                 with skeleton.resident(path) as block:
                     hidden = calls.run(i, block, hidden)

@@ -143,6 +143,11 @@ def sample_from_model(
             f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
             "own calibration text; give --calibration FILE, and no --self-samples"
         )
+    if checkpoint.model_config.encoder_decoder:
+        raise UserError(
+            f"{checkpoint.name} is an encoder-decoder, which answers texts and writes none of its own; give "
+            "--calibration FILE, and no --self-samples"
+        )
     _check_memory(checkpoint)
     with quiet_transformers():
         model = load_pretrained(kind, checkpoint, dtype="auto")

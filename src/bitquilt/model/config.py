@@ -31,12 +31,13 @@ _WINDOWED = "sliding_attention"
 class ModelConfig:
     """A language model as its config describes it; sizes are 0 or None where the config does not state them.
 
-    `architectures` are transformers' class names. `windows` has an entry per layer: how many tokens its attention
-    reaches back, or None without a limit. `bos` is the token that starts a text. `quantized_by` is the tool that
-    quantized the model, None for full precision.
+    `architectures` are transformers' class names; `encoder_decoder`: whether a decoder reads an encoder's output.
+    `windows` has an entry per layer: how many tokens its attention reaches back, or None without a limit. `bos` is the
+    token that starts a text. `quantized_by` is the tool that quantized the model, None for full precision.
     """
 
     architectures: tuple[str, ...]
+    encoder_decoder: bool
     hidden_size: int
     vocabulary: int | None
     context_length: int | None
@@ -61,6 +62,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     names, bos = values.get("architectures"), values.get("bos_token_id")
     return ModelConfig(
         architectures=tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else (),
+        encoder_decoder=values.get("is_encoder_decoder") is True,
         hidden_size=width,
         vocabulary=_number(text, "vocab_size") or None,
         context_length=_number(text, "max_position_embeddings", "n_positions", "max_seq_len") or None,

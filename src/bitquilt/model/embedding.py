@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bitquilt.core.types import Layout
 from bitquilt.model.linear import QuantizedLinear, replace_linears, replace_module
+from bitquilt.model.shared_layers import share_layers, shared_layers
 from bitquilt.ops.bits import unpack_bits
 from bitquilt.ops.large_pages import let_go
 from bitquilt.ops.reference import decode_uniform
@@ -138,7 +139,9 @@ def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype
         put_embedding(
             model, path, QuantizedEmbedding(layout, device=table.weight.device, dtype=dtype or table.weight.dtype)
         )
+    shared = shared_layers(model)
     replace_linears(model, linear, dtype)
+    share_layers(model, shared, linear)
 
 
 def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:

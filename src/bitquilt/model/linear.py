@@ -17,6 +17,9 @@ from bitquilt.ops.reference import LAYOUT_FIELDS, as_stored
 from bitquilt.ops.stored_weight import Handle, StoredWeight, state
 
 _PAGED_BYTES = 2**16  # smaller layers stay where they are: a page holds hundreds of them
+# Classes of transformers that compute the same product as nn.Linear.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 _settling = threading.Lock()
 
 
@@ -224,17 +227,21 @@ class QuantizedLinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a layer multiplies by one matrix: `nn.Linear` itself, or GPT-2's `Conv1D`, which stores it transposed.
+    """Whether a layer multiplies by one matrix and adds a bias, as `nn.Linear`, GPT-2's `Conv1D` and Falcon's layer do.
 
-    Subclasses are left alone, because they may do more than the product.
+    Other subclasses are left alone, because they may do more than the product.
     """
-    return type(module) is nn.Linear or is_transposed(module)
+    return type(module) is nn.Linear or _is(module, _FALCON) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer is GPT-2's, which stores `[in, out]`; found by its name, as transformers may not be imported."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    """Whether a layer is GPT-2's, which stores `[in, out]`."""
+    return _is(module, _CONV1D)
+
+
+def _is(module: nn.Module, kind: tuple[str, str]) -> bool:
+    """Whether the module's class is this one of transformers', by its name: transformers may not be imported."""
+    return (type(module).__module__, type(module).__name__) == kind
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.encoded.recognize import FLOATS
-from bitquilt.model.linear import is_linear, linear_weight, replace_module
+from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_module
+from bitquilt.model.shared_layers import SharedLinear
 from bitquilt.model.transformers_logging import quiet_transformers
 
 if TYPE_CHECKING:
@@ -51,11 +53,13 @@ class Skeleton:
         `tensors`: the block's tensors if they were read already. Floating tensors get the model's dtype. Raises
         UserError for a parameter without a value.
         """
-        from bitquilt.model.transformers_model import load_tensors
+        from bitquilt.model.transformers_model import compute_parameter, load_tensors
 
         load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         module = self.model.get_submodule(path)
-        if not path:
+        if path:
+            self._fill_shared(path, module)
+        else:
             missing = set(self.model.state_dict()) - set(self.parameters.values())
             with quiet_transformers():  # a tied tensor stored twice with two values stays two tensors
                 self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -63,6 +67,8 @@ class Skeleton:
         for name, parameter in (*module.named_parameters(), *module.named_buffers()):
             if parameter.is_meta and not name.startswith(tuple(f"{b}." for b in inside)):
                 full = f"{path}.{name}".strip(".")
+                if compute_parameter(self.model, full):
+                    continue
                 raise UserError(f"tensor {full} is missing in {self.checkpoint.folder}: the checkpoint is incomplete")
         return module
 
@@ -87,6 +93,23 @@ class Skeleton:
             yield self.load(path, tensors).to(device)
         finally:
             replace_module(self.model, path, empty)
+
+    def _fill_shared(self, path: str, module: nn.Module) -> None:
+        """Read what the block at `path` shares with another block, under whose name it is stored."""
+        ties, stored = self.model.all_tied_weights_keys, {own: source for source, own in self.parameters.items()}
+        wanted = {
+            f"{path}.{name}": stored[ties[f"{path}.{name}"]]
+            for name, parameter in module.named_parameters()
+            if parameter.is_meta and ties.get(f"{path}.{name}") in stored
+        }
+        values = self.checkpoint.read(wanted.values())
+        for name, source in wanted.items():
+            replace_parameter(self.model, name, values[source].to(self.model.dtype))
+        for shared in (m for m in module.modules() if isinstance(m, SharedLinear)):
+            layout = shared.holder.layout
+            tensors = {key: f"{shared.source}.{key}" for key in tensor_specs(layout)}
+            found = self.checkpoint.read(tensors.values())
+            shared.hold(QuantizedLinear.from_tensors({key: found[name] for key, name in tensors.items()}, layout))
 
     def kept_sources(self, path: str, replaced: Container[str]) -> list[str]:
         """Return the checkpoint names of the tensors at `path` but for those of the parameters in `replaced`."""
@@ -161,10 +184,11 @@ def find_blocks(model: nn.Module, chosen: str | None = None) -> tuple[str, ...]:
     """Return the paths of the repeated blocks: the members of the outermost ModuleList with most linear weights.
 
     The language model's own are meant: in a model with a vision tower, whose blocks may be larger, only the text
-    decoder is searched, and in a quantized model what is quantized. `chosen`: the path of the ModuleList to take
-    instead. Raises UserError if that is none, or if no ModuleList has members with linear layers.
+    decoder is searched, and in a quantized model what is quantized. An encoder-decoder has two such lists, the
+    encoder's first. `chosen`: the path of the ModuleList to take instead. Raises UserError if that is none, or if no
+    ModuleList has members with linear layers.
     """
-    lists, decoder = _block_lists(model), _path_of_decoder(model)
+    lists, decoder = _block_lists(model), _path_of_part(model, "get_decoder")
     if chosen is not None and chosen not in lists:
         known = ", ".join(lists) or "none"
         raise UserError(f"blocks is {chosen!r}; the lists of blocks in {type(model).__name__} are: {known}")
@@ -175,15 +199,36 @@ def find_blocks(model: nn.Module, chosen: str | None = None) -> tuple[str, ...]:
         raise UserError(
             f"{type(model).__name__} has no blocks (a ModuleList of modules with nn.Linear): nothing to quantize"
         )
-    best = max(lists, key=lambda path: lists[path])
-    return tuple(f"{best}.{i}" for i in range(len(model.get_submodule(best))))  # type: ignore[arg-type]
+    stacks = [lists]
+    if chosen is None and is_encoder_decoder(model):
+        parts = (_path_of_part(model, "get_encoder"), decoder)
+        both = [{p: size for p, size in _block_lists(model).items() if p.startswith(f"{part}.")} for part in parts]
+        stacks = both if all(both) else stacks
+    best = [max(found, key=lambda path: found[path]) for found in stacks]
+    return tuple(f"{path}.{i}" for path in best for i in range(len(model.get_submodule(path))))  # type: ignore[arg-type]
+
+
+def stack_starts(blocks: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the blocks that begin a list: 0, and in an encoder-decoder the decoder's first."""
+    parents = [path.rpartition(".")[0] for path in blocks]
+    return tuple(i for i, parent in enumerate(parents) if i == 0 or parent != parents[i - 1])
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder whose output its decoder reads."""
+    return config_of(model).encoder_decoder
 
 
 def find_towers(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
     """Return the paths of the parts with blocks of their own that hold none of `blocks`, such as a vision tower."""
-    parts = (path.split(".") for path in _block_lists(model) if not blocks[0].startswith(f"{path}."))
+    firsts = [blocks[i] for i in stack_starts(blocks)]
+
+    def holds(path: str) -> bool:
+        return any(first.startswith(f"{path}.") for first in firsts)
+
+    parts = (path.split(".") for path in _block_lists(model) if not holds(path))
     prefixes = ([".".join(names[: i + 1]) for i in range(len(names))] for names in parts)
-    return tuple(dict.fromkeys(next(p for p in longer if not blocks[0].startswith(f"{p}.")) for longer in prefixes))
+    return tuple(dict.fromkeys(next(p for p in longer if not holds(p)) for longer in prefixes))
 
 
 def _block_lists(model: nn.Module) -> dict[str, int]:
@@ -198,11 +243,11 @@ def _block_lists(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _path_of_decoder(model: nn.Module) -> str:
-    """Return the path of the text decoder as transformers names it; "" for other modules."""
-    named: Callable[[], object] | None = getattr(model, "get_decoder", None)
-    decoder = None if named is None else named()
-    return next((path for path, module in model.named_modules() if module is decoder), "")
+def _path_of_part(model: nn.Module, getter: str) -> str:
+    """Return the path of what transformers returns as the text decoder or the encoder; "" for other modules."""
+    named: Callable[[], object] | None = getattr(model, getter, None)
+    part = None if named is None else named()
+    return next((path for path, module in model.named_modules() if module is part), "")
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:

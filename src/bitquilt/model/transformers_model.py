@@ -117,12 +117,31 @@ def missing_parameters(model: PreTrainedModel, found: Collection[str]) -> list[s
     """Return the parameters that neither the tensors `found` (the model's own names) nor a tie to one of them fill."""
     tied = model.all_tied_weights_keys
     filled = {*found, *tied, *(source for target, source in tied.items() if target in found)}
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return [
         name
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in filled and not any(re.search(pattern, name) for pattern in optional)
+        if name not in filled and not _is_optional(model, name)
     ]
+
+
+def compute_parameter(model: PreTrainedModel, name: str) -> bool:
+    """Give a parameter on the meta device the value that transformers computes where checkpoints have none.
+
+    Such are the sinusoidal positions of Marian. Return False for a parameter that a checkpoint must have.
+    """
+    parent, _, own = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if not _is_optional(model, name) or any(not p.is_meta for p in module.parameters(recurse=False)):
+        return False
+    value = torch.empty_like(module.get_parameter(own), device="cpu")
+    module.register_parameter(own, torch.nn.Parameter(value, requires_grad=False))
+    model._init_weights(module)
+    return True
+
+
+def _is_optional(model: PreTrainedModel, name: str) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:

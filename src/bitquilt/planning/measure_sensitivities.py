@@ -32,7 +32,7 @@ from bitquilt.planning.output_gradients import squared_gradients
 from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
 from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
-from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.block_calls import learn_calls
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, all_targets, check_weights, head_path, open_block, shapes
 from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import ActivationFile, check_disk
@@ -103,11 +103,11 @@ class _Measurement:
         for i in reversed(range(len(skeleton.blocks))):
             self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
             with open_block(job, i) as block:
-                self._measure(block, gradients, tables)
+                gradients = self._measure(block, gradients, tables)
         return perplexity
 
-    def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> None:
-        """Add the layers of one block to the tables and pass the gradients back through it."""
+    def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> ActivationFile:
+        """Add the layers of one block to the tables and return the gradients of its inputs, given its outputs'."""
         linears = block.linears
         check_weights(linears)
         weights, errors = self._weights(linears)
@@ -117,25 +117,31 @@ class _Measurement:
             stats = self._collect(linears, self._again(block))
             tried = tables.one_bit_errors(weights, stats)
         wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
+        inputs = self._inputs(block.number)
+        # in place, unless the block receives more or less than it hands on besides the hidden states
+        before = gradients if gradients.shape == inputs.shape else self._new_gradients(block.number)
         with squared_gradients(linears, wrong) as (squares, made):
-            back = self._backward(block, gradients)
+            back = self._backward(block, gradients, before)
             if stats:  # those of the one-bit trial, of the same inputs
                 deque(back, maxlen=0)
             else:
                 stats = self._collect(linears, back)
         tables.add(weights, stats, squares, made)
+        if before is not gradients:
+            gradients.path.unlink()
+        return before
 
     def _open(self) -> None:
         skeleton, ids = self.job.skeleton, self.ids
         with skeleton.resident(""):
             self.calls = learn_calls(skeleton, [ids[rows] for rows in self.batches], self.job.device)
-            width = embed(skeleton, ids[:1, :1]).shape[-1]
-            wanted = 4 * ids.numel() * width * (len(skeleton.blocks) + 2)
+            widths = [self.calls.width(i) for i in range(len(skeleton.blocks) + 1)]
+            largest = max(widths) * (1 if len(set(widths)) == 1 else 2)  # of the gradients
+            wanted = 4 * ids.numel() * (sum(widths) + largest)
             check_disk(self.folder, wanted, "the inputs of all blocks")
-            self.shape = (*ids.shape, width)
-            inputs = ActivationFile.create(self._path(0), self.shape)
+            inputs = ActivationFile.create(self._path(0), self._shape(0))
             for rows in self.batches:
-                inputs.write(rows, embed(skeleton, ids[rows]))
+                inputs.write(rows, self.calls.start(ids[rows]))
 
     @torch.no_grad()
     def _forward(self, i: int) -> None:
@@ -143,14 +149,14 @@ class _Measurement:
             if self.stored is not None:
                 self.stored.put(block.linears)
             inputs = self._inputs(i)
-            outputs = ActivationFile.create(self._path(i + 1), self.shape)
+            outputs = ActivationFile.create(self._path(i + 1), self._shape(i + 1))
             for rows in self.batches:
                 outputs.write(rows, self.calls.run(block.number, block.module, inputs.read(rows).to(self.job.device)))
 
     def _loss(self, tables: LossTables) -> tuple[ActivationFile, float | None]:
         """Return gradients at the last block's output and the perplexity; add the head's table if it is quantized."""
         skeleton, count = self.job.skeleton, len(self.job.skeleton.blocks)
-        gradients = ActivationFile.create(self.folder / "gradients.f32", self.shape)
+        gradients = self._new_gradients(count)
         inputs = self._inputs(count)
         losses: list[Tensor] = []
 
@@ -165,7 +171,8 @@ class _Measurement:
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
                     drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
-                    losses.extend(_next_token_losses(logits, self.ids[rows]))
+                    if not skeleton.config.encoder_decoder:  # its logits are of the token itself
+                        losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
                 assert hidden.grad is not None
                 gradients.write(rows, hidden.grad)
@@ -184,7 +191,7 @@ class _Measurement:
         mean = float(torch.cat(losses).double().mean()) if losses else None
         return gradients, None if mean is None else float(np.exp(min(mean, 700.0)))
 
-    def _backward(self, block: LoadedBlock, gradients: ActivationFile) -> Iterator[None]:
+    def _backward(self, block: LoadedBlock, gradients: ActivationFile, before: ActivationFile) -> Iterator[None]:
         inputs = self._inputs(block.number)
         for rows in self.batches:
             hidden = inputs.read(rows).to(self.job.device).requires_grad_()
@@ -192,7 +199,7 @@ class _Measurement:
                 output = self.calls.run(block.number, block.module, hidden)
             output.backward(gradients.read(rows).to(output.device))
             assert hidden.grad is not None
-            gradients.write(rows, hidden.grad)
+            before.write(rows, hidden.grad)
             yield
 
     def _again(self, block: LoadedBlock) -> Iterator[None]:
@@ -215,7 +222,13 @@ class _Measurement:
         return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
 
     def _inputs(self, i: int) -> ActivationFile:
-        return ActivationFile(self._path(i), self.shape)
+        return ActivationFile(self._path(i), self._shape(i))
+
+    def _new_gradients(self, i: int) -> ActivationFile:
+        return ActivationFile.create(self.folder / f"gradients-{i:05d}.f32", self._shape(i))
+
+    def _shape(self, i: int) -> tuple[int, int, int]:
+        return (*self.ids.shape, self.calls.width(i))
 
     def _path(self, i: int) -> Path:
         return self.folder / f"inputs-{i:05d}.f32"

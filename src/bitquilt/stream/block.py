@@ -18,7 +18,7 @@ from bitquilt.stream.drift import InputStage, SeenInputs, collect_pairs, find_st
 from bitquilt.stream.gradients import attention_aware, collect_gradients
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, check_weights
-from bitquilt.stream.layers import ERROR_TOKENS, SolvedLayers, quantize_layers
+from bitquilt.stream.layers import ERROR_TOKENS, SolvedLayers, put_shared, quantize_layers
 from bitquilt.stream.records import BlockRecord, TrainingRecord
 from bitquilt.stream.statistics import collect
 
@@ -37,6 +37,7 @@ def quantize_block(states: HiddenStates, block: LoadedBlock, observe: Observer) 
         training = _calibrated(states, block, observe, solved)
     else:
         solved = SolvedLayers()
+        put_shared(states.job, block)
         quantize_layers(states.job, block, {}, observe, solved)
     states.advance(block.number, block.module)
     file = f"block-{block.number:05d}.safetensors"
@@ -76,6 +77,7 @@ def _calibrated(
     """Quantize with calibration data, and train if the recipe does."""
     job, needs, training = states.job, states.job.recipe.needs, None
     full = full_copy(block.module) if needs.full_model else None
+    put_shared(job, block)
     if full is not None and needs.drift:
         _by_stages(states, block, full, observe, solved)
     else:

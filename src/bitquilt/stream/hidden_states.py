@@ -1,6 +1,7 @@
 """Hidden states between the blocks: `open_states` returns `HiddenStates` of a probe, or `CalibratedStates` on disk.
 
-Both know how the model calls its blocks. `check_activations_fit` asks the disk for room before the run writes anything.
+Both know how the model calls its blocks; what blocks receive of the tokens besides is in further columns.
+`check_activations_fit` asks the disk for room before the run writes anything.
 """
 
 import math
@@ -16,7 +17,7 @@ from bitquilt.core.recipe import PlansModel, Recipe
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.structure import Skeleton, vocabulary_size
-from bitquilt.stream.block_calls import BlockCalls, embed, learn_calls
+from bitquilt.stream.block_calls import BlockCalls, learn_calls
 from bitquilt.stream.devices import stays_on_device
 from bitquilt.stream.embedding_and_head import put_tables
 from bitquilt.stream.job import CalibratedJob, Job, LoadedBlock
@@ -123,8 +124,9 @@ class CalibratedStates(HiddenStates):
 
     def _send(self, i: int, block: nn.Module, model: Model) -> None:
         inputs, name = self.inputs(i, model), _file(i + 1, model)
-        outputs = ActivationFile.create(self.job.folder / _TEMPORARY, inputs.shape)
-        stays = stays_on_device(4 * math.prod(inputs.shape), self.job.device)
+        shape = (*inputs.shape[:2], self.calls.width(i + 1))
+        outputs = ActivationFile.create(self.job.folder / _TEMPORARY, shape)
+        stays = stays_on_device(4 * math.prod(shape), self.job.device)
         batches = []
         for rows in self.job.batches:
             output = self._checked(i, block, inputs.read(rows), model)
@@ -149,10 +151,13 @@ def open_states(job: Job, resumed: bool) -> HiddenStates:
     with job.skeleton.resident(""):
         job = put_tables(job)
         calls = learn_calls(job.skeleton, batches, job.device)
+        if isinstance(job, CalibratedJob):
+            widest = max(calls.width(i) for i in range(len(job.skeleton.blocks)))
+            _check_width_fits(job.folder, job.recipe, job.ids.numel(), widest)
         if not resumed:
-            write_tensors(job.folder / "probe-00000.safetensors", {"hidden": embed(job.skeleton, batches[0])})
+            write_tensors(job.folder / "probe-00000.safetensors", {"hidden": calls.start(batches[0])})
             if isinstance(job, CalibratedJob):
-                _write_first_inputs(job)
+                _write_first_inputs(job, calls)
     if isinstance(job, CalibratedJob):
         return CalibratedStates(job, calls, batches[0])
     return HiddenStates(job, calls, batches[0])
@@ -160,7 +165,10 @@ def open_states(job: Job, resumed: bool) -> HiddenStates:
 
 def check_activations_fit(work: Path, checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> None:
     """Raise UserError when the disk cannot hold the hidden states of `tokens` tokens that the run is sure to write."""
-    width = checkpoint.model_config.hidden_size
+    _check_width_fits(work, recipe, tokens, checkpoint.model_config.hidden_size)
+
+
+def _check_width_fits(work: Path, recipe: Recipe, tokens: int, width: int) -> None:
     found = sum(path.stat().st_size for path in work.glob("activations-*.f32"))
     check_disk(work, max(0, _copies(recipe) * 4 * tokens * width - found), "the calibration activations")
 
@@ -193,11 +201,10 @@ def _shapes_of_batches(job: CalibratedJob) -> Iterator[Tensor]:
         yield job.ids[:1].expand(1 << power, -1)
 
 
-def _write_first_inputs(job: CalibratedJob) -> None:
-    width = embed(job.skeleton, job.ids[:1, :1]).shape[-1]
-    inputs = ActivationFile.create(job.folder / _TEMPORARY, (*job.ids.shape, width))
+def _write_first_inputs(job: CalibratedJob, calls: BlockCalls) -> None:
+    inputs = ActivationFile.create(job.folder / _TEMPORARY, (*job.ids.shape, calls.width(0)))
     for rows in job.batches:
-        inputs.write(rows, embed(job.skeleton, job.ids[rows]))
+        inputs.write(rows, calls.start(job.ids[rows]))
     inputs.commit(job.folder / _file(0, "quantized"))
 
 

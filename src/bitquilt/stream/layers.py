@@ -17,9 +17,11 @@ from bitquilt.core.recipe import Recipe
 from bitquilt.core.types import Event, Layer, LayerPlan, LayerStats, Solution
 from bitquilt.errors import UserError
 from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
+from bitquilt.model.shared_layers import shared_layers
+from bitquilt.stream.devices import to_device
 from bitquilt.stream.job import Job, LoadedBlock
-from bitquilt.stream.records import LayerRecord
-from bitquilt.stream.workdir import write_tensors
+from bitquilt.stream.records import LayerRecord, read_record
+from bitquilt.stream.workdir import read_tensors, tensors_of, write_tensors
 
 ERROR_TOKENS = 256  # to report each layer's relative output error
 
@@ -108,6 +110,18 @@ def put_in_place(
         seconds=0.0,
     )
     return record
+
+
+def put_shared(job: Job, block: LoadedBlock) -> None:
+    """Put the quantized layers of earlier blocks where this block shares their weights."""
+    for target, source in shared_layers(job.skeleton.model).items():
+        if not target.startswith(f"{block.path}.") or target in block.linears:
+            continue
+        home = next(i for i, path in enumerate(job.skeleton.blocks) if source.startswith(f"{path}."))
+        record = read_record(job.folder / f"block-{home:05d}.json")
+        if record is not None and (layer := record.layers.get(source)) is not None:
+            tensors = to_device(tensors_of(source, read_tensors(job.folder / record.file)), job.device)
+            replace_module(job.skeleton.model, target, QuantizedLinear.from_tensors(tensors, layer.layout))
 
 
 def _output_error(layer: Layer, difference: Tensor) -> float | None:

@@ -26,7 +26,6 @@ from bitquilt.errors import UserError
 from bitquilt.model.linear import linear_weight
 from bitquilt.model.structure import Skeleton, vocabulary_size
 from bitquilt.stream.block import input_statistics
-from bitquilt.stream.block_calls import embed
 from bitquilt.stream.block_training import OfWeights, TrainingProgress, kept_file, of_weights
 from bitquilt.stream.devices import free_bytes, move, to_device
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
@@ -157,7 +156,7 @@ def _train(
             solutions=solved,
             blocks=tuple(blocks),
             count=len(ids),
-            inputs=lambda chosen: embed(skeleton, ids[list(chosen)].to(job.device)),
+            inputs=lambda chosen: states.calls.start(ids[list(chosen)].to(job.device)),
             targets=lambda chosen: outputs.samples(chosen).to(job.device),
             loss=_divergence(states),
             told=progress,

@@ -24,7 +24,7 @@ from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton, open_skeleton
-from bitquilt.stream.block_calls import embed, learn_calls
+from bitquilt.stream.block_calls import learn_calls
 from bitquilt.stream.records import BlockRecord
 from bitquilt.stream.workdir import Fingerprint, read_tensors, write_json, write_tensors
 
@@ -87,7 +87,8 @@ def verify(folder: Path, work: Path) -> float:
 def streamed_logits(skeleton: Skeleton, ids: Tensor) -> Tensor:
     """Return the model's logits for ids `[batch, tokens]` with one block in memory at a time."""
     with skeleton.resident(""):
-        calls, hidden = learn_calls(skeleton, [ids], ids.device), embed(skeleton, ids)
+        calls = learn_calls(skeleton, [ids], ids.device)
+        hidden = calls.start(ids)
         for i, path in enumerate(skeleton.blocks):
             with skeleton.resident(path) as block:
                 hidden = calls.run(i, block, hidden)

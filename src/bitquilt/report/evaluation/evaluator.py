@@ -20,6 +20,7 @@ from bitquilt.data.tokens import token_stream, window_bos
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
+from bitquilt.model.structure import is_encoder_decoder
 from bitquilt.report.evaluation import divergence, loading, perplexity
 from bitquilt.report.evaluation.checkpoint_size import ModelSize, model_size
 from bitquilt.report.evaluation.perplexity import Window
@@ -117,6 +118,8 @@ def evaluate(
     planned = perplexity.plan_windows(stream.numel(), seq_len, stride)
     batch_size = batch_size or max(1, min(16, _LOGITS // (seq_len * (vocab or 1))))
     with _evaluating(models):
+        if is_encoder_decoder(subject):
+            notify(f"{type(subject).__name__} is an encoder-decoder: the loss is that of writing the text it reads")
         for each in models:
             loading.check_causal(each, stream[:seq_len])
         scores = list(_score(subject, other, stream, planned, batch_size, progress, first))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.structure import is_encoder_decoder
 
 # Tokens of the causality check: enough for a past and a future, few enough to cost nothing.
 _PROBE = 8
@@ -55,7 +56,10 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
     Raises UserError if the model gives no such logits."""
     ids = ids.to(model.device)
-    logits = getattr(model(ids, attention_mask=torch.ones_like(ids), use_cache=False), "logits", None)
+    mask = torch.ones_like(ids)
+    if is_encoder_decoder(model):
+        return _logits_of_writing_again(model, ids, mask)
+    logits = getattr(model(ids, attention_mask=mask, use_cache=False), "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = "no logits" if logits is None else f"logits {list(logits.shape)}"
         raise UserError(
@@ -65,10 +69,28 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
+def _logits_of_writing_again(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return a decoder's logits, given the tokens before, where the encoder reads all of `ids`.
+
+    Its loss is that of writing the text again. In position t, as in a causal model, they are of token t + 1; what
+    follows the last token is not asked for."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder that does not say how its decoder begins, so a text has no "
+            "loss; evaluate it on a task of its own"
+        )
+    logits: Tensor = model(ids, attention_mask=mask, decoder_input_ids=shift(labels=ids), use_cache=False).logits
+    return torch.cat([logits[:, 1:], logits[:, -1:]], dim=1)
+
+
 def check_causal(model: Any, ids: Tensor) -> None:
     """Raise UserError if a later token of `ids` int64 [tokens] changes the logits of an earlier one.
 
-    Such a model cannot be scored by next-token prediction. The check needs no list of model families."""
+    Such a model cannot be scored by next-token prediction. The check needs no list of model families. An
+    encoder-decoder is meant to know the text that it writes."""
+    if is_encoder_decoder(model):
+        return
     ids = ids[:_PROBE][None]
     changed = ids.clone()
     changed[0, -1] = 1 if int(ids[0, -1]) == 0 else 0

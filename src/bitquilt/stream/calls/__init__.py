@@ -1,0 +1,1 @@
+"""How a model calls its blocks: `recording` listens, `columns` stores what blocks receive besides hidden states."""
