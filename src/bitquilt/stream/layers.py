@@ -19,7 +19,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.stream.job import Job, LoadedBlock
 from bitquilt.stream.records import LayerRecord
-from bitquilt.stream.workdir import write_tensors
+from bitquilt.stream.workdir import tensors_sum, write_tensors
 
 ERROR_TOKENS = 256  # to report each layer's relative output error
 
@@ -38,10 +38,15 @@ class SolvedLayers:
     layers: dict[str, Layer] = field(default_factory=dict)
     solutions: dict[str, Solution] = field(default_factory=dict)
 
-    def write(self, job: Job, block: LoadedBlock, file: str) -> None:
-        """Write the block's file: its solved layers, and all other tensors as the checkpoint has them."""
+    def write(self, job: Job, block: LoadedBlock, file: str) -> str:
+        """Write the block's file, its solved layers and all other tensors as the checkpoint has them; return its sum.
+
+        The sum is of the tensors in memory, so that it also tells what went wrong on the way to the disk.
+        """
         kept = job.skeleton.kept_sources(block.path, {f"{name}.weight" for name in block.linears})
-        write_tensors(job.folder / file, self.tensors | job.skeleton.checkpoint.read(kept))
+        tensors = self.tensors | job.skeleton.checkpoint.read(kept)
+        write_tensors(job.folder / file, tensors)
+        return tensors_sum(tensors)
 
 
 def quantize_layers(
