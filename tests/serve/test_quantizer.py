@@ -421,3 +421,32 @@ def test_a_model_config_that_disagrees_with_the_tensors_is_refused(damaged: Path
     config["intermediate_size"] = 64
     path.write_text(json.dumps(config))
     _refused(damaged, r"mlp\.\w+_proj is \[")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", b'{"eos_token_id": ' + b"[" * 50_000),
+        ("config.json", {"eos_token_id": [None]}),
+        ("model.safetensors.index.json", {"metadata": [1, "two"]}),
+    ],
+)
+def test_files_that_transformers_cannot_read_end_in_a_message(
+    make_quantized: MakeQuantized, tmp_path: Path, name: str, content: bytes | dict[str, Any]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(make_quantized("llama").folder, folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / name).read_text()) | content).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"copy does not load \(\w+: .*\): a file there is damaged"):
+        bitquilt.load(folder)
+
+
+def test_a_folder_without_its_index_loads(make_quantized: MakeQuantized, tmp_path: Path) -> None:
+    """All files are the model then, though transformers knows none of their names."""
+    folder = tmp_path / "copy"
+    shutil.copytree(make_quantized("llama").folder, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    ids = torch.arange(8)[None]
+    assert torch.equal(bitquilt.load(folder)(ids).logits, bitquilt.load(make_quantized("llama").folder)(ids).logits)

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError
-from bitquilt.model.config import ModelConfig, read_config
+from bitquilt.model.config import ModelConfig, read_config, refuse_endless
 from bitquilt.model.hashes import file_sha256
 from bitquilt.model.safety import check_inside, refuse_hub_kernels
 
@@ -108,7 +109,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     check_inside(folder, (path for path in folder.iterdir() if _is_read(path)))
     config = _read_object(config_path)
     refuse_hub_kernels(config, config_path)
-    return Checkpoint(folder, str(source), config, _tensor_table(folder))
+    tensors = _tensor_table(folder)
+    refuse_endless(config, len(tensors), config_path)
+    return Checkpoint(folder, str(source), config, tensors)
 
 
 def _download(source: str, revision: str | None) -> Path:
@@ -221,8 +224,8 @@ def _refuse_two_values(name: str, file: Path, other_name: str, other_file: Path)
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not even text
+        value = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; wanted a JSON object")

@@ -119,7 +119,8 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
 
     if not files:
         return
-    checkpoint = open_checkpoint(Path(files[0]).parent)
+    linked = Path(files[0]).resolve().parent  # `load_pretrained` may have made a folder of links
+    checkpoint = open_checkpoint(linked if (linked / "config.json").is_file() else Path(files[0]).parent)
     _check_packed(checkpoint, layouts, model)
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError
 
 _MARK = "fingerprint.json"
@@ -100,8 +101,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     if not mark.is_file():
         return None
     try:
-        settings = json.loads(mark.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        settings = read_json(mark)
+    except (OSError, ValueError) as error:
         settings = error
     if not isinstance(settings, dict):
         raise UserError(f"{mark} is damaged, so its run cannot continue; delete {folder} to start afresh")
@@ -146,8 +147,8 @@ def write_mark(path: Path, value: Mapping[str, Any]) -> None:
 def read_mark(path: Path) -> dict[str, Any]:
     """Return what `write_mark` wrote. Raises DamagedError for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        value = read_json(path)
+    except ValueError:
         value = None
     if not isinstance(value, dict) or value.pop("sum", None) != _json_sum(value):
         raise DamagedError("is damaged")

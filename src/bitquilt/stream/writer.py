@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.model.config import read_layouts, with_quantization
@@ -144,7 +145,7 @@ def finished(out: Path, fingerprint: Fingerprint) -> dict[str, Any] | None:
     if not out.exists() or _is_empty_folder(out):
         return None
     try:
-        report = json.loads((out / "report.json").read_text())
+        report = read_json(out / "report.json")
         found = Fingerprint(report["fingerprint"])
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
