@@ -19,7 +19,7 @@ from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import QUANT_METHOD, layouts_of_entry
-from bitquilt.model.embedding import replace_layers
+from bitquilt.model.embedding import guard_resizing, replace_layers
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu
 
@@ -78,6 +78,7 @@ class BitquiltQuantizer(HfQuantizer):
                     raise UserError(
                         f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again"
                     )
+        guard_resizing(model)
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
