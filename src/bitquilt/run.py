@@ -25,7 +25,7 @@ from bitquilt.data.calibration import clip_to_context, describe_calibration, mak
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
-from bitquilt.planning.folder_size import folder_bytes
+from bitquilt.planning.folder_size import folder_bytes, promised_bytes
 from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.plan_model import refuse_quantized
@@ -33,7 +33,7 @@ from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import Request, Result, check_bytes
-from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.embedding_and_head import RoundedTable, rounded_tables
 from bitquilt.stream.hidden_states import check_activations_fit
 from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
@@ -51,7 +51,16 @@ from bitquilt.stream.workdir import (
     read_tensors,
     write_state,
 )
-from bitquilt.stream.writer import assemble, check_output, finished, publish, reserved, verify, write_reports
+from bitquilt.stream.writer import (
+    assemble,
+    check_output,
+    check_room,
+    finished,
+    publish,
+    reserved,
+    verify,
+    write_reports,
+)
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -77,6 +86,8 @@ def run(request: Request, observe: Observer) -> Result:
     budget = request.wish.budget
     check_output(request.out, work_path, budget.value if budget is not None and budget.kind == "size" else 0.0)
     model = _examined(request, checkpoint, known)
+    if (wanted := _planned_bytes(request, model)) is not None:
+        check_room(request.out, work_path, wanted)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, reserved(request.out), full_disk_is_an_error(work):
         report = _RunInFolder(request, model, work, clock.observe).make(fingerprint, clock, known)
@@ -129,6 +140,7 @@ class _Model:
     layers: Mapping[str, tuple[int, int]]
     untouched: tuple[Untouched, ...]
     planner: Planner | None
+    tables: tuple[RoundedTable, ...]
 
 
 def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
@@ -153,7 +165,18 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
         except ValueError as error:
             raise UserError(str(error)) from None
     untouched = untouched_tensors(skeleton, {*layers, *(table.path for table in tables)})
-    return _Model(skeleton, layers, untouched, planner)
+    return _Model(skeleton, layers, untouched, planner, tables)
+
+
+def _planned_bytes(request: Request, model: _Model) -> int | None:
+    """Bytes of the output where a given plan fixes them, else None."""
+    recipe, plan = request.wish.recipe, request.wish.plan
+    if plan is None or not isinstance(recipe, Plannable):
+        return None
+    layouts = {name: recipe.layout(*model.layers[name], layer) for name, layer in plan.plans.items()}
+    layouts |= {table.path: table.layout for table in model.tables}
+    written = plan_json(recipe_json(recipe), plan.plans, request.outer)
+    return promised_bytes(model.skeleton, layouts, written, {k: v for t in model.tables for k, v in t.config.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +199,8 @@ class _RunInFolder:
         self.observe(Started(str(request.model), blocks, done, layers, nbytes, untouched))
         ids = self._calibration() if request.calibrates else None
         known, planned = self._allocated(ids, known)
+        if planned is not None:
+            check_room(request.out, self.work, planned.size.total)
         source = planned or request.wish.plan
         plans = None if source is None else source.plans
         job = self._job(plans)
