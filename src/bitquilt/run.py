@@ -8,7 +8,7 @@ Everything up to the calibration takes seconds and writes nothing. Everything af
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started
 from bitquilt.core.plan_file import check_plan, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.settings import Calibration
-from bitquilt.core.types import LayerPlan
+from bitquilt.core.types import Event, LayerPlan
 from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
-from bitquilt.errors import UserError
+from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.shared_layers import shared_layers
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
-from bitquilt.planning.folder_size import folder_bytes
+from bitquilt.planning.folder_size import folder_bytes, promised_bytes
 from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.plan_model import refuse_quantized
@@ -34,22 +34,34 @@ from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import Request, Result, check_bytes
-from bitquilt.stream.embedding_and_head import rounded_tables
+from bitquilt.stream.embedding_and_head import RoundedTable, rounded_tables
 from bitquilt.stream.hidden_states import check_activations_fit
 from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
 from bitquilt.stream.model_training import TrainingMemory
+from bitquilt.stream.resume.damage import WorkFiles, drop_damaged
 from bitquilt.stream.run_report import Promise, RunReport, recipe_json
 from bitquilt.stream.workdir import (
+    DamagedError,
     Fingerprint,
+    check_state,
     delete_workdir,
     full_disk_is_an_error,
     open_workdir,
     read_fingerprint,
     read_tensors,
-    write_tensors,
+    write_state,
 )
-from bitquilt.stream.writer import assemble, check_output, finished, publish, reserved, verify, write_reports
+from bitquilt.stream.writer import (
+    assemble,
+    check_output,
+    check_room,
+    finished,
+    publish,
+    reserved,
+    verify,
+    write_reports,
+)
 
 # Tokens per forward pass of a block: enough for full matrix speed, few enough for memory (one 4096-wide block: 250 MB).
 _BATCH_TOKENS = 4096
@@ -75,6 +87,8 @@ def run(request: Request, observe: Observer) -> Result:
     budget = request.wish.budget
     check_output(request.out, work_path, budget.value if budget is not None and budget.kind == "size" else 0.0)
     model = _examined(request, checkpoint, known)
+    if (wanted := _planned_bytes(request, model)) is not None:
+        check_room(request.out, work_path, wanted)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, reserved(request.out), full_disk_is_an_error(work):
         report = _RunInFolder(request, model, work, clock.observe).make(fingerprint, clock, known)
@@ -127,6 +141,7 @@ class _Model:
     layers: Mapping[str, tuple[int, int]]
     untouched: tuple[Untouched, ...]
     planner: Planner | None
+    tables: tuple[RoundedTable, ...]
 
 
 def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
@@ -157,41 +172,75 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
         except ValueError as error:
             raise UserError(str(error)) from None
     untouched = untouched_tensors(skeleton, {*layers, *(table.path for table in tables)})
-    return _Model(skeleton, layers, untouched, planner)
+    return _Model(skeleton, layers, untouched, planner, tables)
+
+
+def _planned_bytes(request: Request, model: _Model) -> int | None:
+    """Bytes of the output where a given plan fixes them, else None."""
+    recipe, plan = request.wish.recipe, request.wish.plan
+    if plan is None or not isinstance(recipe, Plannable):
+        return None
+    layouts = {name: recipe.layout(*model.layers[name], layer) for name, layer in plan.plans.items()}
+    layouts |= {table.path: table.layout for table in model.tables}
+    written = plan_json(recipe_json(recipe), plan.plans, request.outer)
+    return promised_bytes(model.skeleton, layouts, written, {k: v for t in model.tables for k, v in t.config.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class _RunInFolder:
-    """A run in its work directory `work`."""
+    """A run in its work directory `work`. `mended`: an event for each damaged file that was found there."""
 
     request: Request
     model: _Model
     work: Path
     observe: Observer
+    mended: list[Event] = field(default_factory=list)
 
     def make(self, fingerprint: Fingerprint, clock: StageClock, known: Sensitivities | None) -> dict[str, Any]:
         """Quantize, write, verify and publish; return the content of report.json."""
         request, skeleton, untouched = self.request, self.model.skeleton, self.model.untouched
         assert request.out is not None
+        self._mend()
         blocks, done = len(skeleton.blocks), len(committed(self.work, len(skeleton.blocks)))
         layers, nbytes = len(self.model.layers), skeleton.checkpoint.nbytes
         self.observe(Started(str(request.model), blocks, done, layers, nbytes, untouched))
         ids = self._calibration() if request.calibrates else None
         known, planned = self._allocated(ids, known)
+        if planned is not None:
+            check_room(request.out, self.work, planned.size.total)
         source = planned or request.wish.plan
         plans = None if source is None else source.plans
         job = self._job(plans)
         if ids is not None and request.wish.recipe.needs.calibration:
             job = self._with_ids(job, ids)
         records = stream(job, self.observe)
+        if self._mend():  # the disk did not keep what this very run wrote
+            records = stream(job, self.observe)
+            if lost := self._mend():
+                raise VerificationError(
+                    f"{self.work} did not keep what was written there, twice: {lost[0].detail}; check the disk and the "
+                    "memory of this machine, or give --work-dir on another disk"
+                )
         self.observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, self.work, records)
         difference = verify(folder, self.work)
-        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device)
+        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device, self.mended)
         prediction = None if plans is None else predict(known, plans, request.wish.recipe, request.outer)
         report = self._write_reports(folder, outcome, planned, prediction)
         publish(folder, request.out)
         return report
+
+    def _mend(self) -> list[Event]:
+        """Delete what is damaged in the work directory, report it, and return an event for each file."""
+        wish, selection = self.request.wish, self.request.selection
+        given = wish.plan is not None or wish.budget is not None
+        blocks, tables = len(self.model.skeleton.blocks), tuple(self.request.outer.given)
+        others = {_IDS: check_state, _TABLES: _check_tables, _TABLES_AGAIN: _check_tables}
+        events = drop_damaged(WorkFiles(self.work, blocks, wish.recipe, selection.include_head, tables, given, others))
+        for event in events:
+            self.observe(Stage(f"{event.kind}: {event.detail}"))
+        self.mended.extend(events)
+        return events
 
     def _job(self, plans: Mapping[str, LayerPlan] | None = None) -> Job:
         request = self.request
@@ -214,13 +263,13 @@ class _RunInFolder:
         asked, skeleton = self.request.calibration, self.model.skeleton
         check_activations_fit(self.work, skeleton.checkpoint, self.request.wish.recipe, asked.tokens)
         path = self.work / _IDS
-        if path.is_file():
+        if path.is_file():  # whole: see `_mend`
             return read_tensors(path)["input_ids"]
         vocabulary = vocabulary_size(skeleton.model)
         ids = make_calibration(
             skeleton.checkpoint, asked, vocabulary=vocabulary, progress=lambda text: self.observe(Stage(text))
         )
-        write_tensors(path, {"input_ids": ids})
+        write_state(path, {"input_ids": ids})
         return ids
 
     def _allocated(
@@ -285,6 +334,13 @@ class _RunInFolder:
         report = outcome.to_json(folder, promise)
         write_reports(folder, plan, report, promise.folder_bytes, promised=wish.budget is not None)
         return report
+
+
+def _check_tables(path: Path) -> None:
+    try:
+        read_sensitivities(path)
+    except UserError:
+        raise DamagedError("is damaged") from None
 
 
 def _tell_first_round(observe: Observer, event: object) -> None:

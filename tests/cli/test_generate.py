@@ -1,6 +1,7 @@
 """`bitquilt generate`: seeded, streamed, and without touching the global random state."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,15 @@ def test_what_a_user_may_get_wrong(command: Command, tiny: Path, tmp_path: Path)
     assert command("generate", "/nowhere", *PROMPT).code == 2
     assert command("generate", tiny).code == 2
     assert command("generate", tiny, *PROMPT, "--dtype", "int3").code == 2
+
+
+def test_the_tokenizer_of_another_model_is_named(
+    command: Command, make_model: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_model("llama", vocab_size=512, bos_token_id=0, eos_token_id=0), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, folder / name)
+    ran = command("generate", folder, *PROMPT)
+    assert ran.code == 2
+    assert "the model knows 0 to 511; use the tokenizer that belongs to the model" in " ".join(ran.err.split())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitquilt import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.outline import open_outline
 from bitquilt.model.structure import find_blocks, linear_layers, open_skeleton
 from bitquilt.stream.writer import streamed_logits
 
@@ -313,3 +314,36 @@ def test_ties_are_as_transformers_makes_them(stored: str, make_model: MakeModel,
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model")(input_ids=ids).logits
     checkpoint: Checkpoint = open_checkpoint(tmp_path / "model")
     torch.testing.assert_close(streamed_logits(open_skeleton(checkpoint), ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1e\+09, and the checkpoint holds \d+ tensors"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is no number of layers"),
+        ({"vocab_size": 10**30}, "no model can be built"),
+        ({"hidden_size": 10**30}, "no model can be built"),
+        ({"hidden_size": "wide"}, "no model can be built"),
+        ({"model_type": ["llama"]}, r"does not know this model: model_type is \['llama'\]"),
+    ],
+)
+def test_config_values_that_make_no_model_are_refused(
+    make_model: Callable[..., Path], tmp_path: Path, changed: dict[str, Any], match: str
+) -> None:
+    folder = _with_config(make_model(), tmp_path, changed)
+    with pytest.raises(UserError, match=match):
+        open_outline(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("names", [None, [None], [1, {}, "two"], "LlamaForCausalLM", 7])
+def test_damaged_architectures_are_as_none(make_model: Callable[..., Path], tmp_path: Path, names: object) -> None:
+    """The model type says which class it is."""
+    folder = _with_config(make_model(), tmp_path, {"architectures": names})
+    assert type(open_outline(open_checkpoint(folder)).model).__name__ == "LlamaForCausalLM"
+
+
+def _with_config(model: Path, target: Path, changed: dict[str, Any]) -> Path:
+    shutil.copytree(model, target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changed))
+    return target

@@ -1,6 +1,7 @@
 """What people do with a loaded model: save, cast, copy, compile and generate with it."""
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -29,6 +30,9 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.model.structure import open_skeleton
+from bitquilt.recipes.cmpq.cmpq import CMPQ
+
+from ..conftest import VOCAB
 
 MakeQuantized = Callable[..., Result]
 
@@ -452,3 +456,91 @@ def test_a_model_config_that_disagrees_with_the_tensors_is_refused(damaged: Path
     config["intermediate_size"] = 64
     path.write_text(json.dumps(config))
     _refused(damaged, r"mlp\.\w+_proj is \[")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", b'{"eos_token_id": ' + b"[" * 50_000),
+        ("config.json", {"eos_token_id": [None]}),
+        ("model.safetensors.index.json", {"metadata": [1, "two"]}),
+    ],
+)
+def test_files_that_transformers_cannot_read_end_in_a_message(
+    make_quantized: MakeQuantized, tmp_path: Path, name: str, content: bytes | dict[str, Any]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(make_quantized("llama").folder, folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / name).read_text()) | content).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"copy does not load \(\w+: .*\): a file there is damaged"):
+        bitquilt.load(folder)
+
+
+def test_a_folder_without_its_index_loads(make_quantized: MakeQuantized, tmp_path: Path) -> None:
+    """All files are the model then, though transformers knows none of their names."""
+    folder = tmp_path / "copy"
+    shutil.copytree(make_quantized("llama").folder, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    ids = torch.arange(8)[None]
+    assert torch.equal(bitquilt.load(folder)(ids).logits, bitquilt.load(make_quantized("llama").folder)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "options"),
+    [("llama", CMPQ(bits=3), {}), ("llama-tied-bias", "slim-llm", {"embedding_bits": 8})],
+)
+def test_models_are_pickled_copied_and_saved(
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., Result],
+    tmp_path: Path,
+    family: str,
+    recipe: Any,
+    options: dict[str, Any],
+) -> None:
+    """Gains in float8 too, which pickle does not know."""
+    model = bitquilt.load(quantize_tiny(make_model(family), tmp_path / "out", recipe, **options).folder)
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for other in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        torch.load(stream, weights_only=False),
+    ):
+        assert torch.equal(other(ids).logits, expected)
+        dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+        assert {name: buffer.dtype for name, buffer in other.named_buffers()} == dtypes
+    if isinstance(recipe, CMPQ):
+        assert torch.float8_e4m3fn in dtypes.values()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("llama", {"embedding_bits": 8}, "embedding of this model is"),
+        ("llama-tied-bias", {"embedding_bits": 8}, "embedding and head of this model are"),
+        ("llama", {"include_head": True}, "head of this model is"),
+    ],
+)
+def test_quantized_tables_refuse_another_size_before_anything_changes(
+    make_quantized: MakeQuantized, family: str, options: dict[str, Any], named: str
+) -> None:
+    model = bitquilt.load(make_quantized(family, "rtn", **options).folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for asked in ({"new_num_tokens": VOCAB + 6}, {"new_num_tokens": 8}, {"pad_to_multiple_of": 48}):
+            with pytest.raises(UserError, match=rf"the token {named} quantized and cannot .* from {VOCAB} to"):
+                other.resize_token_embeddings(**asked)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+        other.resize_token_embeddings(VOCAB)  # their own size is fine
+        other.resize_token_embeddings(pad_to_multiple_of=8)
+
+
+def test_a_full_precision_table_may_be_resized(make_quantized: MakeQuantized) -> None:
+    model = bitquilt.load(make_quantized("llama").folder)
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    assert model(torch.tensor([[VOCAB + 5]])).logits.shape[-1] == VOCAB + 6

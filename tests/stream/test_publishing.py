@@ -12,7 +12,9 @@ from filelock import FileLock
 
 import bitquilt
 from bitquilt import Result, UserError
+from bitquilt.core.events import LayerDone
 from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.stream import writer
 
 Quantize = Callable[..., Result]
 
@@ -64,18 +66,80 @@ def test_two_runs_to_one_output(tmp_path: Path, computed: Callable[..., list[obj
     assert not (tmp_path / "work").exists()
 
 
+@pytest.fixture
+def other_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """Make a folder that counts as another disk with so many free bytes."""
+    home = tmp_path / "disk"
+    home.mkdir()
+    usage, device = shutil.disk_usage(tmp_path), writer._disk
+
+    def make(free: int) -> Path:
+        monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=free) if home == Path(p) else usage)
+        monkeypatch.setattr(writer, "_disk", lambda p: -1 if home == Path(p) else device(p))
+        return home
+
+    return make
+
+
 def test_another_disk_too_small_for_the_budget(
-    tmp_path: Path, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_model: Callable[..., Path], other_disk: Callable[[int], Path]
 ) -> None:
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is one file system only")
-    usage = shutil.disk_usage(tmp_path)._replace(free=9999)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     options: dict[str, Any] = {"budget": bitquilt.Budget.of(size="60kB"), "group_size": 8}
-    with pytest.raises(UserError, match=r"the budget is 0\.00 GB and in .* 0\.00 GB are free"):
-        bitquilt.quantize(make_model(), "rtn", out=tmp_path / "out", work_dir=shared / "bitquilt-work", **options)
-    assert not list(tmp_path.iterdir())
+    home = other_disk(9999)
+    with pytest.raises(UserError, match=r"the checkpoint takes 60 kB and in .*disk 10 kB are free"):
+        bitquilt.quantize(make_model(), "rtn", out=home / "out", work_dir=tmp_path / "work", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+
+
+@pytest.mark.parametrize("kind", ["plan", "bpw"])
+def test_another_disk_too_small_for_the_plan(
+    tmp_path: Path, make_quantized: Callable[..., Result], make_model: Callable[..., Path], other_disk: Any, kind: str
+) -> None:
+    """A plan fixes every byte, also without a budget of bytes; refused before a layer is solved."""
+    first = make_quantized("llama", "rtn", embedding_bits=8)
+    total = sum(path.stat().st_size for path in first.folder.iterdir())
+    options: dict[str, Any] = {"plan": first.folder / "plan.json"}
+    if kind == "bpw":
+        options = {"recipe": "rtn", "group_size": 8, "budget": bitquilt.Budget.of(bpw=3.7)}
+    events: list[object] = []
+    home = other_disk(total - 1 if kind == "plan" else 9999)
+    with pytest.raises(UserError, match=r"the checkpoint takes .* are free; give another output folder"):
+        bitquilt.quantize(make_model(), out=home / "out", work_dir=tmp_path / "work", observer=events.append, **options)
+    assert not any(isinstance(event, LayerDone) for event in events)
+    if kind == "plan":
+        assert events == []
+        home = other_disk(total)
+        assert bitquilt.quantize(make_model(), out=home / "out", work_dir=tmp_path / "work", **options).folder.is_dir()
+
+
+def test_a_disk_that_fills_up_at_the_end(
+    tmp_path: Path, make_model: Callable[..., Path], quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program took the space: the copy fails file by file, and the run is finished by moving it later."""
+    out, work, copy = tmp_path / "out", tmp_path / "work", shutil.copy2
+    solved: list[object] = []
+
+    def full(source: str, target: str, **_: Any) -> str:
+        if str(source).endswith(".safetensors"):
+            raise OSError(errno.ENOSPC, "No space left on device", target)
+        return str(copy(source, target))
+
+    def other_disk(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    tree = shutil.copytree
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", other_disk)
+        patch.setattr(shutil, "copytree", lambda one, other: tree(one, other, copy_function=full))
+        with pytest.raises(
+            UserError, match=r"moved to .*out \(\[Errno 28\] No space.*work/checkpoint\. Move it"
+        ) as caught:
+            quantize_tiny(make_model(), out, "rtn", work_dir=work)
+    assert len(str(caught.value)) < 600  # not the list of all files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]
+    quantize_tiny(make_model(), out, "rtn", work_dir=work, observer=solved.append)
+    assert not any(isinstance(event, LayerDone) for event in solved)
+    assert (out / "report.json").is_file()
 
 
 def test_a_finished_run_is_never_lost(

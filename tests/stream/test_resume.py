@@ -402,19 +402,47 @@ def test_the_checkpoint_reaches_another_disk_whole(
     assert not (tmp_path / "work").exists()
 
 
-def test_a_damaged_checkpoint_is_found_before_it_is_published(
+def flipping(times: int) -> Callable[[Path, dict[str, torch.Tensor]], None]:
+    """A writer of blocks that flips a bit on the way to the disk, so many times."""
+    left = [times]
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("layers.1.mlp.up_proj.codes_0") and left[0]:
+                left[0] -= 1
+                tensors = {**tensors, name: tensor ^ 1}
+        workdir.write_tensors(path, tensors)
+
+    return write
+
+
+def test_a_block_that_the_disk_did_not_keep_is_solved_again(
     source: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bit that flips between writing and reading: the logits of the reloaded checkpoint give it away."""
-    real = workdir.write_tensors
+    expected = output_bytes(run(quantize_tiny, source, tmp_path / "whole").folder)
+    monkeypatch.setattr("bitquilt.stream.layers.write_tensors", flipping(1))
+    result = run(quantize_tiny, source, tmp_path / "out")
+    assert output_bytes(result.folder) == expected
+    (event,) = result.report["events"]
+    assert event["kind"] == "damaged work directory"
+    assert "block-00001.safetensors does not hold the tensors that were written" in event["detail"]
 
-    def flipping(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name.endswith("layers.1.mlp.up_proj.codes_0"):
-                tensors = {**tensors, name: tensor ^ 1}
-        real(path, tensors)
 
-    monkeypatch.setattr("bitquilt.stream.layers.write_tensors", flipping)
+def test_a_disk_that_keeps_nothing_is_named(
+    source: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitquilt.stream.layers.write_tensors", flipping(9))
+    with pytest.raises(bitquilt.VerificationError, match=r"out\.work did not keep .* twice: block-00001\.safetensors"):
+        run(quantize_tiny, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_computes_something_else_is_not_published(
+    source: Path, quantize_tiny: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all files as they were written: the logits of the reloaded checkpoint give it away."""
+    monkeypatch.setattr("bitquilt.stream.layers.write_tensors", flipping(9))
+    monkeypatch.setattr("bitquilt.run.drop_damaged", lambda _: [])
     with pytest.raises(bitquilt.VerificationError, match=r"logits differ by .* work directory .* is kept") as caught:
         run(quantize_tiny, source, tmp_path / "out")
     assert "disk" not in str(caught.value)  # nothing speaks for it
@@ -423,13 +451,34 @@ def test_a_damaged_checkpoint_is_found_before_it_is_published(
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"3", b"[" * 99_999])
-@pytest.mark.parametrize("name", ["fingerprint.json", "block-00000.json"])
-def test_a_damaged_work_directory_is_named(
-    begun: Path, source: Path, quantize_tiny: Quantize, name: str, content: bytes
+def test_a_damaged_fingerprint_is_named(begun: Path, source: Path, quantize_tiny: Quantize, content: bytes) -> None:
+    (begun.with_name("out.work") / "fingerprint.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"fingerprint.json is damaged, so its run cannot continue; delete"):
+        run(quantize_tiny, source, begun)
+
+
+DAMAGED = {
+    "block-00000.json": b"[" * 99_999,
+    "block-00000.safetensors": b"short",
+    "calibration.safetensors": None,
+    "activations-00001.f32": bytes(6 * 16 * 32 * 4 + 8),
+    "probe-00001.safetensors": b"",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_of_a_stopped_run_are_made_again(
+    begun: Path, source: Path, quantize_tiny: Quantize, tmp_path: Path, name: str
 ) -> None:
-    (begun.with_name("out.work") / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged"):
-        run(quantize_tiny, source, begun)
-    if name != "fingerprint.json":  # the message says so
-        (begun.with_name("out.work") / name).unlink()
-        run(quantize_tiny, source, begun)
+    work, content = begun.with_name("out.work"), DAMAGED[name]
+    (work / name).unlink()
+    if content is not None:
+        (work / name).write_bytes(content)
+    seen: list[Any] = []
+    result = run(quantize_tiny, source, begun, observer=seen.append)
+    assert output_bytes(result.folder) == output_bytes(run(quantize_tiny, source, tmp_path / "whole").folder)
+    told = [event["detail"] for event in result.report["events"]]
+    # calibration ids are read from a file again; only what is there and wrong is damage
+    assert [detail.split()[0] for detail in told] == ([name] if content is not None else [])
+    done = next(event.done for event in seen if isinstance(event, Started))
+    assert done == (1 if name.startswith("calibration") else 0)  # the first block's inputs are gone

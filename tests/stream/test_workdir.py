@@ -17,14 +17,20 @@ from bitquilt import UserError
 from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import (
     ActivationFile,
+    DamagedError,
     Fingerprint,
+    check_activations,
     check_disk,
+    check_state,
     delete_workdir,
     full_disk_is_an_error,
     open_workdir,
     read_fingerprint,
+    read_mark,
     read_tensors,
     write_json,
+    write_mark,
+    write_state,
     write_tensors,
 )
 
@@ -59,12 +65,57 @@ def test_activations_are_read_as_they_were_written(tmp_path: Path) -> None:
     for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
         activations.write(rows, values[rows].to(torch.float64))
     activations = activations.commit(tmp_path / "done.f32")
-    assert (tmp_path / "done.f32").stat().st_size == 4 * values.numel()
+    assert (tmp_path / "done.f32").stat().st_size == 4 * values.numel() + 8  # and the sum
+    check_activations(tmp_path / "done.f32")
     assert not (tmp_path / "tmp").exists()
     assert torch.equal(activations.read(slice(0, 5)), values)
     batch = activations.read(slice(1, 3))
     batch.zero_()  # a batch is the caller's own
     assert torch.equal(activations.read(slice(1, 3)), values[1:3])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (1, 1, 1), (3, 1000, 2000)])
+def test_space_is_reserved_without_posix_fallocate_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    """macOS has no such call."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    ActivationFile.create(tmp_path / "tmp", shape)
+    stat = (tmp_path / "tmp").stat()
+    assert stat.st_size == 4 * torch.Size(shape).numel() + 8
+    assert stat.st_blocks * 512 >= stat.st_size  # no hole
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "longer"])
+@pytest.mark.parametrize("kind", ["state", "mark", "activations"])
+def test_damage_to_any_file_is_seen(tmp_path: Path, kind: str, damage: str) -> None:
+    path = tmp_path / f"file.{kind}"
+    check: Callable[[Path], object]
+    if kind == "state":
+        check = check_state
+        write_state(path, {"a": torch.randn(3, 5), "b": torch.ones(2, dtype=torch.bfloat16)})
+    elif kind == "mark":
+        check = read_mark
+        write_mark(path, {"a": [1, 2.5, None, "x"], "b": {}})
+        assert read_mark(path) == {"a": [1, 2.5, None, "x"], "b": {}}
+    else:
+        check = check_activations
+        activations = ActivationFile.create(tmp_path / "tmp", (2, 3, 3))
+        activations.write(slice(0, 2), torch.randn(2, 3, 3))
+        activations.commit(path)
+    check(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little") if kind == "state" else 0
+    places = range(header, len(whole), 7) if damage == "flipped" else [len(whole) // 2]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 4
+        changed = {"flipped": content, "truncated": whole[:place], "emptied": b"", "longer": whole + b"xyz!"}[damage]
+        path.write_bytes(changed)
+        if kind == "mark" and changed.split() == whole.split():
+            continue
+        with pytest.raises(DamagedError):
+            check(path)
 
 
 def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path) -> None:

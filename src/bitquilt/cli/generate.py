@@ -17,6 +17,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
 from bitquilt.model.safety import trusted_text
+from bitquilt.model.structure import vocabulary_size
 from bitquilt.report.evaluation.loading import as_model, check_causal, check_finite, logits_of
 from bitquilt.serve.generation import Generation, TokenDecoder, start_generation
 from bitquilt.stream.devices import choose_device
@@ -72,6 +73,11 @@ def write_text(
     Raises UserError for an empty prompt without a token to begin with, a prompt that fills the context, and a model
     that is not causal."""
     ids = _encode(tokenizer, prompt).to(model.device)
+    if (highest := int(ids.max())) >= (known := vocabulary_size(model)):
+        raise UserError(
+            f"the tokenizer turns the prompt into ids up to {highest}, and the model knows 0 to {known - 1}; use the "
+            "tokenizer that belongs to the model"
+        )
     most = min(sampling.max_new_tokens, _room(model, ids.shape[1]) or sampling.max_new_tokens)
     if most < sampling.max_new_tokens:
         stderr.print(f"the model's context leaves room for {most} tokens instead of {sampling.max_new_tokens}")

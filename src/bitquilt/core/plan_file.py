@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, StringConstraints, ValidationError
 
+from bitquilt.core.json_files import parse_json
 from bitquilt.core.types import LayerPlan
 from bitquilt.errors import UserError
 
@@ -121,16 +122,16 @@ def read_plan(path: str | Path) -> PlanFile:
     """Read a plan.json. Raises UserError naming the entry that is wrong."""
     try:
         data = Path(path).read_bytes()
-        found = PlanFile.model_validate(json.loads(data))
+        found = PlanFile.model_validate(parse_json(data))
         found._sha256 = hashlib.sha256(data).hexdigest()
         return found
     except OSError as error:
         raise UserError(
             f"cannot read the plan {path}: {error.strerror}; `bitquilt plan MODEL --out FILE` writes one"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"the plan {path} is not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = " > ".join(map(str, first["loc"]))
         raise UserError(f"the plan {path}, entry {where}: {first['msg']}; got {str(first['input'])[:60]!r}") from None
+    except ValueError as error:
+        raise UserError(f"the plan {path} is not JSON: {error}") from None

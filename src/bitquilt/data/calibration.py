@@ -105,7 +105,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer("a")  # a setting of a wrong kind, such as a maximal length, is met when it is used
+            return tokenizer
         except Exception as error:  # tokenizers raises bare Exception, each family what its parser raises
             reason = str(error).strip().splitlines() or [""]
             if "trust_remote_code" in str(error):

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError
-from bitquilt.model.config import QUANT_METHOD, ModelConfig, read_config
+from bitquilt.model.config import QUANT_METHOD, ModelConfig, read_config, refuse_endless
 from bitquilt.model.encoded.recognize import recognize
 from bitquilt.model.encoded.source_format import SourceFormat
 from bitquilt.model.encoded.stated_format import SIDE_FILES, read_stated
@@ -139,7 +140,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     check_inside(folder, (path for path in folder.iterdir() if _is_read(path)))
     config = _read_object(config_path)
     refuse_hub_kernels(config, config_path)
-    tensors, encoded = read_format(folder, config, _tensor_table(folder))
+    stored = _tensor_table(folder)
+    refuse_endless(config, len(stored), config_path)
+    tensors, encoded = read_format(folder, config, stored)
     return Checkpoint(folder, str(source), config, tensors, source=encoded)
 
 
@@ -278,8 +281,8 @@ def _refuse_different(one: Tensor, other: Tensor, name: str, file: Path, other_n
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not even text
+        value = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; wanted a JSON object")

@@ -25,6 +25,11 @@ GUARD = (
 )
 _EARLIER_ENTRY = "compression_config"  # of compressed-tensors
 _WINDOWED = "sliding_attention"
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# No size of a model is larger, and torch takes no sizes above 2^63.
+_MOST = 2**40
+# Layers that share their weights, as ALBERT's 12 to 48, have no tensors of their own.
+_SHARED = 1000
 
 
 @dataclass(frozen=True)
@@ -147,16 +152,30 @@ def total_nominal_bits(layouts: Mapping[str, Layout]) -> float:
 def _number(text: Mapping[str, Any], *names: str) -> int:
     """The first of the settings `names` that is a positive whole number, else 0."""
     found = (text.get(name) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), 0)
+    return next((value for value in found if type(value) is int and 0 < value < _MOST), 0)
+
+
+def refuse_endless(values: Mapping[str, Any], tensors: int, where: object) -> None:
+    """Raise UserError for far more layers than the checkpoint has `tensors`: building them would not end."""
+    nested = values.get("text_config")
+    for name in _LAYERS:
+        layers = (nested if isinstance(nested, dict) else values).get(name)
+        if isinstance(layers, int) and layers > _SHARED + tensors:
+            raise UserError(
+                f"{where}: {name} is {layers:.3g}, and the checkpoint holds {tensors} tensors: the file is damaged; "
+                "copy or download it again"
+                if layers < _MOST
+                else f"{where}: {name} is no number of layers: the file is damaged; copy or download it again"
+            )
 
 
 def _windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The attention window of every layer. Without `layer_types` Qwen's families window their last layers and only on
     request, all others every layer: the rule of transformers' own cache."""
-    layers = _number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    layers = _number(text, *_LAYERS)
     window = _number(text, "sliding_window") or None
     kinds = text.get("layer_types")
-    if kinds:
+    if isinstance(kinds, list) and kinds:
         return tuple(window if kind == _WINDOWED else None for kind in kinds)
     first = 0
     if str(text.get("model_type")).startswith("qwen"):

@@ -1,16 +1,19 @@
 """Token embeddings in few bits: `QuantizedEmbedding`, and `SharedHead`, which multiplies by the same codes.
 
 The table is stored like a `QuantizedLinear` of `[vocabulary, width]`; a lookup unpacks only the rows that are read.
-`replace_layers` puts quantized modules into a model.
+`replace_layers` puts quantized modules into a model, `guard_resizing` keeps their number of rows.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bitquilt.core.types import Layout
+from bitquilt.errors import UserError
 from bitquilt.model.linear import QuantizedLinear, replace_linears, replace_module
 from bitquilt.model.shared_layers import share_layers, shared_layers
 from bitquilt.ops.bits import unpack_bits
@@ -142,6 +145,42 @@ def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype
     shared = shared_layers(model)
     replace_linears(model, linear, dtype)
     share_layers(model, shared, linear)
+
+
+def guard_resizing(model: Any) -> None:
+    """Let the model's `resize_token_embeddings` refuse before it changes anything, where a table is quantized."""
+    if _quantized_tables(model):
+        model.resize_token_embeddings = partial(_resize, model)  # no closure: models are pickled
+
+
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *more: Any, **options: Any
+) -> Any:
+    """`PreTrainedModel.resize_token_embeddings` for a model with quantized tables. Raises UserError for another size.
+
+    transformers' own raises TypeError; of a quantized head it does so once the embedding is resized.
+    """
+    table = model.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows and (names := _quantized_tables(model)):
+        raise UserError(
+            f"the token {' and '.join(names)} of this model {'are' if len(names) > 1 else 'is'} quantized and cannot "
+            f"grow or shrink from {rows} to {wanted} rows; resize the full-precision model and quantize it again, or "
+            "quantize without bits for embedding and head"
+        )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *more, **options)
+
+
+def _quantized_tables(model: Any) -> list[str]:
+    tables = {"embedding": model.get_input_embeddings, "head": model.get_output_embeddings}
+    found = []
+    for name, get in tables.items():
+        with contextlib.suppress(AttributeError, NotImplementedError):  # a model without such a table
+            found += [name] * isinstance(get(), QuantizedLinear | SharedHead)
+    return found
 
 
 def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:

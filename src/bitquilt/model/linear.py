@@ -164,6 +164,22 @@ class QuantizedLinear(nn.Module):
         self._buffers.update(self._stored_codes())
         self._op_layout = op_layout(self.layout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to copy or pickle. Python's pickle knows no float8 tensors, so they pass as bytes."""
+        state = dict(self.__dict__)
+        state["_buffers"] = {
+            name: tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.float8_e4m3fn else tensor
+            for name, tensor in self._buffers.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, spec in tensor_specs(self.layout).items():
+            tensor = self._buffers[name]
+            if tensor is not None and tensor.dtype != spec.dtype:
+                self._buffers[name] = tensor.view(spec.dtype)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: codes for name, codes in self._stored_codes().items()})

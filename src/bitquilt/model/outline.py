@@ -44,6 +44,7 @@ _NEEDED = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+_MOST = 2**31  # of any size; torch takes no matrix of more than 2^63 elements
 # Settings that change what a layer is; if one is on, the model is built and inspected.
 _STRANGE = ("attention_bias", "mlp_bias")
 
@@ -82,10 +83,10 @@ def _outline(checkpoint: Checkpoint) -> _Outline | None:
     if family is None or config.get("model_type") != family.model_type or any(config.get(key) for key in _STRANGE):
         return None
     numbers = [config.get(key) for key in _NEEDED]
-    if not all(type(number) is int and number > 0 for number in numbers):
+    size = config.get("head_dim")
+    if not all(type(number) is int and 0 < number < _MOST for number in (*numbers, 1 if size is None else size)):
         return None
     vocabulary, width, inner, count, heads, shared = cast(list[int], numbers)
-    size = config.get("head_dim")
     if size is None and not family.norms and width % heads == 0:
         size = width // heads
     tied = config.get("tie_word_embeddings", False)

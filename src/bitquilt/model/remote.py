@@ -3,13 +3,14 @@
 It fetches config.json, the safetensors headers (by range requests) and the list of files with their sizes.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import DOWNLOADED, Checkpoint, is_companion, open_checkpoint, read_format
+from bitquilt.model.config import refuse_endless
 from bitquilt.model.encoded.stated_format import SIDE_FILES
 from bitquilt.model.safety import refuse_hub_kernels
 from bitquilt.model.tensor_info import TensorInfo
@@ -74,10 +75,11 @@ def open_headers(source: str | Path, revision: str | None = None) -> Checkpoint:
         for tensor, info in header.tensors.items()
     }
     try:
-        values = json.loads(config.read_text())
+        values = read_json(config)
     except ValueError as error:
         raise UserError(f"config.json of {name} is not JSON: {error}") from None
     refuse_hub_kernels(values, config)
+    refuse_endless(values, len(tensors), f"config.json of {name}")
     companions = {f.path: f.size for f in listed if _fetched(f.path) and is_companion(f.path)}
     seen, source_format = read_format(config.parent, values, tensors)
     return RemoteCheckpoint(config.parent, name, values, seen, companions, source=source_format)

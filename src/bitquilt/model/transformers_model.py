@@ -60,13 +60,17 @@ def load_config(checkpoint: Checkpoint) -> Any:
     values = without_quantization(checkpoint.config)
     if "model_type" not in values:
         raise UserError(f"{checkpoint.folder}/config.json has no model_type: wanted a transformers model")
-    if values["model_type"] not in CONFIG_MAPPING:
+    if not _knows(values["model_type"]):
         raise UserError(
             f"transformers {transformers.__version__} does not know this model: model_type is {values['model_type']!r} "
             f"in {checkpoint.folder}/config.json"
         )
     with _mistakes_of(checkpoint):
         return AutoConfig.for_model(**_with_infinities(values))
+
+
+def _knows(model_type: object) -> bool:
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def _with_infinities(values: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def load_pretrained(kind: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
     if checkpoint.config.get("auto_map"):
         if trust_remote_code:
             kind = AutoModelForCausalLM  # chooses the folder's class
-        elif (name := checkpoint.config.get("model_type")) not in CONFIG_MAPPING:
+        elif not _knows(name := checkpoint.config.get("model_type")):
             raise UserError(
                 f"{checkpoint.name} has model type {name!r}, which only Python code of its own knows, and that was not "
                 "run; read the code, then pass --trust-remote-code (trust_remote_code=True)"
@@ -181,7 +185,7 @@ def load_pretrained(kind: Any, checkpoint: Checkpoint, *, trust_remote_code: boo
     if checkpoint.source.weights:
         return _load_decoded(kind, checkpoint, options)
     options = {"use_safetensors": True, **options}
-    with _as_transformers_names_it(checkpoint) as folder:
+    with _as_transformers_names_it(checkpoint) as folder, _load_errors(checkpoint):
         return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
 
 
@@ -211,6 +215,24 @@ def _load_decoded(kind: Any, checkpoint: Checkpoint, options: dict[str, Any]) ->
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return loaded
+
+
+@contextmanager
+def _load_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises over a damaged config, index or generation_config.json into UserError.
+
+    It reads these files without checks, so a wrong kind of value raises whatever the code that meets it raises.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"{checkpoint.name} does not load ({type(error).__name__}: {reason[0]}): a file there is damaged, or an "
+            "option does not fit the model; copy or quantize it again"
+        ) from error
 
 
 @contextmanager
@@ -262,12 +284,13 @@ def class_of(names: Iterable[str], *, generates: bool = False) -> Any:
 
 def architecture(names: Iterable[str]) -> Any:
     """Return the first of these model classes that transformers has, or None."""
-    return next((kind for name in names if (kind := getattr(transformers, name, None)) is not None), None)
+    found = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    return next((kind for kind in found if kind is not None), None)
 
 
 def _model_class(config: Any) -> Any:
     names = getattr(config, "architectures", None)
-    kind = architecture(names or ())
+    kind = architecture(names if isinstance(names, list | tuple) else ())
     if kind is not None:
         return lambda config, dtype: kind._from_config(config, dtype=dtype)
     for auto in (AutoModelForCausalLM, AutoModel):

@@ -125,7 +125,13 @@ class Sizes:
 def folder_bytes(skeleton: Skeleton, folder: Path, plan: Mapping[str, Any]) -> int:
     """Promised bytes of the finished checkpoint in `folder`, including its report."""
     config = json.loads((folder / "config.json").read_text())
-    layouts = read_layouts(config)
+    return promised_bytes(skeleton, read_layouts(config), plan, config)
+
+
+def promised_bytes(
+    skeleton: Skeleton, layouts: Mapping[str, Layout], plan: Mapping[str, Any], config: Mapping[str, Any]
+) -> int:
+    """Bytes of the folder with these layouts and this plan.json; `config`: see `Sizes`."""
     sizes = Sizes(skeleton, list(layouts), plan_text=json_bytes(plan), digits=_digits(plan), config=config)
     return sizes.of(layouts).total
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -21,7 +22,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
 from bitquilt.model.remote import RemoteCheckpoint
 from bitquilt.stream.run_report import recipe_json
-from bitquilt.stream.workdir import replace_file
+from bitquilt.stream.workdir import replace_file, tensors_sum
 
 FORMAT, _METHOD = 1, "kfac"  # tables by other methods, which older versions could measure, have no unit
 # At most 16 k tokens are measured, which keeps the inputs of 80 blocks 8192 wide at 43 GB of disk, and a quarter of
@@ -66,6 +67,7 @@ class Sensitivities:
             "perplexity": self.perplexity,
             "about": self.about,
         }
+        meta["sum"] = _sum(self.losses, meta)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: save_file(self.losses, temporary, {"sensitivities": json.dumps(meta)}))
 
@@ -103,6 +105,8 @@ def read_sensitivities(path: str | Path) -> Sensitivities:
         with safe_open(path, framework="np") as handle:
             meta = json.loads((handle.metadata() or {})["sensitivities"])
             losses = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if "sum" in meta and meta.pop("sum") != _sum(losses, meta):  # earlier versions wrote none
+            raise UserError(f"{path} is damaged: it does not hold what was written; measure again")
         if (meta["format"], meta["method"]) != (FORMAT, _METHOD):
             raise UserError(
                 f"{path} has sensitivities of format {meta['format']} by {meta['method']}; this bitquilt reads format "
@@ -126,6 +130,12 @@ def file_hash(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _sum(losses: Mapping[str, NDArray[np.float32]], meta: Mapping[str, Any]) -> str:
+    """Hash of all that the file holds."""
+    tables = tensors_sum({name: torch.from_numpy(table) for name, table in losses.items()})
+    return hashlib.sha256(f"{tables} {json.dumps(meta, sort_keys=True)}".encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

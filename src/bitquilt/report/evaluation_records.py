@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitquilt._version import __version__
+from bitquilt.core.json_files import read_json
 from bitquilt.data.calibration import describe_source
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint
@@ -125,7 +126,7 @@ def remember(checkpoint: Checkpoint, record: Record) -> Path | None:
 def read_records(path: Path) -> list[Record]:
     """Read evaluation.json, or what `eval --json` printed. Raises UserError for any other file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read the evaluation {path}: {error.strerror}") from None
     except ValueError as error:

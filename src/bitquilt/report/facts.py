@@ -4,13 +4,13 @@ evaluation.json. `check_hashes` compares the files with the report, `damaged_sca
 Only config.json and the weights must exist. `Facts.absent` lists every other part that is missing and how to get it.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitquilt.core.json_files import read_json
 from bitquilt.core.packing import bits_per_weight, not_finite, tensor_specs
 from bitquilt.core.types import Layout, run_lengths
 from bitquilt.errors import UserError, VerificationError
@@ -159,7 +159,7 @@ def damaged_scales(checkpoint: Checkpoint, layouts: Iterable[str]) -> list[str]:
 def _planned(folder: Path) -> dict[str, Any]:
     """The plan's layers, used where a report is missing; {} for a damaged plan."""
     try:
-        value = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        value = read_json(folder / "plan.json")
     except (OSError, ValueError):
         return {}
     return section(value, "layers") if isinstance(value, dict) else {}

@@ -3,7 +3,6 @@
 Reading is lenient: a missing or malformed value becomes None, zero or empty, so that pages and tables need no checks.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bitquilt.core.events import Untouched
+from bitquilt.core.json_files import read_json
 from bitquilt.errors import UserError
 
 Json = Mapping[str, Any]
@@ -109,8 +109,8 @@ def read_run(folder: Path) -> RunFacts:
         return parse(RunFacts, {})
     fix = "copy it again, or move it away to go on without it"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        stored = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; {fix}") from None
     if not isinstance(stored, dict) or "fingerprint" not in stored:
         raise UserError(f"{path} was not written by bitquilt; {fix}")
@@ -140,7 +140,10 @@ def number(value: object) -> float | None:
     """A finite number, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
 
 
 def whole(value: object) -> int | None:

@@ -19,7 +19,7 @@ from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import GUARDED, QUANT_METHOD, layouts_of_entry
-from bitquilt.model.embedding import replace_layers
+from bitquilt.model.embedding import guard_resizing, replace_layers
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu
 
@@ -87,6 +87,7 @@ class BitquiltQuantizer(HfQuantizer):
                     raise UserError(
                         f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again"
                     )
+        guard_resizing(model)
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
                 module.arrange()
@@ -128,7 +129,8 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
 
     if not files:
         return
-    checkpoint = open_checkpoint(Path(files[0]).parent)
+    linked = Path(files[0]).resolve().parent  # `load_pretrained` may have made a folder of links
+    checkpoint = open_checkpoint(linked if (linked / "config.json").is_file() else Path(files[0]).parent)
     _check_packed(checkpoint, layouts, model)
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return  # another head, such as one for classification, may begin at random

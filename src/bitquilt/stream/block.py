@@ -19,7 +19,7 @@ from bitquilt.stream.gradients import attention_aware, collect_gradients
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, check_weights
 from bitquilt.stream.layers import ERROR_TOKENS, SolvedLayers, put_shared, quantize_layers
-from bitquilt.stream.records import BlockRecord, TrainingRecord
+from bitquilt.stream.records import BlockRecord, TrainingRecord, block_stem
 from bitquilt.stream.statistics import collect
 
 ModelPass = tuple[nn.Module, Callable[[slice], Tensor]]
@@ -40,10 +40,15 @@ def quantize_block(states: HiddenStates, block: LoadedBlock, observe: Observer) 
         put_shared(states.job, block)
         quantize_layers(states.job, block, {}, observe, solved)
     states.advance(block.number, block.module)
-    file = f"block-{block.number:05d}.safetensors"
-    solved.write(states.job, block, file)
+    file = f"{block_stem(block.number)}.safetensors"
+    written = solved.write(states.job, block, file)
     return BlockRecord(
-        block=block.path, file=file, layers=solved.records, events=tuple(solved.events), training=training
+        block=block.path,
+        file=file,
+        tensors_sum=written,
+        layers=solved.records,
+        events=tuple(solved.events),
+        training=training,
     )
 
 

@@ -21,7 +21,7 @@ from bitquilt.stream.hidden_states import CalibratedStates
 from bitquilt.stream.job import CalibratedJob, LoadedBlock
 from bitquilt.stream.layers import SolvedLayers, put_in_place
 from bitquilt.stream.records import TrainingRecord
-from bitquilt.stream.workdir import write_tensors
+from bitquilt.stream.workdir import write_state
 
 OfWeights = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
@@ -74,7 +74,7 @@ def keep(job: CalibratedJob, i: int, solved: SolvedLayers) -> None:
     """Store what the recipe needs of block i to train the whole model, if it does."""
     if (training := job.recipe.training.model) is not None:
         tensors = {f"{n}.{key}": t for n, s in solved.solutions.items() for key, t in training.keep(s).items()}
-        write_tensors(job.folder / kept_file(i), tensors)
+        write_state(job.folder / kept_file(i), tensors)
 
 
 def kept_file(i: int) -> str:

@@ -21,12 +21,11 @@ from bitquilt.model.embedding import QuantizedEmbedding, embedding_path, put_emb
 from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.model.structure import Skeleton
 from bitquilt.stream.job import Job, check_weights, head_path
-from bitquilt.stream.records import BlockRecord, LayerRecord, read_record, write_record
-from bitquilt.stream.workdir import read_tensors, tensors_of, write_tensors
+from bitquilt.stream.records import TABLE_STEMS, BlockRecord, LayerRecord, read_record, write_record
+from bitquilt.stream.workdir import read_tensors, tensors_of, tensors_sum, write_tensors
 
 MIN_BITS, MAX_BITS = 2, 8
 GROUP_SIZE = 32  # as in common 4- and 8-bit tables: 4.5 and 8.5 true bits per weight
-_STEMS = {"embedding": "embedding", "head": "rounded-head"}  # file names; a recipe writes its head to head.safetensors
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _weight(skeleton: Skeleton, path: str) -> Tensor:
 
 def committed_tables(folder: Path) -> list[BlockRecord]:
     """Return the records of the tables that are done, the embedding's first."""
-    records = [read_record(folder / f"{stem}.json") for stem in _STEMS.values()]
+    records = [read_record(folder / f"{stem}.json") for stem in TABLE_STEMS.values()]
     return [record for record in records if record is not None]
 
 
@@ -112,7 +111,7 @@ def put_tables(job: Job) -> Job:
     """
     tables = rounded_tables(job.skeleton, job.outer)
     for table in tables:
-        record = read_record(job.folder / f"{_STEMS[table.kind]}.json") or _round(job, table)
+        record = read_record(job.folder / f"{TABLE_STEMS[table.kind]}.json") or _round(job, table)
         tensors = tensors_of(table.path, read_tensors(job.folder / record.file))
         layout = record.layers[table.path].layout
         if table.kind == "embedding":
@@ -130,12 +129,13 @@ def put_head(skeleton: Skeleton, path: str, tensors: dict[str, Tensor], layout: 
 
 
 def _round(job: Job, table: RoundedTable) -> BlockRecord:
-    started, path, stem = time.perf_counter(), table.path, job.folder / _STEMS[table.kind]
+    started, path, stem = time.perf_counter(), table.path, job.folder / TABLE_STEMS[table.kind]
     check_weights({path: job.skeleton.model.get_submodule(path)})
     weight = _weight(job.skeleton, path)
     stored = round_symmetric(weight, table.bits, GROUP_SIZE)
     tensors, file = pack(stored), stem.with_suffix(".safetensors")
-    write_tensors(file, {f"{path}.{key}": value for key, value in tensors.items()})
+    named = {f"{path}.{key}": value for key, value in tensors.items()}
+    write_tensors(file, named)
     rounded = QuantizedLinear.from_tensors(tensors, stored.layout).dequantize()
     seconds = round(time.perf_counter() - started, 3)
     layer = LayerRecord(
@@ -148,7 +148,14 @@ def _round(job: Job, table: RoundedTable) -> BlockRecord:
         seconds=seconds,
     )
     record = BlockRecord(
-        block=path, file=file.name, layers={path: layer}, events=(), seconds=seconds, planned=False, tied=table.tied
+        block=path,
+        file=file.name,
+        tensors_sum=tensors_sum(named),
+        layers={path: layer},
+        events=(),
+        seconds=seconds,
+        planned=False,
+        tied=table.tied,
     )
     write_record(stem.with_suffix(".json"), record)
     return record

@@ -4,7 +4,6 @@ A pass over the full-precision model before any block is quantized, one block in
 `sensitivities.json` in the work directory, so that a continued run does not repeat it.
 """
 
-import json
 from dataclasses import replace
 
 import torch
@@ -18,9 +17,9 @@ from bitquilt.stream.gradients import collect_gradients
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
 from bitquilt.stream.job import Job, LoadedBlock, check_weights
 from bitquilt.stream.prefetch import BlockReader
-from bitquilt.stream.workdir import write_json
+from bitquilt.stream.workdir import read_mark, write_mark
 
-_FILE = "sensitivities.json"
+SENSED_FILE = "sensitivities.json"
 Sensed = dict[str, dict[str, float]]
 """Numbers that the recipe needs of each layer, by full path."""
 
@@ -33,16 +32,16 @@ def planned(states: HiddenStates, blocks: BlockReader, observe: Observer) -> Job
     job, recipe = states.job, states.job.recipe
     if job.plans is not None or not isinstance(recipe, PlansModel):
         return job
-    path, count = job.folder / _FILE, len(job.skeleton.blocks)
+    path, count = job.folder / SENSED_FILE, len(job.skeleton.blocks)
     sensed: Sensed = {}
     if path.is_file():
-        sensed = json.loads(path.read_text())
+        sensed = read_mark(path)
     else:
         for i in range(count):
             observe(Stage(f"looking at block {i + 1} of {count} before any is quantized"))
             with blocks.open(i) as block:
                 sensed |= _sense(states, block, recipe)
-        write_json(path, sensed)
+        write_mark(path, sensed)
     try:
         plans: dict[str, LayerPlan] = recipe.plan_model(sensed)
     except ValueError as error:

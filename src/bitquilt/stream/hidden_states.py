@@ -21,7 +21,7 @@ from bitquilt.stream.block_calls import BlockCalls, learn_calls
 from bitquilt.stream.devices import stays_on_device
 from bitquilt.stream.embedding_and_head import put_tables
 from bitquilt.stream.job import CalibratedJob, Job, LoadedBlock
-from bitquilt.stream.workdir import ActivationFile, check_disk, read_tensors, write_tensors
+from bitquilt.stream.workdir import ActivationFile, check_disk, read_tensors, write_state
 
 Model = Literal["quantized", "full", "first pass"]
 """Whose hidden states: of the model being quantized, of the full-precision model, or of the latter in the pass over the
@@ -45,14 +45,14 @@ class HiddenStates:
     def advance(self, i: int, block: nn.Module) -> None:
         """Send the inputs of block i through the quantized `block`; the results are the next block's inputs."""
         hidden = self._checked(i, block, self.probe(i), "quantized")
-        write_tensors(self._probe_file(i + 1), {"hidden": hidden})
+        write_state(self._probe_file(i + 1), {"hidden": hidden})
 
     def delete(self, i: int) -> None:
         """Delete the inputs of block i, which is committed."""
         self._probe_file(i).unlink(missing_ok=True)
 
     def _probe_file(self, i: int) -> Path:
-        return self.job.folder / f"probe-{i:05d}.safetensors"
+        return self.job.folder / probe_file(i)
 
     def _checked(self, i: int, block: nn.Module, hidden: Tensor, model: Model) -> Tensor:
         output = self.calls.run(i, block, hidden)
@@ -71,10 +71,8 @@ class CalibratedStates(HiddenStates):
 
     def inputs(self, i: int, model: Model = "quantized") -> ActivationFile:
         """Return what block i reads in `model`."""
-        name, ids = _file(i, model), self.job.ids
-        path = self.job.folder / name
-        shape = (*ids.shape, path.stat().st_size // (4 * ids.numel()))
-        return ActivationFile(path, shape, self._on_device.get(name))
+        name, (samples, tokens) = activation_file(i, model), self.job.ids.shape
+        return ActivationFile.of(self.job.folder / name, samples, tokens, self._on_device.get(name))
 
     def passes(self, block: LoadedBlock, model: Model = "quantized") -> Iterator[Tensor]:
         """Yield the block's output for each batch of its inputs in `model`."""
@@ -100,7 +98,7 @@ class CalibratedStates(HiddenStates):
         if self._is_read(i + 1, model):
             self._send(i, block, model)
         if model == "first pass" and i > 0:
-            self._delete_file(_file(i, model))
+            self._delete_file(activation_file(i, model))
 
     def delete(self, i: int) -> None:
         """As in `HiddenStates`; the first block's inputs stay if all blocks are trained later."""
@@ -110,8 +108,8 @@ class CalibratedStates(HiddenStates):
 
     def delete_activations(self, i: int) -> None:
         """Delete the calibration inputs of block i in both models, but not the probe's."""
-        self._delete_file(_file(i, "quantized"))
-        self._delete_file(_file(i, "full"))
+        self._delete_file(activation_file(i, "quantized"))
+        self._delete_file(activation_file(i, "full"))
 
     def release_device(self) -> None:
         """Free the memory that hidden states take on the device; their files remain."""
@@ -123,7 +121,7 @@ class CalibratedStates(HiddenStates):
         return model != "first pass" and (self.job.include_head or (model == "full" and self.job.trains))
 
     def _send(self, i: int, block: nn.Module, model: Model) -> None:
-        inputs, name = self.inputs(i, model), _file(i + 1, model)
+        inputs, name = self.inputs(i, model), activation_file(i + 1, model)
         shape = (*inputs.shape[:2], self.calls.width(i + 1))
         outputs = ActivationFile.create(self.job.folder / _TEMPORARY, shape)
         stays = stays_on_device(4 * math.prod(shape), self.job.device)
@@ -155,7 +153,7 @@ def open_states(job: Job, resumed: bool) -> HiddenStates:
             widest = max(calls.width(i) for i in range(len(job.skeleton.blocks)))
             _check_width_fits(job.folder, job.recipe, job.ids.numel(), widest)
         if not resumed:
-            write_tensors(job.folder / "probe-00000.safetensors", {"hidden": calls.start(batches[0])})
+            write_state(job.folder / probe_file(0), {"hidden": calls.start(batches[0])})
             if isinstance(job, CalibratedJob):
                 _write_first_inputs(job, calls)
     if isinstance(job, CalibratedJob):
@@ -169,7 +167,7 @@ def check_activations_fit(work: Path, checkpoint: Checkpoint, recipe: Recipe, to
 
 
 def _check_width_fits(work: Path, recipe: Recipe, tokens: int, width: int) -> None:
-    found = sum(path.stat().st_size for path in work.glob("activations-*.f32"))
+    found = sum(path.stat().st_size for path in work.glob("activations-*.f32") if path.is_file())
     check_disk(work, max(0, _copies(recipe) * 4 * tokens * width - found), "the calibration activations")
 
 
@@ -205,10 +203,16 @@ def _write_first_inputs(job: CalibratedJob, calls: BlockCalls) -> None:
     inputs = ActivationFile.create(job.folder / _TEMPORARY, (*job.ids.shape, calls.width(0)))
     for rows in job.batches:
         inputs.write(rows, calls.start(job.ids[rows]))
-    inputs.commit(job.folder / _file(0, "quantized"))
+    inputs.commit(job.folder / activation_file(0, "quantized"))
 
 
-def _file(i: int, model: Model) -> str:
+def probe_file(i: int) -> str:
+    """Name of the file of the probe's hidden states before block i."""
+    return f"probe-{i:05d}.safetensors"
+
+
+def activation_file(i: int, model: Model) -> str:
+    """Name of the file of what block i reads in `model`."""
     if i == 0 or model == "quantized":
         return f"activations-{i:05d}.f32"
     return f"activations-{i:05d}.full.f32" if model == "full" else f"first-{i:05d}.f32"

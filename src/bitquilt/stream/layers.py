@@ -20,8 +20,8 @@ from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
 from bitquilt.model.shared_layers import shared_layers
 from bitquilt.stream.devices import to_device
 from bitquilt.stream.job import Job, LoadedBlock
-from bitquilt.stream.records import LayerRecord, read_record
-from bitquilt.stream.workdir import read_tensors, tensors_of, write_tensors
+from bitquilt.stream.records import LayerRecord, block_stem, read_record
+from bitquilt.stream.workdir import read_tensors, tensors_of, tensors_sum, write_tensors
 
 ERROR_TOKENS = 256  # to report each layer's relative output error
 
@@ -40,10 +40,15 @@ class SolvedLayers:
     layers: dict[str, Layer] = field(default_factory=dict)
     solutions: dict[str, Solution] = field(default_factory=dict)
 
-    def write(self, job: Job, block: LoadedBlock, file: str) -> None:
-        """Write the block's file: its solved layers, and all other tensors as the checkpoint has them."""
+    def write(self, job: Job, block: LoadedBlock, file: str) -> str:
+        """Write the block's file, its solved layers and all other tensors as the checkpoint has them; return its sum.
+
+        The sum is of the tensors in memory, so that it also tells what went wrong on the way to the disk.
+        """
         kept = job.skeleton.kept_sources(block.path, {f"{name}.weight" for name in block.linears})
-        write_tensors(job.folder / file, self.tensors | job.skeleton.checkpoint.read(kept))
+        tensors = self.tensors | job.skeleton.checkpoint.read(kept)
+        write_tensors(job.folder / file, tensors)
+        return tensors_sum(tensors)
 
 
 def quantize_layers(
@@ -118,7 +123,7 @@ def put_shared(job: Job, block: LoadedBlock) -> None:
         if not target.startswith(f"{block.path}.") or target in block.linears:
             continue
         home = next(i for i, path in enumerate(job.skeleton.blocks) if source.startswith(f"{path}."))
-        record = read_record(job.folder / f"block-{home:05d}.json")
+        record = read_record(job.folder / f"{block_stem(home)}.json")
         if record is not None and (layer := record.layers.get(source)) is not None:
             tensors = to_device(tensors_of(source, read_tensors(job.folder / record.file)), job.device)
             replace_module(job.skeleton.model, target, QuantizedLinear.from_tensors(tensors, layer.layout))

@@ -25,10 +25,10 @@ from bitquilt.stream.job import Job, LoadedBlock, check_weights, head_path
 from bitquilt.stream.layers import SolvedLayers, quantize_layers
 from bitquilt.stream.model_training import committed_tuning, tuned
 from bitquilt.stream.prefetch import open_blocks
-from bitquilt.stream.records import BlockRecord, read_record, write_record
-from bitquilt.stream.workdir import ActivationFile, read_tensors, tensors_of, write_tensors
+from bitquilt.stream.records import HEAD_STEM, LOGITS_FILE, BlockRecord, block_stem, read_record, write_record
+from bitquilt.stream.workdir import ActivationFile, read_tensors, tensors_of, tensors_sum, write_state, write_tensors
 
-_HEAD_FILE, _HEAD_RECORD, _LOGITS = "head.safetensors", "head.json", "logits.safetensors"
+_HEAD_FILE, _HEAD_RECORD = f"{HEAD_STEM}.safetensors", f"{HEAD_STEM}.json"
 
 
 def stream(job: Job, observe: Observer) -> list[BlockRecord]:
@@ -38,7 +38,7 @@ def stream(job: Job, observe: Observer) -> list[BlockRecord]:
     """
     count = len(job.skeleton.blocks)
     records, head = committed(job.folder, count), read_record(job.folder / _HEAD_RECORD)
-    if (job.folder / _LOGITS).exists():
+    if (job.folder / LOGITS_FILE).exists():
         records = committed_tuning(job.folder) or records
     else:
         observe(Stage("reading the embedding and making the first block's inputs"))
@@ -50,7 +50,7 @@ def stream(job: Job, observe: Observer) -> list[BlockRecord]:
                 with blocks.open(i) as block:
                     record = quantize_block(states, block, observe)
                 record = record.model_copy(update={"seconds": round(time.perf_counter() - started, 3)})
-                write_record(job.folder / f"block-{i:05d}.json", record)
+                write_record(job.folder / f"{block_stem(i)}.json", record)
                 states.delete(i)
                 records.append(record)
                 observe(BlockDone(i, count, record.mean_output_error, record.seconds))
@@ -65,7 +65,7 @@ def stream(job: Job, observe: Observer) -> list[BlockRecord]:
 def committed(folder: Path, blocks: int) -> list[BlockRecord]:
     """Return the records of the blocks that are done, in order."""
     records: list[BlockRecord] = []
-    while len(records) < blocks and (record := read_record(folder / f"block-{len(records):05d}.json")) is not None:
+    while len(records) < blocks and (record := read_record(folder / f"{block_stem(len(records))}.json")) is not None:
         records.append(record)
     return records
 
@@ -86,6 +86,7 @@ def _quantize_head(states: HiddenStates, observe: Observer) -> BlockRecord:
     record = BlockRecord(
         block=path,
         file=_HEAD_FILE,
+        tensors_sum=tensors_sum(solved.tensors),
         layers=solved.records,
         events=tuple(solved.events),
         seconds=round(time.perf_counter() - started, 3),
@@ -117,4 +118,4 @@ def _write_logits(states: HiddenStates, head: BlockRecord | None) -> None:
             tensors = tensors_of(head.block, read_tensors(job.folder / head.file))
             put_head(skeleton, head.block, tensors, head.layers[head.block].layout)
         logits = states.calls.finish(states.probe_ids, states.probe(len(skeleton.blocks)))
-    write_tensors(job.folder / _LOGITS, {"ids": states.probe_ids, "logits": logits.float()})
+    write_state(job.folder / LOGITS_FILE, {"ids": states.probe_ids, "logits": logits.float()})

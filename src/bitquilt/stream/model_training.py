@@ -7,7 +7,6 @@ and, being seeded, writes the same bytes. Everything is computed on the job's de
 `TrainingMemory` says what training takes.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,9 +31,9 @@ from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
 from bitquilt.stream.job import Job, LoadedBlock, open_block
 from bitquilt.stream.layers import SolvedLayers, put_in_place
 from bitquilt.stream.records import BlockRecord
-from bitquilt.stream.workdir import read_tensors, tensors_of, write_json
+from bitquilt.stream.workdir import read_mark, read_tensors, tensors_of, write_mark
 
-_RECORDS, _HOST = "tuned.json", torch.device("cpu")
+TUNED_FILE, _HOST = "tuned.json", torch.device("cpu")
 # Logits of a sample in memory at once: ours and the full model's, their log-softmax, the gradients.
 _LOGITS_ALIVE = 6
 # fp32 numbers per weight of a block in training (its rounding, offset, best offset, gradient, optimizer steps, weight
@@ -122,14 +121,19 @@ def tuned(states: HiddenStates, records: list[BlockRecord], observe: Observer) -
         with open_block(job, i) as block:
             found.append(_commit(states, block, record, trained.solutions))
     found[-1] = found[-1].model_copy(update={"events": (*found[-1].events, *trained.events), "tuning": entry})
-    write_json(job.folder / _RECORDS, [record.to_json() for record in found])
+    write_mark(job.folder / TUNED_FILE, {"records": [record.to_json() for record in found]})
     return found
 
 
 def committed_tuning(folder: Path) -> list[BlockRecord] | None:
     """Return the records of the tuned blocks, or None if the tuning is not done."""
-    path = folder / _RECORDS
-    return [BlockRecord.model_validate(r) for r in json.loads(path.read_text())] if path.is_file() else None
+    path = folder / TUNED_FILE
+    return read_tuned(path) if path.is_file() else None
+
+
+def read_tuned(path: Path) -> list[BlockRecord]:
+    """Return the records in a tuned.json. Raises DamagedError for a damaged one."""
+    return [BlockRecord.model_validate(record) for record in read_mark(path)["records"]]
 
 
 def _train(
@@ -223,5 +227,5 @@ def _commit(
     states.advance(i, block.module)
     states.delete(i)
     file = f"tuned-{i:05d}.safetensors"
-    solved.write(job, block, file)
-    return record.model_copy(update={"file": file, "layers": solved.records})
+    written = solved.write(job, block, file)
+    return record.model_copy(update={"file": file, "tensors_sum": written, "layers": solved.records})

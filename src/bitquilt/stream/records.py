@@ -3,7 +3,6 @@
 `read_record` and `write_record` handle the commit mark of one file. report.json repeats most of a record.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 from bitquilt.core.packing import layout_from_json, layout_to_json
 from bitquilt.core.types import Event, LayerPlan, Layout
 from bitquilt.errors import UserError
-from bitquilt.stream.workdir import write_json
+from bitquilt.stream.workdir import DamagedError, read_mark, write_mark
+
+# Names of files in a work directory; a stem is that of a mark (.json) and of its tensors (.safetensors).
+HEAD_STEM, LOGITS_FILE = "head", "logits.safetensors"
+TABLE_STEMS = {"embedding": "embedding", "head": "rounded-head"}
 
 StoredLayout = Annotated[
     Layout,
@@ -63,7 +66,7 @@ class TrainingRecord(BaseModel):
 
 
 class BlockRecord(BaseModel):
-    """One committed file: a block, the head or a rounded table.
+    """One committed file: a block, the head or a rounded table. `tensors_sum`: of what the file holds.
 
     `planned`: whether its bits belong in plan.json. `tied`: for a rounded table, whether embedding and head share it.
     """
@@ -71,6 +74,7 @@ class BlockRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
     block: str
     file: str
+    tensors_sum: str
     layers: dict[str, LayerRecord]
     events: tuple[Event, ...]
     training: TrainingRecord | None = None
@@ -90,16 +94,21 @@ class BlockRecord(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+def block_stem(i: int) -> str:
+    """Name of block i's files without their endings."""
+    return f"block-{i:05d}"
+
+
 def read_record(path: Path) -> BlockRecord | None:
     """Return the record at `path`, or None if there is none yet. Raises UserError for a damaged one."""
     if not path.is_file():
         return None
     try:
-        return BlockRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
-        raise UserError(f"{path} is damaged: delete this file and the blocks from there on are solved again") from None
+        return BlockRecord.model_validate(read_mark(path))
+    except DamagedError:
+        raise UserError(f"{path} is damaged; run the same command again, which makes it again") from None
 
 
 def write_record(path: Path, record: BlockRecord) -> None:
     """Write the record, which commits the file that it names."""
-    write_json(path, record.to_json())
+    write_mark(path, record.to_json())

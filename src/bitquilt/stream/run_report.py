@@ -18,6 +18,7 @@ import torch
 from bitquilt._version import __version__
 from bitquilt.core.events import StageClock, Untouched, peak_memory_bytes
 from bitquilt.core.recipe import Recipe
+from bitquilt.core.types import Event
 from bitquilt.model.config import FORMAT_VERSION, total_bpw, total_nominal_bits
 from bitquilt.model.hashes import file_sha256
 from bitquilt.model.structure import Skeleton
@@ -46,7 +47,10 @@ class Promise:
 
 @dataclass(frozen=True, eq=False)
 class RunReport:
-    """A finished run. `difference`: of the reloaded checkpoint's logits, relative to the largest."""
+    """A finished run. `difference`: of the reloaded checkpoint's logits, relative to the largest.
+
+    `mended`: an event for each file that the disk did not keep, and that was made again.
+    """
 
     skeleton: Skeleton
     fingerprint: Fingerprint
@@ -55,6 +59,7 @@ class RunReport:
     difference: float
     clock: StageClock
     device: torch.device
+    mended: Sequence[Event] = ()
 
     def to_json(self, folder: Path, promise: Promise) -> dict[str, Any]:
         """Return the content of report.json for the checkpoint in `folder`. Seconds and bytes throughout.
@@ -79,7 +84,7 @@ class RunReport:
             },
             "logit_difference": self.difference,
             "untouched": [asdict(item) for item in self.untouched],
-            "events": [asdict(event) for record in self.records for event in record.events],
+            "events": [asdict(e) for e in (*self.mended, *(e for record in self.records for e in record.events))],
             "training": {r.block: r.training.model_dump(mode="json") for r in self.records if r.training is not None},
             "tuning": next((r.tuning.model_dump(mode="json") for r in self.records if r.tuning is not None), None),
             "layers": self._layers(promise),

@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
+from bitquilt.core.json_files import read_json
+from bitquilt.core.units import size_text
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.model.config import read_layouts, with_quantization
@@ -145,7 +147,7 @@ def finished(out: Path, fingerprint: Fingerprint) -> dict[str, Any] | None:
     if not out.exists() or _is_empty_folder(out):
         return None
     try:
-        report = json.loads((out / "report.json").read_text())
+        report = read_json(out / "report.json")
         found = Fingerprint(report["fingerprint"])
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
@@ -171,12 +173,22 @@ def check_output(out: Path, work: Path, promised: float = 0.0) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = "is not a folder" if not place.is_dir() else "is read-only for you"
         raise UserError(f"{out} cannot be created: {place} {what}; give another output folder")
+    check_room(out, work, promised)
+
+
+def check_room(out: Path, work: Path, wanted: float) -> None:
+    """Raise UserError if a checkpoint of `wanted` bytes does not fit the disk of `out`; it is renamed on one disk."""
+    place, existing = _existing(out.absolute().parent), _existing(work.absolute())
     free = shutil.disk_usage(place).free
-    if promised > free and place.stat().st_dev != _existing(work.absolute()).stat().st_dev:
+    if wanted > free and _disk(place) != _disk(existing):
         raise UserError(
-            f"the budget is {promised / 1e9:.2f} GB and in {place} {free / 1e9:.2f} GB are free; give another output "
-            "folder, or free some space"
+            f"the checkpoint takes {size_text(int(wanted))} and in {place} {size_text(free)} are free; give another "
+            "output folder, or free some space"
         )
+
+
+def _disk(path: Path) -> int:
+    return path.stat().st_dev
 
 
 def _existing(path: Path) -> Path:
@@ -221,13 +233,19 @@ def publish(folder: Path, out: Path) -> None:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             neighbour.rename(out)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         shutil.rmtree(neighbour, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"the checkpoint is finished but could not be moved to {out} ({reason}); it is complete in {folder}. "
-            "Move it yourself, or mend the cause and run the same command again"
+            f"the checkpoint is finished but could not be moved to {out} ({_reason(error)}); it is complete in "
+            f"{folder}. Move it yourself, or mend the cause and run the same command again, which only moves it"
         ) from None
+
+
+def _reason(error: OSError) -> str:
+    """Why files could not be moved; `shutil.Error` lists every file that failed."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
+        return str(error.args[0][0][-1])
+    return error.strerror or str(error)
 
 
 def _is_empty_folder(path: Path) -> bool:

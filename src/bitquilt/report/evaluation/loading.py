@@ -30,18 +30,10 @@ def as_model(
     checkpoint = open_checkpoint(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        kind = class_of(checkpoint.model_config.architectures, generates=True)
-        loaded, info = load_pretrained(
-            kind, checkpoint, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{model} does not load as a causal language model: {error}; give a folder or hub id that "
-            "AutoModelForCausalLM can load"
-        ) from error
+    kind = class_of(checkpoint.model_config.architectures, generates=True)
+    loaded, info = load_pretrained(
+        kind, checkpoint, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
+    )
     # transformers fills missing tensors with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -59,7 +51,14 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     mask = torch.ones_like(ids)
     if is_encoder_decoder(model):
         return _logits_of_writing_again(model, ids, mask)
-    logits = getattr(model(ids, attention_mask=mask, use_cache=False), "logits", None)
+    try:
+        output = model(ids, attention_mask=mask, use_cache=False)
+    except (TypeError, ValueError, OverflowError) as error:  # such as a window that is no number
+        raise UserError(
+            f"{type(model).__name__} fails on {list(ids.shape)} tokens ({error}): a value of its config.json does not "
+            "fit it; copy or quantize it again"
+        ) from error
+    logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = "no logits" if logits is None else f"logits {list(logits.shape)}"
         raise UserError(
