@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.knapsack import repair
+from bitquilt.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class GraphTraining:
     seed: int = 0
 
 
+@one_thread()
 def graph_bits(
     table: Tensor,
     palette: Sequence[int],
