@@ -23,9 +23,10 @@ class Needs:
     (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
     model's blocks, for training. These three run the full-precision model alongside the quantized one.
     `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by a
-    backward pass per sequence with random signs.
+    backward pass per sequence with random signs; `attention_only`: do so in attention alone, and measure other layers at
+    their own output.
 
-    Raises ValueError for `stream_drift` without `drift`.
+    Raises ValueError for `stream_drift` without `drift` and `attention_only` without `output_hessian`.
     """
 
     hessian: bool = False
@@ -34,8 +35,11 @@ class Needs:
     stream_drift: bool = False
     full_outputs: bool = False
     output_hessian: bool = False
+    attention_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.attention_only and not self.output_hessian:
+            raise ValueError("attention_only restricts output_hessian, which is not asked for; set both")
         if self.stream_drift and not self.drift:
             raise ValueError("stream_drift is measured together with drift, which is not asked for; set both")
 
