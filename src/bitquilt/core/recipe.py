@@ -23,8 +23,7 @@ class Needs:
     (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
     model's blocks, for training. These three run the full-precision model alongside the quantized one.
     `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by a
-    backward pass per sequence with random signs; `attention_only`: do so in attention alone, and measure other layers at
-    their own output.
+    backward pass per sequence with random signs; `attention_only`: do so in attention alone, other layers keep theirs.
 
     Raises ValueError for `stream_drift` without `drift` and `attention_only` without `output_hessian`.
     """

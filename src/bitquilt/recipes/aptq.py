@@ -9,7 +9,7 @@ Why "-style": the publication's closed forms, calibration and tables were not re
 Published: the loss at the attention output, a Levenberg-Marquardt Hessian, its trace as the sensitivity, 2 and 4 bits.
 Ours: the estimator, the trace per weight, damp, group size, min-max ranges. Deviation, undone by `published=True`:
 feed-forward layers are measured at their sub-block's output, in the units of the attention layers, instead of at their
-own. `published=True` also refuses what the publication lacks: other allocations and widths, searched and trained ranges.
+own. `published=True` also refuses what the publication lacks: other allocations or widths, searched or trained ranges.
 A budget for the whole model (`--size`, `--vram`, `--allocation layers`) gives the palette's widths to layers by the
 tables of loss that all recipes share, instead of by the trace.
 """
@@ -54,8 +54,8 @@ class APTQ:
     `bits`: mean over the weights of all layers, any number that the palette reaches; never exceeded.
     `bpw`: instead, true bits per weight of all layers in the blocks together, scales and zeros included; never
     exceeded.
-    `published`: measure feed-forward layers at their own output, as GPTQ does; the other options then keep their defaults,
-    which are the paper's where it is known: 2 and 4 bits by the trace, with a mean of 3.8.
+    `published`: measure feed-forward layers at their own output, as GPTQ does. The other options then keep their
+    defaults, which are the paper's where it is known: 2 and 4 bits by the trace, with a mean of 3.8.
     `group_size`: input columns that share a scale and a zero.
     `damp`: added to the Hessian's diagonal, as a share of its mean; 0.01 as in GPTQ.
     `palette`: widths that a layer may have, two for "trace". A layer outside the blocks (`--include-head`) takes the

@@ -27,8 +27,9 @@ _ATTENTION = ("attn", "attention")  # every family of transformers calls its sub
 class Gradients:
     """One layer's curvature, summed over all tokens.
 
-    `trace`: of the Gauss-Newton Hessian at the sub-block's output, or of 2 sum x x^T for each row where a `reason` says
-    why there is none, or where the layer was to be measured at its own output. `hessian`: fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None.
+    `trace`: of the Gauss-Newton Hessian at the sub-block's output, or of 2 sum x x^T for each row where the layer is
+    measured at its own output, or has to be for a `reason`. `hessian`: fp32 `[in, in]`, B / (2 out), in units of
+    sum x x^T, or None.
     """
 
     trace: float

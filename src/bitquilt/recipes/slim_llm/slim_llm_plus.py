@@ -8,11 +8,10 @@
    50 epochs end at KL 1.501, with both 10 epochs at 1.390 (2 bits, groups of 32, stories260k).
 
 Deviation from the publication, undone by `published=True`, which undoes those of SliM-LLM too: training starts from
-the sweep, whose codes stay, each group's range between 1/4 and 4 times the searched one; an eighth of the samples is held
-out, and the epoch with the least loss on them is kept, the start included. The publication trains on all samples and
-keeps the last epoch. It trains instead
-of sweeping (LWC, arXiv 2308.13137: codes follow the range) and so gives up the error feedback: on babyllama at 2 bits
-that is worse than SliM-LLM without any training (KL 0.661 against 0.514).
+the sweep, whose codes stay, each group's range between 1/4 and 4 times the searched one; an eighth of the samples is
+held out, and the epoch with the least loss on them is kept, the start included. The publication trains on all samples
+to the last epoch. It trains instead of sweeping (LWC, arXiv 2308.13137: codes follow the range) and so gives up the
+error feedback: on babyllama at 2 bits that is worse than SliM-LLM without any training (KL 0.661 against 0.514).
 Never reproduced: ranges that do not pass through zero, whose zero does not fit its bits; scales cut at 1e-5 instead of
 relative to the layer; one of LLaMA's layers left at N bits; a loss that is not finite as an error instead of an event.
 """
@@ -44,7 +43,7 @@ _SWEEP_ONLY = ("alpha", "stream_alpha", "group_order", "passes", "error_outliers
 class SlimLLMPlus(SlimLLM):
     """Options of SliM-LLM+: those of `SlimLLM`, with `clipping` always "trained", and one of its own.
 
-    `published`: train instead of sweeping, on all samples and to the last epoch, and compute the bit map as in `SlimLLM`
+    `published`: train on all samples to the last epoch, instead of sweeping, and compute the bit map as in `SlimLLM`
     with this option.
     `epochs`: passes over the samples per block, 50 as published. On babyllama at 2 bits, groups of 32: KL 0.315;
     10 epochs 0.319 in a quarter of the time.
