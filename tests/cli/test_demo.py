@@ -54,9 +54,9 @@ def test_the_demo_compares_and_is_not_done_twice(command: Command, two_blocks: P
     assert 0.995 * rows[1]["bpw"] < rows[-1]["bpw"] <= rows[1]["bpw"]
     assert rows[0]["kl_mean"] == 0
     assert rows[0]["bytes"] == (two_blocks / "model.safetensors").stat().st_size
-    assert all(row["kl_mean"] > 0.1 for row in rows[1:-1])  # two bits hurt a small model
-    assert 0.01 < rows[-1]["kl_mean"] < min(row["kl_mean"] for row in rows[1:-1])
-    assert len({row["sample"] for row in rows}) == 6
+    assert all(row["kl_mean"] > 0.02 for row in rows[1:-1])  # two bits hurt two blocks
+    assert 0.001 < rows[-1]["kl_mean"] < min(row["kl_mean"] for row in rows[1:-1])
+    assert len({row["sample"] for row in rows}) > 4  # two blocks write little sense, and twice the same
     assert all(row["sample"].startswith(row["prompt"]) for row in rows)
 
 

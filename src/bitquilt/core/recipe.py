@@ -61,6 +61,8 @@ class PlanTerms:
     channels. `budget`: the bits the recipe is set to; None where calibration data decides. `scope`: the allocation used
     for a budget unless the caller names another. `plan_required`: the recipe cannot choose bits layer by layer.
     `searches_ranges`: quantizing searches the range of each group, which takes longer.
+    `own_widths`: widths, ascending, that the recipe's own rule gives out within `budget` where no plan is made; none
+    where every layer then gets the same bits. `overshoot`: columns of a layer that may exceed the mean of `bits`.
     """
 
     unit_columns: int
@@ -68,6 +70,8 @@ class PlanTerms:
     scope: Scope | None = None
     plan_required: bool = False
     searches_ranges: bool = False
+    own_widths: tuple[int, ...] = ()
+    overshoot: int = 0
 
 
 class Recipe(Protocol):

@@ -18,6 +18,7 @@ from bitquilt.model.ties import tied_layers
 from bitquilt.planning.estimate import estimate, permits
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.measure_sensitivities import measure
+from bitquilt.planning.own_rule import most_bytes
 from bitquilt.planning.planner import Planner
 from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
@@ -67,7 +68,12 @@ def plan(
     outer = rounded_tables(skeleton, selection.outer, shapes)
     planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer)
     allocation = wanted.scope if wanted.budget else planner.recipe.plan_terms.scope or "uniform"
-    planned = planner.plan(wanted.budget or own_budget(wanted.recipe), allocation, known)
+    own: Budget | None = None
+    if wanted.budget is None:
+        own = own_budget(wanted.recipe)
+        planned = planner.plan_own(own, allocation, known)
+    else:
+        planned = planner.plan(wanted.budget, allocation, known)
     calibration, _ = clip_to_context(calibration, checkpoint)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
     least, most = planner.reach(Budget("size", 1.0))
@@ -84,6 +90,7 @@ def plan(
         ties=tuple(tuple(names) for names in ties),
         untouched=untouched_tensors(skeleton, {*shapes, *(table.path for table in outer)}),
         sensitivities=None if sensitivities is None else Path(sensitivities),
+        own_rule_bytes=most_bytes(planner, own) if own and planner.recipe.plan_terms.own_widths else None,
     )
 
 

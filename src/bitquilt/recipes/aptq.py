@@ -90,7 +90,9 @@ class APTQ:
     def plan_terms(self) -> PlanTerms:
         """One width per layer, as published, at the recipe's mean."""
         budget = Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw)
-        return PlanTerms(self.group_size, budget, scope="layers", searches_ranges=self.scale_search)
+        return PlanTerms(
+            self.group_size, budget, scope="layers", searches_ranges=self.scale_search, own_widths=self.palette
+        )
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""

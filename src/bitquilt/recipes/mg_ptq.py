@@ -95,7 +95,7 @@ class MGPTQ:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups, or columns, at the recipe's mean."""
-        return PlanTerms(self._plan_size(), Budget("bits", self.bits))
+        return PlanTerms(self._plan_size(), Budget("bits", self.bits), own_widths=self.palette)
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""
