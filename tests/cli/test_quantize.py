@@ -14,9 +14,10 @@ from bitquilt.cli.options import parse_setting
 from bitquilt.cli.quantize import print_events
 from bitquilt.core.events import BlockDone
 from bitquilt.core.settings import Calibration, Selection
+from bitquilt.core.types import Event
 from bitquilt.errors import UserError
 from bitquilt.report.page_values import allocator_totals
-from bitquilt.report.run_facts import LayerEvent, RunFacts, parse
+from bitquilt.report.run_facts import RunFacts, parse
 from bitquilt.request import Request
 from bitquilt.run import run
 
@@ -251,8 +252,8 @@ def test_settings_are_read(setting: str, expected: tuple[str, Any]) -> None:
 
 
 def test_events_are_counted_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
-    dead = [LayerEvent(f"layer.{i}", "dead channels", "3 [of 8]") for i in range(2)]
-    print_events([*dead, LayerEvent("layer.9", "damp raised", "0.1")])
+    dead = [Event(f"layer.{i}", "dead channels", "3 [of 8]") for i in range(2)]
+    print_events([*dead, Event("layer.9", "damp raised", "0.1")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:4] for line in lines] == [["2", "x", "dead"], ["1", "x", "damp"]]
     assert "layer.0: 3 [of 8]" in lines[0]

@@ -7,7 +7,7 @@ from bitquilt.laws import DCPTLaw, Prediction, Runs
 from bitquilt.laws.bootstrap import estimate_noise
 from tests.laws.published import TRUE_LAW, synthetic
 
-SEEDS = 20
+SEEDS = 12
 ASKED = np.array([(1.8, 2.0, 0.15), (1.8, 5.0, 0.4), (1.8, 12.0, 0.6), (1.8, 20.0, 0.9)])
 
 
@@ -17,7 +17,7 @@ def answers() -> list[Prediction]:
     found = []
     for seed in range(SEEDS):
         runs = synthetic((1.8,), (0.0, 0.1, 0.25, 0.5, 0.75, 1.0), (1.0, 2.0, 4.0, 8.0, 24.0), 0.004, seed)
-        found.append(DCPTLaw.fit(runs, starts=5, draws=40, seed=seed).interval(*ASKED.T, level=0.9))
+        found.append(DCPTLaw.fit(runs, starts=2, draws=40, seed=seed).interval(*ASKED.T, level=0.9))
     return found
 
 
@@ -33,8 +33,8 @@ def coverage(answers: list[Prediction], widen: float = 1.0) -> float:
 
 
 def test_intervals_cover_at_their_rate(answers: list[Prediction]) -> None:
-    """80 answers, about 40 of them independent: 0.9 +- 0.1 is two standard deviations."""
-    assert 0.8 <= coverage(answers) <= 0.99
+    """48 answers, about 24 of them independent: 0.9 +- 0.12 is two standard deviations."""
+    assert 0.78 <= coverage(answers) <= 0.99
 
 
 def test_the_count_notices_intervals_of_half_or_twice_the_width(answers: list[Prediction]) -> None:

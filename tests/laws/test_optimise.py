@@ -21,7 +21,7 @@ SCARCE = dataclasses.replace(TRUE_LAW, B=0.6, C=0.05, eps=0.0)
 
 @pytest.fixture(scope="module")
 def chemistry() -> tuple[DCPTLaw, DCPTLaw]:
-    return DCPTLaw.fit(chemistry_domain(), draws=0), DCPTLaw.fit(chemistry_general(), draws=0)
+    return DCPTLaw.fit(chemistry_domain(), starts=20, draws=0), DCPTLaw.fit(chemistry_general(), starts=20, draws=0)
 
 
 def test_the_published_optimum(chemistry: tuple[DCPTLaw, DCPTLaw]) -> None:

@@ -270,9 +270,36 @@ def test_a_plan_says_whether_quantize_makes_it(
         assert folder_bytes(result.folder) == found.summary["bytes"]
 
 
-def test_a_recipe_with_a_rule_of_its_own_has_no_exact_plan(make_model: MakeModel) -> None:
-    assert bitquilt.plan(make_model(), "rtn", bits=3, group_size=8).exact
-    assert not bitquilt.plan(make_model(), "slim-llm", bits=3, group_size=8).exact
+@pytest.mark.parametrize(
+    ("recipe", "options", "loose"),
+    [
+        ("quilt", {"bits": 2, "embedding_bits": 8}, None),
+        ("slim-llm", {"bits": 3, "allocation": "uniform"}, None),
+        ("slim-llm", {"bits": 2}, 0.4),
+        ("slim-llm", {"bits": 2, "published": True}, 0.4),  # one-bit groups have an offset
+        ("slim-llm", {"bpw": 6.5, "allocation": "sba"}, 0.5),
+        ("cmpq", {"bits": 2.3}, 0.3),
+        ("cmpq+", {"bits": 2.5}, 0.3),
+        ("mg-ptq", {"bits": 2.5}, 0.4),
+        ("aptq", {"bits": 3, "include_head": True}, 0.2),
+        ("micromix", {"bits": 5.0, "alignment": 32}, 0.4),
+    ],
+    ids=str,
+)
+def test_without_a_budget_a_plan_is_exact_or_names_a_bound_that_the_run_keeps(
+    recipe: str, options: dict[str, Any], loose: float | None, make_model: MakeModel, token_file: Path, tmp_path: Path
+) -> None:
+    """`loose`: the share by which the bound may exceed the folder, half of which is headers here; None: exact."""
+    model, options = make_model(), {**options, **options_of(recipe)}
+    found = bitquilt.plan(model, recipe, **options).summary
+    ran = bitquilt.quantize(model, recipe, token_file, tmp_path / "out", samples=6, seq_len=16, **options)
+    taken = folder_bytes(ran.folder)
+    assert found["exact"] == (loose is None)
+    if loose is None:
+        assert taken == found["bytes"]
+        assert found["own_rule_bytes"] is None
+    else:
+        assert taken <= found["own_rule_bytes"] <= (1 + loose) * taken
 
 
 @pytest.mark.parametrize("recipe", ["slim-llm", "gptq", "rtn", "cmpq", "slim-llm+", "mg-ptq", "aptq", "micromix"])

@@ -74,6 +74,13 @@ def test_a_target_that_the_layers_cannot_have_is_refused_with_what_they_can(make
     assert 5.0 < report["bpw"] <= 5.5
 
 
+def test_published_measures_feed_forward_layers_where_gptq_does(make_quantized):
+    """Their traces are those of the inputs; attention keeps its own."""
+    ours, published = (make_quantized("llama", "aptq", published=p).report["layers"] for p in (False, True))
+    for name, layer in published.items():
+        assert (layer["trace"] == ours[name]["trace"]) == ("self_attn" in name), name
+
+
 def test_a_larger_palette_needs_hawq2():
     recipe = make_recipe("aptq", bits=3, group_size=8, allocation="hawq2", palette=(2, 3, 4, 8))
     layer = make_layer()
@@ -94,6 +101,9 @@ def test_a_larger_palette_needs_hawq2():
         ({"palette": (4, 2)}, "wanted ascending bits"),
         ({"probes": 4}, "option 'probes': got 4; it is no longer an option and is fixed at 1"),
         ({"group_size": 10}, "group size is 10"),
+        ({"published": True, "allocation": "hawq2"}, "allocation is hawq2; published=true has trace: leave out one"),
+        ({"published": True, "scale_search": True}, "scale_search is True; published=true has False"),
+        ({"published": True, "palette": (2, 3)}, r"palette is \(2, 3\); published=true has \(2, 4\)"),
     ],
 )
 def test_bad_options_are_named_with_the_fix(options, message):

@@ -355,6 +355,8 @@ def test_needs_are_named_fields_that_reject_a_misspelling() -> None:
         Needs(hesian=True)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="stream_drift is measured together with drift"):
         Needs(stream_drift=True)
+    with pytest.raises(ValueError, match="attention_only restricts output_hessian"):
+        Needs(attention_only=True)
     assert not Needs().calibration
     assert Needs(full_outputs=True).full_model
     assert make_recipe("quilt").needs == Needs(hessian=True, drift=True, stream_drift=True)

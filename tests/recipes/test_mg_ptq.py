@@ -19,8 +19,8 @@ from tests.weights import naive_dense
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Five steps of the graph network instead of 200."""
-    monkeypatch.setattr(mg_ptq, "GraphTraining", partial(GraphTraining, steps=5))
+    """Five steps of the graph network and two rounds of sweeps, instead of hundreds and tens."""
+    monkeypatch.setattr(mg_ptq, "GraphTraining", partial(GraphTraining, steps=5, samples=2, rounds=2))
 
 
 VARIANTS = [

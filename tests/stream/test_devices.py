@@ -26,10 +26,9 @@ from bitquilt.stream.prefetch import BlockReader, open_blocks
 CPU = torch.device("cpu")
 COMMON = {"samples": 4, "seq_len": 8, "skip": ("*.1.*", "*.self_attn.*")}  # as in tests.stream.on_second_device
 BEST = {"effort": "best", "epochs": 1, "tune_epochs": 1}
-RECIPES = {
-    "slim-llm": {"bits": 2, "group_size": 8, "error_outliers": 0.01, "act_outliers": 0.01},
-    "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1},
-    "cmpq+": {"bits": 2.5, **BEST},
+RECIPES = {  # every operation goes through Python there: one recipe for what several share
+    "slim-llm+": {"bits": 2, "group_size": 8, "epochs": 1, "error_outliers": 0.01, "act_outliers": 0.01},
+    "cmpq+": {"bits": 2.5, "effort": "normal", "epochs": 1},
     "quilt": {"bits": 2, "group_size": 8, **BEST, "embedding_bits": 8, "head_bits": 6},
     "gptq": {"bpw": 6, "group_size": 8},  # a plan by what every width costs, measured there
 }

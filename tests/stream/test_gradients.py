@@ -101,6 +101,34 @@ def test_batches_change_nothing_and_nothing_is_left_behind(build_model):
     assert traces["mlp.up_proj"].trace == four["mlp.up_proj"].trace
 
 
+def test_layers_outside_attention_can_be_measured_at_their_own_output(build_model):
+    block, run, hidden = llama_block(build_model)
+    linears = linear_layers(block)
+    both = collect_gradients(block, linears, passes(run, hidden, 4), hessian=True)
+    found = collect_gradients(block, linears, passes(run, hidden, 4), hessian=True, attention_only=True)
+    squares = dict.fromkeys(linears, 0.0)
+
+    def watch(name):
+        return lambda _m, args: squares.update({name: squares[name] + float(args[0].double().square().sum())})
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+    run(hidden)
+    for handle in handles:
+        handle.remove()
+    for name, value in found.items():
+        assert value.reason == ""
+        if name.startswith("self_attn."):
+            assert value.trace == both[name].trace
+            assert torch.equal(value.hessian, both[name].hessian)
+        else:
+            assert value.trace == pytest.approx(2 * len(linears[name].weight) * squares[name])
+            assert value.hessian is None
+    stats = {name: LayerStats(torch.eye(1), 4) for name in found}
+    mixed, events = attention_aware(stats, found)
+    assert {name for name in found if mixed[name] is stats[name]} == {n for n in found if n.startswith("mlp.")}
+    assert events == []
+
+
 def test_sequences_of_one_token_say_nothing_about_queries_and_keys(build_model):
     block, run, hidden = llama_block(build_model, tokens=1)
     found = collect_gradients(block, linear_layers(block), passes(run, hidden, 4), hessian=True)

@@ -1,35 +1,85 @@
 """MG-PTQ's allocator (arXiv 2501.18154): `graph_bits` trains a graph network that gives bits to columns.
 
 The network has two graph convolutions over the column graph and a head with one logit per width. That structure is
-published; sizes, loss and loss weights are our choice. The publication quantizes inside the training loop and
-approximates the gradient; tabulated errors make it exact: pi_jb (e_jb - sum_c pi_jc e_jc) / t for logit_jb.
+published; sizes, loss and loss weights are our choice. Training has two parts:
 
-This is the only allocator with tensors, because it trains. On the table alone it cannot beat `best_bits`, which is
-optimal there. It can only add a preference for maps that agree with neighbours in the graph, which shows after the
-sweep.
+1. on a table of errors, whose gradient is exact: pi_jb (e_jb - sum_c pi_jc e_jc) / t for logit_jb;
+2. in the quantization loop, as published: plans are sampled from the network and the layer is swept with each. The
+   gradient of the expected swept loss is sum_k (L_k - mean of the other L) grad log p(plan_k) (score function).
+
+Both end by a stopping rule. The result is the plan of least swept loss that was seen. On the table alone the network
+cannot beat `best_bits`, which is optimal there; what it wins shows after the sweep.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.knapsack import repair
+from bitquilt.allocation.knapsack import least_error, repair
+from bitquilt.threads import one_thread
+
+Bits = tuple[int, ...]
+_GAIN = 1e-3  # the smallest fall of a loss that counts as one
+_CHANGED = 4.0  # units that leave their likeliest width in a sample, before the budget takes half of it back
+_COOLING = 200  # steps in which the temperature falls
 
 
 @dataclass(frozen=True)
 class GraphTraining:
     """Training settings of the network. `budget_weight`: weight of the squared distance from the mean that the budget
-    allows. The softmax temperature t falls from `warm` to `cold`."""
+    allows. The softmax temperature t falls from `warm` to `cold`; `steps`: at most so many on the table.
+
+    In the loop: at most `rounds` of `samples` plans. `patience`: rounds, and ten times as many steps, without a gain of
+    a thousandth that end either part.
+    """
 
     width: int = 64
-    steps: int = 200
-    learning_rate: float = 1e-3
+    steps: int = 1000
+    learning_rate: float = 1e-2
     budget_weight: float = 5.0
     warm: float = 1.0
     cold: float = 0.1
     seed: int = 0
+    samples: int = 4
+    rounds: int = 50
+    patience: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class _Allocator:
+    """The network of one layer: what it reads, its weights, and what its choices must keep to."""
+
+    table: Tensor
+    palette: Sequence[int]
+    widths: Sequence[int]
+    budget: int
+    features: Tensor
+    adjacency: Tensor
+    weights: list[Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def logits(self) -> Tensor:
+        return network(self.features, self.adjacency, self.weights)
+
+    def within_budget(self, choices: Tensor) -> Bits:
+        """Bits of choices `[n]`, brought to the budget by single moves; exchanges would undo the network's choice."""
+        bits = [self.palette[i] for i in choices.tolist()]
+        return repair(bits, self.table.tolist(), self.palette, self.widths, self.budget, exchange=False)
+
+    def sampled(self, scores: Tensor, generator: torch.Generator) -> Bits:
+        """The likeliest map within the budget after Gumbel noise on the `scores` (perturb and MAP). A sample that is
+        brought to the budget afterwards would lose its changes again, one by one."""
+        noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
+        errors = -(scores.double() - (-noise.log()).log())
+        bits = least_error(errors.tolist(), self.palette, self.widths, self.budget)
+        return repair(bits, self.table.tolist(), self.palette, self.widths, self.budget, exchange=False)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 def graph_bits(
@@ -40,37 +90,99 @@ def graph_bits(
     features: Tensor,
     adjacency: Tensor,
     training: GraphTraining,
-) -> tuple[int, ...]:
-    """Return bits per unit from a network trained on this layer's error table, fp64 `[n, |palette|]`.
+    swept: Callable[[Bits], float],
+) -> Bits:
+    """Return bits per unit from a network trained on this layer's error table, fp64 `[n, |palette|]`, and its sweeps.
 
-    Single moves bring the map to the budget; exchanges would find the table's optimum and undo the network's choice.
-    `features` `[n, f]`; `adjacency` normalised, sparse or dense `[n, n]`; `budget` in bits x columns.
+    `features` `[n, f]`; `adjacency` normalised, sparse or dense `[n, n]`; `budget` in bits x columns; `swept(bits)`:
+    the loss of the layer swept with these bits.
     Raises ValueError if an error is not finite or the budget is below the smallest width everywhere.
     """
     if not bool(torch.isfinite(table).all()):
         unit, choice = torch.nonzero(~torch.isfinite(table))[0].tolist()
         raise ValueError(f"error of unit {unit} at {palette[choice]} bits is {float(table[unit, choice])}")
     table, features, adjacency = table.cpu(), features.cpu(), adjacency.cpu()  # the network is too small for a GPU
-    errors = _normalised(table, palette)
-    share = torch.tensor(widths, dtype=torch.float32) / sum(widths)
-    prices = torch.tensor(palette, dtype=torch.float32)
-    target = budget / sum(widths)
     weights = _initial(features.shape[1], training.width, len(palette), training.seed)
     optimizer = torch.optim.Adam(weights, lr=training.learning_rate)
+    allocator = _Allocator(table, palette, widths, budget, features, adjacency, weights, optimizer)
+    _train_on_table(allocator, training)
+    return _train_on_sweeps(allocator, training, swept)
+
+
+@one_thread()
+def _train_on_table(allocator: _Allocator, training: GraphTraining) -> None:
+    """Lower the tabulated error of the network's choices, and their distance from the budget's mean."""
+    errors = _normalised(allocator.table, allocator.palette)
+    share = torch.tensor(allocator.widths, dtype=torch.float32) / sum(allocator.widths)
+    prices = torch.tensor(allocator.palette, dtype=torch.float32)
+    target = allocator.budget / sum(allocator.widths)
+    best, waited = float("inf"), 0
     with torch.enable_grad():
         for step in range(training.steps):
-            progress = step / max(1, training.steps - 1)
+            progress = min(1.0, step / _COOLING)
             t = training.warm * (training.cold / training.warm) ** progress
-            chosen = choices(network(features, adjacency, weights), t)
+            chosen = choices(allocator.logits(), t)
             loss = (chosen * errors).sum()
             loss = loss + training.budget_weight * ((share * (chosen @ prices)).sum() - target).square()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            allocator.step(loss)
+            if step < _COOLING:  # the loss of hard choices jumps while the softmax is warm
+                continue
+            waited = 0 if float(loss.detach()) < best * (1 - _GAIN) else waited + 1
+            best = min(best, float(loss.detach()))
+            if waited >= 10 * training.patience:
+                break
+
+
+def _train_on_sweeps(allocator: _Allocator, training: GraphTraining, swept: Callable[[Bits], float]) -> Bits:
+    """Lower the expected swept loss of sampled plans; return the best one seen, or the network's first choice."""
+    generator = torch.Generator().manual_seed(training.seed)
     with torch.no_grad():
-        logits = network(features, adjacency, weights)
-    bits = [palette[i] for i in logits.argmax(dim=1).tolist()]
-    return repair(bits, table.tolist(), palette, widths, budget, exchange=False)
+        best = allocator.within_budget(allocator.logits().argmax(dim=1))
+    seen = {best: swept(best)}
+    waited = 0
+    for _ in range(training.rounds):
+        with torch.no_grad():
+            logits = allocator.logits()
+        t = _exploring(logits)
+        plans = [allocator.sampled(logits / t, generator) for _ in range(training.samples)]
+        for plan in plans:
+            if plan not in seen:
+                seen[plan] = swept(plan)
+        _learn(allocator, plans, [seen[plan] for plan in plans], t)
+        found = min(plans, key=lambda plan: seen[plan])
+        waited = 0 if seen[found] < seen[best] * (1 - _GAIN) else waited + 1
+        best = min(best, found, key=lambda plan: seen[plan])
+        if waited >= training.patience:
+            break
+    return best
+
+
+def _exploring(logits: Tensor) -> float:
+    """The temperature at which `_CHANGED` units on average leave their likeliest width; half of what is possible in
+    small layers."""
+    units, widths = logits.shape
+    target = min(_CHANGED, 0.5 * units * (1 - 1 / widths))
+    low, high = -20.0, 20.0  # of log t
+    for _ in range(40):
+        middle = (low + high) / 2
+        changed = units - float(torch.softmax(logits.double() / 2.0**middle, dim=1).amax(dim=1).sum())
+        low, high = (middle, high) if changed < target else (low, middle)
+    return float(2.0**low)
+
+
+@one_thread()
+def _learn(allocator: _Allocator, plans: Sequence[Bits], losses: Sequence[float], t: float) -> None:
+    """Make plans that lost less than the others of their round likelier."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    if len(plans) < 2 or not float(values.std()) > 0:
+        return
+    others = (values.sum() - values) / (len(plans) - 1)
+    gains = ((values - others) / values.std()).float()
+    places = torch.tensor([[allocator.palette.index(bits) for bits in plan] for plan in plans])
+    with torch.enable_grad():
+        logs = torch.log_softmax(allocator.logits() / t, dim=1)
+        likelihood = logs.unsqueeze(0).expand(len(plans), -1, -1).gather(2, places.unsqueeze(2)).sum(dim=(1, 2))
+        allocator.step((gains * likelihood).mean() / places.shape[1])
 
 
 def network(features: Tensor, adjacency: Tensor, weights: Sequence[Tensor]) -> Tensor:

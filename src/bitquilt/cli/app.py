@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from bitquilt._version import __version__
 from bitquilt.cli.output import EXIT_USER_ERROR, EXIT_WRONG_RESULT, stderr
 from bitquilt.errors import UserError, VerificationError
+from bitquilt.threads import sleep_at_barriers
 
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -142,6 +143,7 @@ def main(verbs: Callable[[], Any] = app) -> None:
 
     `BITQUILT_TRACEBACK=1` keeps the traceback, for bug reports.
     """
+    sleep_at_barriers()  # no verb has imported torch yet
     try:
         verbs()
     except (UserError, VerificationError) as error:

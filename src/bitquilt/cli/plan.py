@@ -215,8 +215,9 @@ def _unmeasured(found: Forecast) -> str:
         )
     if not found.exact:
         return (
-            f"not exact: even bits in all layers, as in this plan; `quantize` allocates by the rule of {name}, whose "
-            "maps take more. Add --allocation global and --measure for exact figures of a plan by measured losses"
+            "not exact: the figures above are for even bits in all layers, as in this plan. `quantize` allocates by "
+            f"the rule of {name} and takes at most {found.own_rule_bytes} bytes, which is the bound. For exact figures "
+            "add --allocation global and --measure; `quantize --plan` then follows the plan"
         )
     return "the same bits in every layer; a budget (--size, --bpw) with --measure puts them where they are worth most"
 

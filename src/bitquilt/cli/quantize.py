@@ -20,10 +20,11 @@ from bitquilt.cli.options import (
 from bitquilt.cli.output import Json, Quiet, calm, print_commands, print_fact, print_json, stderr, stdout
 from bitquilt.cli.progress import watching
 from bitquilt.core.plan_file import read_plan
+from bitquilt.core.types import Event
 from bitquilt.core.units import ratio_text, size_text, time_text
 from bitquilt.report.facts import Facts, read_facts
 from bitquilt.report.page_values import allocator_totals, events_of
-from bitquilt.report.run_facts import LayerEvent, number, section, string
+from bitquilt.report.run_facts import number, section, string
 from bitquilt.request import Request, Result, wish
 from bitquilt.run import run
 from bitquilt.stream.devices import choose_device
@@ -142,7 +143,7 @@ def print_budget(facts: Facts) -> None:
     print_fact(stdout, "budget", f"{budget.kind} {say(budget.target)}{spent}{folder}")
 
 
-def print_events(events: Sequence[LayerEvent]) -> None:
+def print_events(events: Sequence[Event]) -> None:
     """Print fallbacks and oddities by kind, each with an example: never silent, never a flood."""
     for found in events_of(events):
         example = found.examples[0]

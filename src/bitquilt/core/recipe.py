@@ -23,9 +23,9 @@ class Needs:
     (x_fp - x) x^T; `stream_drift`: the same for the residual stream; `full_outputs`: the outputs of the full-precision
     model's blocks, for training. These three run the full-precision model alongside the quantized one.
     `output_hessian`: replace the Hessian of the input by that at the output of the layer's sub-block, estimated by a
-    backward pass per sequence with random signs.
+    backward pass per sequence with random signs; `attention_only`: do so in attention alone, other layers keep theirs.
 
-    Raises ValueError for `stream_drift` without `drift`.
+    Raises ValueError for `stream_drift` without `drift` and `attention_only` without `output_hessian`.
     """
 
     hessian: bool = False
@@ -34,8 +34,11 @@ class Needs:
     stream_drift: bool = False
     full_outputs: bool = False
     output_hessian: bool = False
+    attention_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.attention_only and not self.output_hessian:
+            raise ValueError("attention_only restricts output_hessian, which is not asked for; set both")
         if self.stream_drift and not self.drift:
             raise ValueError("stream_drift is measured together with drift, which is not asked for; set both")
 
@@ -58,6 +61,8 @@ class PlanTerms:
     channels. `budget`: the bits the recipe is set to; None where calibration data decides. `scope`: the allocation used
     for a budget unless the caller names another. `plan_required`: the recipe cannot choose bits layer by layer.
     `searches_ranges`: quantizing searches the range of each group, which takes longer.
+    `own_widths`: widths, ascending, that the recipe's own rule gives out within `budget` where no plan is made; none
+    where every layer then gets the same bits. `overshoot`: columns of a layer that may exceed the mean of `bits`.
     """
 
     unit_columns: int
@@ -65,6 +70,8 @@ class PlanTerms:
     scope: Scope | None = None
     plan_required: bool = False
     searches_ranges: bool = False
+    own_widths: tuple[int, ...] = ()
+    overshoot: int = 0
 
 
 class Recipe(Protocol):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitquilt.laws.fit import HUBER_DELTA, Array, BestFit, Form, polish
+from bitquilt.threads import one_thread
 
 OUTLIER = 4.0  # residuals are cut at this many robust deviations, beyond which the fit ignores them too
 
@@ -47,6 +48,7 @@ def estimate_noise(residual: Array, runs: NDArray[np.int64], free: int) -> Noise
     return Noise(float(np.sqrt(shared)), float(np.sqrt(within)), groups - free + 2)
 
 
+@one_thread()
 def bootstrap(
     form: Form,
     x: Array,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize
 
 from bitquilt.errors import UserError
+from bitquilt.threads import one_thread
 
 Array = NDArray[np.float64]
 Evaluate = Callable[[Array, Array], tuple[Array, Array]]
@@ -86,6 +87,7 @@ def goodness(loss: Array, predicted: Array, delta: float = HUBER_DELTA) -> Goodn
     )
 
 
+@one_thread()
 def solve(form: Form, x: Array, loss: Array, *, starts: int = 60, seed: int = 0, delta: float = HUBER_DELTA) -> BestFit:
     """Fit `form` to `loss [points]` at `x [points, columns]`.
 
@@ -124,12 +126,21 @@ def polish(
     """(mean Huber loss, parameters) of the minimum next to `theta`, by bounded robust least squares."""
     low, high = np.log(form.lower), np.log(form.upper)
     target = np.log(loss)
+    last: tuple[bytes, tuple[Array, Array]] | None = None
+
+    def evaluated(log_theta: Array) -> tuple[Array, Array]:
+        """Loss and slope at these parameters; the solver asks for both of a point, one after the other."""
+        nonlocal last
+        key = log_theta.tobytes()
+        if last is None or last[0] != key:
+            last = key, form.evaluate(np.exp(log_theta), x)
+        return last[1]
 
     def residual(log_theta: Array) -> Array:
-        return np.log(form.evaluate(np.exp(log_theta), x)[0]) - target
+        return np.log(evaluated(log_theta)[0]) - target
 
     def slope(log_theta: Array) -> Array:
-        value, by_log = form.evaluate(np.exp(log_theta), x)
+        value, by_log = evaluated(log_theta)
         return by_log / value[:, None]
 
     inside = np.clip(np.log(theta), low + 1e-9, high - 1e-9)  # the solver wants a start off the bounds

@@ -14,7 +14,6 @@ from bitquilt.core.types import Layout
 from bitquilt.model.memory import Memory
 from bitquilt.planning.estimate import Estimate, Permit
 from bitquilt.planning.planner import Planned
-from bitquilt.recipes import own_allocations, takes_fractions
 from bitquilt.request import Wish
 from bitquilt.stream.run_report import recipe_json
 
@@ -24,6 +23,7 @@ class Forecast:
     """What a budget buys. `planned.plans` is what `quantize` would do if `exact`, else the same bits in every layer.
 
     `reachable_bytes`: smallest and largest folder with this recipe. `memory`: to run the model with `ctx` tokens.
+    `own_rule_bytes`: without a budget, the most that a recipe takes whose own rule needs calibration data.
     `estimate`: what quantizing takes here. `permits`: kernels and formats that take the result, by title. `ties`:
     layers that share their bits.
     """
@@ -40,18 +40,18 @@ class Forecast:
     ties: tuple[tuple[str, ...], ...]
     untouched: tuple[Untouched, ...]
     sensitivities: Path | None
+    own_rule_bytes: int | None = None
 
     @property
     def exact(self) -> bool:
         """Whether `quantize` with the same settings makes this very plan.
 
-        Without tables of losses it measures them first; without a budget some recipes follow a rule of their own. What
-        it then takes of a budget is bounded by the budget alone.
+        Without tables of losses it measures them first; without a budget some recipes follow a rule of their own. The
+        bound is then the budget, or `own_rule_bytes`.
         """
         if self.wish.budget is not None:
             return self.sensitivities is not None or not self.wish.by_loss
-        name = self.wish.recipe.name
-        return not (own_allocations(name) or takes_fractions(name))
+        return self.own_rule_bytes is None
 
     def plan_json(self) -> dict[str, Any]:
         """Content of a plan.json for `quantize --plan`."""
@@ -67,6 +67,7 @@ class Forecast:
             "budget": None if budget is None else {**budget, "spent": planned.spent},
             "fits": True,
             "exact": self.exact,
+            "own_rule_bytes": self.own_rule_bytes,
             "bytes": planned.size.total,
             "tensor_bytes": planned.size.tensors,
             "bpw": planned.bpw,

@@ -18,10 +18,11 @@ from bitquilt.model.ties import tied_layers
 from bitquilt.planning.estimate import estimate, permits
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.measure_sensitivities import measure
-from bitquilt.planning.planner import Planner
+from bitquilt.planning.own_rule import most_bytes
+from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
-from bitquilt.request import own_budget, wish
+from bitquilt.request import Wish, own_budget, wish
 from bitquilt.stream.devices import choose_device
 from bitquilt.stream.embedding_and_head import rounded_tables
 from bitquilt.stream.job import CalibratedJob, all_targets
@@ -66,8 +67,7 @@ def plan(
     ties = tied_layers(skeleton.model, shapes) if tie else []
     outer = rounded_tables(skeleton, selection.outer, shapes)
     planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer)
-    allocation = wanted.scope if wanted.budget else planner.recipe.plan_terms.scope or "uniform"
-    planned = planner.plan(wanted.budget or own_budget(wanted.recipe), allocation, known)
+    planned, own_rule_bytes = _planned(planner, wanted, known)
     calibration, _ = clip_to_context(calibration, checkpoint)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
     least, most = planner.reach(Budget("size", 1.0))
@@ -84,7 +84,17 @@ def plan(
         ties=tuple(tuple(names) for names in ties),
         untouched=untouched_tensors(skeleton, {*shapes, *(table.path for table in outer)}),
         sensitivities=None if sensitivities is None else Path(sensitivities),
+        own_rule_bytes=own_rule_bytes,
     )
+
+
+def _planned(planner: Planner, wanted: Wish, known: Sensitivities | None) -> tuple[Planned, int | None]:
+    """Return the plan, and the bound of a recipe that follows a rule of its own because no budget is given."""
+    if wanted.budget is not None:
+        return planner.plan(wanted.budget, wanted.scope, known), None
+    own, terms = own_budget(wanted.recipe), planner.recipe.plan_terms
+    planned = planner.plan_own(own, terms.scope or "uniform", known)
+    return planned, most_bytes(planner, own) if terms.own_widths else None
 
 
 def measure_model(

@@ -4,7 +4,7 @@ One planner serves all budgets of a model and a recipe; `check` refuses a budget
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class Planner:
         """
         if not isinstance(recipe, Plannable):
             raise not_plannable(recipe.name)
-        self.units = Units(recipe, shapes, ties)
+        self.units, self.ties = Units(recipe, shapes, ties), ties
         self.skeleton, self.shapes, self.recipe, self.outer = skeleton, self.units.shapes, recipe, tuple(outer)
         self.outer_bits = OuterBits(**{table.kind: table.bits for table in outer})
         self.sizes = self._sizes()
@@ -105,7 +105,11 @@ class Planner:
 
     def layouts(self, choices: Ints) -> dict[str, Layout]:
         """Layouts of every layer for choices per unit, and of embedding and head."""
-        return {**self.units.layouts(choices), **{table.path: table.layout for table in self.outer}}
+        return self.with_outer(self.units.layouts(choices))
+
+    def with_outer(self, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+        """These layouts of the layers, and those of embedding and head."""
+        return {**layouts, **{table.path: table.layout for table in self.outer}}
 
     def spent(self, budget: Budget, layouts: Mapping[str, Layout]) -> float:
         """Size of these layouts in the budget's unit."""
@@ -171,6 +175,13 @@ class Planner:
         layouts, plans = self.layouts(choices), units.plans(choices)
         prediction = predict(known, plans, self.recipe, self.outer_bits)
         return Planned(plans, layouts, self.sizes.of(layouts), prediction, self.spent(budget, layouts), reach, scope)
+
+    def plan_own(self, budget: Budget, scope: Scope, known: Sensitivities | None = None) -> Planned:
+        """Return the plan within a recipe's own bits, which do not count embedding and head; the size does."""
+        alone = Planner(self.skeleton, self.recipe, self.shapes, ties=self.ties).plan(budget, scope, known)
+        layouts = self.with_outer(alone.layouts)
+        prediction = predict(known, alone.plans, self.recipe, self.outer_bits)
+        return replace(alone, layouts=layouts, size=self.sizes.of(layouts), prediction=prediction)
 
     def _weights(self) -> int:
         own = sum(rows * width for rows, width in self.shapes.values())

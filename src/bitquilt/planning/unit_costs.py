@@ -25,13 +25,21 @@ class Units:
     """
 
     def __init__(
-        self, recipe: Plannable, shapes: Mapping[str, tuple[int, int]], ties: Sequence[Sequence[str]] = ()
+        self,
+        recipe: Plannable,
+        shapes: Mapping[str, tuple[int, int]],
+        ties: Sequence[Sequence[str]] = (),
+        palette: Sequence[int] = (),
     ) -> None:
-        """`shapes`: `[out, in]` by path. Raises UserError if layers of different widths are tied."""
+        """`shapes`: `[out, in]` by path; `palette`: by default all widths of the recipe.
+
+        Raises UserError if layers of different widths are tied.
+        """
         self.recipe, self.shapes = recipe, dict(shapes)
         self.group_size = recipe.plan_terms.unit_columns
         self._group(ties)
-        self.palette = tuple(sorted({bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}))
+        every = {bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}
+        self.palette = tuple(palette) or tuple(sorted(every))
         self.costs = np.zeros((self.count, len(self.palette)), dtype=np.float32)
         prices = {shape: self._prices(*shape) for shape in set(self.shapes.values())}
         for head, tied in self.members.items():
@@ -62,9 +70,9 @@ class Units:
 
         def price(columns: int, bits: int) -> float:
             if self.group_size % 8 == 0:
-                return storage_bits(self._bare(rows, columns, min(bits, widest)))
+                return storage_bits(self.bare(rows, columns, min(bits, widest)))
             # one more channel among many: a lone channel would pay for whole bytes per row and for a shared table
-            more, fewer = (storage_bits(self._bare(rows, count * columns, min(bits, widest))) for count in (16, 8))
+            more, fewer = (storage_bits(self.bare(rows, count * columns, min(bits, widest))) for count in (16, 8))
             return (more - fewer) / 8
 
         table = np.array([[price(min(self.group_size, width), b) for b in self.palette]], dtype=np.float32)
@@ -72,7 +80,7 @@ class Units:
         table[-1] = [price(last, b) for b in self.palette]
         return table
 
-    def _bare(self, rows: int, columns: int, bits: int) -> Layout:
+    def bare(self, rows: int, columns: int, bits: int) -> Layout:
         """Layout of one group by itself, without map and outliers."""
         layout = self.recipe.layout(rows, columns, LayerPlan((bits,) * -(-columns // self.group_size), self.group_size))
         return Layout(rows, columns, layout.segments)
@@ -114,7 +122,7 @@ class Units:
     def layer_costs(self) -> NDArray[np.float64]:
         """Bits `[layers, palette]` of each layer or tied set where all of its units have one width."""
         known = {
-            shape: [storage_bits(self._bare(*shape, min(b, max(self.recipe.widths(shape[0]))))) for b in self.palette]
+            shape: [storage_bits(self.bare(*shape, min(b, max(self.recipe.widths(shape[0]))))) for b in self.palette]
             for shape in set(self.shapes.values())
         }
         return np.array(

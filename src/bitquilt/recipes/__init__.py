@@ -45,7 +45,7 @@ class TakesBpw(Protocol):
 
 
 def make_recipe(name: str, /, **options: Any) -> Recipe:
-    """Make a recipe from its name and its options; `published=True` computes as the public implementation does.
+    """Make a recipe from its name and its options; `published=True` follows the publication.
 
     Options that no longer exist are accepted with the value that is now fixed, so old plans can be read. Raises
     UserError for an unknown name or option, and for a value that cannot work.

@@ -7,8 +7,9 @@
 
 Why "-style": the publication's closed forms, calibration and tables were not reachable and there is no public code.
 Published: the loss at the attention output, a Levenberg-Marquardt Hessian, its trace as the sensitivity, 2 and 4 bits.
-Ours: the estimator, feed-forward layers at their sub-block's output, the trace per weight, damp, group size, min-max
-ranges.
+Ours: the estimator, the trace per weight, damp, group size, min-max ranges. Deviation, undone by `published=True`:
+feed-forward layers are measured at their sub-block's output, in the units of the attention layers, instead of at their
+own. `published=True` also refuses what the publication lacks: other allocations or widths, searched or trained ranges.
 A budget for the whole model (`--size`, `--vram`, `--allocation layers`) gives the palette's widths to layers by the
 tables of loss that all recipes share, instead of by the trace.
 """
@@ -53,6 +54,8 @@ class APTQ:
     `bits`: mean over the weights of all layers, any number that the palette reaches; never exceeded.
     `bpw`: instead, true bits per weight of all layers in the blocks together, scales and zeros included; never
     exceeded.
+    `published`: measure feed-forward layers at their own output, as GPTQ does. The other options then keep their
+    defaults, which are the paper's where it is known: 2 and 4 bits by the trace, with a mean of 3.8.
     `group_size`: input columns that share a scale and a zero.
     `damp`: added to the Hessian's diagonal, as a share of its mean; 0.01 as in GPTQ.
     `palette`: widths that a layer may have, two for "trace". A layer outside the blocks (`--include-head`) takes the
@@ -69,6 +72,7 @@ class APTQ:
 
     bits: float = 3.8
     bpw: float | None = None
+    published: bool = False
     group_size: int = 128
     damp: float = 0.01
     palette: tuple[int, ...] = (2, 4)
@@ -79,17 +83,24 @@ class APTQ:
     @property
     def needs(self) -> Needs:
         """The Hessian at the output of the sub-blocks, and the block's outputs if clipping is trained."""
-        return Needs(hessian=True, output_hessian=True, full_outputs=self.clipping == "trained")
+        trained = self.clipping == "trained"
+        return Needs(hessian=True, output_hessian=True, attention_only=self.published, full_outputs=trained)
 
     @property
     def plan_terms(self) -> PlanTerms:
         """One width per layer, as published, at the recipe's mean."""
         budget = Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw)
-        return PlanTerms(self.group_size, budget, scope="layers", searches_ranges=self.scale_search)
+        return PlanTerms(
+            self.group_size, budget, scope="layers", searches_ranges=self.scale_search, own_widths=self.palette
+        )
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""
         check_palette(self.palette, least=2)
+        own = {"palette": (2, 4), "allocation": "trace", "scale_search": False, "clipping": "solved"}
+        for option, value in own.items() if self.published else ():
+            if (given := getattr(self, option)) != value:
+                raise ValueError(f"{option} is {given}; published=true has {value}: leave out one of both")
         if self.allocation == "trace" and len(self.palette) != 2:
             raise ValueError(f"palette is {self.palette}; allocation=trace takes two widths, hawq2 any number")
         if self.bpw is None:

@@ -88,7 +88,9 @@ class MicroMix:
     @property
     def plan_terms(self) -> PlanTerms:
         """MX blocks at the recipe's mean; without one, the thresholds decide."""
-        return PlanTerms(BLOCK, Budget.of(bits=self.bits, bpw=self.bpw))
+        return PlanTerms(
+            BLOCK, Budget.of(bits=self.bits, bpw=self.bpw), own_widths=_WIDTHS, overshoot=2 * self.alignment
+        )
 
     def check(self) -> None:
         """Raise ValueError naming the first field that cannot work, before any layer is read."""

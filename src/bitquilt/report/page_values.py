@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bitquilt.core.types import Event
 from bitquilt.report.evaluation_records import Record
 from bitquilt.report.facts import Facts, LayerFacts
 from bitquilt.report.layer_grid import LayerGrid
-from bitquilt.report.run_facts import LayerEvent, RunFacts, number, section
+from bitquilt.report.run_facts import RunFacts, number, section
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -53,7 +54,7 @@ class EventKind(NamedTuple):
 
     kind: str
     number: int
-    examples: Sequence[LayerEvent]
+    examples: Sequence[Event]
 
 
 class TaskScore(NamedTuple):
@@ -152,7 +153,7 @@ def _spearman(points: Sequence[tuple[float, float]]) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def events_of(events: Sequence[LayerEvent]) -> list[EventKind]:
+def events_of(events: Sequence[Event]) -> list[EventKind]:
     """Events by kind, the most frequent first."""
     kinds = Counter(event.kind for event in events)
     return [

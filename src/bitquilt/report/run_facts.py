@@ -11,19 +11,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bitquilt.core.events import Untouched
 from bitquilt.core.json_files import read_json
+from bitquilt.core.types import Event
 from bitquilt.errors import UserError
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LayerEvent:
-    """A fallback or an oddity of one layer."""
-
-    layer: str
-    kind: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class RunFacts:
     model: Json
     fingerprint: Json
     machine: Json
-    events: tuple[LayerEvent, ...]
+    events: tuple[Event, ...]
     untouched: tuple[Untouched, ...]
     stages: tuple[RunStage, ...]
     budget: RunBudget

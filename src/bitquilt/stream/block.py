@@ -101,7 +101,8 @@ def _measured(states: CalibratedStates, block: LoadedBlock, solved: SolvedLayers
     stats = input_statistics(states.job, block.linears, states.passes(block), hessian=needs.hessian)
     if not needs.output_hessian:
         return stats
-    found = collect_gradients(block.module, block.linears, states.passes(block), hessian=True)
+    only = needs.attention_only
+    found = collect_gradients(block.module, block.linears, states.passes(block), hessian=True, attention_only=only)
     stats, events = attention_aware(stats, found)
     solved.events += events
     return stats

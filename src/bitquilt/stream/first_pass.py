@@ -54,7 +54,8 @@ def _sense(states: HiddenStates, block: LoadedBlock, recipe: PlansModel) -> Sens
     """Measure the layers of a full-precision block, and make the next one's inputs."""
     check_weights(block.linears)
     passes = states.passes(block, "first pass") if isinstance(states, CalibratedStates) else ()
-    found = collect_gradients(block.module, block.linears, passes, hessian=False)
+    only = states.job.recipe.needs.attention_only
+    found = collect_gradients(block.module, block.linears, passes, hessian=False, attention_only=only)
     if isinstance(states, CalibratedStates):
         states.advance_calibration(block.number, block.module, "first pass")
     return {

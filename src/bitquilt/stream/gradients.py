@@ -20,14 +20,16 @@ from bitquilt.model.linear import linear_weight
 # A trace below this share of its sub-block's largest is rounding: queries and keys of sequences of one token get 1e-15.
 _SILENT = 1e-10
 _BLOCK = ""  # the sub-block of layers that stand in the block itself
+_ATTENTION = ("attn", "attention")  # every family of transformers calls its sub-block one or the other
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """One layer's curvature, summed over all tokens.
 
-    `trace`: of the Gauss-Newton Hessian at the sub-block's output, or of 2 sum x x^T for each row where a `reason` says
-    why there is none. `hessian`: fp32 `[in, in]`, B / (2 out), in units of sum x x^T, or None.
+    `trace`: of the Gauss-Newton Hessian at the sub-block's output, or of 2 sum x x^T for each row where the layer is
+    measured at its own output, or has to be for a `reason`. `hessian`: fp32 `[in, in]`, B / (2 out), in units of
+    sum x x^T, or None.
     """
 
     trace: float
@@ -52,18 +54,29 @@ class _Watched:
 
 
 def collect_gradients(
-    block: nn.Module, linears: Mapping[str, nn.Module], passes: Iterable[Tensor], *, hessian: bool, probes: int = 1
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    passes: Iterable[Tensor],
+    *,
+    hessian: bool,
+    attention_only: bool = False,
+    probes: int = 1,
 ) -> dict[str, Gradients]:
     """Measure `linears` (full path -> module inside the block) while iterating `passes` runs the block.
 
     Each item of `passes` is the block's output `[batch, tokens, width]`. `hessian`: return matrices, not only traces.
+    `attention_only`: measure layers outside attention at their own output, as GPTQ does.
     `probes`: backward passes with random signs per sequence, for an estimate of less variance.
     A layer whose gradient does not exist, or is zero everywhere, has a `reason`.
     """
     paths = {id(module): path for path, module in block.named_modules()}
     owner = {name: _sub_block(block, paths[id(module)]) for name, module in linears.items()}
     watched = {name: _Watched() for name in linears}
-    members = {path: [watched[n] for n in linears if owner[n] == path] for path in dict.fromkeys(owner.values())}
+    members = {
+        path: [watched[n] for n in linears if owner[n] == path]
+        for path in dict.fromkeys(owner.values())
+        if not attention_only or is_attention(path)
+    }
     outputs: dict[str, Tensor] = {}
 
     def see_output(path: str, _x: Tensor, output: Any) -> None:
@@ -89,9 +102,18 @@ def collect_gradients(
         for layer in watched.values():
             layer.reason, layer.sums = f"no backward pass: {str(error).splitlines()[0]}", None
     largest = {path: max(layer.sums.squares if layer.sums else 0.0 for layer in members[path]) for path in members}
-    return {
-        name: _result(layer, linears[name], probes, _SILENT * largest[owner[name]]) for name, layer in watched.items()
-    }
+    found = {}
+    for name, layer in watched.items():
+        if owner[name] in members:
+            found[name] = _result(layer, linears[name], probes, _SILENT * largest[owner[name]])
+        else:
+            found[name] = Gradients(_own_trace(layer, linears[name]), None)
+    return found
+
+
+def is_attention(path: str) -> bool:
+    """Whether the sub-block at `path` is an attention module, by its name."""
+    return any(word in path.rpartition(".")[2].lower() for word in _ATTENTION)
 
 
 def attention_aware(
@@ -160,9 +182,14 @@ def _backward(
             layer.sums = sums if layer.sums is None else layer.sums + sums
 
 
+def _own_trace(layer: _Watched, module: nn.Module) -> float:
+    """Trace of the Hessian at the layer's own output."""
+    return 2 * len(linear_weight(module)) * layer.inputs
+
+
 def _result(layer: _Watched, module: nn.Module, probes: int, silent: float) -> Gradients:
     out_features = len(linear_weight(module))
-    own_trace = 2 * out_features * layer.inputs
+    own_trace = _own_trace(layer, module)
     sums = layer.sums
     if sums is None or sums.squares <= silent:
         reason = layer.reason or ("no token reached it" if layer.inputs == 0 else "its gradient is zero on all tokens")

@@ -99,7 +99,10 @@ class CMPQ:
     def plan_terms(self) -> PlanTerms:
         """Single channels at the recipe's mean, `bits` or `bpw`."""
         budget = Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw)
-        return PlanTerms(1, budget, plan_required=self.allocation == "global")
+        middle, reach = int(self.bits), 1 if self.allocation == "norm" else 2
+        near = [b for b in self.palette if middle + 1 - reach <= b <= middle + reach]
+        own = tuple(near) if self.bpw is None else self.palette
+        return PlanTerms(1, budget, plan_required=self.allocation == "global", own_widths=own, overshoot=1)
 
     def check(self) -> None:
         """Raise ValueError naming the first option that cannot work, before any layer is read."""

@@ -60,12 +60,12 @@ class CMPQPlus(CMPQ):
     damp: float = 0.01
     alpha: float = 0.75
     stream_alpha: float = 0.75
-    effort: Effort = "fast"
-    epochs: int = 20
-    tune_epochs: int = 8
-    tune_rate: float = 2e-2
-    kept_epoch: KeptEpoch = "best"
-    autocast: bool = False
+    effort: Effort = EffortTraining.effort
+    epochs: int = EffortTraining.epochs
+    tune_epochs: int = EffortTraining.tune_epochs
+    tune_rate: float = EffortTraining.tune_rate
+    kept_epoch: KeptEpoch = EffortTraining.kept_epoch
+    autocast: bool = EffortTraining.autocast
 
     @property
     def effort_training(self) -> EffortTraining[LevelRounding]:

@@ -38,22 +38,22 @@ TUNE_BYTES = 4 * 6
 
 @dataclass(frozen=True)
 class EffortTraining(Generic[P]):
-    """The training that a recipe's options ask for. `effort` to `autocast` are those options.
+    """The training that a recipe's options ask for. `effort` to `autocast` are those options, with their defaults.
 
     `reach`: steps of the grid that each weight can move by in a block. `part_of`: what can be trained in a solved
     layer; its offsets follow the first rule, its scales the second. `solution_of`: the layer with trained values.
     `Solution.details["aim"]` holds the weights `[out, in]` that the codes were rounded from.
     """
 
-    effort: Effort
-    epochs: int
-    tune_epochs: int
-    tune_rate: float
-    kept_epoch: KeptEpoch
-    autocast: bool
     reach: float
     part_of: Callable[[Solution, LayerPlan, Rule, Rule], P]
     solution_of: Callable[[P, Values, LayerPlan], Solution]
+    effort: Effort = "fast"
+    epochs: int = 20
+    tune_epochs: int = 8
+    tune_rate: float = 2e-2
+    kept_epoch: KeptEpoch = "best"
+    autocast: bool = False
 
     @classmethod
     def of(

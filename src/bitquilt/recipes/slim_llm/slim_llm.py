@@ -28,6 +28,7 @@ from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.training import Training
 from bitquilt.core.types import (
+    MAX_BITS,
     Cost,
     Layer,
     LayerPlan,
@@ -164,7 +165,16 @@ class SlimLLM:
             Budget.of(bits=self.bits) if self.bpw is None else Budget.of(bpw=self.bpw),
             plan_required=self.allocation == "global",
             searches_ranges=not self.published,
+            own_widths=self._own_widths,
         )
+
+    @property
+    def _own_widths(self) -> tuple[int, ...]:
+        """Widths that the maps of single layers can have; none where all groups have N bits."""
+        if self.bpw is not None:
+            return WIDTHS_FROM_ONE
+        paired = self.allocation != "uniform" and 1 < self.bits < MAX_BITS
+        return (self.bits - 1, self.bits, self.bits + 1) if paired else ()
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
