@@ -95,3 +95,9 @@ def sweep_shared(
     threads: int,
 ) -> None:
     """A whole block of the sweep, tables with a gain per column; `table_of` int32 `[width]`."""
+
+def nearest(values: int, count: int, levels: int, size: int, chosen: int, threads: int) -> None:
+    """fp32 `[count]` as the nearest of `[size]` ascending levels, into fp32 `[count]`."""
+
+def encode(columns: int, width: int, rows: int, levels: int, size: int, codes: int, threads: int) -> None:
+    """fp32 `[width, rows]` -> codes uint8 `[width, rows]`; each column has its own levels `[width, size]`."""

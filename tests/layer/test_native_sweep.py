@@ -99,6 +99,20 @@ def test_gains_of_many_columns_are_those_of_python(both):
         assert all(torch.equal(found.float(), wanted.float()) for found in several)
 
 
+def test_rounding_to_free_levels_is_that_of_python(both):
+    """The lower level wins a tie, levels may be equal, and columns of gain 0 hold one level."""
+    weight, _, _ = problem(130)
+    weight[:, 3] = 0.0
+    grid = fit_table(weight, 3).fit(weight)
+    middles = (grid.levels[:, 1:] + grid.levels[:, :-1]) / 2
+    weight[:7] = middles.t()
+    wanted, several = both(lambda: grid.encode(weight))
+    assert all(torch.equal(found, wanted) for found in several)
+    levels = grid.tables[0].float()
+    places = torch.bucketize(weight, (levels[1:] + levels[:-1]) / 2)
+    assert torch.equal(sweep_kernels.nearest(weight, levels), levels[places])
+
+
 def block_of(width=4, rows=8):
     columns = torch.ones(width, rows)
     codes = torch.zeros(width, rows, dtype=torch.uint8)
@@ -131,7 +145,7 @@ def test_kernel_refuses_impossible_sizes():
         sweep_uniform(block, slice(0, 4), torch.ones(7, 1), None, 3)
     with pytest.raises(ValueError, match="column 1 has table 1 of 1"):
         sweep_shared(block, [(torch.ones(4), 1.0)], [0, 1, 0, 0], counted)
-    with pytest.raises(ValueError, match="a table of 3 levels"):
-        sweep_shared(block, [(torch.ones(3), 1.0)], [0, 0, 0, 0], counted)
+    with pytest.raises(ValueError, match="a table of 1 levels; wanted 2 to 256"):
+        sweep_shared(block, [(torch.ones(1), 1.0)], [0, 0, 0, 0], counted)
     with pytest.raises(ValueError, match="counted is"):
         fit_gains(torch.ones(4, 8), counted[:3], torch.ones(4), 1.0)

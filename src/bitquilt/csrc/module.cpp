@@ -75,6 +75,19 @@ void fit_gains_at(uintptr_t columns, uintptr_t counted, int64_t width, int64_t r
               reinterpret_cast<const float*>(gain_values), reinterpret_cast<uint8_t*>(gains), threads);
 }
 
+void nearest_at(uintptr_t values, int64_t n, uintptr_t levels, int64_t count, uintptr_t chosen, int threads) {
+    check_threads(threads);
+    nearest(reinterpret_cast<const float*>(values), n, reinterpret_cast<const float*>(levels), count,
+            reinterpret_cast<float*>(chosen), threads);
+}
+
+void encode_at(uintptr_t columns, int64_t width, int64_t rows, uintptr_t levels, int64_t count, uintptr_t codes,
+               int threads) {
+    check_threads(threads);
+    encode(reinterpret_cast<const float*>(columns), width, rows, reinterpret_cast<const float*>(levels), count,
+           reinterpret_cast<uint8_t*>(codes), threads);
+}
+
 void sweep_shared_at(const std::vector<uintptr_t>& at, const std::vector<int64_t>& sizes,
                      const std::vector<uintptr_t>& levels, const std::vector<int64_t>& counts,
                      const std::vector<float>& spreads, uintptr_t table_of, uintptr_t counted, uintptr_t gain_values,
@@ -103,6 +116,8 @@ NB_MODULE(_kernels, m) {
     m.def("kmeans", &kmeans_at, Released());
     m.def("sweep_uniform", &sweep_uniform_at, Released());
     m.def("fit_gains", &fit_gains_at, Released());
+    m.def("nearest", &nearest_at, Released());
+    m.def("encode", &encode_at, Released());
     m.def("sweep_shared", &sweep_shared_at, Released());
     nb::class_<Handle>(m, "Handle")
         .def(nb::init<const std::string&, const std::vector<int64_t>&>())

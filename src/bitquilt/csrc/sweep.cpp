@@ -101,9 +101,9 @@ void feed_back(const SweepBlock& block, int64_t column, int64_t begin, int64_t e
 }
 
 template <class Work>
-void over_slabs(int64_t rows, int threads, const Work& work) {
-    const int count = static_cast<int>((rows + slab - 1) / slab);
-    parallel_for_torch(count, threads, [&](int i) { work(i * slab, std::min(rows, (i + 1) * slab)); });
+void over_slabs(int64_t rows, int threads, const Work& work, int64_t size = slab) {
+    const int count = static_cast<int>((rows + size - 1) / size);
+    parallel_for_torch(count, threads, [&](int i) { work(i * size, std::min(rows, (i + 1) * size)); });
 }
 
 // Values as their nearest levels, the lower one of a tie; `middles` [count - 1]. Every level is compared: with 64 levels
@@ -128,11 +128,9 @@ void nearest_codes(const float* __restrict values, int64_t n, const float* middl
     }
 }
 
-void check_table(const SharedLevels& table) {
-    if (table.count < 2 || table.count > 256 || (table.count & (table.count - 1)) || !(table.spread > 0)) {
-        throw std::invalid_argument("a table of " + std::to_string(table.count) + " levels and spread " +
-                                    std::to_string(table.spread) +
-                                    "; wanted 2 to 256 levels, a power of two, and a spread above 0");
+void check_levels(int64_t count) {
+    if (count < 2 || count > 256) {
+        throw std::invalid_argument("a table of " + std::to_string(count) + " levels; wanted 2 to 256");
     }
 }
 
@@ -258,7 +256,7 @@ void sweep_uniform(const SweepBlock& block, int64_t first, int64_t last, const U
 
 void fit_gains(const float* columns, const float* counted, int64_t width, int64_t rows, const SharedLevels& table,
                const float* gain_values, uint8_t* gains, int threads) {
-    check_table(table);
+    check_levels(table.count);
     // One piece per thread, so that the working memory is allocated here, where a failure can be reported.
     const int pieces = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(width, 1)));
     std::vector<GainFit> fits;
@@ -273,7 +271,7 @@ void fit_gains(const float* columns, const float* counted, int64_t width, int64_
 void sweep_shared(const SweepBlock& block, const std::vector<SharedLevels>& tables, const int32_t* table_of,
                   const float* counted, const float* gain_values, uint8_t* gains, int threads) {
     check(block, 0, block.width);
-    for (const SharedLevels& table : tables) check_table(table);
+    for (const SharedLevels& table : tables) check_levels(table.count);
     for (int64_t j = 0; j < block.width; ++j) {
         if (table_of[j] < 0 || static_cast<size_t>(table_of[j]) >= tables.size()) {
             throw std::invalid_argument("column " + std::to_string(j) + " has table " + std::to_string(table_of[j]) +
@@ -296,6 +294,27 @@ void sweep_shared(const SweepBlock& block, const std::vector<SharedLevels>& tabl
             feed_back(block, j, begin, end);
         });
     }
+}
+
+void nearest(const float* values, int64_t n, const float* levels, int64_t count, float* chosen, int threads) {
+    check_levels(count);
+    float middles[256];
+    middles_of(levels, count, middles);
+    over_slabs(n, threads, [&](int64_t begin, int64_t end) {
+        nearest_levels(values + begin, end - begin, levels, middles, count, chosen + begin);
+    }, 1024);
+}
+
+void encode(const float* columns, int64_t width, int64_t rows, const float* levels, int64_t count, uint8_t* codes,
+            int threads) {
+    check_levels(count);
+    over_slabs(width, threads, [&](int64_t first, int64_t last) {
+        float middles[256];
+        for (int64_t j = first; j < last; ++j) {
+            middles_of(levels + j * count, count, middles);
+            nearest_codes(columns + j * rows, rows, middles, count, codes + j * rows);
+        }
+    }, 8);
 }
 
 }  // namespace bitquilt

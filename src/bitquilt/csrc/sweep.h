@@ -50,6 +50,13 @@ void fit_gains(const float* columns, const float* counted, int64_t width, int64_
 void sweep_shared(const SweepBlock& block, const std::vector<SharedLevels>& tables, const int32_t* table_of,
                   const float* counted, const float* gain_values, uint8_t* gains, int threads);
 
+// Values [n] as the nearest of `count` ascending levels, the lower one of a tie.
+void nearest(const float* values, int64_t n, const float* levels, int64_t count, float* chosen, int threads);
+
+// Codes of columns [width, rows]; each has its own `count` ascending levels, [width, count].
+void encode(const float* columns, int64_t width, int64_t rows, const float* levels, int64_t count, uint8_t* codes,
+            int threads);
+
 // Subtracts upper[k] * errors of the column from every later column k of the block, over rows begin..end; compiled so
 // that product and difference are rounded at once.
 void feed_back_fused(const SweepBlock& block, int64_t column, int64_t begin, int64_t end);

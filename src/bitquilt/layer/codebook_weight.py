@@ -73,7 +73,8 @@ def round_channels(
     segments, order = [], []
     for b, channels in groups_by_bits(bits).items():
         order += channels
-        index = torch.tensor(channels)
+        # all channels in one width, as when a width is tried: a view, copies took a fifth of the time
+        index = slice(None) if len(channels) == len(bits) else torch.tensor(channels)
         fit = tables.fitter(weight[:, index], b, counted[:, index], _of(importance, index))
         grid = fit(weight[:, index], counted[:, index])
         nearest = grid.encode(kept[:, index])
@@ -143,5 +144,5 @@ def _loss(swept: Sweep[CodebookGrid], upper: Tensor, row_gains: Tensor) -> float
     return float(errors.square().sum(dim=1, dtype=torch.float64) @ row_gains.double().square())
 
 
-def _of(importance: Tensor | None, channels: Tensor) -> Tensor | None:
+def _of(importance: Tensor | None, channels: Tensor | slice) -> Tensor | None:
     return None if importance is None else importance[channels]

@@ -1,5 +1,5 @@
 """The native sweep inside a block of columns: `sweep_uniform` runs one group, `sweep_shared` a block of shared tables.
-`fit_gains` fits the gains of many columns at once.
+`fit_gains` fits the gains of many columns at once; `nearest` and `encode` round to free levels.
 
 `layer/gptq_sweep.py` and `layer/grids/shared_levels.py` are the definitions; csrc/sweep.cpp is the same arithmetic. It
 serves on a CPU, where the package was installed with a compiler (`usable`); elsewhere the definitions compute
@@ -92,6 +92,27 @@ def sweep_shared(
     found = (chosen.data_ptr(), counted.data_ptr(), values.data_ptr(), gains.data_ptr())
     cpu_kernels.native().sweep_shared(addresses, sizes, *described, *found, torch.get_num_threads())
     return gains.view(torch.float8_e4m3fn)
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Return fp32 `values` of any shape as the nearest of ascending fp32 `levels`, the lower one of a tie."""
+    flat = _checked("values", values, tuple(values.shape), torch.float32)
+    table = _checked("levels", levels, tuple(levels.shape[:1]), torch.float32)
+    chosen, threads = torch.empty_like(flat), torch.get_num_threads()
+    cpu_kernels.native().nearest(
+        flat.data_ptr(), flat.numel(), table.data_ptr(), len(table), chosen.data_ptr(), threads
+    )
+    return chosen
+
+
+def encode(columns: Tensor, levels: Tensor) -> Tensor:
+    """Return the codes uint8 of `columns` fp32 `[n, out]`, the nearest of each column's own `levels` fp32 `[n, k]`."""
+    n, rows = _checked("columns", columns, tuple(columns.shape), torch.float32).shape
+    table = _checked("levels", levels, (n, levels.shape[-1]), torch.float32)
+    codes = torch.empty((n, rows), dtype=torch.uint8)
+    described = (columns.data_ptr(), n, rows, table.data_ptr(), table.shape[1], codes.data_ptr())
+    cpu_kernels.native().encode(*described, torch.get_num_threads())
+    return codes
 
 
 def _gain_values() -> Tensor:

@@ -120,9 +120,12 @@ class _Columns:
 
     def rounded(self, levels: Tensor, gains: Tensor) -> Tensor:
         """Every weight as its nearest level times its column's gain; columns of gain 0 become 0."""
+        scaled = self.weight / gains.clamp(min=_TINY)
+        if sweep_kernels.usable(scaled):
+            return sweep_kernels.nearest(scaled.contiguous(), levels) * gains
         middles = (levels[1:] + levels[:-1]) / 2
         # take: fourteen times as fast as indexing
-        return levels.take(torch.bucketize(self.weight / gains.clamp(min=_TINY), middles)) * gains
+        return levels.take(torch.bucketize(scaled, middles)) * gains
 
     def error(self, levels: Tensor, gains: Tensor) -> Tensor:
         """Squared error of every column, `[n]`."""
