@@ -64,7 +64,7 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  BITQUILT_KERNELS=$(abspath $(SANITIZED)) $(BIN)/python -m pytest -q -p tests.sanitized \
-	  tests/ops/test_cpu_kernels.py tests/ops/test_matrix_units.py tests/ops/test_large_pages.py tests/layer/grids/test_kmeans.py tests/serve/test_cpu_decoder.py
+	  tests/ops/test_cpu_kernels.py tests/ops/test_matrix_units.py tests/ops/test_large_pages.py tests/layer/grids/test_kmeans.py tests/layer/test_native_sweep.py tests/serve/test_cpu_decoder.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run

@@ -53,3 +53,51 @@ def kmeans(
     values: int, weights: int, columns: int, count: int, k: int, centroids: int, boundaries: int, threads: int
 ) -> None:
     """fp64 `[columns, count]`, ascending -> centroids fp64 `[columns, k]`, boundaries int64 `[columns, k + 1]`."""
+
+def sweep_uniform(
+    block: list[int],
+    sizes: list[int],
+    first: int,
+    last: int,
+    scale: int,
+    zero: int,
+    two_levels: bool,
+    bits: int,
+    threads: int,
+) -> None:
+    """Columns first..last of a block of the sweep, equal steps. `block`: addresses of columns, quantized, codes,
+    errors, upper, kept, remainder, 0 for none; `sizes`: stride of `upper`, width, rows, fused rows (csrc/sweep.h)."""
+
+def fit_gains(
+    columns: int,
+    counted: int,
+    width: int,
+    rows: int,
+    table: int,
+    levels: int,
+    spread: float,
+    gain_values: int,
+    gains: int,
+    threads: int,
+) -> None:
+    """Columns fp32 `[width, rows]` -> gains uint8 `[width]`, places in `gain_values` fp32 `[127]`."""
+
+def sweep_shared(
+    block: list[int],
+    sizes: list[int],
+    tables: list[int],
+    levels: list[int],
+    spreads: list[float],
+    table_of: int,
+    counted: int,
+    gain_values: int,
+    gains: int,
+    threads: int,
+) -> None:
+    """A whole block of the sweep, tables with a gain per column; `table_of` int32 `[width]`."""
+
+def nearest(values: int, count: int, levels: int, size: int, chosen: int, threads: int) -> None:
+    """fp32 `[count]` as the nearest of `[size]` ascending levels, into fp32 `[count]`."""
+
+def encode(columns: int, width: int, rows: int, levels: int, size: int, codes: int, threads: int) -> None:
+    """fp32 `[width, rows]` -> codes uint8 `[width, rows]`; each column has its own levels `[width, size]`."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 import bitquilt
 from bitquilt.core.types import Layer, uniform_plan
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.planning.measure_sensitivities import _subset
+from bitquilt.planning.measure_sensitivities import _draw, _subset
 from bitquilt.recipes import make_recipe
+from bitquilt.stream.block_calls import BlockCalls
 from bitquilt.stream.statistics import collect
 
 
@@ -46,7 +48,9 @@ def test_one_bit_is_what_solving_the_layer_at_one_bit_costs(
 
     layer.register_forward_hook(keep)
     logits = full(ids).logits.flatten(0, 1)
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    drawn = _draw(
+        logits.detach(), torch.rand(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     wanted = max(0.5 * made / ids.numel(), float(found.losses[name][:, 1].sum()))
     assert float(found.losses[name][:, 0].sum()) == pytest.approx(wanted, rel=1e-3)
@@ -69,3 +73,35 @@ def test_how_many_tokens_are_measured(samples: int, length: int, widest: int, sh
     assert found.shape == shape
     assert found[:, 0].tolist() == sorted(set(found[:, 0].tolist()))
     assert (int(found[0, 0]), int(found[-1, 0])) == (0, samples - 1)
+
+
+def test_labels_are_drawn_by_probability_and_alike_in_batches_of_any_size() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, places = torch.randn(1, 7, generator=g).expand(4000, 7), torch.rand(40, 100, generator=g)
+    drawn = _draw(logits, places)
+    assert torch.equal(drawn, torch.cat([_draw(logits[:1200], places[:12]), _draw(logits[1200:], places[12:])]))
+    frequency = drawn.bincount(minlength=7) / 4000
+    assert float((frequency - logits[0].softmax(0)).abs().max()) < 0.02
+    certain = torch.eye(7)[[2, 5]] * 100
+    assert _draw(certain, torch.tensor([[0.1, 0.9], [0.2, 1.0]])).tolist() == [2, 5]
+
+
+def test_logits_are_in_memory_for_few_sequences_at_once(
+    make_model: Callable[..., Path], token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence at a time gives the tables of all at once."""
+    found, rows = [], []
+    finish = BlockCalls.finish
+
+    def finishing(self: BlockCalls, ids: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        return finish(self, ids, *others, **named)
+
+    monkeypatch.setattr(BlockCalls, "finish", finishing)
+    for most in (2**24, 1):
+        monkeypatch.setattr("bitquilt.planning.measure_sensitivities._MOST_LOGITS", most)
+        folder = tmp_path / str(most)
+        found.append(bitquilt.measure_model(make_model("llama"), folder, "gptq", token_file, samples=6, seq_len=16))
+    assert rows == [6, *[1] * 6]
+    for name, losses in found[0].losses.items():
+        np.testing.assert_allclose(losses, found[1].losses[name], rtol=1e-3)

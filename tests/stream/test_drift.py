@@ -18,6 +18,7 @@ from bitquilt.data.tokens import token_stream
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.recipes.gptq import GPTQ
 from bitquilt.stream.drift import InputStage, collect_pairs, find_stages, full_copy, observe_pass
+from bitquilt.stream.hidden_states import CalibratedStates
 
 REPAIRING = {"recipe": "gptq", "bits": 2, "alpha": 0.5, "stream_alpha": 0.5, "group_order": True}
 
@@ -96,6 +97,30 @@ def test_the_drift_is_that_of_whole_models_in_memory(
             assert stats.stream_drift is None
         done.append(name)
     assert len(done) == 14
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", 0), ("gemma2", 1)])
+def test_a_stage_that_reaches_the_output_advances_the_full_precision_model(
+    family: str,
+    more: int,
+    make_model: Callable[..., Path],
+    quantize_tiny: Callable[..., bitquilt.Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pass of its own costs a fifth of all passes; gemma2 needs it, for no stream is read there. The last block's
+    outputs are read by nobody."""
+    sent: list[str] = []
+
+    def counting(self: CalibratedStates, i: int, block: nn.Module, model: Any) -> None:
+        sent.append(model)
+        advance(self, i, block, model)
+
+    advance = CalibratedStates._send
+    monkeypatch.setattr(CalibratedStates, "_send", counting)
+    quantize_tiny(make_model(family), tmp_path / "out", **REPAIRING)
+    assert sent.count("quantized") == 1
+    assert sent.count("full") == more
 
 
 TAPS = {

@@ -17,9 +17,10 @@ from bitquilt.layer.assembly import assemble, groups_by_bits, permutation_of
 from bitquilt.layer.gptq_sweep import Sweep, in_original_order, sweep
 from bitquilt.layer.grids.codebook import CodebookGrid, fit_codebook
 from bitquilt.layer.grids.row_gains import fit_row_gains
-from bitquilt.layer.grids.shared_levels import fit_table
+from bitquilt.layer.grids.shared_levels import SharedTable, fit_table
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.outliers import sparse_remainder
+from bitquilt.ops import sweep_kernels
 
 TableScope = Literal["shared", "channel"]
 FitChannels = Callable[[Tensor, Tensor], CodebookGrid]
@@ -45,7 +46,7 @@ class LevelTables:
     def fitter(self, weight: Tensor, bits: int, counted: Tensor, importance: Tensor | None) -> FitChannels:
         """Return the fit for channels of so many bits; a shared table is fitted here, to `weight` fp32 `[out, n]`."""
         if self.scope == "shared":
-            return fit_table(weight, bits, counted, importance, dtype=self.dtype, gain_dtype=self.gain_dtype).fit
+            return fit_table(weight, bits, counted, importance, dtype=self.dtype, gain_dtype=self.gain_dtype)
         return lambda columns, mass: fit_codebook(columns, bits, mass, self.dtype)
 
     def over_row_gains(self, weight: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -72,7 +73,8 @@ def round_channels(
     segments, order = [], []
     for b, channels in groups_by_bits(bits).items():
         order += channels
-        index = torch.tensor(channels)
+        # all channels in one width, as when a width is tried: a view, copies took a fifth of the time
+        index = slice(None) if len(channels) == len(bits) else torch.tensor(channels)
         fit = tables.fitter(weight[:, index], b, counted[:, index], _of(importance, index))
         grid = fit(weight[:, index], counted[:, index])
         nearest = grid.encode(kept[:, index])
@@ -106,13 +108,33 @@ def sweep_channels(
     def fit_column(k: int, column: Tensor) -> CodebookGrid:
         return fits[bits[places[k]]](column, counted[:, places[k] : places[k] + 1])
 
+    def whole_block(block: sweep_kernels.SweepBlock, columns: slice) -> list[CodebookGrid] | None:
+        members = places[columns]
+        return _sweep_natively(block, [fits[bits[j]] for j in members], counted[:, members])
+
     singles = [slice(k, k + 1) for k in range(len(places))]
-    swept = sweep(weight[:, order], upper, singles, fit_column, protected[:, order])
+    kept = protected[:, order] if bool(protected.any()) else None
+    swept = sweep(weight[:, order], upper, singles, fit_column, kept, whole_block)
     loss = swept.loss if row_gains is None else _loss(swept, upper, row_gains)
     by_channel = dict(zip(places, swept.grids, strict=True))
     swept = in_original_order(swept, tuple(by_channel[j] for j in range(len(places))), order)
     outliers = None if swept.remainder is None else sparse_remainder(swept.remainder, protected)
     return assemble(swept, LayerPlan(tuple(bits), 1), outliers, row_gains), loss, swept.aim
+
+
+def _sweep_natively(
+    block: sweep_kernels.SweepBlock, fits: Sequence[FitChannels], counted: Tensor
+) -> list[CodebookGrid] | None:
+    """Sweep a block of channels with shared tables by the kernel; None where it cannot: `counted` `[out, width]`."""
+    tables = [fit for fit in fits if isinstance(fit, SharedTable) and fit.native]
+    if len(tables) < len(fits) or not sweep_kernels.usable(block.columns):
+        return None
+    distinct = list(dict.fromkeys(tables))
+    known = [(table.table.float(), table.spread) for table in distinct]
+    gains = sweep_kernels.sweep_shared(
+        block, known, [distinct.index(table) for table in tables], counted.t().contiguous()
+    )
+    return [table.grid(gains[j : j + 1]) for j, table in enumerate(tables)]
 
 
 def _loss(swept: Sweep[CodebookGrid], upper: Tensor, row_gains: Tensor) -> float:
@@ -122,5 +144,5 @@ def _loss(swept: Sweep[CodebookGrid], upper: Tensor, row_gains: Tensor) -> float
     return float(errors.square().sum(dim=1, dtype=torch.float64) @ row_gains.double().square())
 
 
-def _of(importance: Tensor | None, channels: Tensor) -> Tensor | None:
+def _of(importance: Tensor | None, channels: Tensor | slice) -> Tensor | None:
     return None if importance is None else importance[channels]

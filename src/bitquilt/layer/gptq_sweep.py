@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from bitquilt.layer.grids.grid import Grid
+from bitquilt.layer.grids.uniform import UniformGrid
+from bitquilt.ops import sweep_kernels
 
 G = TypeVar("G", bound=Grid, covariant=True)
 FitGroup = Callable[[int, Tensor], G]
 """(group index, its columns `[out, n]`, compensated so far) -> the grid of that group."""
+SweepWhole = Callable[[sweep_kernels.SweepBlock, slice], list[G] | None]
+"""(block, its columns) -> the grids of its groups after all of them were swept, or None: `fit` and `sweep` do it."""
 
 # Columns whose updates are applied at once: 128 keeps the inner loop in cache and the trailing update a real
 # matrix product (4096 x 4096 at group size 8: 3.1 s with blocks of 8, 1.2 s with 128).
@@ -45,41 +49,64 @@ class Sweep(Generic[G]):
 
 
 def sweep(
-    weight: Tensor, upper: Tensor, groups: Sequence[slice], fit: FitGroup[G], protected: Tensor | None = None
+    weight: Tensor,
+    upper: Tensor,
+    groups: Sequence[slice],
+    fit: FitGroup[G],
+    protected: Tensor | None = None,
+    whole_block: SweepWhole[G] | None = None,
 ) -> Sweep[G]:
     """Quantize `weight` fp32 `[out, in]` column by column, fitting each group when it is reached.
 
     `upper` `[in, in]`: the factor U of the inverse Hessian; `groups`: consecutive column ranges covering all columns.
     `protected` bool `[out, in]`: weights stored in fp16 with the value they have when the sweep reaches them. Their
-    dense code is that of 0, and almost no error is left to repair.
+    dense code is that of 0, and almost no error is left to repair. `whole_block`: does the same as `fit` and this file
+    for many columns at once.
     """
     columns = weight.t().contiguous()  # [in, out]: a column is a row in memory
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     quantized = torch.empty_like(columns)
     kept = None if protected is None else protected.t().contiguous()
     remainder = None if kept is None else torch.zeros(kept.shape, dtype=torch.float16, device=weight.device)
+    upper = upper if upper.stride(1) == 1 else upper.contiguous()
     grids: list[G] = []
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start, stop, members in _blocks(groups):
-        errors = torch.empty_like(columns[start:stop])
-        for k in members:
-            group = groups[k]
-            grid = fit(k, columns[group].t())
+        part = slice(start, stop)
+        of_kept = (None, None) if kept is None or remainder is None else (kept[part], remainder[part])
+        errors = torch.empty_like(columns[part])
+        block = sweep_kernels.SweepBlock(
+            columns[part], quantized[part], codes[part], errors, upper[part, part], *of_kept
+        )
+        found = None if whole_block is None else whole_block(block, part)
+        grids += found or []
+        for k in members if found is None else ():
+            grid = fit(k, columns[groups[k]].t())
             grids.append(grid)
-            for j in range(group.start, group.stop):
-                if kept is None or remainder is None:
-                    codes[j], quantized[j] = _round_column(columns[j], grid)
-                else:
-                    codes[j], dense = _round_column(columns[j].masked_fill(kept[j], 0.0), grid)
-                    remainder[j] = (columns[j] - dense).masked_fill(~kept[j], 0.0).half()
-                    quantized[j] = dense + remainder[j]
-                errors[j - start] = (columns[j] - quantized[j]) / upper[j, j]
-                columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
+            _sweep_group(block, slice(groups[k].start - start, groups[k].stop - start), grid)
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         loss += errors.double().square().sum()
     rest = None if remainder is None else remainder.t().contiguous()
     # a column no longer changes once it is rounded
     return Sweep(codes.t().contiguous(), quantized.t().contiguous(), tuple(grids), float(loss), rest, columns.t())
+
+
+def _sweep_group(block: sweep_kernels.SweepBlock, group: slice, grid: Grid) -> None:
+    """Round the columns of a group one after the other and feed their errors back to the rest of the block."""
+    if isinstance(grid, UniformGrid) and sweep_kernels.usable(block.columns):
+        sweep_kernels.sweep_uniform(block, group, grid.scale, grid.zero, grid.bits)
+        return
+    columns, upper = block.columns, block.upper
+    for j in range(group.start, group.stop):
+        if block.kept is None or block.remainder is None:
+            block.codes[j], block.quantized[j] = _round_column(columns[j], grid)
+        else:
+            kept = block.kept[j]
+            block.codes[j], dense = _round_column(columns[j].masked_fill(kept, 0.0), grid)
+            block.remainder[j] = (columns[j] - dense).masked_fill(~kept, 0.0).half()
+            block.quantized[j] = dense + block.remainder[j]
+        block.errors[j] = (columns[j] - block.quantized[j]) / upper[j, j]
+        columns[j + 1 :].addr_(upper[j, j + 1 :], block.errors[j], alpha=-1)
 
 
 def _round_column(column: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

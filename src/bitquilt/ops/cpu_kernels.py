@@ -44,6 +44,11 @@ def built() -> bool:
     return _kernels is not None
 
 
+def native() -> Any:
+    """Return the extension, for the bodies in other files; None where it was not built."""
+    return _kernels
+
+
 def _choice(variable: str, here: list[str], reason: str) -> str:
     wanted = os.environ.get(variable, here[0])
     if wanted not in here:

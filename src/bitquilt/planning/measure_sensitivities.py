@@ -28,6 +28,7 @@ from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
 from bitquilt.model.linear import QuantizedLinear, linear_weight
+from bitquilt.model.structure import vocabulary_size
 from bitquilt.planning.output_gradients import squared_gradients
 from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
 from bitquilt.planning.tabulate import LossTables
@@ -38,6 +39,9 @@ from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import ActivationFile, check_disk
 
 MAX_SEQUENCE = 512
+# Logits in memory at once, in numbers; the loss holds five such matrices. SmolLM2's (49152 tokens) take 100 MB for a
+# sequence of 512, where batches of 2048 tokens took a peak of 2.3 GB.
+_MOST_LOGITS = 2**24
 
 
 def measure(
@@ -87,7 +91,8 @@ class _Measurement:
     ) -> None:
         self.stored = None if at is None else StoredLayers(at)
         self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
-        self.generator = torch.Generator().manual_seed(seed)
+        # where each label is drawn in the cumulated probabilities: the same labels in batches of any size
+        self.draws = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         count = max(1, 2048 // ids.shape[1])  # a block's graph keeps a dozen activations per token
         self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
 
@@ -161,7 +166,7 @@ class _Measurement:
         losses: list[Tensor] = []
 
         def passes() -> Iterator[None]:
-            for rows in self.batches:
+            for rows in self._loss_batches():
                 hidden = inputs.read(rows).requires_grad_()
                 logits = self.calls.finish(self.ids[rows], hidden, gradient=True).float()
                 if not bool(torch.isfinite(logits.detach()).all()):
@@ -170,7 +175,7 @@ class _Measurement:
                     )
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
-                    drawn = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).squeeze(1)
+                    drawn = _draw(flat, self.draws[rows])
                     if not skeleton.config.encoder_decoder:  # its logits are of the token itself
                         losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
@@ -190,6 +195,12 @@ class _Measurement:
                 deque(passes(), maxlen=0)
         mean = float(torch.cat(losses).double().mean()) if losses else None
         return gradients, None if mean is None else float(np.exp(min(mean, 700.0)))
+
+    def _loss_batches(self) -> list[slice]:
+        """Rows of the ids whose logits are in memory at once."""
+        tokens, vocabulary = self.ids.shape[1], vocabulary_size(self.job.skeleton.model)
+        count = min(max(1, _MOST_LOGITS // (tokens * vocabulary)), self.batches[0].stop)
+        return [slice(start, min(start + count, len(self.ids))) for start in range(0, len(self.ids), count)]
 
     def _backward(self, block: LoadedBlock, gradients: ActivationFile, before: ActivationFile) -> Iterator[None]:
         inputs = self._inputs(block.number)
@@ -232,6 +243,15 @@ class _Measurement:
 
     def _path(self, i: int) -> Path:
         return self.folder / f"inputs-{i:05d}.f32"
+
+
+def _draw(logits: Tensor, places: Tensor) -> Tensor:
+    """Draw a label `[n]` for each row of `logits` `[n, classes]` where `places`, from 0 to 1, fall; one a token."""
+    reached = logits.softmax(-1).cumsum_(-1)
+    # a model without a logit per token, such as a classifier, takes the first token's place
+    chosen = places.flatten()[torch.arange(len(logits)) * places.numel() // len(logits)]
+    wanted = chosen.unsqueeze(1).to(logits) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
 def _next_token_losses(logits: Tensor, ids: Tensor) -> list[Tensor]:

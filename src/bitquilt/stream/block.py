@@ -16,7 +16,7 @@ from bitquilt.core.types import LayerStats
 from bitquilt.stream.block_training import keep, train_block
 from bitquilt.stream.drift import InputStage, SeenInputs, collect_pairs, find_stages, full_copy, observe_pass
 from bitquilt.stream.gradients import attention_aware, collect_gradients
-from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates
+from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates, NextInputs
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, check_weights
 from bitquilt.stream.layers import ERROR_TOKENS, SolvedLayers, put_shared, quantize_layers
 from bitquilt.stream.records import BlockRecord, TrainingRecord, block_stem
@@ -82,13 +82,15 @@ def _calibrated(
     """Quantize with calibration data, and train if the recipe does."""
     job, needs, training = states.job, states.job.recipe.needs, None
     full = full_copy(block.module) if needs.full_model else None
+    advanced = False
     put_shared(job, block)
     if full is not None and needs.drift:
-        _by_stages(states, block, full, observe, solved)
+        advanced = _by_stages(states, block, full, observe, solved)
     else:
         quantize_layers(job, block, _measured(states, block, solved), observe, solved)
     if full is not None:
-        states.advance_calibration(block.number, full, "full")
+        if not advanced:
+            states.advance_calibration(block.number, full, "full")
         if solved.solutions and (trains := job.recipe.training.block):  # a block whose layers are all skipped has none
             training = train_block(states, trains, block, full, solved, observe)
         keep(job, block.number, solved)
@@ -110,18 +112,36 @@ def _measured(states: CalibratedStates, block: LoadedBlock, solved: SolvedLayers
 
 def _by_stages(
     states: CalibratedStates, block: LoadedBlock, full: nn.Module, observe: Observer, solved: SolvedLayers
-) -> None:
-    """Measure and quantize the layers input by input, each with its drift."""
+) -> bool:
+    """Measure and quantize the layers input by input, each with its drift.
+
+    Return whether the full-precision block's outputs are written: a stage whose stream is read at the block's output
+    computes them anyway.
+    """
     job, i, prefix = states.job, block.number, f"{block.path}."
     needs, probe = job.recipe.needs, states.probe(i)
-    here, there = states.inputs(i), states.inputs(i, "full")
+    here = states.inputs(i)
     names = [name.removeprefix(prefix) for name in block.linears]
+    advanced = False
     for stage in find_stages(full, names, lambda: states.calls.run(i, full, probe), needs.stream_drift):
         members = block.only(prefix + name for name in stage.names)
         if stage.paired:
-            original = full, lambda rows: states.calls.run(i, full, there.read(rows))
+            outputs = states.next_inputs(i, "full") if stage.reaches_output and not advanced else None
+            original = full, partial(_full_outputs, states, full, i, outputs)
             partly = block.module, lambda rows: states.calls.run(i, block.module, here.read(rows))
             stats = paired_statistics(job, stage, original, partly, prefix)
+            if outputs is not None:
+                outputs.commit()
+                advanced = True
         else:
             stats = input_statistics(job, members.linears, states.passes(block), hessian=needs.hessian)
         quantize_layers(job, members, stats, observe, solved)
+    return advanced
+
+
+def _full_outputs(states: CalibratedStates, full: nn.Module, i: int, outputs: NextInputs | None, rows: slice) -> Tensor:
+    """Return the full-precision block's output for a batch, and add it to `outputs`."""
+    output = states.calls.run(i, full, states.inputs(i, "full").read(rows))
+    if outputs is not None:
+        outputs.add(rows, output)
+    return output

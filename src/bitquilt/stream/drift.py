@@ -48,6 +48,11 @@ class InputStage:
     paired: bool
     taps: Mapping[str, str]
 
+    @property
+    def reaches_output(self) -> bool:
+        """Whether a pass that reads the stage's inputs and streams runs to the block's end."""
+        return _OUTPUT in self.taps.values()
+
 
 def full_copy(block: nn.Module) -> nn.Module:
     """Copy the block around the same tensors, so that replacing the block's layers leaves the copy's in place."""

@@ -44,7 +44,8 @@ class HiddenStates:
 
     def advance(self, i: int, block: nn.Module) -> None:
         """Send the inputs of block i through the quantized `block`; the results are the next block's inputs."""
-        hidden = self._checked(i, block, self.probe(i), "quantized")
+        hidden = self.calls.run(i, block, self.probe(i))
+        self.check_output(i, hidden, "quantized")
         write_state(self._probe_file(i + 1), {"hidden": hidden})
 
     def delete(self, i: int) -> None:
@@ -54,12 +55,11 @@ class HiddenStates:
     def _probe_file(self, i: int) -> Path:
         return self.job.folder / probe_file(i)
 
-    def _checked(self, i: int, block: nn.Module, hidden: Tensor, model: Model) -> Tensor:
-        output = self.calls.run(i, block, hidden)
+    def check_output(self, i: int, output: Tensor, model: Model) -> None:
+        """Raise UserError unless the output of block i in `model` is finite."""
         if not bool(torch.isfinite(output).all()):
             kind = "quantized" if model == "quantized" else "full-precision"
             raise UserError(f"the output of {kind} block {self.job.skeleton.blocks[i]} holds NaN or Inf")
-        return output
 
 
 @dataclass(eq=False)
@@ -120,24 +120,49 @@ class CalibratedStates(HiddenStates):
             return True
         return model != "first pass" and (self.job.include_head or (model == "full" and self.job.trains))
 
+    def next_inputs(self, i: int, model: Model) -> "NextInputs | None":
+        """Return what collects the outputs of block i in `model`, or None where nothing reads them."""
+        return NextInputs(self, i, model) if self._is_read(i + 1, model) else None
+
     def _send(self, i: int, block: nn.Module, model: Model) -> None:
-        inputs, name = self.inputs(i, model), activation_file(i + 1, model)
-        shape = (*inputs.shape[:2], self.calls.width(i + 1))
-        outputs = ActivationFile.create(self.job.folder / _TEMPORARY, shape)
-        stays = stays_on_device(4 * math.prod(shape), self.job.device)
-        batches = []
+        inputs, outputs = self.inputs(i, model), NextInputs(self, i, model)
         for rows in self.job.batches:
-            output = self._checked(i, block, inputs.read(rows), model)
-            outputs.write(rows, output)
-            if stays:
-                batches.append(output.float())
-        outputs.commit(self.job.folder / name)
-        if stays:
-            self._on_device[name] = torch.cat(batches)
+            outputs.add(rows, self.calls.run(i, block, inputs.read(rows)))
+        outputs.commit()
 
     def _delete_file(self, name: str) -> None:
         self._on_device.pop(name, None)
         (self.job.folder / name).unlink(missing_ok=True)
+
+    def keep_on_device(self, name: str, batches: list[Tensor]) -> None:
+        """Hold what the file `name` holds on the device too."""
+        self._on_device[name] = torch.cat(batches)
+
+
+class NextInputs:
+    """The outputs of block `i` in `model`, written batch by batch: the next block's inputs."""
+
+    def __init__(self, states: CalibratedStates, i: int, model: Model) -> None:
+        self._states, self._block, self._model = states, i, model
+        job = states.job
+        shape = (*job.ids.shape, states.calls.width(i + 1))
+        self._file = ActivationFile.create(job.folder / _TEMPORARY, shape)
+        self._stays = stays_on_device(4 * math.prod(shape), job.device)
+        self._batches: list[Tensor] = []
+
+    def add(self, rows: slice, output: Tensor) -> None:
+        """Write one batch. Raises UserError unless it is finite."""
+        self._states.check_output(self._block, output, self._model)
+        self._file.write(rows, output)
+        if self._stays:
+            self._batches.append(output.detach().float())
+
+    def commit(self) -> None:
+        """Make the file the next block's inputs."""
+        name = activation_file(self._block + 1, self._model)
+        self._file.commit(self._states.job.folder / name)
+        if self._stays:
+            self._states.keep_on_device(name, self._batches)
 
 
 def open_states(job: Job, resumed: bool) -> HiddenStates:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.layer.grids.codebook import CodebookGrid, cluster
+from bitquilt.ops import sweep_kernels
 
 _REFITS = 2  # of a column's gain to its codes
 # A large layer's table is fitted to a sample of at least so many rows, which give a column's root mean square to 4 %,
@@ -40,17 +41,41 @@ class SharedTable:
     spread: float
 
     def fit(self, weight: Tensor, mass: Tensor | None = None) -> CodebookGrid:
-        """Fit the gains of least squared error to `weight` fp32 `[out, n]`; `mass` as in `fit_codebook`."""
-        columns, levels = _Columns.of(weight, mass), self.table.float()
+        """Fit the gains of least squared error to `weight` fp32 `[out, n]`; `mass` as in `fit_codebook`.
+
+        Sums are in float64, because torch's order of adding float32 depends on the processor's vectors: the native
+        sweep (csrc/sweep.cpp) finds the same gains."""
+        if self.native and sweep_kernels.usable(weight):
+            counted = torch.ones_like(weight) if mass is None else mass
+            gains = sweep_kernels.fit_gains(
+                weight.t().contiguous(), counted.t().contiguous(), self.table.float(), self.spread
+            )
+            return self.grid(gains)
+        return self.grid(self.fit_reference(weight, mass))
+
+    def fit_reference(self, weight: Tensor, mass: Tensor | None = None) -> Tensor:
+        """Fit the gains `[n]` as stored: the definition of `fit`."""
+        columns, levels = _Columns.of(weight, mass, torch.float64), self.table.float()
         gains = columns.root_mean_square() / self.spread
         for _ in range(_REFITS):
             gains = columns.refit(levels, gains)
-        best, least = torch.zeros_like(gains), torch.full_like(gains, torch.inf)
+        best, least = torch.zeros_like(gains), torch.full_like(gains, torch.inf, dtype=torch.float64)
         for candidate in _stored_neighbours(gains, self.gain_dtype):
             error = columns.error(levels, candidate)
             better = error < least
             best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-        return CodebookGrid(self.bits, self.table.unsqueeze(0), best.to(self.gain_dtype))
+        return best.to(self.gain_dtype)
+
+    __call__ = fit
+
+    @property
+    def native(self) -> bool:
+        """Whether the kernels know the type of the gains."""
+        return self.gain_dtype == torch.float8_e4m3fn
+
+    def grid(self, gains: Tensor) -> CodebookGrid:
+        """The grid of columns with these gains `[n]`, as stored."""
+        return CodebookGrid(self.bits, self.table.unsqueeze(0), gains)
 
 
 def fit_table(
@@ -77,36 +102,43 @@ def fit_table(
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Columns to fit: `weight` fp32 `[out, n]`, and how much each weight counts, `[out, n]`."""
+    """Columns to fit: `weight` fp32 `[out, n]`, and how much each weight counts, `[out, n]`; sums are in `dtype`."""
 
     weight: Tensor
     counted: Tensor
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, weight: Tensor, mass: Tensor | None) -> "_Columns":
+    def of(cls, weight: Tensor, mass: Tensor | None, dtype: torch.dtype = torch.float32) -> "_Columns":
         """Every weight counts alike without a `mass`."""
-        return cls(weight, torch.ones_like(weight) if mass is None else mass)
+        return cls(weight, torch.ones_like(weight) if mass is None else mass, dtype)
 
     def root_mean_square(self) -> Tensor:
         """`[n]`."""
-        total = (self.weight.square() * self.counted).sum(dim=0)
-        return (total / self.counted.sum(dim=0).clamp(min=_TINY)).sqrt()
+        total = self._sum(self.weight.square() * self.counted)
+        return (total / self._sum(self.counted).clamp(min=_TINY)).sqrt().float()
 
     def rounded(self, levels: Tensor, gains: Tensor) -> Tensor:
         """Every weight as its nearest level times its column's gain; columns of gain 0 become 0."""
+        scaled = self.weight / gains.clamp(min=_TINY)
+        if sweep_kernels.usable(scaled):
+            return sweep_kernels.nearest(scaled.contiguous(), levels) * gains
         middles = (levels[1:] + levels[:-1]) / 2
         # take: fourteen times as fast as indexing
-        return levels.take(torch.bucketize(self.weight / gains.clamp(min=_TINY), middles)) * gains
+        return levels.take(torch.bucketize(scaled, middles)) * gains
 
     def error(self, levels: Tensor, gains: Tensor) -> Tensor:
         """Squared error of every column, `[n]`."""
-        return ((self.weight - self.rounded(levels, gains)).square() * self.counted).sum(dim=0)
+        return self._sum((self.weight - self.rounded(levels, gains)).square() * self.counted)
 
     def refit(self, levels: Tensor, gains: Tensor) -> Tensor:
         """The least-squares gains for the codes that `gains` give."""
         chosen = self.rounded(levels, gains)
-        scale = (self.counted * chosen.square()).sum(dim=0).clamp(min=_TINY)
-        return gains * ((self.counted * self.weight * chosen).sum(dim=0) / scale).clamp(min=0)
+        scale = self._sum(self.counted * chosen.square()).clamp(min=_TINY)
+        return gains * (self._sum(self.counted * self.weight * chosen) / scale).clamp(min=0).float()
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        return terms.sum(dim=0, dtype=self.dtype)
 
 
 def _sampled(columns: _Columns, cost: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
