@@ -125,7 +125,6 @@ def evaluate(
         scores = list(_score(subject, other, stream, planned, batch_size, progress, first))
     losses, kl, agree, expected = (torch.cat(column) for column in zip(*scores, strict=True))
     cross_entropy, size = losses.to(torch.float64).mean().item(), size or model_size(model)
-    far: dict[str, Any] = {} if other is None else dataclasses.asdict(divergence.summarize(kl, agree))
     return Evaluation(
         perplexity=perplexity.from_mean(cross_entropy),
         cross_entropy=cross_entropy,
@@ -134,7 +133,7 @@ def evaluate(
         seq_len=seq_len,
         stride=stride,
         bos=first is not None,
-        **far,
+        **({} if other is None else dataclasses.asdict(divergence.summarize(kl, agree))),
         **({} if size is None else dataclasses.asdict(size)),
     )
 

@@ -51,7 +51,7 @@ class SharedStates:
         return {k: t for key, numbers in self.writes[i].items() for k, t in zip(numbers, mapping[key], strict=True)}
 
 
-class _Watched(UserDict[Any, Any]):
+class _WatchedState(UserDict[Any, Any]):
     """A mapping that keeps the keys that are read and written."""
 
     def __init__(self, *args: Any) -> None:
@@ -107,7 +107,7 @@ def _pass_through(skeleton: Skeleton, heard: Heard) -> _Seen:
     found, entries = _Seen([], []), dict[Any, Any]()
     hidden = heard.inputs[0].to(_META)
     for path, call in zip(skeleton.blocks, heard.calls, strict=True):
-        mapping = _Watched()
+        mapping = _WatchedState()
         mapping.data |= entries
         args, kwargs = tree_map(lambda leaf, m=mapping: m if is_shared(leaf) else leaf, to_device(call, _META))
         block = copy.deepcopy(skeleton.model.get_submodule(path)).to(_META)
@@ -115,12 +115,12 @@ def _pass_through(skeleton: Skeleton, heard: Heard) -> _Seen:
             with torch.no_grad():
                 output = block(hidden, *args, **kwargs)
         except Exception as error:
-            raise _unseen(path, _Watched, f"{type(error).__name__}: {error}") from error
+            raise _unseen(path, _WatchedState, f"{type(error).__name__}: {error}") from error
         hidden = output if isinstance(output, Tensor) else output[0]
         entries = dict(mapping.data)
         written = {key: tuple(entries[key]) for key in mapping.written}
         if not all(isinstance(t, Tensor) for t in _flat(written)):
-            raise _unseen(path, _Watched, "it holds more than tensors")
+            raise _unseen(path, _WatchedState, "it holds more than tensors")
         found.reads.append(tuple(mapping.read))
         found.writes.append(written)
     return found
