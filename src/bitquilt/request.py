@@ -12,6 +12,7 @@ from bitquilt.core.packing import storage_bits
 from bitquilt.core.plan_file import OuterBits, PlanFile
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.settings import Calibration, Selection
+from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.data.calibration import check_calibration
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
@@ -150,6 +151,14 @@ def own_budget(recipe: Recipe) -> Budget:
     return budget
 
 
+def planned_layout(recipe: Plannable, name: str, shape: tuple[int, int], plan: LayerPlan) -> Layout:
+    """Return the layout in which `recipe` stores the layer. Raises UserError for bits that the recipe does not have."""
+    try:
+        return recipe.layout(*shape, plan)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; plan again") from None
+
+
 def check_bytes(wish: Wish, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise UserError if the recipe stores the wish's plan in other bytes than the recipe that the plan was made for.
 
@@ -162,7 +171,7 @@ def check_bytes(wish: Wish, shapes: Mapping[str, tuple[int, int]]) -> None:
     if not isinstance(planned, Plannable):
         return
     for name, layer in plan.plans.items():
-        one, other = planned.layout(*shapes[name], layer), recipe.layout(*shapes[name], layer)
+        one, other = (planned_layout(each, name, shapes[name], layer) for each in (planned, recipe))
         if one != other:
             raise UserError(
                 f"the plan was made for {_difference(planned, recipe)}: {name} would take {storage_bits(other) // 8} "

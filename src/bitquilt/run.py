@@ -33,7 +33,7 @@ from bitquilt.planning.plan_model import refuse_quantized
 from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
-from bitquilt.request import Request, Result, check_bytes
+from bitquilt.request import Request, Result, check_bytes, planned_layout
 from bitquilt.stream.embedding_and_head import RoundedTable, rounded_tables
 from bitquilt.stream.hidden_states import check_activations_fit
 from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
@@ -180,7 +180,7 @@ def _planned_bytes(request: Request, model: _Model) -> int | None:
     recipe, plan = request.wish.recipe, request.wish.plan
     if plan is None or not isinstance(recipe, Plannable):
         return None
-    layouts = {name: recipe.layout(*model.layers[name], layer) for name, layer in plan.plans.items()}
+    layouts = {name: planned_layout(recipe, name, model.layers[name], layer) for name, layer in plan.plans.items()}
     layouts |= {table.path: table.layout for table in model.tables}
     written = plan_json(recipe_json(recipe), plan.plans, request.outer)
     return promised_bytes(model.skeleton, layouts, written, {k: v for t in model.tables for k, v in t.config.items()})

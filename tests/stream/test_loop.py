@@ -184,7 +184,7 @@ def test_a_model_whose_context_is_shorter_than_the_probe(
     assert any("clipped from 16 to the model's context of 12" in e.text for e in seen if isinstance(e, Stage))
 
 
-def test_a_block_that_reads_the_tokens_beside_the_hidden_states_is_refused(
+def test_a_block_that_reads_a_sum_over_tokens_is_refused(
     make_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -195,7 +195,7 @@ def test_a_block_that_reads_the_tokens_beside_the_hidden_states_is_refused(
     forward = modeling_llama.LlamaModel.forward
 
     def with_tokens(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        return forward(self, input_ids, per_layer=input_ids.float(), **kwargs)
+        return forward(self, input_ids, per_layer=input_ids.float().sum(), **kwargs)
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", with_tokens)
     with pytest.raises(UserError, match=r"model\.layers\.0.*'per_layer'.*cannot be streamed"):

@@ -331,7 +331,7 @@ def test_a_full_disk_keeps_the_finished_blocks(
     leave: int, source: Path, quantize_tiny: Quantize, small_disk: Any, tmp_path: Path
 ) -> None:
     disk, resize = small_disk
-    expected = output_bytes(tmp_path / "whole")
+    expected = output_bytes(run(quantize_tiny, source, tmp_path / "whole").folder)
 
     def fill_after_one_block(event: object) -> None:
         if isinstance(event, BlockDone) and event.block == 0:
@@ -396,7 +396,7 @@ def test_the_checkpoint_reaches_another_disk_whole(
 ) -> None:
     """The work directory on one file system, the output on another: no hard links, no rename."""
     disk, _ = small_disk
-    expected = output_bytes(tmp_path / "whole")
+    expected = output_bytes(run(quantize_tiny, source, tmp_path / "whole").folder)
     run(quantize_tiny, source, disk / "out", work_dir=tmp_path / "work")
     assert output_bytes(disk / "out") == expected
     assert [path.name for path in disk.iterdir()] == ["out"]

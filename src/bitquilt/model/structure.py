@@ -102,7 +102,7 @@ class Skeleton:
             for name, parameter in module.named_parameters()
             if parameter.is_meta and ties.get(f"{path}.{name}") in stored
         }
-        values = self.checkpoint.read(wanted.values())
+        values = self.checkpoint.read(wanted.values()) if wanted else {}
         for name, source in wanted.items():
             replace_parameter(self.model, name, values[source].to(self.model.dtype))
         for shared in (m for m in module.modules() if isinstance(m, SharedLinear)):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bitquilt.ops import cpu_kernels
 
-# torch's `addr_` rounds product and difference at once in whole pairs of vectors, apart in what a row has left (2.13).
-_FUSED_ROWS = {"DEFAULT": 0, "AVX2": 16, "AVX512": 32}
+# torch's `addr_` rounds product and difference at once in whole runs of 16 numbers, apart in what a row has left.
+_FUSED_ROWS = {"DEFAULT": 0, "AVX2": 16, "AVX512": 16}
 _GAIN_VALUES = 127  # the positive finite values of float8, from 0
 
 

@@ -156,8 +156,10 @@ class MicroMix:
         Raises ValueError naming the layer if a weight is NaN or Inf, or if the plan holds bits that no MX element has.
         """
         check_finite(layer.name, weight=layer.weight)
-        if unknown := set(plan.bits) - set(_WIDTHS):
-            raise ValueError(f"{layer.name}: the plan gives channels {min(unknown)} bits; MX elements have 4, 6 or 8")
+        try:
+            _check_bits(plan)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from None
         loudest = self.column_order(layer, prepared)
         repeats = torch.tensor(plan.widths(len(loudest)), device=loudest.device)
         bits = torch.empty_like(loudest)
@@ -181,7 +183,11 @@ class MicroMix:
         return _WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
-        """The layout in which `quantize` stores a plan: a part for each width, and the order of the channels."""
+        """The layout in which `quantize` stores a plan: a part for each width, and the order of the channels.
+
+        Raises ValueError if the plan holds bits that no MX element has.
+        """
+        _check_bits(plan)
         sizes = np.bincount(plan.bits, plan.widths(in_features), minlength=_WIDTHS[-1] + 1)
         return self._layout(out_features, [int(sizes[width]) for width in _WIDTHS])
 
@@ -231,3 +237,8 @@ class MicroMix:
 
     def _format(self, width: int) -> Format:
         return mx_format(element_for(width), self.scale_rule if self.quantize_activations else "none")
+
+
+def _check_bits(plan: LayerPlan) -> None:
+    if unknown := set(plan.bits) - set(_WIDTHS):
+        raise ValueError(f"the plan gives channels {min(unknown)} bits; MX elements have 4, 6 or 8")

@@ -278,8 +278,9 @@ def _of_other_blocks(path: str, name: str) -> UserError:
 
 
 def _others(ids: Tensor) -> Tensor:
-    """Other token ids in the same shape."""
-    return ids.flip(0, 1).roll(1, 1)
+    """Other token ids in the same shape: the model's own, in another order and of other numbers."""
+    moved, half = ids.flip(0, 1).roll(1, 1), ids.shape[1] // 2
+    return torch.cat([moved[:, :half], moved[:, :half], moved[:, 2 * half :]], dim=1)
 
 
 def _not_per_token(path: str, name: str) -> UserError:
