@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitquilt.core.budget import Budget
     from bitquilt.core.settings import Calibration, Selection
     from bitquilt.errors import UserError, VerificationError
+    from bitquilt.exporter import Exported, export
     from bitquilt.planning.forecast import Forecast
     from bitquilt.planning.plan_model import measure_model, plan
     from bitquilt.report.evaluation import Evaluation, evaluate
@@ -28,6 +29,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Evaluation",
+    "Exported",
     "Forecast",
     "Result",
     "Selection",
@@ -35,6 +37,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "measure_model",
     "plan",
@@ -48,12 +51,14 @@ __getattr__, __dir__ = lazy_names(
         "Budget": "bitquilt.core.budget",
         "Calibration": "bitquilt.core.settings",
         "Evaluation": "bitquilt.report.evaluation",
+        "Exported": "bitquilt.exporter",
         "Forecast": "bitquilt.planning.forecast",
         "Result": "bitquilt.api",
         "Selection": "bitquilt.core.settings",
         "UserError": "bitquilt.errors",
         "VerificationError": "bitquilt.errors",
         "evaluate": "bitquilt.report.evaluation",
+        "export": "bitquilt.exporter",
         "load": "bitquilt.api",
         "measure_model": "bitquilt.planning.plan_model",
         "plan": "bitquilt.planning.plan_model",

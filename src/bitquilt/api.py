@@ -30,6 +30,7 @@ def quantize(
     budget: Budget | None = None,
     scope: str | None = None,
     plan: str | Path | PlanFile | None = None,
+    engine: str | None = None,
     sensitivities: str | Path | None = None,
     rounds: int = 1,
     selection: Selection = Selection(),
@@ -50,6 +51,7 @@ def quantize(
       layer), "layer" (the same bits per weight in every layer), "pairs" (N-1, N, N+1 bits inside every layer, as
       SliM-LLM), "uniform" (no differences).
     - `plan`: a plan.json to follow instead of a budget.
+    - `engine`: "mlx" keeps to widths and groups that MLX's files hold, whose bytes the budget counts (see `export`).
     - `sensitivities`: a file that `measure_model` wrote; without it, a run with a budget measures first.
     - `rounds`: 2 quantizes, measures again in the quantized model, then plans and quantizes again, in twice the time.
     - `selection`: the layers to quantize (see `Selection`).
@@ -64,13 +66,11 @@ def quantize(
     Raises UserError for anything that the caller can correct, and VerificationError if the checkpoint, read back from
     disk, disagrees with the run.
     """
-    where = choose_device(device)
     calibration, selection = grouped(options, calibration, selection)
-    if plan is not None and not isinstance(plan, PlanFile):
-        plan = read_plan(plan)
+    followed = read_plan(plan) if isinstance(plan, str | Path) else plan
     request = Request(
         model=model,
-        wish=wish(recipe, options, budget, scope, plan),
+        wish=wish(recipe, options, budget, scope, followed, engine),
         calibration=calibration,
         selection=selection,
         out=None if out is None else Path(out),
@@ -78,7 +78,7 @@ def quantize(
         rounds=rounds,
         batch_size=batch_size,
         work_dir=None if work_dir is None else Path(work_dir),
-        device=where,
+        device=choose_device(device),
     )
     return run(request, observer)
 

@@ -1,7 +1,7 @@
 """`Request` is what a run is asked for, `Result` what it returns; `wish` sorts out recipe, options, budget and plan."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.settings import Calibration, Selection
 from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.data.calibration import check_calibration
+from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
 
@@ -22,12 +23,15 @@ _DEFAULT_RECIPE = "slim-llm"
 
 @dataclass(frozen=True)
 class Wish:
-    """A recipe and where its bits come from: a `plan`, a `budget` for the whole model, or the recipe itself."""
+    """A recipe and where its bits come from: a `plan`, a `budget` for the whole model, or the recipe itself.
+
+    `engine`: name of another engine, whose files must be able to hold the result; the budget counts their bytes."""
 
     recipe: Recipe
     budget: Budget | None = None
     scope: Scope = "global"
     plan: PlanFile | None = None
+    engine: str | None = None
 
     @property
     def by_loss(self) -> bool:
@@ -39,7 +43,8 @@ class Wish:
         """The budget in fingerprint, report and forecast."""
         if self.budget is None:
             return None
-        return {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx, "scope": self.scope}
+        stated = {"kind": self.budget.kind, "target": self.budget.value, "ctx": self.budget.ctx, "scope": self.scope}
+        return stated if self.engine is None else {**stated, "engine": self.engine}
 
 
 @dataclass(frozen=True)
@@ -106,12 +111,13 @@ def wish(
     budget: Budget | None = None,
     scope: str | None = None,
     plan: PlanFile | None = None,
+    engine: str | None = None,
 ) -> Wish:
     """Make a wish from a recipe or its name and options, a budget and its scope, or a plan.
 
     Without `recipe`, take the plan's recipe, else slim-llm. A fraction of a bit, or `bpw`, is a budget for the whole
     model, unless the recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own). A scope, or
-    `allocation="global"`, makes it a budget for the whole model there too.
+    `allocation="global"`, makes it a budget for the whole model there too. For an `engine` every layer has one width.
 
     Raises UserError for two budgets, for a budget together with a plan, for an unknown scope, and for whatever
     `make_recipe` refuses.
@@ -120,23 +126,45 @@ def wish(
         raise UserError(f"unknown allocation {scope!r}; wanted one of {', '.join(SCOPES)}")
     options = dict(options)
     if plan is not None:
-        return _wish_for_plan(plan, recipe, options, budget, scope)
+        return replace(_wish_for_plan(plan, recipe, options, budget, scope), engine=engine)
     if isinstance(recipe, str) or recipe is None:
         name = recipe or _DEFAULT_RECIPE
+        if engine is not None and takes_option(name, "zeros"):
+            options.setdefault("zeros", engine_named(engine).zero_rule)
         budget, scope = _taken_from(options, name, budget, scope)
         recipe = make_recipe(name, **options)
     else:
         _refuse_options(options)
     if not isinstance(recipe, Plannable):
-        if budget is not None or scope is not None:
+        if budget is not None or scope is not None or engine is not None:
             raise not_plannable(recipe.name)
         return Wish(recipe)
     terms = recipe.plan_terms
+    if engine is not None:
+        scope = _engine_scope(engine, recipe, budget, scope or options.get("allocation"))
     if budget is None and (terms.plan_required or scope is not None):
         budget = own_budget(recipe)
     if budget is not None:
         recipe = without_bpw(recipe)
-    return Wish(recipe, budget, cast(Scope, scope or terms.scope or "global"))
+    return Wish(recipe, budget, cast(Scope, scope or terms.scope or "global"), engine=engine)
+
+
+def _engine_scope(name: str, recipe: Plannable, budget: Budget | None, allocation: object) -> Scope | None:
+    """Return the scope for plans that the engine `name` can hold, None where the recipe gives every layer a width that
+    the engine has. Raises UserError for what it cannot hold."""
+    engine = engine_named(name)
+    if allocation not in (None, "layers"):
+        raise UserError(
+            f"{engine.title} holds one width per layer, which is the allocation layers, not {allocation}; leave it out"
+        )
+    if budget is not None and budget.kind == "vram":
+        raise UserError(f"how much memory {engine.title} takes is not known; give --size or --bpw instead of --vram")
+    own = recipe.plan_terms.budget
+    if engine.alike == "all" and (budget is not None or own is None or own.value not in engine.bits):
+        allowed = " or ".join(f"--bits {bits}" for bits in engine.bits)
+        raise UserError(f"{engine.title} holds one width in the whole model; give {allowed} and no other budget")
+    even = budget is None and own is not None and not recipe.plan_terms.own_widths and own.value in engine.bits
+    return None if even else "layers"
 
 
 def own_budget(recipe: Recipe) -> Budget:

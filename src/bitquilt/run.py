@@ -7,7 +7,7 @@ Everything up to the calibration takes seconds and writes nothing. Everything af
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ import torch
 
 from bitquilt._version import __version__
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import check_plan, plan_json
+from bitquilt.core.plan_file import PlanFile, check_plan, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.settings import Calibration
-from bitquilt.core.types import Event, LayerPlan
+from bitquilt.core.types import Event, LayerPlan, Layout
 from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
+from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.shared_layers import shared_layers
@@ -122,6 +123,8 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
     }
     if wish.budget is not None:
         settings["budget"] = wish.budget_json
+    if wish.engine is not None:
+        settings["engine"] = wish.engine
     if request.outer.head is not None:
         settings["head_bits"] = request.outer.head
     if selection.blocks is not None:
@@ -147,6 +150,8 @@ class _Model:
 def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
     """Open the model without weights. Raises UserError for anything that headers and shapes show to be impossible."""
     wish, selection = request.wish, request.selection
+    if wish.engine is not None:
+        engine_named(wish.engine).check_family(checkpoint.config.get("model_type"))
     skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
     tables = rounded_tables(skeleton, request.outer, layers)
@@ -162,10 +167,15 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
         channels = isinstance(wish.recipe, Plannable) and wish.recipe.plan_terms.unit_columns == 1
         check_plan(wish.plan.plans, layers, channels=channels)
         check_bytes(wish, layers)
+        if wish.engine is not None and isinstance(wish.recipe, Plannable):
+            planned = _planned_layouts(wish.recipe, wish.plan, layers, tables)
+            Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine).held(planned)
     elif wish.budget is not None:
-        planner = Planner(skeleton, wish.recipe, layers, outer=tables)
+        planner = Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine)
         planner.check(wish.budget)
         planner.units.losses(known)  # refuses tables that do not fit the layers
+    elif wish.engine is not None:  # every layer gets the same bits; refuse what the engine cannot hold
+        Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine)
     elif isinstance(wish.recipe, ChecksLayers):
         try:
             wish.recipe.check_layers(layers)
@@ -180,10 +190,17 @@ def _planned_bytes(request: Request, model: _Model) -> int | None:
     recipe, plan = request.wish.recipe, request.wish.plan
     if plan is None or not isinstance(recipe, Plannable):
         return None
-    layouts = {name: planned_layout(recipe, name, model.layers[name], layer) for name, layer in plan.plans.items()}
-    layouts |= {table.path: table.layout for table in model.tables}
+    layouts = _planned_layouts(recipe, plan, model.layers, model.tables)
     written = plan_json(recipe_json(recipe), plan.plans, request.outer)
     return promised_bytes(model.skeleton, layouts, written, {k: v for t in model.tables for k, v in t.config.items()})
+
+
+def _planned_layouts(
+    recipe: Plannable, plan: PlanFile, layers: Mapping[str, tuple[int, int]], tables: Sequence[RoundedTable]
+) -> dict[str, Layout]:
+    """Layouts of the layers of a given plan, and of embedding and head."""
+    layouts = {name: planned_layout(recipe, name, layers[name], layer) for name, layer in plan.plans.items()}
+    return layouts | {table.path: table.layout for table in tables}
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,7 @@ VERBS = {
     ),
     "generate": _Verb("generate:generate", "Continue a prompt and stream the text to stdout."),
     "bench": _Verb("bench:bench", "Measure tokens per second, memory bandwidth used and peak memory."),
+    "export": _Verb("export:export", "Write a checkpoint in the files of another engine, such as MLX or vLLM."),
     "demo": _Verb("demo:demo", "Quantize the packaged model of 5.8M parameters by several recipes and compare them."),
     "doctor": _Verb("doctor:doctor", "Show what this machine can use and run a self-test of one second."),
     "law": _Verb("law:law_app", "Fit scaling laws to small runs and predict a loss: D-CPT Law, or loss against bits."),

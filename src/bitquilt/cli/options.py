@@ -22,6 +22,7 @@ _COLUMN = "Column of a data set to read. Default: text, messages, conversations,
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
 Or a rule of the recipe: sba, dp (slim-llm); trace, hawq2 (aptq); norm, error_table (cmpq, cmpq+)."""
+_FOR = "Engine to export to (mlx, vllm, gptq): use only widths and groups that its files hold, and count their bytes."
 _EFFORT = "For quilt and cmpq+. fast (default); normal: train each block; best: then the whole model."
 _recipe = functools.partial(Option, rich_help_panel="Recipe")
 _budget = functools.partial(Option, rich_help_panel="Bits and budget")
@@ -77,6 +78,7 @@ class BudgetOptions:
     vram: Annotated[Word, _budget(metavar="BYTES", help="Memory for weights, cache and workspace. Needs --ctx.")] = None
     ctx: Annotated[Count, _budget(metavar="N", help="Context length in tokens that --vram must hold.")] = None
     allocation: Annotated[Word, _budget(help=_SCOPES)] = None
+    engine: Annotated[Word, _budget("--for", metavar="ENGINE", help=_FOR)] = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ class Asked:
     options: dict[str, Any]
     budget: Budget | None
     scope: str | None
+    engine: str | None = None
 
     @property
     def wish(self) -> Wish:
         """The recipe, budget and scope to plan for."""
-        return wish(self.recipe or DEFAULT_RECIPE, self.options, self.budget, self.scope)
+        return wish(self.recipe or DEFAULT_RECIPE, self.options, self.budget, self.scope, engine=self.engine)
 
 
 def read_flags(given: RecipeOptions, budget: BudgetOptions, *, by_plan: bool = False) -> Asked:
@@ -171,7 +174,7 @@ def read_flags(given: RecipeOptions, budget: BudgetOptions, *, by_plan: bool = F
         options[key] = value
     if "name" in options:
         raise UserError(f"recipe {name} has no option 'name'; choose the recipe with --recipe")
-    return Asked(given.recipe, options, limit, scope)
+    return Asked(given.recipe, options, limit, scope, budget.engine)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

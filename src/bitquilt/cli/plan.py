@@ -24,6 +24,7 @@ from bitquilt.cli.options import (
 from bitquilt.cli.output import Json, Quiet, calm, plain_table, print_commands, print_fact, print_json, stderr, stdout
 from bitquilt.cli.progress import watching
 from bitquilt.core.units import size_text, time_text
+from bitquilt.engines.known import ENGINES
 from bitquilt.errors import UserError
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
@@ -56,6 +57,7 @@ class _Question:
             sensitivities=sensitivities,
             ctx=self.ctx,
             tie=self.tie,
+            engine=wish.engine,
             samples=self.data.samples,
             seq_len=self.data.seq_len,
             **(asdict(self.layers) | {"skip": self.layers.skip or ()}),
@@ -183,6 +185,9 @@ def _print_summary(found: Forecast) -> None:
         print_fact(stdout, "budget", f"{found.wish.budget}, {spent:.10g} spent, {found.planned.scope} allocation")
     print_fact(stdout, "bits", f"{value['nominal_bits']:.3g} nominal, {value['bpw']:.3f} true per weight")
     print_fact(stdout, "size", f"{value['bytes']} bytes ({size_text(value['bytes'])}) in the whole folder")
+    if found.planned.exported_bytes is not None:
+        exported, engine = found.planned.exported_bytes, ENGINES[str(found.wish.engine)].title
+        print_fact(stdout, "exported", f"{exported} bytes ({size_text(exported)}) in the folder for {engine}")
     least, most = value["reachable_bytes"]
     print_fact(stdout, "reachable", f"{least} to {most} bytes ({size_text(least)} to {size_text(most)}) by this recipe")
     memory, work = value["memory"], value["estimate"]

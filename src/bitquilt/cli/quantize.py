@@ -59,7 +59,7 @@ def quantize(
         where, followed = choose_device(device), None if plan is None else read_plan(plan)
         request = Request(
             model=model,
-            wish=wish(asked.recipe, asked.options, asked.budget, asked.scope, followed),
+            wish=wish(asked.recipe, asked.options, asked.budget, asked.scope, followed, asked.engine),
             calibration=data.read(self_samples),
             selection=layers.read(),
             out=out,
@@ -109,8 +109,10 @@ def _summarize(result: Result, facts: Facts, model: str) -> None:
         print_fact(stdout, "allocators", f"{kind}: {shown}")
     print_events(facts.run.events)
     folder, source = shlex.quote(str(result.folder)), shlex.quote(model)
+    engine = section(facts.run.stored, "fingerprint").get("engine")
     print_commands(
         [
+            *([f"bitquilt export {folder} {folder}-{engine} --to {engine}"] if engine else []),
             f"bitquilt inspect {folder}",
             f"bitquilt eval {folder} --reference {source} --text FILE",
             f"bitquilt generate {folder} --prompt 'Once upon a time'",

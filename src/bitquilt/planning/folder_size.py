@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bitquilt.core.packing import tensor_specs
+from bitquilt.core.packing import TensorSpec, tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.model.config import read_layouts, with_quantization
 from bitquilt.model.structure import Skeleton
@@ -32,6 +32,8 @@ _SPELLED = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint32: "U32",
+    torch.int64: "I64",
 }
 # A layer in report.json is a dozen numbers of up to 24 characters with their names, and room for an event.
 _REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
@@ -55,9 +57,9 @@ class FolderSize:
         return self.tensors + self.small + self.report
 
 
-def file_bytes(tensors: Iterable[Stored]) -> int:
-    """Bytes of a safetensors file written by this package."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def file_bytes(tensors: Iterable[Stored], form: str = "pt") -> int:
+    """Bytes of a safetensors file written by this package, which names the format `form`."""
+    header: dict[str, Any] = {"__metadata__": {"format": form}}
     offset = 0
     for name, dtype, shape, nbytes in sorted(tensors, key=lambda t: (-_RANK[t[1]], t[0].encode())):
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
@@ -69,7 +71,12 @@ def file_bytes(tensors: Iterable[Stored]) -> int:
 def layout_tensors(name: str, layout: Layout) -> list[Stored]:
     """Stored tensors of the layer `name`."""
     specs = tensor_specs(layout)
-    return [(f"{name}.{key}", _SPELLED[spec.dtype], spec.shape, spec.nbytes) for key, spec in specs.items()]
+    return [(f"{name}.{key}", spelled(spec), spec.shape, spec.nbytes) for key, spec in specs.items()]
+
+
+def spelled(spec: TensorSpec) -> str:
+    """Type of a tensor in the spelling of safetensors."""
+    return _SPELLED[spec.dtype]
 
 
 class Sizes:
@@ -89,16 +96,16 @@ class Sizes:
         self._config = {**skeleton.checkpoint.config, **(config or {})}
         infos = skeleton.checkpoint.tensors
         replaced = {f"{name}.weight" for name in layers}
-        self._files: list[tuple[list[str], list[Stored]]] = []  # layers, tensors copied into their file
+        self.files: list[tuple[list[str], list[Stored]]] = []  # layers, tensors copied into their file
         for path in skeleton.blocks:
             inside = [name for name in layers if name.startswith(f"{path}.")]
             kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
-            self._files.append((inside, [_stored(s, infos[s]) for s in kept]))
+            self.files.append((inside, [_stored(s, infos[s]) for s in kept]))
         blocks = tuple(f"{path}." for path in skeleton.blocks)
-        self._files += [([name], []) for name in layers if not name.startswith(blocks)]  # head, embedding
+        self.files += [([name], []) for name in layers if not name.startswith(blocks)]  # head, embedding
         for names in rest_shards(skeleton, replaced):
-            self._files.append(([], [_stored(name, infos[name]) for name in names]))
-        self._copied = [file_bytes(kept) if not inside else 0 for inside, kept in self._files]
+            self.files.append(([], [_stored(name, infos[name]) for name in names]))
+        self._copied = [file_bytes(kept) if not inside else 0 for inside, kept in self.files]
         self._small = plan_text + sum(skeleton.checkpoint.companion_bytes().values())
         paths = sum(map(len, layers))
         self.report = _REPORT_BYTES + digits + paths + _REPORT_LAYER_BYTES * len(layers)
@@ -107,14 +114,14 @@ class Sizes:
         """Return the size of the folder with these layouts of all layers."""
         total = 0
         weight_map: dict[str, str] = {}
-        for number, ((inside, kept), copied) in enumerate(zip(self._files, self._copied, strict=True), start=1):
+        for number, ((inside, kept), copied) in enumerate(zip(self.files, self._copied, strict=True), start=1):
             stored = kept
             size = copied
             if inside:
                 stored = [*kept, *(item for name in inside for item in layout_tensors(name, layouts[name]))]
                 size = file_bytes(stored)
             total += size
-            shard = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            shard = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
             # the order of the entries does not change the length
             weight_map |= {item[0]: shard for item in stored}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -69,6 +69,7 @@ class Forecast:
             "exact": self.exact,
             "own_rule_bytes": self.own_rule_bytes,
             "bytes": planned.size.total,
+            **({} if planned.exported_bytes is None else {"exported_bytes": planned.exported_bytes}),
             "tensor_bytes": planned.size.tensors,
             "bpw": planned.bpw,
             "nominal_bits": planned.nominal_bits,

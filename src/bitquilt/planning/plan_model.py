@@ -9,11 +9,12 @@ from bitquilt.core.events import Observer, Stage, silent
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.settings import SELF, Calibration, Selection, grouped
 from bitquilt.data.calibration import check_calibration, clip_to_context, make_calibration
+from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
 from bitquilt.model.outline import open_outline
 from bitquilt.model.remote import open_headers
-from bitquilt.model.structure import open_skeleton, vocabulary_size
+from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.model.ties import tied_layers
 from bitquilt.planning.estimate import estimate, permits
 from bitquilt.planning.forecast import Forecast
@@ -40,6 +41,7 @@ def plan(
     sensitivities: str | Path | None = None,
     ctx: int | None = None,
     tie: bool = False,
+    engine: str | None = None,
     calibration: Calibration = Calibration(),
     selection: Selection = Selection(),
     **options: Any,
@@ -51,6 +53,7 @@ def plan(
       layer gets the same bits.
     - `ctx`: tokens of context for the memory that the model needs. Default: that of a vram budget, else 2048.
     - `tie`: layers that serving engines fuse share their bits.
+    - `engine`: as in `quantize`; sizes are those of the engine's files.
     - `calibration`: amount of data for the time estimate.
     - `selection`: the layers to quantize.
     - `options`: fields of the recipe, of `Calibration` and of `Selection`, as in `quantize`.
@@ -58,15 +61,15 @@ def plan(
     Raises UserError for anything that the caller can correct; `UnreachableError` where no plan is within the budget.
     """
     calibration, selection = grouped(options, calibration, selection)
-    wanted = wish(recipe, options, budget, scope)
+    wanted = wish(recipe, options, budget, scope, engine=engine)
     checkpoint = open_headers(model)
     refuse_quantized(checkpoint)
-    skeleton = open_outline(checkpoint, selection.blocks)
+    skeleton = _opened(checkpoint, selection.blocks, engine)
     shapes = shapes_of(all_targets(skeleton, selection.skip, selection.include_head))
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
     outer = rounded_tables(skeleton, selection.outer, shapes)
-    planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer)
+    planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer, engine=engine)
     planned, own_rule_bytes = _planned(planner, wanted, known)
     calibration, _ = clip_to_context(calibration, checkpoint)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
@@ -86,6 +89,14 @@ def plan(
         sensitivities=None if sensitivities is None else Path(sensitivities),
         own_rule_bytes=own_rule_bytes,
     )
+
+
+def _opened(checkpoint: Checkpoint, blocks: str | None, engine: str | None) -> Skeleton:
+    """Return the skeleton; for an engine the model's own class, which alone knows all settings that its files hold."""
+    if engine is None:
+        return open_outline(checkpoint, blocks)
+    engine_named(engine).check_family(checkpoint.config.get("model_type"))
+    return open_skeleton(checkpoint, blocks=blocks)
 
 
 def _planned(planner: Planner, wanted: Wish, known: Sensitivities | None) -> tuple[Planned, int | None]:

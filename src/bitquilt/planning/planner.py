@@ -13,10 +13,14 @@ from bitquilt.core.budget import Budget, Scope
 from bitquilt.core.plan_file import OuterBits, plan_json
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.types import LayerPlan, Layout
+from bitquilt.engines.engine import Container
+from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.config import total_bpw, total_nominal_bits
 from bitquilt.model.memory import Memory, memory_bytes
 from bitquilt.model.structure import Skeleton
+from bitquilt.model.ties import tied_layers
+from bitquilt.planning.exported_size import ExportedSize
 from bitquilt.planning.folder_size import FolderSize, Sizes, json_bytes
 from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.search import Search
@@ -42,7 +46,7 @@ class Planned:
     """A plan and everything known about it before a weight is read.
 
     `spent` of the budget in the budget's own unit; `reach`: least and most that plans take in that unit. `prediction`:
-    None without sensitivities.
+    None without sensitivities. `exported_bytes`: the folder for the planner's engine, where it has one.
     """
 
     plans: dict[str, LayerPlan]
@@ -52,6 +56,7 @@ class Planned:
     spent: float
     reach: tuple[float, float]
     scope: Scope
+    exported_bytes: int | None = None
 
     @property
     def bpw(self) -> float:
@@ -80,18 +85,31 @@ class Planner:
         *,
         ties: Sequence[Sequence[str]] = (),
         outer: Sequence[RoundedTable] = (),
+        engine: str | None = None,
     ) -> None:
         """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `outer`:
-        embedding and head in few bits, which count although the plan does not allocate them.
+        embedding and head in few bits, which count although the plan does not allocate them; `engine`: the name of
+        another engine, whose widths and files count instead of ours.
 
-        Raises UserError if the recipe cannot be planned or layers of different widths are tied.
+        Raises UserError if the recipe cannot be planned, layers of different widths are tied, or the engine cannot hold
+        a layer.
         """
         if not isinstance(recipe, Plannable):
             raise not_plannable(recipe.name)
-        self.units, self.ties = Units(recipe, shapes, ties), ties
+        self.engine = None if engine is None else engine_named(engine)
+        if self.engine is not None and self.engine.alike == "fused":
+            ties = tied_layers(skeleton.model, shapes)
+        # a recipe that fixes its zeros there; others may need a wider form
+        self.middle = self.engine is not None and getattr(recipe, "zeros", None) == "middle"
+        self.units, self.ties = Units(recipe, shapes, ties, engine=self.engine), ties
         self.skeleton, self.shapes, self.recipe, self.outer = skeleton, self.units.shapes, recipe, tuple(outer)
         self.outer_bits = OuterBits(**{table.kind: table.bits for table in outer})
         self.sizes = self._sizes()
+        self.exported = None
+        if self.engine is not None:
+            changed = {key: value for table in outer for key, value in table.config.items()}
+            self.exported = ExportedSize(skeleton, self.engine, self.sizes, changed)
+            self.held(self.layouts(np.zeros(self.units.count, np.int8)))
         self._reached: dict[tuple[str, int | None], tuple[float, float]] = {}
 
     def _sizes(self) -> Sizes:
@@ -116,11 +134,30 @@ class Planner:
         if budget.kind == "bits":
             return total_nominal_bits(layouts)
         if budget.kind == "bpw":
-            return total_bpw(layouts)
+            return self.bpw(layouts)
         if budget.kind == "size":
-            return self.sizes.of(layouts).total
+            exported = self.exported_bytes(layouts)
+            return self.sizes.of(layouts).total if exported is None else exported
         assert budget.ctx is not None
         return self.memory(layouts, budget.ctx).total
+
+    def bpw(self, layouts: Mapping[str, Layout]) -> float:
+        """True bits per weight, in the engine's files where there is one."""
+        if self.engine is None:
+            return total_bpw(layouts)
+        held = self.held(layouts)
+        specs = [self.engine.layer_specs(layout, held=held[path]) for path, layout in layouts.items()]
+        return 8 * sum(spec.nbytes for found in specs for spec in found.values()) / self._weights()
+
+    def held(self, layouts: Mapping[str, Layout]) -> dict[str, Container]:
+        """Forms of the layers in the engine's files. Raises UserError for a layer that it cannot hold."""
+        assert self.engine is not None
+        middle = self.shapes if self.middle else ()
+        return self.engine.containers(layouts, middle, self.ties, [table.path for table in self.outer])
+
+    def exported_bytes(self, layouts: Mapping[str, Layout]) -> int | None:
+        """Bytes of the folder for the engine, None without one."""
+        return None if self.exported is None else self.exported.of(layouts, self.held(layouts))
 
     def memory(self, layouts: Mapping[str, Layout], ctx: int) -> Memory:
         """Memory that the model takes while it runs with `ctx` tokens."""
@@ -174,14 +211,17 @@ class Planner:
         choices = search.choices(scope)
         layouts, plans = self.layouts(choices), units.plans(choices)
         prediction = predict(known, plans, self.recipe, self.outer_bits)
-        return Planned(plans, layouts, self.sizes.of(layouts), prediction, self.spent(budget, layouts), reach, scope)
+        spent, exported = self.spent(budget, layouts), self.exported_bytes(layouts)
+        return Planned(plans, layouts, self.sizes.of(layouts), prediction, spent, reach, scope, exported)
 
     def plan_own(self, budget: Budget, scope: Scope, known: Sensitivities | None = None) -> Planned:
         """Return the plan within a recipe's own bits, which do not count embedding and head; the size does."""
         alone = Planner(self.skeleton, self.recipe, self.shapes, ties=self.ties).plan(budget, scope, known)
         layouts = self.with_outer(alone.layouts)
         prediction = predict(known, alone.plans, self.recipe, self.outer_bits)
-        return replace(alone, layouts=layouts, size=self.sizes.of(layouts), prediction=prediction)
+        exported = self.exported_bytes(layouts)
+        size = self.sizes.of(layouts)
+        return replace(alone, layouts=layouts, size=size, prediction=prediction, exported_bytes=exported)
 
     def _weights(self) -> int:
         own = sum(rows * width for rows, width in self.shapes.values())

@@ -13,6 +13,7 @@ from bitquilt.allocation.path import Ints
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.recipe import Plannable
 from bitquilt.core.types import LayerPlan, Layout
+from bitquilt.engines.engine import Engine
 from bitquilt.errors import UserError
 from bitquilt.planning.interaction import interaction_factors
 from bitquilt.planning.sensitivities import Sensitivities
@@ -30,8 +31,10 @@ class Units:
         shapes: Mapping[str, tuple[int, int]],
         ties: Sequence[Sequence[str]] = (),
         palette: Sequence[int] = (),
+        engine: Engine | None = None,
     ) -> None:
-        """`shapes`: `[out, in]` by path; `palette`: by default all widths of the recipe.
+        """`shapes`: `[out, in]` by path; `palette`: by default all widths of the recipe. `engine`: the widths are those
+        that it has too, and whole layers take what they take in its files.
 
         Raises UserError if layers of different widths are tied.
         """
@@ -39,7 +42,8 @@ class Units:
         self.group_size = recipe.plan_terms.unit_columns
         self._group(ties)
         every = {bits for rows, _ in self.shapes.values() for bits in recipe.widths(rows)}
-        self.palette = tuple(palette) or tuple(sorted(every))
+        self._engine = engine
+        self.palette = tuple(palette) or tuple(sorted(every if engine is None else every & set(engine.bits)))
         self.costs = np.zeros((self.count, len(self.palette)), dtype=np.float32)
         prices = {shape: self._prices(*shape) for shape in set(self.shapes.values())}
         for head, tied in self.members.items():
@@ -121,8 +125,10 @@ class Units:
 
     def layer_costs(self) -> NDArray[np.float64]:
         """Bits `[layers, palette]` of each layer or tied set where all of its units have one width."""
+        engine, middle = self._engine, getattr(self.recipe, "zeros", None) == "middle"
+        size = storage_bits if engine is None else lambda layout: engine.storage_bits(layout, middle)
         known = {
-            shape: [storage_bits(self.bare(*shape, min(b, max(self.recipe.widths(shape[0]))))) for b in self.palette]
+            shape: [size(self.bare(*shape, min(b, max(self.recipe.widths(shape[0]))))) for b in self.palette]
             for shape in set(self.shapes.values())
         }
         return np.array(

@@ -22,7 +22,7 @@ from bitquilt.core.types import (
     Solution,
     uniform_plan,
 )
-from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, ZeroRule, zeros_at
 from bitquilt.layer.grouped_weight import FeedbackSweep, HessianAt, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
 from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
@@ -53,6 +53,7 @@ class GPTQ:
     `hessian`: "input", or "attention": that of the output of the layer's sub-block (`layer.sensitivity.attention`), for
     half as much time again. With scale search: KL 0.513 to 0.465 on babyllama, 1.964 to 1.976 on stories260k. Not
     together with alpha or stream_alpha.
+    `zeros`: "middle" fixes every zero at half the range, for engines that store none (docs/engines.md).
     `clipping`: "trained" trains the ranges of each block after the sweep; codes and bytes stay. With scale search, KL
     2.003 to 1.508 and 0.513 to 0.329.
     """
@@ -73,6 +74,7 @@ class GPTQ:
     error_outliers: float = 0.0
     act_outliers: float = 0.0
     hessian: HessianAt = "input"
+    zeros: ZeroRule = "fitted"
     clipping: ClippingMode = "solved"
 
     @property
@@ -93,6 +95,8 @@ class GPTQ:
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
         check_whole_bits(self.bits)
+        if self.symmetric and self.zeros != "fitted":
+            raise ValueError(f"symmetric stores no zeros, and zeros is {self.zeros}; leave one of them out")
         self.sweep.check()
 
     def prepare(self, stats: LayerStats | None) -> Factor:
@@ -109,7 +113,7 @@ class GPTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        search = RangeSearch() if self.scale_search else MIN_MAX
+        search = zeros_at(RangeSearch() if self.scale_search else MIN_MAX, self.zeros)
         return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, search, self._no_zero))
 
     @property
@@ -135,7 +139,7 @@ class GPTQ:
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, errors weighted as in the sweep."""
-        search = COARSE if self.scale_search else MIN_MAX
+        search = zeros_at(COARSE if self.scale_search else MIN_MAX, self.zeros)
         weight = live_weight(layer, prepared)
         return round_groups(weight, bits, self.group_size, prepared.importance, search, self.symmetric)
 

@@ -32,10 +32,10 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.assembly import assemble, disassemble
-from bitquilt.layer.grids.uniform import RangeSearch
+from bitquilt.layer.grids.uniform import RangeSearch, ZeroRule, zeros_at
 from bitquilt.layer.grouped_weight import FeedbackSweep, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
-from bitquilt.layer.layouts import WIDTHS_FROM_ONE, grouped_layout
+from bitquilt.layer.layouts import GROUP_WIDTHS, WIDTHS_FROM_ONE, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups
 from bitquilt.recipes.shared.effort import Effort, EffortTraining
 from bitquilt.recipes.shared.traits import Traits, check_whole_bits
@@ -59,6 +59,8 @@ class Quilt:
     `alpha`, `stream_alpha`: share of the error of earlier layers, at the layer's input and in the residual stream,
     that the layer repairs. 0.75 each: KL 1.030; 0.5 each 1.039, 1 each 1.078, 0 each 1.595.
     `passes`: coordinate descent over the codes after the sweep. 3 passes: KL 1.030; none 1.091.
+    `zeros`: "stored" gives groups of 2 bits an integer zero too, "middle" fixes every zero at half the range, for
+    engines that hold no others (docs/engines.md).
     `effort`: "fast" = no training, KL 1.030 in 8 s; "normal" = each block is trained, 0.765 in 48 s; "best" = then the
     whole model, 0.730, and with 192 sequences that the model writes itself 0.447 (without block training).
     `epochs`: passes over the samples per block. 20: KL 0.765; 10 0.766; 4 0.813. With "best", 0 skips blocks: 0.701.
@@ -78,6 +80,7 @@ class Quilt:
     alpha: float = 0.75
     stream_alpha: float = 0.75
     passes: int = 3
+    zeros: ZeroRule = "fitted"
     effort: Effort = EffortTraining.effort
     epochs: int = EffortTraining.epochs
     tune_epochs: int = EffortTraining.tune_epochs
@@ -125,7 +128,8 @@ class Quilt:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Solve the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
-        return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, _SEARCH, _SYMMETRIC))
+        search = zeros_at(_SEARCH, self.zeros)
+        return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, search, self._no_zero))
 
     @property
     def training(self) -> Training:
@@ -134,16 +138,22 @@ class Quilt:
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits: when layers share a budget of 2.25 bits, groups of one bit take a third off the KL."""
-        return WIDTHS_FROM_ONE
+        return WIDTHS_FROM_ONE if self.zeros == "fitted" else GROUP_WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
-        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=_SYMMETRIC)
+        return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._no_zero)
+
+    @property
+    def _no_zero(self) -> tuple[int, ...]:
+        """Widths that store no zero."""
+        return _SYMMETRIC if self.zeros == "fitted" else (1,)
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, fitted as in the sweep with fewer candidates."""
         weight = live_weight(layer, prepared)
-        return round_groups(weight, bits, self.group_size, prepared.importance, COARSE, bits in _SYMMETRIC)
+        search = zeros_at(COARSE, self.zeros)
+        return round_groups(weight, bits, self.group_size, prepared.importance, search, bits in self._no_zero)
 
     def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:
         """1 / U_jj^2: later columns compensate."""

@@ -23,7 +23,7 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.assembly import assemble
-from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, fit, scale_dtype_for
+from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, ZeroRule, fit, scale_dtype_for, zeros_at
 from bitquilt.layer.grouped_weight import layer_events
 from bitquilt.layer.layouts import GROUP_WIDTHS, check_group_size, grouped_layout
 from bitquilt.layer.nearest import COARSE, round_groups, round_to_nearest
@@ -38,6 +38,7 @@ class RTN:
     `bits`: width of every code, 2 to 8.
     `group_size`: input columns that share a scale and a zero.
     `scale_search`: choose each range by its squared error instead of taking min and max.
+    `zeros`: "middle" fixes every zero at half the range, for engines that store none (docs/engines.md).
     `clipping`: "trained" trains the ranges of each block after rounding; codes and bytes stay. At 2 bits it takes the
     KL divergence on stories260k from 4.343 to 2.464, on babyllama from 1.544 to 0.764 (docs/results.md).
     """
@@ -48,6 +49,7 @@ class RTN:
     bits: int = 4
     group_size: int = 128
     scale_search: bool = False
+    zeros: ZeroRule = "fitted"
     clipping: ClippingMode = "solved"
 
     @property
@@ -80,7 +82,7 @@ class RTN:
         """Round the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
         check_finite(layer.name, weight=layer.weight)
         scale_dtype = scale_dtype_for(layer.weight)
-        search = RangeSearch() if self.scale_search else MIN_MAX
+        search = zeros_at(RangeSearch() if self.scale_search else MIN_MAX, self.zeros)
 
         def fit_group(k: int, columns: Tensor) -> UniformGrid:
             return fit(columns, plan.bits[k], search=search, scale_dtype=scale_dtype)
@@ -104,7 +106,8 @@ class RTN:
 
     def rounded(self, layer: Layer, prepared: None, bits: int) -> Tensor:
         """The weight with every group at `bits`."""
-        return round_groups(layer.weight, bits, self.group_size, search=COARSE if self.scale_search else MIN_MAX)
+        search = zeros_at(COARSE if self.scale_search else MIN_MAX, self.zeros)
+        return round_groups(layer.weight, bits, self.group_size, search=search)
 
     def column_cost(self, layer: Layer, prepared: None) -> Tensor:
         """E[x_j^2]: nothing compensates an error."""

@@ -13,6 +13,7 @@ from bitquilt.layer.grids.uniform import (
     fit_range,
     fit_two_levels,
     scale_dtype_for,
+    zeros_at,
 )
 
 FP32 = {"scale_dtype": torch.float32}
@@ -177,3 +178,19 @@ def test_searching_the_zero_never_loses_and_stays_a_code(bits):
     assert float(errors[1].sum()) < float(errors[0].sum())
     assert searched.zero.dtype == torch.uint8
     assert int(searched.zero.max()) <= 2**bits - 1
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_zero_in_the_middle_is_the_same_in_every_group(bits):
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(bits)) + 0.3
+    weight[0] = 0
+    searched = fit_range(weight, bits, search=zeros_at(RangeSearch(), "middle"))
+    plain = fit_range(weight, bits, search=zeros_at(MIN_MAX, "middle"))
+    for grid in (searched, plain):
+        assert grid.zero is not None
+        assert bool((grid.zero == 2 ** (bits - 1)).all())
+        assert bool(grid.quantize(weight)[0].eq(0).all())
+    errors = [float((grid.quantize(weight) - weight).square().sum()) for grid in (searched, plain)]
+    assert errors[0] <= errors[1]
+    free = fit_range(weight, bits, search=RangeSearch())
+    assert float((free.quantize(weight) - weight).square().sum()) < errors[0]  # the weights lean to one side

@@ -6,7 +6,7 @@ rounded to their storage type BEFORE codes are chosen, so the stored grid is the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -16,6 +16,9 @@ from bitquilt.core.types import Format, Segment
 from bitquilt.layer.grids.grid import Grid
 
 OneBitRule = Literal["symmetric", "code"]
+ZeroRule = Literal["fitted", "stored", "middle"]
+"""Zeros of groups of two and more bits, for recipes that export to other engines: as the recipe fits them; integers in
+every group; 2^(bits - 1) in every group."""
 # fp16 steps below 2^-14 lose digits and above 2^15 may overflow: such layers keep bfloat16 scales.
 _FP16_SAFE = (2.0**-11, 2.0**14)
 
@@ -26,11 +29,13 @@ class RangeSearch:
 
     Default: 1, then 71 points in [0.4, 1.1]; for a Gaussian group the best tau is 0.60 / 0.80 / 0.93 at 2 / 3 / 4
     bits, so [0.9, 1.1], as published, misses it. `zeros`: also try the two zeros next to the nearest (2 bits: all).
+    `middle`: the zero is 2^(bits - 1), as engines have it that store none.
     """
 
     taus: tuple[float, ...] = (1.0, *(round(0.4 + 0.01 * i, 2) for i in range(71)))
     exponent: float = 2.0
     zeros: bool = False
+    middle: bool = False
 
 
 MIN_MAX = RangeSearch(taus=(1.0,))
@@ -39,6 +44,11 @@ _FIFTY = range(1, 51)
 PUBLISHED_SEARCH = RangeSearch(
     (1.0, *(round(1 + 0.002 * i, 3) for i in _FIFTY), *(round(1 - 0.002 * i, 3) for i in _FIFTY)), exponent=2.4
 )
+
+
+def zeros_at(search: RangeSearch, rule: ZeroRule) -> RangeSearch:
+    """Return the search with the zeros that `rule` asks for."""
+    return replace(search, middle=rule == "middle")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +136,10 @@ def fit_range(
     if symmetric:
         full = weight.abs().amax(dim=1, keepdim=True) * (2 / levels)
         zeros = [full]
+    elif search.middle:
+        full = weight.abs().amax(dim=1, keepdim=True) * (2 / levels)
+        full = full.masked_fill(full == 0, 1.0)
+        zeros = [torch.full_like(full, 2 ** (bits - 1))]
     else:
         low = weight.amin(dim=1, keepdim=True).clamp_(max=0)
         high = weight.amax(dim=1, keepdim=True).clamp_(min=0)

@@ -1,0 +1,75 @@
+"""`ExportedSize(...).of(layouts)`: the bytes of the folder that `bitquilt export` makes of a plan, exactly.
+
+`settings` and `half_type` are what an export takes from the model besides its weights.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitquilt.core.types import Layout
+from bitquilt.engines.engine import Container, Engine, ModelSettings
+from bitquilt.model.checkpoint import Checkpoint
+from bitquilt.model.config import without_quantization
+from bitquilt.model.structure import Skeleton
+from bitquilt.planning.folder_size import Sizes, Stored, file_bytes, json_bytes, spelled
+
+
+def settings(skeleton: Skeleton, quantized: Collection[str], changed: Mapping[str, Any] | None = None) -> ModelSettings:
+    """Return what config.json is made of; `quantized`: paths of layers, `changed`: entries that differ in our own."""
+    known = skeleton.model.config.to_dict()
+    known.pop("_name_or_path", None)
+    stated = {**without_quantization(skeleton.checkpoint.config), **(changed or {})}
+    plain = tuple(
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, nn.Linear) and name not in quantized and f"{name}.weight" in skeleton.parameters.values()
+    )
+    return ModelSettings(stated, without_quantization(known), plain)
+
+
+def half_type(checkpoint: Checkpoint, quantized: Collection[str]) -> torch.dtype | None:
+    """Return the 16-bit type of a model's tensors outside the layers `quantized`; None for a model in 32 bits."""
+    kinds = {info.dtype for name, info in checkpoint.tensors.items() if name.rpartition(".")[0] not in quantized}
+    return torch.bfloat16 if "BF16" in kinds else torch.float16 if "F16" in kinds else None
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedSize:
+    """Exports of a model to an engine. `sizes`: our own folder; `changed`: entries of config.json that differ from the
+    source's."""
+
+    skeleton: Skeleton
+    engine: Engine
+    sizes: Sizes
+    changed: Mapping[str, Any]
+
+    def of(self, layouts: Mapping[str, Layout], held: Mapping[str, Container]) -> int:
+        """Return the bytes of the whole folder with layers of the forms `held`."""
+        dtype = half_type(self.skeleton.checkpoint, layouts) or torch.float16
+        total, tensors, count = 0, 0, len(self.sizes.files)
+        weight_map: dict[str, str] = {}
+        for number, (inside, kept) in enumerate(self.sizes.files, start=1):
+            stored: list[Stored] = list(kept)
+            for path in inside:
+                specs = self.engine.layer_specs(layouts[path], dtype, held[path])
+                stored += [(f"{path}.{key}", spelled(spec), spec.shape, spec.nbytes) for key, spec in specs.items()]
+            total += file_bytes(stored, self.engine.metadata)
+            tensors += sum(nbytes for *_, nbytes in stored)
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            weight_map |= {name: file for name, *_ in stored}
+        index = {"metadata": {"total_size": tensors}, "weight_map": weight_map}
+        config = self.engine.config(self._settings(tuple(layouts)), held)
+        return total + json_bytes(index) + json_bytes(config) + self._companions
+
+    @cache  # noqa: B019 - one planner, one set of layers
+    def _settings(self, quantized: tuple[str, ...]) -> ModelSettings:
+        return settings(self.skeleton, quantized, self.changed)
+
+    @cached_property
+    def _companions(self) -> int:
+        return sum(self.skeleton.checkpoint.companion_bytes().values())
