@@ -1,4 +1,4 @@
-"""Tiny random models of the families of transformers that are no mixtures of experts, for `test_survey.py`.
+"""Tiny random models of the families of transformers, for `test_survey.py`.
 
 `SURVEY` names them, `survey_model` builds one, `chosen_third` says which pairs of family and recipe run today.
 """
@@ -134,6 +134,92 @@ SURVEY: dict[str, dict[str, Any]] = {
     "mbart": _SEQ2SEQ,
     "marian": _SEQ2SEQ,
 }
+# Fields that the config of a mixture of experts gets if it has them.
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_LATENT_HEADS = {**_LATENT, "head_dim": 4}
+# the same for mixtures of experts
+_PLAIN_MOE = """mixtral qwen2_moe olmoe granitemoe phimoe glm4_moe hunyuan_v1_moe dots1 exaone_moe flex_olmo"""
+MIXTURES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in _PLAIN_MOE.split()},
+    "qwen3_moe": {},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "attention", "moe"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 4,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 24,
+        "use_mamba_kernels": False,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 24,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen3_next": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "deepseek_v2": {**_LATENT_HEADS, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT_HEADS,
+    "deepseek_v32": {**_LATENT_HEADS, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8},
+    "gpt_oss": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "glm4_moe_lite": _LATENT_HEADS,
+    "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+    "minimax_m2": {"rotary_dim": 4},
+    "llama4_text": {
+        "intermediate_size_mlp": 48,
+        "no_rope_layers": [1, 0],
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 32,
+    },
+    "kimi_linear": {**_LATENT_HEADS, "layer_types": ["linear_attention", "full_attention"]},
+}
+# Experts that stay in 16 bits.
+_DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 64,
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+}
 _TOWER = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -185,14 +271,15 @@ def _config(kind: str, fields: dict[str, Any]) -> Any:
     base = transformers.AutoConfig.for_model(kind)
     aliases = getattr(base, "attribute_map", {})
     known = base.to_dict().keys() | aliases.keys()
-    own = {name: value for name, value in _SIZES.items() if name in known and aliases.get(name) not in fields}
+    sizes = {**_SIZES, **(_EXPERTS if kind in MIXTURES else {})}
+    own = {name: value for name, value in sizes.items() if name in known and aliases.get(name) not in fields}
     return transformers.AutoConfig.for_model(kind, **{**own, **fields})
 
 
 def survey_config(name: str, **fields: Any) -> Any:
     """The config of a tiny model of a family; `fields` change that of a model without a tower."""
     if name not in WRAPPERS:
-        return _config(name, {**SURVEY[name], **fields})
+        return _config(name, {**{**SURVEY, **MIXTURES, "dbrx": _DBRX}[name], **fields})
     text, tower, own = WRAPPERS[name]
     base = transformers.AutoConfig.for_model(name)
     kind = text.get("model_type") or base.text_config.model_type
@@ -231,7 +318,7 @@ def chosen_third() -> tuple[str, list[tuple[str, str]]]:
     `BITQUILT_SURVEY=all` takes all pairs, `0`, `1` or `2` a third.
     """
     wanted = os.environ.get("BITQUILT_SURVEY") or str(datetime.date.today().toordinal() % 3)
-    families = (*SURVEY, *WRAPPERS)
+    families = (*SURVEY, *WRAPPERS, *MIXTURES)
     pairs = [
         (family, recipe)
         for i, family in enumerate(families)

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import bitquilt
 from bitquilt.core.budget import Budget
+from bitquilt.model.experts import split_experts
 from bitquilt.model.linear import QuantizedLinear
-from tests.model.survey_models import chosen_third, survey_model
+from tests.model.survey_models import MIXTURES, chosen_third, survey_model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -45,8 +46,15 @@ def test_a_family_computes_with_its_quantized_weights(
     )
     assert result.report["logit_difference"] <= 1e-5
     quantized = bitquilt.load(result.folder)
+    split_experts(model)
     layers = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
     assert layers.keys() == result.report["layers"].keys()
+    if family in MIXTURES:
+        own = {id(p): p.numel() for p in model.parameters() if p.dim() > 1}
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        outside = sum(own.pop(id(table.weight), 0) for table in tables)
+        assert outside
+        assert sum(m.in_features * m.out_features for m in layers.values()) > 0.9 * sum(own.values())
     for name, module in layers.items():
         target, weight = model.get_submodule(name), module.dequantize()
         target.weight.data = weight.t() if isinstance(target, Conv1D) else weight

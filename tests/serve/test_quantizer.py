@@ -132,10 +132,12 @@ def test_save_pretrained_writes_the_same_model_again(
     kind = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
     first = kind.from_pretrained(source)
     first.save_pretrained(tmp_path / "again", max_shard_size="8KB")
-    second = kind.from_pretrained(tmp_path / "again")
+    second, written = kind.from_pretrained(tmp_path / "again"), read_tensors(tmp_path / "again")
     assert_same(packed(first), packed(second))
     assert torch.equal(logits(first), logits(second))
-    assert_same(read_tensors(source), read_tensors(tmp_path / "again"))
+    # transformers writes Mixtral's blocks under their older name
+    again = {k.replace(".block_sparse_moe.experts.", ".mlp.experts."): t for k, t in written.items()}
+    assert_same(read_tensors(source), again)
     entries = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (source, tmp_path / "again")]
     assert entries[0] == entries[1]
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1

@@ -7,7 +7,7 @@ buffers are real; a block's weights are read from the checkpoint when its turn c
 import copy
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
 from bitquilt.model.embedding import replace_layers
 from bitquilt.model.encoded.recognize import FLOATS
+from bitquilt.model.experts import experts_of, split_experts, stacked_parameters
 from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_module
 from bitquilt.model.shared_layers import SharedLinear
 from bitquilt.model.transformers_logging import quiet_transformers
@@ -37,7 +38,8 @@ class Skeleton:
 
     `blocks`: dotted paths of the repeated blocks, in order. `sources`: checkpoint names of each block's tensors, by
     path; under "" those of the rest. `parameters`: checkpoint name -> the model's own name, for tensors that are loaded
-    unchanged (some families store tensors split or stacked).
+    unchanged (some families store tensors split or stacked). `experts`: checkpoint name -> the own name of the first
+    weight that it fills, for tensors of experts, which are loaded stacked and then split.
     """
 
     model: "PreTrainedModel"
@@ -46,6 +48,7 @@ class Skeleton:
     blocks: tuple[str, ...]
     sources: Mapping[str, Sequence[str]]
     parameters: Mapping[str, str]
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, path: str, tensors: dict[str, Tensor] | None = None) -> nn.Module:
         """Load the block at `path`, or with "" everything outside the blocks, into the model.
@@ -55,8 +58,11 @@ class Skeleton:
         """
         from bitquilt.model.transformers_model import compute_parameter, load_tensors
 
-        load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         module = self.model.get_submodule(path)
+        experts = experts_of(module).values() if path else ()
+        for each in experts:
+            each.join()
+        load_tensors(self.model, self.checkpoint.read(self.sources[path]) if tensors is None else tensors)
         if path:
             self._fill_shared(path, module)
         else:
@@ -70,6 +76,8 @@ class Skeleton:
                 if compute_parameter(self.model, full):
                     continue
                 raise UserError(f"tensor {full} is missing in {self.checkpoint.folder}: the checkpoint is incomplete")
+        for each in experts:
+            each.split()
         return module
 
     @contextmanager
@@ -113,7 +121,8 @@ class Skeleton:
 
     def kept_sources(self, path: str, replaced: Container[str]) -> list[str]:
         """Return the checkpoint names of the tensors at `path` but for those of the parameters in `replaced`."""
-        return [name for name in self.sources[path] if self.parameters.get(name) not in replaced]
+        own = (self.parameters, self.experts)
+        return [name for name in self.sources[path] if not any(part.get(name) in replaced for part in own)]
 
     def without(self, replaced: Container[str]) -> "Skeleton":
         """Return the same model with the parameters in `replaced` left out of its sources, so that none is read."""
@@ -139,6 +148,7 @@ def open_skeleton(
     checkpoint.refuse_undecodable()
     model = empty_model(checkpoint)
     if layouts:
+        split_experts(model, layouts)
         replace_layers(model, layouts)
     found = find_blocks(model, blocks)
     sources: dict[str, list[str]] = {path: [] for path in (*found, "")}
@@ -149,15 +159,30 @@ def open_skeleton(
             f"tensor {missing[0]} is missing in {checkpoint.folder}: the checkpoint is incomplete, "
             f"{len(missing)} of the model's tensors are in none of its files"
         )
+    depths = {path.count(".") + 1 for path in found}
     for source, (name, converted) in names.items():
-        home = next((block for block in found if name.startswith(f"{block}.")), "")
+        parts = name.split(".")
+        home = next((path for depth in depths if (path := ".".join(parts[:depth])) in sources), "")
         sources[home].append(source)
         if not converted:
             parameters[source] = name
     if not layouts:
         _refuse_codes(model, checkpoint, parameters)
     refuse_two_sources(checkpoint, parameters)
-    return Skeleton(model, checkpoint, config_of(model), found, sources, parameters)
+    experts = {} if layouts else _split(model, found, {source: name for source, (name, _) in names.items()})
+    unchanged = {source: name for source, name in parameters.items() if source not in experts}
+    return Skeleton(model, checkpoint, config_of(model), found, sources, unchanged, experts)
+
+
+def _split(model: nn.Module, blocks: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Split the experts of the blocks. Return for each tensor of experts the first weight that it fills; `names`: own
+    name of every stored tensor."""
+    firsts: dict[str, str] = {}
+    for path in blocks:
+        block = model.get_submodule(path)
+        firsts |= {f"{path}.{name}": f"{path}.{first}" for name, first in stacked_parameters(block).items()}
+        split_experts(block)
+    return {source: firsts[name] for source, name in names.items() if name in firsts}
 
 
 def _refuse_codes(model: nn.Module, checkpoint: Checkpoint, parameters: Mapping[str, str]) -> None:

@@ -99,8 +99,7 @@ class Sizes:
         self.files: list[tuple[list[str], list[Stored]]] = []  # layers, tensors copied into their file
         for path in skeleton.blocks:
             inside = [name for name in layers if name.startswith(f"{path}.")]
-            kept = [s for s in skeleton.sources[path] if skeleton.parameters.get(s) not in replaced]
-            self.files.append((inside, [_stored(s, infos[s]) for s in kept]))
+            self.files.append((inside, [_stored(s, infos[s]) for s in skeleton.kept_sources(path, replaced)]))
         blocks = tuple(f"{path}." for path in skeleton.blocks)
         self.files += [([name], []) for name in layers if not name.startswith(blocks)]  # head, embedding
         for names in rest_shards(skeleton, replaced):

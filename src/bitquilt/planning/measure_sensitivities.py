@@ -11,7 +11,7 @@ Blocks are computed on the job's device, the loss on the host.
 """
 
 import shutil
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from bitquilt.planning.sensitivities import Sensitivities, measured_for, measure
 from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
 from bitquilt.stream.block_calls import learn_calls
+from bitquilt.stream.calls.routed_inputs import ExpertStats, RoutedInputs, routed_inputs
 from bitquilt.stream.job import CalibratedJob, LoadedBlock, all_targets, check_weights, head_path, open_block, shapes
 from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import ActivationFile, check_disk
@@ -113,13 +114,21 @@ class _Measurement:
 
     def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> ActivationFile:
         """Add the layers of one block to the tables and return the gradients of its inputs, given its outputs'."""
+        with routed_inputs(self.folder, block.module) as routed:
+            return self._tabulate(block, gradients, tables, routed)
+
+    def _tabulate(
+        self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables, routed: RoutedInputs
+    ) -> ActivationFile:
+        """`_measure`, with the inputs of the block's experts going to `routed`."""
         linears = block.linears
         check_weights(linears)
         weights, errors = self._weights(linears)
-        stats: dict[str, LayerStats] = {}
+        experts = ExpertStats(block, routed, hessian=True, sample=self._sample, device=self.job.device)
+        stats: Mapping[str, LayerStats] = {}
         tried: dict[str, Tensor] = {}
         if tables.tries_one_bit and linears:
-            stats = self._collect(linears, self._again(block))
+            stats = self._of_block(block, self._again(block), routed, experts)
             tried = tables.one_bit_errors(weights, stats)
         wrong = {name: [found[name] for found in (errors, tried) if name in found] for name in weights}
         inputs = self._inputs(block.number)
@@ -130,8 +139,8 @@ class _Measurement:
             if stats:  # those of the one-bit trial, of the same inputs
                 deque(back, maxlen=0)
             else:
-                stats = self._collect(linears, back)
-        tables.add(weights, stats, squares, made)
+                stats = self._of_block(block, back, routed, experts)
+        tables.add(weights, stats, experts.smoothed(squares), made)
         if before is not gradients:
             gradients.path.unlink()
         return before
@@ -228,9 +237,19 @@ class _Measurement:
             return weights, {name: linear_weight(linears[name]).float() - weights[name] for name in weights}
         return {name: linear_weight(module).float() for name, module in linears.items()}, {}
 
+    def _of_block(
+        self, block: LoadedBlock, passes: Iterator[None], routed: RoutedInputs, experts: ExpertStats
+    ) -> Mapping[str, LayerStats]:
+        """Statistics of a block's layers; those of experts are made when they are asked for."""
+        others = {name: module for name, module in block.linears.items() if name not in experts}
+        return ChainMap(self._collect(others, routed.during(passes)), experts)  # type: ignore[arg-type]
+
+    @property
+    def _sample(self) -> int:
+        return SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
+
     def _collect(self, linears: Mapping[str, nn.Module], passes: Iterator[None]) -> dict[str, LayerStats]:
-        sample = SAMPLE_TOKENS if isinstance(self.job.recipe, RoundsInputs) else 0
-        return collect(linears, passes, hessian=True, sample=sample, tokens=self.ids.numel())
+        return collect(linears, passes, hessian=True, sample=self._sample, tokens=self.ids.numel())
 
     def _inputs(self, i: int) -> ActivationFile:
         return ActivationFile(self._path(i), self._shape(i))

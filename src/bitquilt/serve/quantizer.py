@@ -20,6 +20,7 @@ from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import GUARDED, QUANT_METHOD, layouts_of_entry
 from bitquilt.model.embedding import guard_resizing, replace_layers
+from bitquilt.model.experts import split_experts
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops import gpu
 
@@ -71,9 +72,11 @@ class BitquiltQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         layouts = layouts_of_entry(self.quantization_config.to_dict())
+        own = {_own_name(name, model): layout for name, layout in layouts.items()}
+        split_experts(model, own)
         _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
-            replace_layers(model, {_own_name(name, model): layout for name, layout in layouts.items()}, model.dtype)
+            replace_layers(model, own, model.dtype)
         except ValueError as error:
             raise UserError(str(error)) from None
 

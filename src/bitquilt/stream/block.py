@@ -2,7 +2,8 @@
 
 Plain recipes measure every layer in one pass of the full-precision block. For recipes that need the drift of the inputs
 the full-precision block runs next to the quantized one, and a layer is measured once the layers before it are
-quantized. `input_statistics` and `paired_statistics` are the two ways to measure.
+quantized. Experts come last in a block, one after another (`stream/calls/routed_inputs.py`). `input_statistics` and
+`paired_statistics` are the two ways to measure.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt.core.events import Observer
-from bitquilt.core.types import LayerStats
+from bitquilt.core.types import Event, LayerStats
+from bitquilt.model.experts import expert_paths
 from bitquilt.stream.block_training import keep, train_block
+from bitquilt.stream.calls.routed_inputs import ExpertStats, RoutedInputs, routed_inputs
 from bitquilt.stream.drift import InputStage, SeenInputs, collect_pairs, find_stages, full_copy, observe_pass
 from bitquilt.stream.gradients import attention_aware, collect_gradients
 from bitquilt.stream.hidden_states import CalibratedStates, HiddenStates, NextInputs
@@ -84,10 +87,15 @@ def _calibrated(
     full = full_copy(block.module) if needs.full_model else None
     advanced = False
     put_shared(job, block)
+    dense, experts = _parts(block)
     if full is not None and needs.drift:
-        advanced = _by_stages(states, block, full, observe, solved)
+        advanced = _by_stages(states, dense, full, observe, solved)
+        if experts.linears:
+            advanced = _paired_experts(states, experts, full, advanced, observe, solved)
     else:
-        quantize_layers(job, block, _measured(states, block, solved), observe, solved)
+        with routed_inputs(job.folder, block.module if experts.linears else nn.Module()) as routed:
+            quantize_layers(job, dense, _measured(states, block, dense, routed, solved), observe, solved)
+            _quantize_experts(job, experts, routed, None, observe, solved)
     if full is not None:
         if not advanced:
             states.advance_calibration(block.number, full, "full")
@@ -97,17 +105,76 @@ def _calibrated(
     return training
 
 
-def _measured(states: CalibratedStates, block: LoadedBlock, solved: SolvedLayers) -> dict[str, LayerStats]:
-    """Measure all layers of the block at once, by the Hessian that the recipe asks for."""
+def _parts(block: LoadedBlock) -> tuple[LoadedBlock, LoadedBlock]:
+    """Return the block with its other layers, and with those of its experts."""
+    experts = {f"{block.path}.{name}" for name in expert_paths(block.module)}
+    inside = [name for name in block.linears if name in experts]
+    return block.only(name for name in block.linears if name not in experts), block.only(inside)
+
+
+def _measured(
+    states: CalibratedStates, block: LoadedBlock, dense: LoadedBlock, routed: RoutedInputs, solved: SolvedLayers
+) -> dict[str, LayerStats]:
+    """Measure the `dense` layers of the block at once, by the Hessian that the recipe asks for, and record what its
+    experts receive."""
     needs = states.job.recipe.needs
-    stats = input_statistics(states.job, block.linears, states.passes(block), hessian=needs.hessian)
+    passes = routed.during(states.passes(block))
+    stats = input_statistics(states.job, dense.linears, passes, hessian=needs.hessian)
     if not needs.output_hessian:
         return stats
     only = needs.attention_only
-    found = collect_gradients(block.module, block.linears, states.passes(block), hessian=True, attention_only=only)
+    found = collect_gradients(block.module, dense.linears, states.passes(block), hessian=True, attention_only=only)
     stats, events = attention_aware(stats, found)
     solved.events += events
+    if routed.received and not only:
+        detail = "experts are solved one by one, on the Hessians of their own inputs"
+        solved.events += [
+            Event(f"{block.path}.{path}", "no attention-aware Hessian", detail) for path in routed.received
+        ]
     return stats
+
+
+def _quantize_experts(
+    job: CalibratedJob,
+    experts: LoadedBlock,
+    routed: RoutedInputs,
+    full: RoutedInputs | None,
+    observe: Observer,
+    solved: SolvedLayers,
+) -> None:
+    """Quantize the layers of a block's experts, one expert after another."""
+    hessian, sample = job.recipe.needs.hessian, _kept_tokens(job)
+    stats = ExpertStats(experts, routed, full, hessian=hessian, sample=sample, device=job.device)
+    quantize_layers(job, experts, stats, observe, solved)
+    solved.events += stats.events
+
+
+def _paired_experts(
+    states: CalibratedStates,
+    experts: LoadedBlock,
+    full: nn.Module,
+    advanced: bool,
+    observe: Observer,
+    solved: SolvedLayers,
+) -> bool:
+    """Measure and quantize the experts with their drift, once all other layers of the block are quantized.
+
+    Return whether the full-precision block's outputs are written; `advanced`: they were before.
+    """
+    job, i, here = states.job, experts.number, states.inputs(experts.number)
+    outputs = None if advanced else states.next_inputs(i, "full")
+    with (
+        routed_inputs(job.folder, experts.module) as routed,
+        routed_inputs(job.folder, full, "full") as original,
+    ):
+        for rows in original.during(job.batches):
+            _full_outputs(states, full, i, outputs, rows)
+        for rows in routed.during(job.batches):
+            states.calls.run(i, experts.module, here.read(rows))
+        if outputs is not None:
+            outputs.commit()
+        _quantize_experts(job, experts, routed, original, observe, solved)
+    return advanced or outputs is not None
 
 
 def _by_stages(

@@ -176,7 +176,8 @@ def open_states(job: Job, resumed: bool) -> HiddenStates:
         calls = learn_calls(job.skeleton, batches, job.device)
         if isinstance(job, CalibratedJob):
             widest = max(calls.width(i) for i in range(len(job.skeleton.blocks)))
-            _check_width_fits(job.folder, job.recipe, job.ids.numel(), widest)
+            experts = (2 if job.recipe.needs.drift else 1) if job.skeleton.experts else 0
+            _check_width_fits(job.folder, job.recipe, job.ids.numel(), widest, experts)
         if not resumed:
             write_state(job.folder / probe_file(0), {"hidden": calls.start(batches[0])})
             if isinstance(job, CalibratedJob):
@@ -191,9 +192,10 @@ def check_activations_fit(work: Path, checkpoint: Checkpoint, recipe: Recipe, to
     _check_width_fits(work, recipe, tokens, checkpoint.model_config.hidden_size)
 
 
-def _check_width_fits(work: Path, recipe: Recipe, tokens: int, width: int) -> None:
+def _check_width_fits(work: Path, recipe: Recipe, tokens: int, width: int, more: int = 0) -> None:
+    """`more`: further copies of the hidden states that are on disk at once, what a block's experts receive."""
     found = sum(path.stat().st_size for path in work.glob("activations-*.f32") if path.is_file())
-    check_disk(work, max(0, _copies(recipe) * 4 * tokens * width - found), "the calibration activations")
+    check_disk(work, max(0, (_copies(recipe) + more) * 4 * tokens * width - found), "the calibration activations")
 
 
 def _copies(recipe: Recipe) -> int:

@@ -19,6 +19,7 @@ from bitquilt.core.recipe import Recipe
 from bitquilt.core.training import Training
 from bitquilt.core.types import LayerPlan, check_finite
 from bitquilt.errors import UserError
+from bitquilt.model.experts import expert_paths, refuse_parts
 from bitquilt.model.linear import is_linear, linear_weight
 from bitquilt.model.structure import Skeleton, gates, linear_layers
 
@@ -95,15 +96,18 @@ def open_block(job: Job, i: int, tensors: dict[str, Tensor] | None = None) -> It
 
 
 def targets(skeleton: Skeleton, path: str, block: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the block's layers to quantize by full path: linear, stored unchanged, no gates, not matching `skip`."""
-    plain = set(skeleton.parameters.values())
+    """Return the block's layers to quantize by full path: linear, stored unchanged or as experts, no gates, none that
+    match `skip`. Raises UserError where `skip` matches some of the experts that are stored together."""
+    plain, experts = set(skeleton.parameters.values()), expert_paths(block)
     found = {}
     linears = linear_layers(block)
     small = gates(linears)
     for name, module in linears.items():
-        full = f"{path}.{name}"
-        if name not in small and f"{full}.weight" in plain and not any(fnmatch(full, pattern) for pattern in skip):
+        full, stored = f"{path}.{name}", name in experts or f"{path}.{name}.weight" in plain
+        if name not in small and stored and not any(fnmatch(full, pattern) for pattern in skip):
             found[full] = module
+    if experts:
+        refuse_parts(block, path, {name.removeprefix(f"{path}.") for name in found})
     return found
 
 

@@ -76,7 +76,9 @@ def quantize_layers(
         solved.records[name] = record
         solved.events += [*events, *solution.events]
         if solved.trains:
-            seen = None if layer.stats is None else replace(layer.stats, hessian=torch.zeros(0, 0))
+            seen = layer.stats
+            if seen is not None:  # training reads the sample only
+                seen = replace(seen, hessian=torch.zeros(0, 0), drift=None, stream_drift=None)
             solved.layers[name], solved.solutions[name] = replace(layer, stats=seen), solution
         bpw = bits_per_weight(record.layout)
         observe(LayerDone(block.number, name, bpw, record.output_error, record.seconds))
