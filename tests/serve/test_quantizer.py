@@ -400,7 +400,34 @@ def test_an_order_of_channels_that_the_layout_does_not_allow_is_refused(
     tensors = load_file(_shard_of(folder, name))
     tensors[name][0] ^= 1
     save_file(tensors, _shard_of(folder, name), {"format": "pt"})
-    _refused(folder, rf"tensor {name} (gives the segments|is no order)")
+    match = rf"tensor {name} (gives the segments|is no order)"
+    _refused(folder, match)
+    with pytest.raises(UserError, match=match):
+        _offloaded(folder, tmp_path / "offloaded")
+
+
+def _offloaded(folder: Path, to: Path) -> PreTrainedModel:
+    """The model with its blocks on disk, buffers too, where transformers leaves them on `meta`."""
+    places = {"model.layers": "disk", **dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")}
+    places["model.rotary_emb"] = "cpu"
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=str(to), offload_buffers=True
+    )
+    return model
+
+
+def test_what_is_offloaded_is_checked_in_the_files(
+    folder: Path, model: PreTrainedModel, damaged: Path, tmp_path: Path
+) -> None:
+    loaded = _offloaded(folder, tmp_path / "one")
+    assert loaded.get_submodule(UP).get_buffer("scale_0").is_meta
+    assert torch.equal(logits(loaded), logits(model))
+    shard = _shard_of(damaged, CODES)
+    tensors = load_file(shard)
+    _nan(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"tensor {UP}\.scale_0 holds NaN or infinity"):
+        _offloaded(damaged, tmp_path / "other")
 
 
 def test_a_truncated_shard_is_named(damaged: Path) -> None:

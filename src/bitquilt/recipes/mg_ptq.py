@@ -3,16 +3,16 @@
 1. e_j(b): the loss that unit j (a column group, or a column) adds to the sweep at b bits, tabulated with the quantizer
    of the final weight;
 2. the map: exact for the table (dynamic program, or Lagrange multiplier and repair), or on request a small graph
-   network over the graph of the inverse Hessian, trained on the table and then, as published, on the loss after the
-   sweep of the plans that it samples, until a stopping rule says so;
+   network over the graph of the inverse Hessian, which learns the exact map and is then trained, as published, on the
+   loss after the sweep of the plans that it samples, until a stopping rule says so;
 3. a GPTQ sweep with bits per unit. The table ignores compensation, so the chosen allocator's map and, where the mean is
    whole, uniform bits are both swept and the better is kept. The report shows every map that was made.
 
 Why "-style": sizes, losses and tables of the publication were not reachable and there is no public code. Published: a
 graph network over columns, edges of second order, an average-bit constraint, gradients through the rounding of bits.
 Ours: one budget for the whole model, in groups or columns, by the tables of loss that all recipes share.
-Deviations: column groups by default, because kernels need groups; the table's exact gradient first, and in the loop the
-score function's instead of one through the rounding of bits; an exact budget; a network per layer, because the loop
+Deviations: column groups by default, because kernels need groups; the exact map first, and in the loop the score
+function's gradient instead of one through the rounding of bits; an exact budget; a network per layer, because the loop
 holds one block in memory; the exact allocator is the default, since no network can beat it on the table, and what the
 sweeps in the loop win takes tens of them for each layer. The settings are those of `graph_network.GraphTraining`.
 """

@@ -5,7 +5,8 @@ Without the import transformers would log a warning and fill the layers with ran
 makes it stop instead (`GUARD` in `model/config.py`); the quantizer removes the guard.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class BitquiltQuantizer(HfQuantizer):
     """Put empty `QuantizedLinear` modules in place before transformers loads the tensors."""
 
     requires_calibration = True
+    _files: "_Files | None" = None  # from before until after the weights are loaded
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Remove the guard: transformers from 5.18 on shows the config to its quantizer here, then looks for files."""
@@ -74,22 +76,21 @@ class BitquiltQuantizer(HfQuantizer):
         layouts = layouts_of_entry(self.quantization_config.to_dict())
         own = {_own_name(name, model): layout for name, layout in layouts.items()}
         split_experts(model, own)
-        _check_files(kwargs.get("checkpoint_files"), layouts, model)
+        self._files = _check_files(kwargs.get("checkpoint_files"), layouts, model)
         try:
             replace_layers(model, own, model.dtype)
         except ValueError as error:
             raise UserError(str(error)) from None
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        files, self._files = self._files, None  # the model keeps this quantizer
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 held = {key: value for key, value in module.named_buffers(recurse=False) if not value.is_meta}
-                if len(held) == len(tensor_specs(module.layout)):
+                if absent := tensor_specs(module.layout).keys() - held.keys():  # offloaded by `device_map`
+                    held |= {} if files is None else files.values(name, absent)
+                if files is not None or not absent:
                     _check_values(held, module.layout, name)
-                if bad := not_finite(held):
-                    raise UserError(
-                        f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again"
-                    )
         guard_resizing(model)
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
@@ -122,52 +123,74 @@ def _own_name(path: str, model: "PreTrainedModel") -> str:
     return path
 
 
-def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> None:
-    """Raise UserError for a missing tensor, or one of a quantized layer with a wrong shape or type.
+@dataclass(frozen=True)
+class _Files:
+    """The names that the tensors of quantized layers have in a checkpoint, by the layer's own path and the part."""
 
-    transformers would only warn, and fill the gap with random numbers.
+    checkpoint: Checkpoint
+    names: Mapping[tuple[str, str], str]
+
+    def values(self, path: str, parts: Iterable[str]) -> dict[str, Tensor]:
+        """Read those parts of a layer whose values are checked: all but codes."""
+        names = {part: self.names[path, part] for part in parts if not part.startswith("codes_")}
+        read = self.checkpoint.read(names.values())
+        return {part: read[name] for part, name in names.items()}
+
+
+def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> _Files | None:
+    """Return where the files hold the tensors of quantized layers; None for a model without files.
+
+    Raises UserError for a missing tensor, or one of a quantized layer with a wrong shape or type: transformers would
+    only warn, and fill the gap with random numbers.
     """
     # late: this file is imported while transformers itself is, before its models
     from bitquilt.model.transformers_model import architecture, missing_parameters, source_names
 
     if not files:
-        return
+        return None
     linked = Path(files[0]).resolve().parent  # `load_pretrained` may have made a folder of links
     checkpoint = open_checkpoint(linked if (linked / "config.json").is_file() else Path(files[0]).parent)
-    _check_packed(checkpoint, layouts, model)
+    found_at = _check_packed(checkpoint, layouts, model)
     if type(model) is not architecture(checkpoint.model_config.architectures):
-        return  # another head, such as one for classification, may begin at random
+        return found_at  # another head, such as one for classification, may begin at random
     quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
     names = source_names(model, checkpoint.tensors)
     refuse_two_sources(checkpoint, {source: name for source, (name, converted) in names.items() if not converted})
     found = {name for name, _ in names.values()}
     if missing := missing_parameters(model, found | quantized):
         raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")
+    return found_at
 
 
 def _check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    """Raise UserError naming the first tensor whose values contradict the layout or are not finite."""
     try:
         check_indices(tensors, layout, name)
     except ValueError as error:
         raise UserError(f"{error}; copy or quantize the checkpoint again") from None
+    if bad := not_finite(tensors):
+        raise UserError(f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again")
 
 
-def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> None:
-    """Compare the tensors of quantized layers with what config.json implies.
+def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> _Files:
+    """Compare the tensors of quantized layers with what config.json implies; return their names in the files.
 
     A base model may have been saved, and `save_pretrained` writes some families under older names than their own.
     """
     from bitquilt.model.transformers_model import source_names  # late, as in `_check_files`
 
     base, stored = f"{model.base_model_prefix}.", checkpoint.tensors
-    renamed = {own: stored[name] for name, (own, _) in source_names(model, stored).items()}
+    renamed = {own: name for name, (own, _) in source_names(model, stored).items()}
+    names: dict[tuple[str, str], str] = {}
     for path, layout in layouts.items():
         for key, spec in tensor_specs(layout).items():
             name = f"{path}.{key}"
-            info = next((stored[n] for n in _written(name, base) if n in stored), renamed.get(name))
+            at = next((n for n in _written(name, base) if n in stored), renamed.get(name))
             wanted = f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
-            if info is None:
+            if at is None:
                 raise UserError(f"tensor {name} is missing in the checkpoint; config.json wants {wanted}")
+            info = stored[at]
+            names[_own_name(path, model), key] = at
             got = f"{list(info.shape)} {_TORCH_NAMES.get(info.dtype, info.dtype)}"
             if got != wanted:
                 raise UserError(f"tensor {name} is {got} in the checkpoint; config.json wants {wanted}")
@@ -179,6 +202,7 @@ def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], model: 
                 f"tensor {name} is in the checkpoint, but config.json names no such part of {home}; copy or quantize "
                 "it again"
             )
+    return _Files(checkpoint, names)
 
 
 def _written(name: str, base: str) -> tuple[str, str, str]:
