@@ -156,8 +156,9 @@ def cost(model: str, row: str, folder: Path, samples: int) -> dict[str, Any]:
     started = time.process_time()
     bitquilt.measure_model(source, folder / "tables", name, calibration, **data, **options)
     measured = time.process_time() - started
-    least = bitquilt.plan(source, name, budget=Budget("size", 1e15), **options).summary["reachable_bytes"][0]
-    found = bitquilt.plan(source, name, budget=Budget("size", least), **options).summary["bpw"]
+    alone = {**options, "keep_embedding": True}
+    least = bitquilt.plan(source, name, budget=Budget("size", 1e15), **alone).summary["reachable_bytes"][0]
+    found = bitquilt.plan(source, name, budget=Budget("size", least), **alone).summary["bpw"]
     recipe = make_recipe(name, **options)
     started = time.process_time()
     bitquilt.quantize(source, recipe, calibration, folder / "out", budget=Budget("bpw", found + 1),

@@ -16,6 +16,8 @@ from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.data.calibration import check_calibration
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
+from bitquilt.model.free_tables import Table, free_tables
+from bitquilt.model.structure import Skeleton
 from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
 
 _DEFAULT_RECIPE = "slim-llm"
@@ -37,6 +39,14 @@ class Wish:
     def by_loss(self) -> bool:
         """Whether a budget is allocated by measured losses."""
         return self.budget is not None and self.scope != "uniform"
+
+    def tables(
+        self, skeleton: Skeleton, selection: Selection, layers: Mapping[str, tuple[int, int]]
+    ) -> tuple[Table, ...]:
+        """Embedding and head of a model where their rows share the budget with its `layers`."""
+        if self.budget is None or not self.budget.whole or selection.keep_embedding or self.engine is not None:
+            return ()
+        return free_tables(skeleton, selection.outer, layers)
 
     @property
     def budget_json(self) -> dict[str, Any] | None:
@@ -91,8 +101,13 @@ class Request:
 
     @property
     def measures(self) -> bool:
-        """Whether the run measures the losses that its first plan uses."""
-        return self.wish.by_loss and self.sensitivities is None
+        """Whether the run measures: for its first plan, or to store rows of embedding and head as a plan says."""
+        return (self.wish.by_loss or self.follows_rows) and self.sensitivities is None
+
+    @property
+    def follows_rows(self) -> bool:
+        """Whether a plan says where the bits go in the rows of embedding or head."""
+        return self.wish.plan is not None and bool(self.wish.plan.tables)
 
     @property
     def calibrates(self) -> bool:

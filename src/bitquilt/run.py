@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitquilt._version import __version__
 from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import PlanFile, check_plan, plan_json
+from bitquilt.core.plan_file import PlanFile, check_plan, check_plan_tables, plan_json
 from bitquilt.core.recipe import ChecksLayers, Plannable
 from bitquilt.core.settings import Calibration
 from bitquilt.core.types import Event, LayerPlan, Layout
@@ -25,6 +27,7 @@ from bitquilt.data.calibration import clip_to_context, describe_calibration, mak
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.free_tables import Table, free_tables
 from bitquilt.model.shared_layers import shared_layers
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.planning.folder_size import folder_bytes, promised_bytes
@@ -127,6 +130,8 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
         settings["engine"] = wish.engine
     if request.outer.head is not None:
         settings["head_bits"] = request.outer.head
+    if selection.keep_embedding:
+        settings["keep_embedding"] = True
     if selection.blocks is not None:
         settings["blocks"] = selection.blocks
     if request.rounds == 2:
@@ -138,13 +143,15 @@ def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
 
 @dataclass(frozen=True, eq=False)
 class _Model:
-    """What a run works on: the model, its layers `[out, in]` by path, what stays untouched, and the run's planner."""
+    """What a run works on: the model, its layers `[out, in]` by path, embedding and head where they share the budget,
+    what stays untouched, and the run's planner."""
 
     skeleton: Skeleton
     layers: Mapping[str, tuple[int, int]]
+    rounded: tuple[RoundedTable, ...]
+    tables: tuple[Table, ...]
     untouched: tuple[Untouched, ...]
     planner: Planner | None
-    tables: tuple[RoundedTable, ...]
 
 
 def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
@@ -154,7 +161,7 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
         engine_named(wish.engine).check_family(checkpoint.config.get("model_type"))
     skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
-    tables = rounded_tables(skeleton, request.outer, layers)
+    rounded, tables = rounded_tables(skeleton, request.outer, layers), wish.tables(skeleton, selection, layers)
     if wish.recipe.training.model is not None and (shared := shared_layers(skeleton.model)):
         target, source = next(iter(shared.items()))
         raise UserError(
@@ -167,22 +174,25 @@ def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | N
         channels = isinstance(wish.recipe, Plannable) and wish.recipe.plan_terms.unit_columns == 1
         check_plan(wish.plan.plans, layers, channels=channels)
         check_bytes(wish, layers)
+        free = {table.path: table for table in free_tables(skeleton, request.outer, layers)}
+        check_plan_tables(wish.plan.tables, {path: table.rows for path, table in free.items()})
+        tables = tuple(free[path] for path in wish.plan.tables)
         if wish.engine is not None and isinstance(wish.recipe, Plannable):
-            planned = _planned_layouts(wish.recipe, wish.plan, layers, tables)
-            Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine).held(planned)
+            planned = _planned_layouts(wish.recipe, wish.plan, layers, rounded)
+            Planner(skeleton, wish.recipe, layers, outer=rounded, engine=wish.engine).held(planned)
     elif wish.budget is not None:
-        planner = Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine)
+        planner = Planner(skeleton, wish.recipe, layers, outer=rounded, tables=tables, engine=wish.engine)
         planner.check(wish.budget)
         planner.units.losses(known)  # refuses tables that do not fit the layers
     elif wish.engine is not None:  # every layer gets the same bits; refuse what the engine cannot hold
-        Planner(skeleton, wish.recipe, layers, outer=tables, engine=wish.engine)
+        Planner(skeleton, wish.recipe, layers, outer=rounded, engine=wish.engine)
     elif isinstance(wish.recipe, ChecksLayers):
         try:
             wish.recipe.check_layers(layers)
         except ValueError as error:
             raise UserError(str(error)) from None
-    untouched = untouched_tensors(skeleton, {*layers, *(table.path for table in tables)})
-    return _Model(skeleton, layers, untouched, planner, tables)
+    untouched = untouched_tensors(skeleton, {*layers, *(t.path for t in rounded), *(t.path for t in tables)})
+    return _Model(skeleton, layers, rounded, tables, untouched, planner)
 
 
 def _planned_bytes(request: Request, model: _Model) -> int | None:
@@ -190,9 +200,13 @@ def _planned_bytes(request: Request, model: _Model) -> int | None:
     recipe, plan = request.wish.recipe, request.wish.plan
     if plan is None or not isinstance(recipe, Plannable):
         return None
-    layouts = _planned_layouts(recipe, plan, model.layers, model.tables)
-    written = plan_json(recipe_json(recipe), plan.plans, request.outer)
-    return promised_bytes(model.skeleton, layouts, written, {k: v for t in model.tables for k, v in t.config.items()})
+    layouts = _planned_layouts(recipe, plan, model.layers, model.rounded)
+    for table in model.tables:
+        layouts |= table.parts(np.bincount(plan.table_rows[table.path]))
+    written = plan_json(recipe_json(recipe), plan.plans, request.outer, plan.table_rows)
+    configs = [*(table.config for table in model.rounded), *(table.config for table in model.tables)]
+    changed = {key: value for config in configs for key, value in config.items()}
+    return promised_bytes(model.skeleton, layouts, written, changed)
 
 
 def _planned_layouts(
@@ -227,7 +241,7 @@ class _RunInFolder:
             check_room(request.out, self.work, planned.size.total)
         source = planned or request.wish.plan
         plans = None if source is None else source.plans
-        job = self._job(plans)
+        job = self._job(plans, {} if source is None else source.table_rows, known)
         if ids is not None and request.wish.recipe.needs.calibration:
             job = self._with_ids(job, ids)
         records = stream(job, self.observe)
@@ -242,7 +256,9 @@ class _RunInFolder:
         folder = assemble(skeleton, self.work, records)
         difference = verify(folder, self.work)
         outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device, self.mended)
-        prediction = None if plans is None else predict(known, plans, request.wish.recipe, request.outer)
+        prediction = None
+        if plans is not None:
+            prediction = predict(known, plans, request.wish.recipe, request.outer, job.table_rows)
         report = self._write_reports(folder, outcome, planned, prediction)
         publish(folder, request.out)
         return report
@@ -251,15 +267,21 @@ class _RunInFolder:
         """Delete what is damaged in the work directory, report it, and return an event for each file."""
         wish, selection = self.request.wish, self.request.selection
         given = wish.plan is not None or wish.budget is not None
-        blocks, tables = len(self.model.skeleton.blocks), tuple(self.request.outer.given)
+        blocks = len(self.model.skeleton.blocks)
+        kinds = *(table.kind for table in self.model.rounded), *(table.kind for table in self.model.tables)
         others = {_IDS: check_state, _TABLES: _check_tables, _TABLES_AGAIN: _check_tables}
-        events = drop_damaged(WorkFiles(self.work, blocks, wish.recipe, selection.include_head, tables, given, others))
+        events = drop_damaged(WorkFiles(self.work, blocks, wish.recipe, selection.include_head, kinds, given, others))
         for event in events:
             self.observe(Stage(f"{event.kind}: {event.detail}"))
         self.mended.extend(events)
         return events
 
-    def _job(self, plans: Mapping[str, LayerPlan] | None = None) -> Job:
+    def _job(
+        self,
+        plans: Mapping[str, LayerPlan] | None = None,
+        rows: Mapping[str, NDArray[np.uint8]] | None = None,
+        known: Sensitivities | None = None,
+    ) -> Job:
         request = self.request
         return Job(
             skeleton=self.model.skeleton,
@@ -270,6 +292,9 @@ class _RunInFolder:
             outer=request.outer,
             plans=plans,
             device=request.device,
+            tables=self.model.tables if rows else (),
+            table_rows=rows or {},
+            uses={} if known is None else {path: table.use for path, table in known.tables.items()},
         )
 
     def _with_ids(self, job: Job, ids: torch.Tensor) -> CalibratedJob:
@@ -297,11 +322,11 @@ class _RunInFolder:
         The loss prediction always uses the first round, because its correction was fitted on that.
         """
         wish, planner = self.request.wish, self.model.planner
-        if wish.budget is None or planner is None:
-            return known, None
         if self.request.measures:
             assert ids is not None
             known = self._measured(_TABLES, ids)
+        if wish.budget is None or planner is None:
+            return known, None
         tables = known
         if self.request.rounds == 2:
             assert ids is not None
@@ -313,7 +338,8 @@ class _RunInFolder:
         path = self.work / name
         if not path.is_file():
             job = self._with_ids(self._job(), ids)
-            measure(job, self.observe, seed=self.request.calibration.seed, at=at).save(path)
+            found = measure(job, self.observe, seed=self.request.calibration.seed, at=at, tables=self.model.tables)
+            found.save(path)
         return read_sensitivities(path)
 
     def _second_round(self, ids: torch.Tensor) -> Sensitivities:
@@ -340,7 +366,8 @@ class _RunInFolder:
         """Write plan.json and report.json, with the prediction next to the result; return the report."""
         wish = self.request.wish
         layers = {name: layer.plan for r in outcome.records if r.planned for name, layer in r.layers.items()}
-        plan = plan_json(recipe_json(wish.recipe), layers, self.request.outer)
+        rows = {} if (source := planned or wish.plan) is None else source.table_rows
+        plan = plan_json(recipe_json(wish.recipe), layers, self.request.outer, rows)
         promise = Promise(
             folder_bytes(self.model.skeleton, folder, plan),
             wish.budget_json,

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from bitquilt.model.checkpoint import open_checkpoint
+
 from .conftest import Command
 
 GROUPS = ("--group-size", "16")
@@ -24,10 +26,24 @@ def test_json_for_scripts_and_a_table_for_people(command: Command, tiny: Path, t
     assert value["prediction"] is None
     assert value["permits"]["gptq format, one width per layer"] == {"layers": 14, "of": 14, "why_not": None}
     assert value["permits"]["compressed-tensors, packed 4 or 8 bits"]["layers"] == 0
-    ran = command("plan", tiny, "--size", str((least + most) // 2), *GROUPS)
+    ran = command("plan", tiny, "--size", str((least + most) // 2), *GROUPS, "--layers")
     assert ran.code == 0
     for text in ("up_proj", "in the whole folder", "--measure", "outside the blocks", "cpu kernels", "2048 tokens"):
         assert text in ran.out
+    parameters = open_checkpoint(tiny).weights
+    assert value["bits_per_parameter"] == pytest.approx(8 * value["bytes"] / parameters, rel=1e-6)
+    assert sum(part["nbytes"] for part in value["contents"]) == value["bytes"]
+
+
+def test_what_the_bytes_hold_comes_first(command: Command, tiny: Path) -> None:
+    kept = command("plan", tiny, "--bits", "3", "--recipe", "gptq", *GROUPS).out
+    assert "up_proj" not in kept
+    first = " ".join(" ".join(kept.splitlines()[:10]).split())
+    assert "bits per parameter" in first
+    assert "head 31% at 16 bits, embedding 31% at 16 bits, blocks" in first
+    assert "--head-bits 6 takes" in first
+    shared = command("plan", tiny, "--size", "500kB", "--recipe", "gptq", *GROUPS).out
+    assert "-bits 6" not in shared
 
 
 def test_a_budget_that_does_not_fit(command: Command, tiny: Path) -> None:
@@ -63,7 +79,9 @@ def test_every_refusal_says_what_can_be_reached(
     value = json.loads(ran.out)
     assert value["budget"] == budget
     assert value["fits"] is False
-    fits = json.loads(command("plan", tiny, "--bits", "3", *GROUPS, "--json").out)
+    whole = budget["kind"] in ("vram", "size")  # then embedding and head take part
+    usual = ("--size", "1GB") if whole else ("--bits", "3")
+    fits = json.loads(command("plan", tiny, *usual, *GROUPS, "--json").out)
     assert value["reachable_bytes"] == fits["reachable_bytes"]
     least, most = value["reachable"]
     assert least < most

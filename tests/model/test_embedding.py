@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from bitquilt.core.types import QuantizedWeight
-from bitquilt.model.embedding import QuantizedEmbedding, lookup
+from bitquilt.model.replace import lookup
+from bitquilt.model.tables.embedding import QuantizedEmbedding, lookup_scale, scaled
 from tests.ops.test_large_pages import resident
 from tests.weights import uniform_segment
 
@@ -30,3 +33,20 @@ def test_a_lookup_in_few_bits():
     table = QuantizedEmbedding.from_weight(QuantizedWeight((uniform_segment(4, 32, 16, symmetric=True, rows=40),)))
     ids = torch.tensor([3, 39, 0, 3, 7, 8, 9, 10, 11, 12])
     assert torch.equal(lookup(table, ids), table(ids))
+
+
+class Shifted(torch.nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 2 + 1
+
+
+def test_the_scale_of_an_embedding_is_found_without_its_weights():
+    with torch.device("meta"):
+        gemma, bart = Gemma3TextScaledWordEmbedding(50, 16, 0, 4.0), BartScaledWordEmbedding(50, 16, 1, 0.5)
+        assert [lookup_scale(table) for table in (torch.nn.Embedding(50, 16), gemma, bart)] == [1.0, 4.0, 0.5]
+        assert gemma.weight.is_meta
+        assert gemma.padding_idx == 0
+        assert lookup_scale(Shifted(50, 16)) is None
+        assert lookup_scale(torch.nn.Embedding(50, 16, max_norm=1.0)) is None
+    assert lookup_scale(torch.nn.Linear(4, 4)) is None
+    assert torch.equal(scaled(torch.ones(2, dtype=torch.bfloat16), 640**0.5), torch.full((2,), 25.25).bfloat16())

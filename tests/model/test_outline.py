@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from bitquilt.errors import UserError
 from bitquilt.model import outline
 from bitquilt.model.checkpoint import open_checkpoint
-from bitquilt.model.embedding import embedding_path
 from bitquilt.model.outline import open_outline
+from bitquilt.model.replace import embedding_path
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.model.ties import tied_layers
 from bitquilt.planning.plan_model import plan

@@ -48,9 +48,8 @@ def test_one_bit_is_what_solving_the_layer_at_one_bit_costs(
 
     layer.register_forward_hook(keep)
     logits = full(ids).logits.flatten(0, 1)
-    drawn = _draw(
-        logits.detach(), torch.rand(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    )
+    places = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = _draw(logits.detach().softmax(-1), places)
     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     wanted = max(0.5 * made / ids.numel(), float(found.losses[name][:, 1].sum()))
     assert float(found.losses[name][:, 0].sum()) == pytest.approx(wanted, rel=1e-3)
@@ -77,13 +76,14 @@ def test_how_many_tokens_are_measured(samples: int, length: int, widest: int, sh
 
 def test_labels_are_drawn_by_probability_and_alike_in_batches_of_any_size() -> None:
     g = torch.Generator().manual_seed(0)
-    logits, places = torch.randn(1, 7, generator=g).expand(4000, 7), torch.rand(40, 100, generator=g)
-    drawn = _draw(logits, places)
-    assert torch.equal(drawn, torch.cat([_draw(logits[:1200], places[:12]), _draw(logits[1200:], places[12:])]))
+    likely = torch.randn(1, 7, generator=g).softmax(-1).expand(4000, 7)
+    places = torch.rand(40, 100, generator=g)
+    drawn = _draw(likely, places)
+    assert torch.equal(drawn, torch.cat([_draw(likely[:1200], places[:12]), _draw(likely[1200:], places[12:])]))
     frequency = drawn.bincount(minlength=7) / 4000
-    assert float((frequency - logits[0].softmax(0)).abs().max()) < 0.02
+    assert float((frequency - likely[0]).abs().max()) < 0.02
     certain = torch.eye(7)[[2, 5]] * 100
-    assert _draw(certain, torch.tensor([[0.1, 0.9], [0.2, 1.0]])).tolist() == [2, 5]
+    assert _draw(certain.softmax(-1), torch.tensor([[0.1, 0.9], [0.2, 1.0]])).tolist() == [2, 5]
 
 
 def test_logits_are_in_memory_for_few_sequences_at_once(

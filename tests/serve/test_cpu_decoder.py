@@ -19,10 +19,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
+from bitquilt.core.packing import pack
 from bitquilt.core.types import Layer, uniform_plan
 from bitquilt.layer.nearest import round_symmetric
-from bitquilt.model.embedding import QuantizedEmbedding, put_embedding
+from bitquilt.layer.table import solve_rows
 from bitquilt.model.linear import QuantizedLinear, replace_module
+from bitquilt.model.replace import put_embedding
+from bitquilt.model.tables.embedding import QuantizedEmbedding
+from bitquilt.model.tables.mixed_rows import MixedEmbedding, MixedHead
 from bitquilt.ops import cpu_kernels
 from bitquilt.recipes.rtn import RTN
 from bitquilt.serve import generation
@@ -125,6 +129,28 @@ def test_a_quantized_head(tied):
     assert decoder.begin(ids) is not None
     expected = model(torch.cat([ids, torch.tensor([7])])[None]).logits[0, -1]
     torch.testing.assert_close(decoder.step(7), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_head_whose_rows_differ_in_width(tied):
+    """Each part is a product of its own whose logits go where its rows are."""
+    model = quantized(LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    widths = torch.tensor([2, 3, 5, 8], dtype=torch.uint8)
+    bits = widths[torch.randperm(100, generator=torch.Generator().manual_seed(4)) % 4]
+    solved = solve_rows(model.lm_head.weight.detach(), bits, None, 64)
+    parts = {f"rows_{width}": (pack(stored), stored.layout) for width, stored in solved.items()}
+    if tied:
+        put_embedding(model, "model.embed_tokens", MixedEmbedding.of(parts))
+    else:
+        model.lm_head = MixedHead.of(parts)
+    ids = torch.arange(20)
+    decoder = CpuDecoder(model, 20)
+    expected = model(ids[None]).logits[0]
+    logits = decoder.begin(ids[:5])
+    for i in range(5, 20):
+        torch.testing.assert_close(logits, expected[i - 1], rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        logits = decoder.step(int(ids[i]))
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from bitquilt.core.units import percent_text, size_text
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import config_of
-from bitquilt.model.embedding import SharedHead
 from bitquilt.model.linear import QuantizedLinear, replace_module
+from bitquilt.model.replace import SharedHead
 from bitquilt.ops import cpu_kernels, gpu, reference
 from bitquilt.report.evaluation.loading import as_model
 from bitquilt.serve.decoder_step import captured

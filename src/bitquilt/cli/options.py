@@ -73,7 +73,8 @@ class BudgetOptions:
     """What the model may take, and which parts of it may differ in bits."""
 
     bits: Annotated[Number, _budget(metavar="N", help="Mean code width. The range depends on the recipe.")] = None
-    bpw: Annotated[Number, _budget(metavar="N", help="True bits per weight: codes, scales, maps and outliers.")] = None
+    bpw: Annotated[Number, _budget(metavar="N", help="True bits per weight of the blocks: codes, scales, maps.")] = None
+    total_bpw: Annotated[Number, _budget(metavar="N", help="Bits of the whole folder per parameter.")] = None
     size: Annotated[Word, _budget(metavar="BYTES", help="Size of the output folder: 6.5GiB, 800MB.")] = None
     vram: Annotated[Word, _budget(metavar="BYTES", help="Memory for weights, cache and workspace. Needs --ctx.")] = None
     ctx: Annotated[Count, _budget(metavar="N", help="Context length in tokens that --vram must hold.")] = None
@@ -111,6 +112,9 @@ class LayerOptions:
         None
     )
     head_bits: Annotated[Count, _layers(metavar="N", help="Round an output head that is not tied to N bits.")] = None
+    keep_embedding: Annotated[bool, _layers("--keep-embedding", help="Leave embedding and head out of a budget.")] = (
+        False
+    )
     blocks: Annotated[Word, _layers(metavar="PATH", help="List of blocks. Default: the language model's.")] = None
 
     def read(self) -> Selection:
@@ -191,14 +195,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def _size_budget(given: BudgetOptions) -> Budget | None:
-    """Return the budget of --size or --vram; --bits and --bpw are options of the recipe."""
-    if given.size is None and given.vram is None and given.ctx is None:
+    """Return the budget of --total-bpw, --size or --vram; --bits and --bpw are options of the recipe."""
+    if given.total_bpw is None and given.size is None and given.vram is None and given.ctx is None:
         return None
     try:
-        found = Budget.of(bits=given.bits, bpw=given.bpw, size=given.size, vram=given.vram, ctx=given.ctx)
+        found = Budget.of(**{key: value for key, value in vars(given).items() if key not in ("allocation", "engine")})
     except ValueError as error:
         raise UserError(str(error)) from None
-    return found if found is not None and found.kind in ("size", "vram") else None
+    return found if found is not None and found.whole else None
 
 
 def _split_allocation(given: str | None, own: set[str], whole: bool) -> tuple[str | None, str | None]:

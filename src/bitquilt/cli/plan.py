@@ -26,12 +26,15 @@ from bitquilt.cli.progress import watching
 from bitquilt.core.units import size_text, time_text
 from bitquilt.engines.known import ENGINES
 from bitquilt.errors import UserError
+from bitquilt.planning.contents import contents_text
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
 
 EXIT_DOES_NOT_FIT = 4
+# A table of so many bits per weight that takes such a share of the folder is pointed out; `_FEW`: of 6-bit codes.
+_WIDE, _LARGE, _FEW = 15.0, 0.1, 6.5
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def plan(
     tie: Annotated[
         bool, Option("--tie", help="Give layers that serving engines fuse (q, k, v; gate, up) the same bits.")
     ] = False,
+    every_layer: Annotated[bool, Option("--layers", help="List every layer with its bits.")] = False,
     device: Device = "cpu",
     quiet: Quiet = False,
     json_output: Json = False,
@@ -132,8 +136,9 @@ def plan(
     if json_output:
         print_json(found.summary)
     elif not quiet:
-        _print_layers(found.summary["layers"])
         _print_summary(found)
+        if every_layer:
+            _print_layers(found.summary["layers"])
         if out is not None:
             print_commands([question.command(out)])
 
@@ -183,8 +188,13 @@ def _print_summary(found: Forecast) -> None:
     if value["budget"]:
         spent = value["budget"]["spent"]
         print_fact(stdout, "budget", f"{found.wish.budget}, {spent:.10g} spent, {found.planned.scope} allocation")
-    print_fact(stdout, "bits", f"{value['nominal_bits']:.3g} nominal, {value['bpw']:.3f} true per weight")
-    print_fact(stdout, "size", f"{value['bytes']} bytes ({size_text(value['bytes'])}) in the whole folder")
+    size = f"{value['bytes']} bytes ({size_text(value['bytes'])}) in the whole folder"
+    print_fact(stdout, "size", f"{size}, {value['bits_per_parameter']:.3g} bits per parameter")
+    print_fact(stdout, "holds", contents_text(found.contents, value["bytes"]))
+    if hint := _embedding_hint(found):
+        print_fact(stdout, "embedding", hint)
+    bits = f"{value['nominal_bits']:.3g} nominal, {value['bpw']:.3f} true per weight"
+    print_fact(stdout, "bits", f"{bits} of the layers and tables that are quantized")
     if found.planned.exported_bytes is not None:
         exported, engine = found.planned.exported_bytes, ENGINES[str(found.wish.engine)].title
         print_fact(stdout, "exported", f"{exported} bytes ({size_text(exported)}) in the folder for {engine}")
@@ -205,6 +215,20 @@ def _print_summary(found: Forecast) -> None:
     for title, taken in value["permits"].items():
         why = f"; {taken['why_not']}" if taken["why_not"] else ""
         print_fact(stdout, "supported", f"{title}: {taken['layers']} of {taken['of']} layers{why}")
+
+
+def _embedding_hint(found: Forecast) -> str | None:
+    """What fewer bits for a large embedding or head would buy."""
+    tables = [one for one in found.contents if one.part.startswith(("embedding", "head"))]
+    for one in tables:
+        if one.bits is not None and one.bits >= _WIDE and one.nbytes >= _LARGE * found.planned.size.total:
+            less = size_text(int(one.nbytes - one.weights * _FEW / 8))
+            flag = "--head-bits 6" if one.part == "head" else "--embedding-bits 6"
+            return (
+                f"{one.nbytes / found.planned.size.total:.0%} of the folder at {one.bits:.3g} bits; a budget (--size, "
+                f"--total-bpw) shares its bits with the layers, {flag} takes {less} less"
+            )
+    return None
 
 
 def _unmeasured(found: Forecast) -> str:

@@ -121,9 +121,13 @@ def _summarize(result: Result, facts: Facts, model: str) -> None:
 
 
 def print_bits_and_size(facts: Facts) -> None:
-    """Print the two figures that count, each with its measure."""
-    print_fact(stdout, "bits", f"{facts.size.nominal_bits:.3g} nominal, {facts.size.bpw:.3f} true per weight")
-    print_fact(stdout, "size", f"{size_text(facts.size.bytes)} on disk ({ratio_text(facts.ratio)})")
+    """Print the figures that count, each with its measure."""
+    bits = f"{facts.size.nominal_bits:.3g} nominal, {facts.size.bpw:.3f} true per weight"
+    print_fact(stdout, "bits", f"{bits} of the layers and tables that are quantized")
+    print_fact(stdout, "size", f"{size_text(facts.size.bytes)} of weights ({ratio_text(facts.ratio)})")
+    if facts.run.folder_bytes is not None:
+        each = 16 * facts.run.folder_bytes / facts.fp16_bytes
+        print_fact(stdout, "folder", f"{size_text(facts.run.folder_bytes)} in all, {each:.3g} bits per parameter")
 
 
 def print_source(source: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`Budget`: what a whole checkpoint may take, in nominal bits, true bits per weight, bytes on disk or memory.
+"""`Budget`: what a whole checkpoint may take, in bits per weight of some or all weights, bytes on disk or memory.
 
 `parse_bytes` reads sizes as people write them: 6.5GiB, 6500MB, 800000000.
 """
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["bits", "bpw", "size", "vram"]
+Kind = Literal["bits", "bpw", "total-bpw", "size", "vram"]
 Scope = Literal["global", "layers", "layer", "pairs", "uniform"]
 """Which column groups may differ in bits; `allocation.scopes` explains each value."""
 SCOPES: tuple[Scope, ...] = ("global", "layers", "layer", "pairs", "uniform")
@@ -22,8 +22,9 @@ _BY_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 class Budget:
     """What a whole checkpoint may take. `Budget.of(size="6.5GiB")` makes one.
 
-    Kinds: `bits` is the mean code width over the quantized weights; `bpw` counts everything stored for them; `size` is
-    bytes of the whole folder; `vram` is bytes of weights, key-value cache for `ctx` tokens and workspace.
+    Kinds: `bits` is the mean code width over the quantized weights; `bpw` counts everything stored for them, and
+    nothing else; `total-bpw` is the bits of the whole folder per parameter of the model; `size` is bytes of the whole
+    folder; `vram` is bytes of weights, key-value cache for `ctx` tokens and workspace.
 
     Raises ValueError for a value that is not a finite number above 0, or for a `ctx` with a kind other than `vram`.
     """
@@ -49,12 +50,13 @@ class Budget:
         *,
         bits: float | None = None,
         bpw: float | None = None,
+        total_bpw: float | None = None,
         size: int | str | None = None,
         vram: int | str | None = None,
         ctx: int | None = None,
     ) -> "Budget | None":
         """Return the budget that is given, or None. Raises ValueError for more than one."""
-        given = {"bits": bits, "bpw": bpw, "size": size, "vram": vram}
+        given = {"bits": bits, "bpw": bpw, "total_bpw": total_bpw, "size": size, "vram": vram}
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} are budgets for the same run; give only one")
@@ -66,15 +68,29 @@ class Budget:
             return cls("bits", float(bits))
         if bpw is not None:
             return cls("bpw", float(bpw))
+        if total_bpw is not None:
+            return cls("total-bpw", float(total_bpw))
         if size is not None:
             return cls("size", parse_bytes(size))
         return None if vram is None else cls("vram", parse_bytes(vram), ctx)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the budget counts the whole model, embedding and head included."""
+        return self.kind in ("total-bpw", "size", "vram")
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the budget is a number of bytes, not of bits per weight."""
+        return self.kind in ("size", "vram")
 
     def __str__(self) -> str:
         if self.kind == "size":
             return f"{self.value:.0f} bytes on disk"
         if self.kind == "vram":
             return f"{self.value:.0f} bytes of memory with {self.ctx} tokens"
+        if self.kind == "total-bpw":
+            return f"{self.value:g} bits per parameter of the whole folder"
         return f"{self.value:g} {'nominal' if self.kind == 'bits' else 'true'} bits per weight"
 
 

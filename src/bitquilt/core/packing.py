@@ -68,6 +68,8 @@ def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
         specs["outlier_rows"] = TensorSpec((rows + 1,), _index_dtype(layout.outliers))
     if layout.row_gain_dtype is not None:
         specs["row_gains"] = TensorSpec((rows,), layout.row_gain_dtype)
+    if layout.of_rows:  # a bit per row of the table: a width for each of 49,152 rows takes 6 kB per width
+        specs["rows"] = TensorSpec((packed_bytes(layout.of_rows, 1),), torch.uint8)
     return specs
 
 
@@ -110,6 +112,8 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
         tensors["outlier_rows"] = weight.outliers.rows
     if weight.row_gains is not None:
         tensors["row_gains"] = weight.row_gains
+    if weight.rows is not None:
+        tensors["rows"] = pack_bits(weight.rows.to(torch.uint8).unsqueeze(0), 1).squeeze(0)
     specs = tensor_specs(layout)
     device = tensors["codes_0"].device  # the permutation may be on the host
     return {name: tensor.to(device, specs[name].dtype).contiguous() for name, tensor in tensors.items()}
@@ -132,7 +136,16 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
         permutation = Permutation(starts // layout.block, layout.block, full=layout.ordering == "order")
     if layout.outliers:
         outliers = Outliers(tensors["outlier_values"], tensors["outlier_columns"], tensors["outlier_rows"])
-    return QuantizedWeight(tuple(segments), permutation, outliers, tensors.get("row_gains"))
+    return QuantizedWeight(
+        tuple(segments), permutation, outliers, tensors.get("row_gains"), table_rows(tensors, layout)
+    )
+
+
+def table_rows(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
+    """Which rows of its table a packed weight holds, bool `[layout.of_rows]`; None where it is no part of a table."""
+    if not layout.of_rows:
+        return None
+    return unpack_bits(tensors["rows"].unsqueeze(0), 1, layout.of_rows).squeeze(0).bool()
 
 
 def check_tensors(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
@@ -173,6 +186,9 @@ def check_indices(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
             )
         if int(rows[0]) != 0 or int(rows[-1]) != layout.outliers or bool((rows.diff() < 0).any()):
             raise ValueError(f"tensor {name}.outlier_rows does not rise from 0 to {layout.outliers}, the outliers")
+    held = table_rows(tensors, layout)
+    if held is not None and (count := int(held.sum())) != layout.out_features:
+        raise ValueError(f"tensor {name}.rows names {count} rows; the layout says {layout.out_features}")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -219,6 +235,7 @@ def layout_to_json(layout: Layout) -> dict[str, Any]:
         "block": layout.block,
         "outliers": layout.outliers,
         **({} if layout.row_gain_dtype is None else {"row_gain_dtype": _DTYPE_NAMES[layout.row_gain_dtype]}),
+        **({"of_rows": layout.of_rows} if layout.of_rows else {}),
     }
 
 
@@ -237,6 +254,7 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
             _whole(value, "block"),
             _whole(value, "outliers", most=rows * columns),
             _dtype(value, "row_gain_dtype") if "row_gain_dtype" in value else None,
+            _whole(value, "of_rows") if "of_rows" in value else 0,
         )
     except KeyError as error:
         raise ValueError(f"layout of {name}: field {error} is missing") from None

@@ -5,6 +5,8 @@
      "embedding_bits": 8,
      "head_bits": 6}
 
+An embedding or head that shares the budget has a digit per row instead: "tables": {"model.embed_tokens": "4222..."}.
+
 The file can be read, compared, edited by hand and replayed. Each layer has one digit per column group, in the original
 order of the columns. A group has one column (a channel with a codebook of its own) or a multiple of 8. The recipe and
 the bits of embedding and head say what the plan was made for: with other settings the same map takes other bytes.
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, StringConstraints, ValidationError
 
 from bitquilt.core.json_files import parse_json
@@ -65,6 +69,7 @@ class PlanFile(BaseModel):
     layers: dict[str, PlannedLayer]
     embedding_bits: int | None = None
     head_bits: int | None = None
+    tables: dict[str, Annotated[str, StringConstraints(pattern=r"^[1-8]+$")]] = {}
     _sha256: str = PrivateAttr(default="")
 
     @property
@@ -78,18 +83,30 @@ class PlanFile(BaseModel):
         return OuterBits(self.embedding_bits, self.head_bits)
 
     @property
+    def table_rows(self) -> dict[str, NDArray[np.uint8]]:
+        """Bits of every row of the tables, uint8 `[rows]`, by path."""
+        return {path: np.frombuffer(bits.encode(), np.uint8) - ord("0") for path, bits in self.tables.items()}
+
+    @property
     def plans(self) -> dict[str, LayerPlan]:
         """Plans of the layers, by module path."""
         return {name: LayerPlan(tuple(map(int, layer.bits)), layer.group_size) for name, layer in self.layers.items()}
 
 
-def plan_json(recipe: Mapping[str, Any], plans: Mapping[str, LayerPlan], outer: OuterBits) -> dict[str, Any]:
-    """Content of the file for these plans by module path."""
+def plan_json(
+    recipe: Mapping[str, Any],
+    plans: Mapping[str, LayerPlan],
+    outer: OuterBits,
+    tables: Mapping[str, NDArray[np.uint8]] | None = None,
+) -> dict[str, Any]:
+    """Content of the file for these plans by module path; `tables`: bits of every row, uint8 `[rows]`, by path."""
     layers = {
         name: {"group_size": plan.group_size, "bits": "".join(map(str, plan.bits))} for name, plan in plans.items()
     }
     found: dict[str, Any] = {"recipe": dict(recipe), "layers": layers}
     found |= {f"{name}_bits": bits for name, bits in outer.given.items()}
+    if tables:
+        found["tables"] = {path: (bits + ord("0")).astype(np.uint8).tobytes().decode() for path, bits in tables.items()}
     return dict(json.loads(json.dumps(found)))
 
 
@@ -116,6 +133,20 @@ def check_plan(plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, i
             f"the plan has an entry for {unknown[0]}, which this run does not quantize; remove the entry, or run with "
             "the --skip and --include-head flags that the plan was made with"
         )
+
+
+def check_plan_tables(tables: Mapping[str, str], rows: Mapping[str, int]) -> None:
+    """Raise UserError naming the first of a plan's tables that is not the model's. `rows`: of each, by path."""
+    for name, bits in tables.items():
+        if name not in rows:
+            raise UserError(
+                f"the plan has bits for the rows of {name}, which is no table of this model that can share a budget; "
+                "plan again for this model and these flags"
+            )
+        if len(bits) != rows[name]:
+            raise UserError(f"the plan gives bits to {len(bits)} rows of {name}; it has {rows[name]}; plan again")
+        if "1" in bits:
+            raise UserError(f"the plan gives 1 bit to a row of {name}; wanted 2 to 8")
 
 
 def read_plan(path: str | Path) -> PlanFile:

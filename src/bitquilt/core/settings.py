@@ -13,7 +13,7 @@ from bitquilt.errors import UserError
 
 SELF = "self"
 _CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "column", "bos", "trust_remote_code")
-_SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "blocks")
+_SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "keep_embedding", "blocks")
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,21 @@ class Selection:
     `skip`: patterns of layer paths to leave unquantized, such as "model.layers.0.*". `include_head`: solve the layer
     that makes logits like any other layer, unless it is tied to the embedding. `embedding_bits`: round the token
     embedding, and a head tied to it, to 2 to 8 bits in groups of 32 with one scale each. `head_bits`: the same for a
-    head of its own. A budget counts both. `blocks`: path of the list of repeated blocks, such as "model.layers", where
-    the language model's is not the one to take.
+    head of its own. Otherwise the rows of both share a budget for the whole model with the layers, unless
+    `keep_embedding` leaves them in 16 bits. `blocks`: path of the list of repeated blocks, such as "model.layers",
+    where the language model's is not the one to take.
     """
 
     skip: Sequence[str] = ()
     include_head: bool = False
     embedding_bits: int | None = None
     head_bits: int | None = None
+    keep_embedding: bool = False
     blocks: str | None = None
 
     def __post_init__(self) -> None:
+        if self.keep_embedding and (self.embedding_bits or self.head_bits):
+            raise UserError("keep_embedding leaves embedding and head as they are; leave out embedding_bits, head_bits")
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
 
     @property

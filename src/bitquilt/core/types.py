@@ -88,7 +88,8 @@ class Layout:
     `segments`: (format, width) in stored order; the widths sum to `in_features`. `ordering`: how the order of the input
     channels is stored. "identity" stores nothing; "map" stores the segment of each block of `block` neighbouring
     channels, which keep their order inside a segment; "order" stores a full order of blocks. `outliers`: number of
-    entries of the sparse remainder. `row_gain_dtype`: type of one factor per row, None without such factors.
+    entries of the sparse remainder. `row_gain_dtype`: type of one factor per row, None without such factors. `of_rows`:
+    the number of rows of the table whose rows this weight holds in part; 0 for a weight of its own.
     """
 
     out_features: int
@@ -98,6 +99,7 @@ class Layout:
     block: int = 0
     outliers: int = 0
     row_gain_dtype: torch.dtype | None = None
+    of_rows: int = 0
 
     def __post_init__(self) -> None:
         total = sum(width for _, width in self.segments)
@@ -105,6 +107,8 @@ class Layout:
             raise ValueError(f"segment widths {[w for _, w in self.segments]} do not sum to {self.in_features} inputs")
         if (self.ordering == "identity") != (self.block == 0):
             raise ValueError(f"ordering {self.ordering!r} does not go with blocks of {self.block} channels")
+        if self.of_rows and self.of_rows < self.out_features:
+            raise ValueError(f"{self.out_features} rows cannot be part of a table of {self.of_rows}")
 
     @property
     def blocks(self) -> int:
@@ -152,12 +156,14 @@ class Segment:
 class QuantizedWeight:
     """A linear layer's weight in its stored form: the packed model computes with exactly what the solver chose.
 
-    `row_gains` `[out]`: one factor per row, applied to segments and outliers together, or None."""
+    `row_gains` `[out]`: one factor per row, applied to segments and outliers together, or None. `rows` bool `[table
+    rows]`: which rows of a larger table these are, in the table's order, or None."""
 
     segments: tuple[Segment, ...]
     permutation: Permutation | None = None
     outliers: Outliers | None = None
     row_gains: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -172,6 +178,7 @@ class QuantizedWeight:
             self.permutation.block if self.permutation else 0,
             len(self.outliers.values) if self.outliers else 0,
             None if self.row_gains is None else self.row_gains.dtype,
+            0 if self.rows is None else len(self.rows),
         )
 
     def _ordering(self) -> Ordering:

@@ -170,6 +170,7 @@ void Decoder::set_head(uintptr_t head, int64_t type) {
     head_type_ = checked_type("head", type);
     head_ = reinterpret_cast<const void*>(head);
     product_head_ = nullptr;
+    head_parts_.clear();
 }
 
 void Decoder::set_product_head(const Handle& head, uintptr_t gains) {
@@ -180,11 +181,28 @@ void Decoder::set_product_head(const Handle& head, uintptr_t gains) {
     product_head_ = &head;
     head_gains_ = floats(gains);
     head_ = nullptr;
+    head_parts_.clear();
+}
+
+void Decoder::add_head_part(const Handle& part, uintptr_t rows) {
+    if (!rows || part.columns() != hidden_) {
+        fail("a part of the head has " + std::to_string(part.columns()) + " columns, not " + std::to_string(hidden_) +
+             ", or no rows");
+    }
+    const auto* to = reinterpret_cast<const int32_t*>(rows);
+    for (int64_t i = 0; i < part.rows(); ++i) {
+        if (to[i] < 0 || to[i] >= vocabulary_) {
+            fail("row " + std::to_string(to[i]) + " of the head is not in 0 .. " + std::to_string(vocabulary_ - 1));
+        }
+    }
+    head_parts_.push_back({&part, to});
+    head_ = nullptr;
+    product_head_ = nullptr;
 }
 
 void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int digits, int threads) const {
     check_threads(threads);
-    if (!norm_ || !(head_ || product_head_)) fail("the decoder has no ends yet");
+    if (!norm_ || !(head_ || product_head_ || !head_parts_.empty())) fail("the decoder has no ends yet");
     if (position < 0 || position >= length_) {
         fail("position is " + std::to_string(position) + "; the cache has " + std::to_string(length_) + " places");
     }
@@ -230,6 +248,15 @@ void Decoder::step(uintptr_t embedding, int64_t position, uintptr_t logits, int 
     if (product_head_) {
         product_head_->matmul(in.data(), Type::f32, 1, hidden_, nullptr, y, digits, threads);
         if (head_gains_) by_row(y, head_gains_, nullptr, vocabulary_);
+        return;
+    }
+    if (!head_parts_.empty()) {
+        std::vector<float> made;
+        for (const HeadPart& part : head_parts_) {
+            made.resize(static_cast<size_t>(part.product->rows()));
+            part.product->matmul(in.data(), Type::f32, 1, hidden_, nullptr, made.data(), digits, threads);
+            for (size_t i = 0; i < made.size(); ++i) y[part.rows[i]] = made[i];
+        }
         return;
     }
     constexpr int64_t rows = 64;

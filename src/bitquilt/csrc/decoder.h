@@ -32,6 +32,9 @@ class Decoder {
     void set_head(uintptr_t head, int64_t type);
     void set_product_head(const Handle& head, uintptr_t gains);
 
+    // A head in parts, added one by one: a stored weight that makes the logits `rows`, int32 [rows of the weight].
+    void add_head_part(const Handle& part, uintptr_t rows);
+
     // x fp32 [hidden], the token's embedding -> logits fp32 [vocabulary]; fills place `position` of the cache.
     void step(uintptr_t x, int64_t position, uintptr_t logits, int digits, int threads) const;
 
@@ -44,15 +47,21 @@ class Decoder {
         Type cache_type;
     };
 
+    struct HeadPart {
+        const Handle* product;
+        const int32_t* rows;
+    };
+
     void attend(const Layer& layer, const float* query, int64_t position, float* out, int threads) const;
 
     int64_t hidden_, heads_, kv_heads_, head_dim_, rotary_, inner_, vocabulary_, length_;
     float epsilon_, scale_;
     std::vector<Layer> layers_;
     const float *norm_ = nullptr, *cosines_ = nullptr, *sines_ = nullptr;
-    const void* head_ = nullptr;           // this or product_head_
+    const void* head_ = nullptr;           // this, product_head_ or head_parts_
     const Handle* product_head_ = nullptr;
     const float* head_gains_ = nullptr;
+    std::vector<HeadPart> head_parts_;
     Type head_type_ = Type::f32;
 };
 

@@ -133,6 +133,7 @@ NB_MODULE(_kernels, m) {
         .def("set_ends", &Decoder::set_ends)
         .def("set_head", &Decoder::set_head)
         .def("set_product_head", &Decoder::set_product_head, nb::keep_alive<1, 2>())
+        .def("add_head_part", &Decoder::add_head_part, nb::keep_alive<1, 2>())
         .def("step", &Decoder::step, Released());
     m.attr("MAX_TOKENS") = max_tokens;
 }

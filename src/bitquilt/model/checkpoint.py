@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,11 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Bytes of all tensors as the files hold them."""
         return self.nbytes + self.source.nbytes - sum(self.tensors[name].nbytes for name in self.source.weights)
+
+    @property
+    def weights(self) -> int:
+        """Number of stored values, the model's parameters."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def companions(self) -> list[Path]:
         """Small files of the model that are copied to the output: tokenizer, generation settings, custom code."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
+from bitquilt.model.replace import replaced_weights
 from bitquilt.model.structure import Skeleton
 
 _HALF = 2
@@ -33,7 +34,7 @@ class Memory:
 
 def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int, looked_up: Container[str] = ()) -> Memory:
     """Count the memory for a context of `ctx` tokens. `looked_up`: tables of which only rows are ever unpacked."""
-    replaced = {f"{name}.weight" for name in layouts}
+    replaced = replaced_weights(layouts)
     kept = sum(
         info.nbytes
         for name, info in skeleton.checkpoint.tensors.items()

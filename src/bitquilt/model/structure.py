@@ -18,10 +18,10 @@ from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, refuse_two_sources
 from bitquilt.model.config import ModelConfig, config_of
-from bitquilt.model.embedding import replace_layers
 from bitquilt.model.encoded.recognize import FLOATS
 from bitquilt.model.experts import experts_of, split_experts, stacked_parameters
 from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_module
+from bitquilt.model.replace import replace_layers
 from bitquilt.model.shared_layers import SharedLinear
 from bitquilt.model.transformers_logging import quiet_transformers
 

@@ -17,6 +17,7 @@ import torch
 from bitquilt.core.packing import TensorSpec, tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.model.config import read_layouts, with_quantization
+from bitquilt.model.replace import table_path
 from bitquilt.model.structure import Skeleton
 from bitquilt.model.tensor_info import TensorInfo
 from bitquilt.stream.writer import rest_shards
@@ -37,6 +38,7 @@ _SPELLED = {
 }
 # A layer in report.json is a dozen numbers of up to 24 characters with their names, and room for an event.
 _REPORT_BYTES, _REPORT_LAYER_BYTES = 12_288, 640
+_MOST_PARTS = 7  # of a table: one for each width from 2 to 8
 
 Stored = tuple[str, str, tuple[int, ...], int]
 """Name, type in the spelling of safetensors, shape and bytes of a tensor."""
@@ -89,35 +91,44 @@ class Sizes:
         *,
         plan_text: int,
         digits: int,
+        tables: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`layers`: paths that are quantized. `plan_text`: bytes of plan.json, of which `digits` are bits of groups,
-        which the report repeats. `config`: entries of config.json that differ from those of the source."""
+        """`layers`: paths that are quantized, those of `tables` in parts left out. `plan_text`: bytes of plan.json, of
+        which `digits` are bits of groups, which the report repeats. `config`: entries of config.json that differ from
+        those of the source."""
         self._config = {**skeleton.checkpoint.config, **(config or {})}
         infos = skeleton.checkpoint.tensors
-        replaced = {f"{name}.weight" for name in layers}
+        replaced = {f"{name}.weight" for name in (*layers, *tables)}
         self.files: list[tuple[list[str], list[Stored]]] = []  # layers, tensors copied into their file
         for path in skeleton.blocks:
             inside = [name for name in layers if name.startswith(f"{path}.")]
             self.files.append((inside, [_stored(s, infos[s]) for s in skeleton.kept_sources(path, replaced)]))
         blocks = tuple(f"{path}." for path in skeleton.blocks)
-        self.files += [([name], []) for name in layers if not name.startswith(blocks)]  # head, embedding
+        whole = [name for name in (*layers, *tables) if not name.startswith(blocks)]
+        self.files += [([name], []) for name in whole]  # head, embedding
+        self._tables = frozenset(tables)
         for names in rest_shards(skeleton, replaced):
             self.files.append(([], [_stored(name, infos[name]) for name in names]))
         self._copied = [file_bytes(kept) if not inside else 0 for inside, kept in self.files]
         self._small = plan_text + sum(skeleton.checkpoint.companion_bytes().values())
-        paths = sum(map(len, layers))
-        self.report = _REPORT_BYTES + digits + paths + _REPORT_LAYER_BYTES * len(layers)
+        reported = [*layers, *(name for name in tables for _ in range(_MOST_PARTS))]
+        self.report = _REPORT_BYTES + digits + sum(map(len, reported)) + _REPORT_LAYER_BYTES * len(reported)
 
     def of(self, layouts: Mapping[str, Layout]) -> FolderSize:
         """Return the size of the folder with these layouts of all layers."""
+        parts: dict[str, list[str]] = {name: [] for name in self._tables}
+        for name, layout in layouts.items():
+            if layout.of_rows:
+                parts[table_path(name)].append(name)
         total = 0
         weight_map: dict[str, str] = {}
         for number, ((inside, kept), copied) in enumerate(zip(self.files, self._copied, strict=True), start=1):
             stored = kept
             size = copied
             if inside:
-                stored = [*kept, *(item for name in inside for item in layout_tensors(name, layouts[name]))]
+                own = [name for path in inside for name in parts.get(path, [path])]
+                stored = [*kept, *(item for name in own for item in layout_tensors(name, layouts[name]))]
                 size = file_bytes(stored)
             total += size
             shard = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
@@ -138,7 +149,9 @@ def promised_bytes(
     skeleton: Skeleton, layouts: Mapping[str, Layout], plan: Mapping[str, Any], config: Mapping[str, Any]
 ) -> int:
     """Bytes of the folder with these layouts and this plan.json; `config`: see `Sizes`."""
-    sizes = Sizes(skeleton, list(layouts), plan_text=json_bytes(plan), digits=_digits(plan), config=config)
+    layers = [name for name, layout in layouts.items() if not layout.of_rows]
+    tables = list(dict.fromkeys(table_path(name) for name, layout in layouts.items() if layout.of_rows))
+    sizes = Sizes(skeleton, layers, plan_text=json_bytes(plan), digits=_digits(plan), tables=tables, config=config)
     return sizes.of(layouts).total
 
 

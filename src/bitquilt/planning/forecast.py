@@ -12,6 +12,7 @@ from bitquilt.core.packing import bits_per_weight, storage_bits
 from bitquilt.core.plan_file import OuterBits, plan_json
 from bitquilt.core.types import Layout
 from bitquilt.model.memory import Memory
+from bitquilt.planning.contents import Content
 from bitquilt.planning.estimate import Estimate, Permit
 from bitquilt.planning.planner import Planned
 from bitquilt.request import Wish
@@ -40,6 +41,8 @@ class Forecast:
     ties: tuple[tuple[str, ...], ...]
     untouched: tuple[Untouched, ...]
     sensitivities: Path | None
+    contents: tuple[Content, ...]
+    parameters: int
     own_rule_bytes: int | None = None
 
     @property
@@ -55,7 +58,7 @@ class Forecast:
 
     def plan_json(self) -> dict[str, Any]:
         """Content of a plan.json for `quantize --plan`."""
-        return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.outer)
+        return plan_json(recipe_json(self.wish.recipe), self.planned.plans, self.outer, self.planned.table_rows)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -71,6 +74,8 @@ class Forecast:
             "bytes": planned.size.total,
             **({} if planned.exported_bytes is None else {"exported_bytes": planned.exported_bytes}),
             "tensor_bytes": planned.size.tensors,
+            "bits_per_parameter": 8 * planned.size.total / self.parameters,
+            "contents": [{**asdict(one), "bits": one.bits} for one in self.contents],
             "bpw": planned.bpw,
             "nominal_bits": planned.nominal_bits,
             "reachable_bytes": list(self.reachable_bytes),

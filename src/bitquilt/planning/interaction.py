@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Recipe
 from bitquilt.core.types import LayerPlan
+from bitquilt.model.free_tables import part_name
 from bitquilt.planning.sensitivities import Sensitivities
 
 _CONSTANT, _REPAIRED = 1.2, 0.64
@@ -64,15 +66,32 @@ class LossPrediction:
 
 
 def predict(
-    known: Sensitivities | None, plans: Mapping[str, LayerPlan], recipe: Recipe, outer: OuterBits
+    known: Sensitivities | None,
+    plans: Mapping[str, LayerPlan],
+    recipe: Recipe,
+    outer: OuterBits,
+    tables: Mapping[str, NDArray[np.uint8]] | None = None,
 ) -> LossPrediction | None:
     """Predict the loss of quantizing everything at once by `recipe`; None without sensitivities.
 
-    A layer whose plan does not match its table, as after an edit by hand, is left out.
+    `tables`: bits of the rows of embedding and head. A layer whose plan does not match its table, as after an edit by
+    hand, is left out.
     """
     if known is None:
         return None
-    return LossPrediction(predicted_losses(known, plans, recipe), known.perplexity, tuple(outer.given))
+    losses = predicted_losses(known, plans, recipe) | _row_losses(known, tables or {})
+    return LossPrediction(losses, known.perplexity, tuple(outer.given))
+
+
+def _row_losses(known: Sensitivities, tables: Mapping[str, NDArray[np.uint8]]) -> dict[str, float]:
+    """Predicted loss of each part of a table."""
+    found = {}
+    for name, bits in tables.items():
+        own = known.tables.get(name)
+        if own is not None and len(bits) == len(own.order) and set(np.unique(bits).tolist()) <= set(own.widths):
+            for width in np.unique(bits).tolist():
+                found[part_name(name, width)] = float(own.expected([width])[bits == width].sum(dtype=np.float64))
+    return found
 
 
 def predicted_losses(known: Sensitivities, plans: Mapping[str, LayerPlan], recipe: Recipe) -> dict[str, float]:

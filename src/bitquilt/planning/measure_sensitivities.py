@@ -12,7 +12,7 @@ Blocks are computed on the job's device, the loss on the host.
 
 import shutil
 from collections import ChainMap, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,14 @@ from bitquilt.core.types import LayerStats
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
+from bitquilt.model.free_tables import TABLE_WIDTHS, Table
+from bitquilt.model.hooks import hooked
 from bitquilt.model.linear import QuantizedLinear, linear_weight
 from bitquilt.model.structure import vocabulary_size
+from bitquilt.model.tables.embedding import lookup_scale
 from bitquilt.planning.output_gradients import squared_gradients
-from bitquilt.planning.sensitivities import Sensitivities, measured_for, measured_tokens
+from bitquilt.planning.sensitivities import RowLosses, Sensitivities, measured_for, measured_tokens
+from bitquilt.planning.table_use import TableUse
 from bitquilt.planning.tabulate import LossTables
 from bitquilt.stream.block import SAMPLE_TOKENS
 from bitquilt.stream.block_calls import learn_calls
@@ -51,8 +55,9 @@ def measure(
     *,
     seed: int = 0,
     at: Path | None = None,
+    tables: Sequence[Table] = (),
 ) -> Sensitivities:
-    """Return loss tables for every layer of `job`, for its recipe and its calibration ids.
+    """Return loss tables for every layer of `job` and the rows of `tables`, for its recipe and calibration ids.
 
     `at`: a quantized checkpoint of the model, in which inputs and gradients are measured instead of in the
     full-precision model. Raises UserError where the recipe cannot be planned, the disk is too small, or numbers are not
@@ -65,16 +70,16 @@ def measure(
     )
     ids = _subset(job.ids, widest)
     first = None if at is None else read_plan(at / "plan.json").plans
-    tables = LossTables(job.recipe, len(ids) * ids.shape[1], first)
+    layers, use = LossTables(job.recipe, len(ids) * ids.shape[1], first), TableUse(job.skeleton, tables)
     folder = job.folder / "sensitivity"
     folder.mkdir(exist_ok=True)
     try:
-        perplexity = _Measurement(job, ids, folder, observe, seed, at).run(tables)
+        perplexity, rows = _Measurement(job, ids, folder, observe, seed, at, use).run(layers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    losses = {name: tables.losses[name] for name in sorted(tables.losses)}
+    losses = {name: layers.losses[name] for name in sorted(layers.losses)}
     about = measured_for(job.skeleton.checkpoint, job.recipe)
-    return Sensitivities(losses, tables.widths, job.recipe.plan_terms.unit_columns, perplexity, about)
+    return Sensitivities(losses, layers.widths, job.recipe.plan_terms.unit_columns, perplexity, about, rows)
 
 
 def _subset(ids: Tensor, widest: int) -> Tensor:
@@ -88,17 +93,24 @@ class _Measurement:
     """Forward and backward pass over all blocks. The inputs of all blocks stay on disk until the backward pass."""
 
     def __init__(
-        self, job: CalibratedJob, ids: Tensor, folder: Path, observe: Observer, seed: int, at: Path | None
+        self,
+        job: CalibratedJob,
+        ids: Tensor,
+        folder: Path,
+        observe: Observer,
+        seed: int,
+        at: Path | None,
+        use: TableUse,
     ) -> None:
         self.stored = None if at is None else StoredLayers(at)
-        self.job, self.ids, self.folder, self.observe = job, ids, folder, observe
+        self.job, self.ids, self.folder, self.observe, self.use = job, ids, folder, observe, use
         # where each label is drawn in the cumulated probabilities: the same labels in batches of any size
         self.draws = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         count = max(1, 2048 // ids.shape[1])  # a block's graph keeps a dozen activations per token
         self.batches = [slice(s, min(s + count, len(ids))) for s in range(0, len(ids), count)]
 
-    def run(self, tables: LossTables) -> float | None:
-        """Fill `tables`; return the model's perplexity on the calibration ids."""
+    def run(self, tables: LossTables) -> tuple[float | None, dict[str, RowLosses]]:
+        """Fill `tables`; return the model's perplexity on the calibration ids and the losses of embedding and head."""
         job, skeleton = self.job, self.job.skeleton
         self._open()
         for i in range(len(skeleton.blocks)):
@@ -110,7 +122,28 @@ class _Measurement:
             self.observe(Stage(f"sensitivity: backward through block {i + 1} of {len(skeleton.blocks)}"))
             with open_block(job, i) as block:
                 gradients = self._measure(block, gradients, tables)
-        return perplexity
+        return perplexity, self._rows(gradients) if self.use.tables else {}
+
+    def _rows(self, gradients: ActivationFile) -> dict[str, RowLosses]:
+        """Pass the gradients back to the embedding and return the losses of its rows and of the head's."""
+        skeleton, use = self.job.skeleton, self.use
+        self.observe(Stage("sensitivity: the rows of embedding and head"))
+        with skeleton.resident(""):
+            if use.embedding is not None:
+                for rows in self.batches:
+                    looked_up: list[Tensor] = []
+
+                    def watch(_ids: Tensor, output: Tensor, looked_up: list[Tensor] = looked_up) -> Tensor:
+                        looked_up.append(output.detach().requires_grad_())
+                        return looked_up[0]
+
+                    module = skeleton.model.get_submodule(use.embedding.path)
+                    with hooked(after=[(module, watch)]):
+                        hidden = self.calls.start(self.ids[rows], gradient=True)
+                    hidden.backward(gradients.read(rows).to(hidden.dtype))
+                    assert looked_up[0].grad is not None
+                    use.add_lookups(self.ids[rows], looked_up[0].grad * (lookup_scale(module) or 1.0))
+            return use.losses(TABLE_WIDTHS)
 
     def _measure(self, block: LoadedBlock, gradients: ActivationFile, tables: LossTables) -> ActivationFile:
         """Add the layers of one block to the tables and return the gradients of its inputs, given its outputs'."""
@@ -184,7 +217,10 @@ class _Measurement:
                     )
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
-                    drawn = _draw(flat, self.draws[rows])
+                    probabilities = flat.softmax(-1)
+                    self.use.add_logits(probabilities)
+                    drawn = _draw(probabilities, self.draws[rows])
+                    del probabilities
                     if not skeleton.config.encoder_decoder:  # its logits are of the token itself
                         losses.extend(_next_token_losses(logits, self.ids[rows]))
                 nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
@@ -192,7 +228,7 @@ class _Measurement:
                 gradients.write(rows, hidden.grad)
                 yield
 
-        with skeleton.resident(""):
+        with skeleton.resident(""), self.use.watching():
             if self.job.include_head:
                 path = head_path(skeleton)
                 linears = {path: skeleton.model.get_submodule(path)}
@@ -264,13 +300,13 @@ class _Measurement:
         return self.folder / f"inputs-{i:05d}.f32"
 
 
-def _draw(logits: Tensor, places: Tensor) -> Tensor:
-    """Draw a label `[n]` for each row of `logits` `[n, classes]` where `places`, from 0 to 1, fall; one a token."""
-    reached = logits.softmax(-1).cumsum_(-1)
+def _draw(probabilities: Tensor, places: Tensor) -> Tensor:
+    """Draw labels `[n]` from `probabilities` `[n, classes]`: where `places`, from 0 to 1 and one a token, fall."""
+    reached = probabilities.cumsum(-1)
     # a model without a logit per token, such as a classifier, takes the first token's place
-    chosen = places.flatten()[torch.arange(len(logits)) * places.numel() // len(logits)]
-    wanted = chosen.unsqueeze(1).to(logits) * reached[:, -1:]
-    return torch.searchsorted(reached, wanted).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+    chosen = places.flatten()[torch.arange(len(reached)) * places.numel() // len(reached)]
+    wanted = chosen.unsqueeze(1).to(reached) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted).squeeze(1).clamp_(max=reached.shape[-1] - 1)
 
 
 def _next_token_losses(logits: Tensor, ids: Tensor) -> list[Tensor]:

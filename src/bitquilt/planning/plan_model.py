@@ -6,16 +6,19 @@ from typing import Any
 
 from bitquilt.core.budget import Budget
 from bitquilt.core.events import Observer, Stage, silent
+from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.settings import SELF, Calibration, Selection, grouped
 from bitquilt.data.calibration import check_calibration, clip_to_context, make_calibration
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
+from bitquilt.model.free_tables import free_tables
 from bitquilt.model.outline import open_outline
 from bitquilt.model.remote import open_headers
 from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
 from bitquilt.model.ties import tied_layers
+from bitquilt.planning.contents import folder_contents
 from bitquilt.planning.estimate import estimate, permits
 from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.measure_sensitivities import measure
@@ -69,7 +72,8 @@ def plan(
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
     outer = rounded_tables(skeleton, selection.outer, shapes)
-    planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer, engine=engine)
+    tables = wanted.tables(skeleton, selection, shapes)
+    planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer, tables=tables, engine=engine)
     planned, own_rule_bytes = _planned(planner, wanted, known)
     calibration, _ = clip_to_context(calibration, checkpoint)
     ctx = ctx or (wanted.budget.ctx if wanted.budget else None) or _CTX
@@ -85,9 +89,11 @@ def plan(
         estimate=estimate(skeleton, shapes, planner.recipe, calibration, measures=wanted.by_loss and known is None),
         permits=permits({name: planned.layouts[name] for name in shapes}),
         ties=tuple(tuple(names) for names in ties),
-        untouched=untouched_tensors(skeleton, {*shapes, *(table.path for table in outer)}),
+        untouched=untouched_tensors(skeleton, {*shapes, *(t.path for t in outer), *(t.path for t in tables)}),
         sensitivities=None if sensitivities is None else Path(sensitivities),
         own_rule_bytes=own_rule_bytes,
+        contents=folder_contents(skeleton, planned.layouts, planned.size.total),
+        parameters=skeleton.checkpoint.weights,
     )
 
 
@@ -134,7 +140,7 @@ def measure_model(
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
-    all_targets(skeleton, selection.skip, selection.include_head)  # refuses a selection that cannot be quantized
+    layers = all_targets(skeleton, selection.skip, selection.include_head)
     calibration, _ = clip_to_context(calibration, checkpoint)
     vocabulary = vocabulary_size(skeleton.model)
     ids = make_calibration(checkpoint, calibration, vocabulary=vocabulary, progress=lambda t: observer(Stage(t)))
@@ -149,7 +155,8 @@ def measure_model(
             ids=ids,
             batch_size=1,
         )
-        found = measure(job, observer, seed=calibration.seed)
+        tables = () if selection.keep_embedding else free_tables(skeleton, OuterBits(), shapes_of(layers))
+        found = measure(job, observer, seed=calibration.seed, tables=tables)
     found.save(Path(path))
     return found
 

@@ -4,9 +4,10 @@ One planner serves all budgets of a model and a recipe; `check` refuses a budget
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitquilt.allocation.path import Ints
 from bitquilt.core.budget import Budget, Scope
@@ -17,7 +18,9 @@ from bitquilt.engines.engine import Container
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.config import total_bpw, total_nominal_bits
+from bitquilt.model.free_tables import Table
 from bitquilt.model.memory import Memory, memory_bytes
+from bitquilt.model.replace import table_path
 from bitquilt.model.structure import Skeleton
 from bitquilt.model.ties import tied_layers
 from bitquilt.planning.exported_size import ExportedSize
@@ -46,7 +49,8 @@ class Planned:
     """A plan and everything known about it before a weight is read.
 
     `spent` of the budget in the budget's own unit; `reach`: least and most that plans take in that unit. `prediction`:
-    None without sensitivities. `exported_bytes`: the folder for the planner's engine, where it has one.
+    None without sensitivities. `table_rows`: bits of every row of embedding and head, where they share the budget.
+    `exported_bytes`: the folder for the planner's engine, where it has one.
     """
 
     plans: dict[str, LayerPlan]
@@ -56,6 +60,7 @@ class Planned:
     spent: float
     reach: tuple[float, float]
     scope: Scope
+    table_rows: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     exported_bytes: int | None = None
 
     @property
@@ -85,11 +90,12 @@ class Planner:
         *,
         ties: Sequence[Sequence[str]] = (),
         outer: Sequence[RoundedTable] = (),
+        tables: Sequence[Table] = (),
         engine: str | None = None,
     ) -> None:
         """`shapes`: `[out, in]` of the layers to quantize, by path; `ties`: layers that share their bits; `outer`:
-        embedding and head in few bits, which count although the plan does not allocate them; `engine`: the name of
-        another engine, whose widths and files count instead of ours.
+        embedding and head in few bits, which count although the plan does not allocate them; `tables`: those whose rows
+        share the budget; `engine`: the name of another engine, whose widths and files count instead of ours.
 
         Raises UserError if the recipe cannot be planned, layers of different widths are tied, or the engine cannot hold
         a layer.
@@ -101,8 +107,9 @@ class Planner:
             ties = tied_layers(skeleton.model, shapes)
         # a recipe that fixes its zeros there; others may need a wider form
         self.middle = self.engine is not None and getattr(recipe, "zeros", None) == "middle"
-        self.units, self.ties = Units(recipe, shapes, ties, engine=self.engine), ties
+        self.units, self.ties = Units(recipe, shapes, ties, tables=tables, engine=self.engine), ties
         self.skeleton, self.shapes, self.recipe, self.outer = skeleton, self.units.shapes, recipe, tuple(outer)
+        self.tables = tuple(tables)
         self.outer_bits = OuterBits(**{table.kind: table.bits for table in outer})
         self.sizes = self._sizes()
         self.exported = None
@@ -116,10 +123,13 @@ class Planner:
         group_size = self.units.group_size
         digits = sum(-(-width // group_size) for _, width in self.shapes.values())
         empty = {name: LayerPlan((), group_size) for name in self.shapes}
-        text = json_bytes(plan_json(recipe_json(self.recipe), empty, self.outer_bits)) + digits
+        rows = {table.path: np.full(table.rows, 8, np.uint8) for table in self.tables}
+        text = json_bytes(plan_json(recipe_json(self.recipe), empty, self.outer_bits, rows)) + digits
         layers = [*self.shapes, *(table.path for table in self.outer)]
-        changed = {key: value for table in self.outer for key, value in table.config.items()}
-        return Sizes(self.skeleton, layers, plan_text=text, digits=digits, config=changed)
+        configs = [*(table.config for table in self.outer), *(table.config for table in self.tables)]
+        changed = {key: value for config in configs for key, value in config.items()}
+        tables = [table.path for table in self.tables]
+        return Sizes(self.skeleton, layers, plan_text=text, digits=digits, tables=tables, config=changed)
 
     def layouts(self, choices: Ints) -> dict[str, Layout]:
         """Layouts of every layer for choices per unit, and of embedding and head."""
@@ -138,6 +148,10 @@ class Planner:
         if budget.kind == "size":
             exported = self.exported_bytes(layouts)
             return self.sizes.of(layouts).total if exported is None else exported
+        if budget.kind == "total-bpw":
+            exported = self.exported_bytes(layouts)
+            total = self.sizes.of(layouts).total if exported is None else exported
+            return 8 * total / self.skeleton.checkpoint.weights
         assert budget.ctx is not None
         return self.memory(layouts, budget.ctx).total
 
@@ -147,7 +161,7 @@ class Planner:
             return total_bpw(layouts)
         held = self.held(layouts)
         specs = [self.engine.layer_specs(layout, held=held[path]) for path, layout in layouts.items()]
-        return 8 * sum(spec.nbytes for found in specs for spec in found.values()) / self._weights()
+        return 8 * sum(spec.nbytes for found in specs for spec in found.values()) / self._own_weights
 
     def held(self, layouts: Mapping[str, Layout]) -> dict[str, Container]:
         """Forms of the layers in the engine's files. Raises UserError for a layer that it cannot hold."""
@@ -162,6 +176,8 @@ class Planner:
     def memory(self, layouts: Mapping[str, Layout], ctx: int) -> Memory:
         """Memory that the model takes while it runs with `ctx` tokens."""
         looked_up = [table.path for table in self.outer if table.looked_up]
+        single = {table.path for table in self.tables if table.looked_up}
+        looked_up += [name for name, layout in layouts.items() if layout.of_rows and table_path(name) in single]
         return memory_bytes(self.skeleton, layouts, ctx, looked_up)
 
     def reach(self, budget: Budget) -> tuple[float, float]:
@@ -177,7 +193,7 @@ class Planner:
     def check(self, budget: Budget) -> tuple[float, float]:
         """Return the reach. Raises UnreachableError for a budget below it, or for bits per weight above it."""
         least, most = self.reach(budget)
-        if budget.value < least or (budget.value > most and budget.kind in ("bits", "bpw")):
+        if budget.value < least or (budget.value > most and not budget.in_bytes):
             raise UnreachableError(
                 f"the budget is {budget}; this model reaches {_range_text(budget, least, most)} with this recipe; "
                 "change the budget, the recipe or its group size",
@@ -205,14 +221,14 @@ class Planner:
             costs=units.nominal() if budget.kind == "bits" else units.costs,
             exact=lambda choices: self.spent(budget, self.layouts(choices)),
             target=budget.value,
-            unit=1.0 / self._weights() if budget.kind in ("bits", "bpw") else 1 / 8,
+            unit=1 / 8 if budget.in_bytes else 1.0 / self._weights(budget),
             estimates=budget.kind != "bits",
         )
         choices = search.choices(scope)
-        layouts, plans = self.layouts(choices), units.plans(choices)
-        prediction = predict(known, plans, self.recipe, self.outer_bits)
-        spent, exported = self.spent(budget, layouts), self.exported_bytes(layouts)
-        return Planned(plans, layouts, self.sizes.of(layouts), prediction, spent, reach, scope, exported)
+        layouts, plans, rows = self.layouts(choices), units.plans(choices), units.table_rows(choices, known)
+        prediction = predict(known, plans, self.recipe, self.outer_bits, rows)
+        size, spent, exported = self.sizes.of(layouts), self.spent(budget, layouts), self.exported_bytes(layouts)
+        return Planned(plans, layouts, size, prediction, spent, reach, scope, rows, exported)
 
     def plan_own(self, budget: Budget, scope: Scope, known: Sensitivities | None = None) -> Planned:
         """Return the plan within a recipe's own bits, which do not count embedding and head; the size does."""
@@ -223,12 +239,17 @@ class Planner:
         size = self.sizes.of(layouts)
         return replace(alone, layouts=layouts, size=size, prediction=prediction, exported_bytes=exported)
 
-    def _weights(self) -> int:
+    def _weights(self, budget: Budget) -> int:
+        """Number of weights over which bits per weight are a mean."""
+        return self.skeleton.checkpoint.weights if budget.kind == "total-bpw" else self._own_weights
+
+    @property
+    def _own_weights(self) -> int:
         own = sum(rows * width for rows, width in self.shapes.values())
         return own + sum(table.weights for table in self.outer)
 
 
 def _range_text(budget: Budget, least: float, most: float) -> str:
-    if budget.kind in ("bits", "bpw"):
+    if not budget.in_bytes:
         return f"{least:.4g} to {most:.4g}"
     return f"{least:.0f} to {most:.0f} bytes ({least / 2**30:.3g} to {most / 2**30:.3g} GiB)"

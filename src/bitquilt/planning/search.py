@@ -61,12 +61,14 @@ class Search:
     def _whole_layers(self) -> Ints:
         """Return one choice for all units of a layer: the exact optimum over layers, by what whole layers take.
 
+        Blocks of rows of an embedding or head are chosen one by one.
+
         Costs may leave out some bytes of headers that depend on the choices. So the room for costs is what remains with
         those of the last solution, until a solution comes again; the best one that fits stands.
         """
-        losses = summed(self.losses, self.units.members_units)
+        losses = summed(self.losses, self.units.wholes)
         costs = self._layer_costs()
-        rows, sizes = np.arange(len(costs)), [len(units) for units in self.units.members_units]
+        rows, sizes = np.arange(len(costs)), [len(units) for units in self.units.wholes]
         best = found = np.zeros(len(costs), dtype=np.int8)
         seen = {found.tobytes()}
         for _ in range(_TRIES):
@@ -85,14 +87,14 @@ class Search:
 
     def _layer_costs(self) -> Floats:
         """Costs `[layers, palette]` of whole layers, in small models with the bytes that their headers take."""
-        members, widths = self.units.members_units, len(self.units.palette)
+        members, widths = self.units.wholes, len(self.units.palette)
         if not self.estimates:
             return summed(self.costs, members)
         costs = self.units.layer_costs()
         if costs.size <= _FEW_WIDTHS:
             narrow = np.zeros(self.units.count, dtype=np.int8)
             least = self.exact(narrow)
-            for layer, units in enumerate(members):
+            for layer, units in enumerate(members[: len(self.units.slices)]):  # a block of rows shares its headers
                 for width in range(1, widths):
                     wide = narrow.copy()
                     wide[units] = width

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bitquilt.model.embedding import SharedHead, lookup
 from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.replace import SharedHead, lookup
+from bitquilt.model.tables.mixed_rows import MixedRows
 from bitquilt.ops import cpu_kernels
 from bitquilt.ops.large_pages import place
 from bitquilt.ops.stored_weight import Handle
@@ -116,7 +117,7 @@ class CpuDecoder:
         return handle.native
 
     def _set_head(self, head: Any) -> None:
-        """A linear layer, quantized or not, or the quantized embedding that it shares."""
+        """A linear layer, quantized or not, in parts or not, or the quantized embedding that it shares."""
         if type(head) is nn.Linear:
             require(head.weight.dtype in cpu_kernels.TYPES, f"its head is {head.weight.dtype}")
             large = head.weight.numel() * head.weight.itemsize >= _PAGED_BYTES
@@ -126,9 +127,20 @@ class CpuDecoder:
             weight = head.weight.detach().contiguous()
             self._kept.append(weight)
             self._native.set_head(weight.data_ptr(), cpu_kernels.TYPES[weight.dtype])
+            return
+        layer = head.table if isinstance(head, SharedHead) else head
+        if isinstance(layer, MixedRows):
+            self._set_head_in_parts(layer)
         else:
-            layer = head.table if isinstance(head, SharedHead) else head
             self._native.set_product_head(self._product(layer), self._address(layer._buffers.get("row_gains")))
+
+    def _set_head_in_parts(self, table: MixedRows) -> None:
+        stored, start = table.places[2], 0
+        rows = stored.argsort().int()
+        self._kept.append(rows)
+        for part in table.parts:
+            self._native.add_head_part(self._product(part), rows[start:].data_ptr())
+            start += part.out_features
 
     def _address(self, tensor: Tensor | None) -> int:
         return 0 if tensor is None else self._floats(tensor).data_ptr()

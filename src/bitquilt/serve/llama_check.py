@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bitquilt.model.embedding import lookup
+from bitquilt.model.replace import lookup
 from bitquilt.ops.decoder_ops import AttentionShape, HeadNorms
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -20,9 +20,9 @@ from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import GUARDED, QUANT_METHOD, layouts_of_entry
-from bitquilt.model.embedding import guard_resizing, replace_layers
 from bitquilt.model.experts import split_experts
 from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.replace import guard_resizing, replace_layers, replaced_weights
 from bitquilt.ops import gpu
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
     found_at = _check_packed(checkpoint, layouts, model)
     if type(model) is not architecture(checkpoint.model_config.architectures):
         return found_at  # another head, such as one for classification, may begin at random
-    quantized = {f"{_own_name(path, model)}.weight" for path in layouts}
+    quantized = replaced_weights({_own_name(path, model): layout for path, layout in layouts.items()})
     names = source_names(model, checkpoint.tensors)
     refuse_two_sources(checkpoint, {source: name for source, (name, converted) in names.items() if not converted})
     found = {name for name, _ in names.values()}

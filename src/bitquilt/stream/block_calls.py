@@ -80,13 +80,13 @@ class BlockCalls:
         """Columns before block i: of hidden states, and of what blocks receive besides."""
         return self.roles.columns.width(i)
 
-    def start(self, ids: Tensor) -> Tensor:
+    def start(self, ids: Tensor, *, gradient: bool = False) -> Tensor:
         """Return what the first block reads for ids `[batch, tokens]`: `[batch, tokens, width]`.
 
-        Needs the outer weights in memory.
+        Needs the outer weights in memory. `gradient`: keep the graph from what requires a gradient.
         """
         places, crossing = self.roles.places, self.roles.crossing
-        heard = listen(self.skeleton, ids, self.extras, last=None if places else 0)
+        heard = listen(self.skeleton, ids, self.extras, last=None if places else 0, gradient=gradient)
         carried: dict[int, Tensor] = {}
         for (i, j), number in places.items():
             carried.setdefault(number, heard.leaves(i)[j])

@@ -1,25 +1,30 @@
-"""Embedding and head rounded to few bits on request, before the blocks, so that these see the embedding's errors.
+"""Embedding and head in few bits, stored before the blocks, so that these see the embedding's errors.
 
-`rounded_tables` says which tables a run will round, `put_tables` rounds them and puts them into the model, `put_head`
-puts in any quantized head.
+`rounded_tables` says which tables are rounded to one width on request; `model.tables` which share a budget with the
+layers. `put_tables` stores both kinds and puts them into the model, `put_head` puts in any quantized head.
 """
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitquilt.core.packing import pack
 from bitquilt.core.plan_file import OuterBits
-from bitquilt.core.types import Format, Layout
+from bitquilt.core.types import Event, Format, Layout, QuantizedWeight
 from bitquilt.errors import UserError
 from bitquilt.layer.nearest import round_symmetric
-from bitquilt.model.embedding import QuantizedEmbedding, embedding_path, put_embedding
+from bitquilt.layer.table import solve_rows
+from bitquilt.model.free_tables import TABLE_GROUP_SIZE, Table, part_name
 from bitquilt.model.linear import QuantizedLinear, linear_weight, replace_module
+from bitquilt.model.replace import embedding_path, put_embedding
 from bitquilt.model.structure import Skeleton
+from bitquilt.model.tables.embedding import QuantizedEmbedding
+from bitquilt.model.tables.mixed_rows import MixedEmbedding, MixedHead
 from bitquilt.stream.job import Job, check_weights, head_path
 from bitquilt.stream.records import TABLE_STEMS, BlockRecord, LayerRecord, read_record, write_record
 from bitquilt.stream.workdir import read_tensors, tensors_of, tensors_sum, write_tensors
@@ -76,7 +81,8 @@ def _embedding(skeleton: Skeleton) -> str:
     if path is None:
         kind = type(skeleton.model).__name__
         raise UserError(
-            f"the embedding of {kind} does more than look up rows and cannot be rounded; leave out embedding bits"
+            f"the embedding of {kind} does more than look up and scale rows and cannot be rounded; leave out embedding "
+            "bits"
         )
     if f"{path}.weight" not in skeleton.parameters.values():
         raise UserError(f"the embedding {path} is not stored as one table; leave out embedding bits")
@@ -109,16 +115,32 @@ def put_tables(job: Job) -> Job:
     Return the job with a skeleton that no longer reads the full-precision tables. Raises UserError for a table with
     NaN or Inf.
     """
-    tables = rounded_tables(job.skeleton, job.outer)
+    tables: list[RoundedTable | Table] = [*rounded_tables(job.skeleton, job.outer), *job.tables]
     for table in tables:
-        record = read_record(job.folder / f"{TABLE_STEMS[table.kind]}.json") or _round(job, table)
-        tensors = tensors_of(table.path, read_tensors(job.folder / record.file))
-        layout = record.layers[table.path].layout
-        if table.kind == "embedding":
-            put_embedding(job.skeleton.model, table.path, QuantizedEmbedding.from_tensors(tensors, layout))
-        else:
-            put_head(job.skeleton, table.path, tensors, layout)
+        record = read_record(job.folder / f"{TABLE_STEMS[table.kind]}.json")
+        if record is None:
+            record = _round(job, table) if isinstance(table, RoundedTable) else _solve(job, table)
+        _put(job, table, record)
     return replace(job, skeleton=job.skeleton.without({f"{table.path}.weight" for table in tables}))
+
+
+def _put(job: Job, table: RoundedTable | Table, record: BlockRecord) -> None:
+    """Put a stored table into the model."""
+    stored, model = read_tensors(job.folder / record.file), job.skeleton.model
+    if isinstance(table, Table):
+        parts = {name.rpartition(".")[2]: (tensors_of(name, stored), x.layout) for name, x in record.layers.items()}
+        if table.kind == "embedding":
+            put_embedding(model, table.path, MixedEmbedding.of(parts))
+        else:
+            head = MixedHead.of(parts)
+            head.register_parameter("bias", getattr(model.get_submodule(table.path), "bias", None))
+            replace_module(model, table.path, head)
+        return
+    tensors, layout = tensors_of(table.path, stored), record.layers[table.path].layout
+    if table.kind == "embedding":
+        put_embedding(model, table.path, QuantizedEmbedding.from_tensors(tensors, layout))
+    else:
+        put_head(job.skeleton, table.path, tensors, layout)
 
 
 def put_head(skeleton: Skeleton, path: str, tensors: dict[str, Tensor], layout: Layout) -> None:
@@ -129,30 +151,61 @@ def put_head(skeleton: Skeleton, path: str, tensors: dict[str, Tensor], layout: 
 
 
 def _round(job: Job, table: RoundedTable) -> BlockRecord:
-    started, path, stem = time.perf_counter(), table.path, job.folder / TABLE_STEMS[table.kind]
-    check_weights({path: job.skeleton.model.get_submodule(path)})
-    weight = _weight(job.skeleton, path)
+    started, path = time.perf_counter(), table.path
+    weight = _checked_weight(job, path)
     stored = round_symmetric(weight, table.bits, GROUP_SIZE)
-    tensors, file = pack(stored), stem.with_suffix(".safetensors")
-    named = {f"{path}.{key}": value for key, value in tensors.items()}
-    write_tensors(file, named)
-    rounded = QuantizedLinear.from_tensors(tensors, stored.layout).dequantize()
-    seconds = round(time.perf_counter() - started, 3)
-    layer = LayerRecord(
-        layout=stored.layout,
-        bits=str(table.bits) * -(-weight.shape[1] // GROUP_SIZE),
-        group_size=GROUP_SIZE,
-        output_error=None,
-        weight_error=float((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)),
-        loss=None,
-        seconds=seconds,
-    )
+    return _commit(job, table, {path: (stored, weight)}, (), started)
+
+
+def _solve(job: Job, table: Table) -> BlockRecord:
+    """Store the rows at the bits that the job's plan gives them."""
+    started, bits = time.perf_counter(), torch.from_numpy(job.table_rows[table.path])
+    weight, use = _checked_weight(job, table.path), job.uses.get(table.path)
+    solved = solve_rows(weight, bits, use, TABLE_GROUP_SIZE)
+    layers = {part_name(table.path, width): (stored, weight[stored.rows]) for width, stored in solved.items()}
+    why = "rows are rounded to nearest: nothing is known of their use; give --sensitivities"
+    events = () if use is not None else (Event(table.path, "no row statistics", why),)
+    return _commit(job, table, layers, events, started)
+
+
+def _checked_weight(job: Job, path: str) -> Tensor:
+    check_weights({path: job.skeleton.model.get_submodule(path)})
+    return _weight(job.skeleton, path)
+
+
+def _commit(
+    job: Job,
+    table: RoundedTable | Table,
+    layers: Mapping[str, tuple[QuantizedWeight, Tensor]],
+    events: tuple[Event, ...],
+    started: float,
+) -> BlockRecord:
+    """Write the stored weights of a table's `layers`, by path with their full-precision values, and the record."""
+    stem = job.folder / TABLE_STEMS[table.kind]
+    file = stem.with_suffix(".safetensors")
+    tensors: dict[str, Tensor] = {}
+    records, seconds = {}, round(time.perf_counter() - started, 3)
+    for path, (stored, weight) in layers.items():
+        packed = pack(stored)
+        tensors |= {f"{path}.{key}": value for key, value in packed.items()}
+        rounded = QuantizedLinear.from_tensors(packed, stored.layout).dequantize()
+        form, width = stored.layout.segments[0]
+        records[path] = LayerRecord(
+            layout=stored.layout,
+            bits=str(form.bits) * -(-width // form.group_size),
+            group_size=form.group_size,
+            output_error=None,
+            weight_error=float((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)),
+            loss=None,
+            seconds=seconds,
+        )
+    write_tensors(file, tensors)
     record = BlockRecord(
-        block=path,
+        block=table.path,
         file=file.name,
-        tensors_sum=tensors_sum(named),
-        layers={path: layer},
-        events=(),
+        tensors_sum=tensors_sum(tensors),
+        layers=records,
+        events=events,
         seconds=seconds,
         planned=False,
         tied=table.tied,

@@ -11,7 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitquilt.core.plan_file import OuterBits
@@ -19,7 +21,9 @@ from bitquilt.core.recipe import Recipe
 from bitquilt.core.training import Training
 from bitquilt.core.types import LayerPlan, check_finite
 from bitquilt.errors import UserError
+from bitquilt.layer.table import RowUse
 from bitquilt.model.experts import expert_paths, refuse_parts
+from bitquilt.model.free_tables import Table
 from bitquilt.model.linear import is_linear, linear_weight
 from bitquilt.model.structure import Skeleton, gates, linear_layers
 
@@ -31,6 +35,8 @@ class Job:
     """A run without calibration data: model, recipe and work directory `folder`.
 
     `device`: where blocks are computed; what is outside them stays on the host. `notes`: for the report, by layer.
+    `tables`: embedding and head whose rows share the budget, `table_rows`: bits of every row, uint8 `[rows]`, and
+    `uses`: how much the rows matter, where that was measured, by path.
     """
 
     skeleton: Skeleton
@@ -42,6 +48,9 @@ class Job:
     plans: Mapping[str, LayerPlan] | None = None
     device: torch.device = _HOST
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+    table_rows: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    uses: Mapping[str, RowUse] = field(default_factory=dict)
 
     def calibrated(self, ids: Tensor, batch_size: int) -> "CalibratedJob":
         """Return the job with token ids to calibrate with."""

@@ -25,6 +25,7 @@ from bitquilt.core.units import size_text
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import INDEX_NAME, open_checkpoint
 from bitquilt.model.config import read_layouts, with_quantization
+from bitquilt.model.replace import replaced_weights
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.stream.block_calls import learn_calls
 from bitquilt.stream.records import BlockRecord
@@ -42,7 +43,7 @@ def assemble(skeleton: Skeleton, work: Path, records: Sequence[BlockRecord]) -> 
     folder.mkdir()
     layouts = {name: layer.layout for record in records for name, layer in record.layers.items()}
     files = [work / record.file for record in records]
-    for number, names in enumerate(rest_shards(skeleton, {f"{name}.weight" for name in layouts})):
+    for number, names in enumerate(rest_shards(skeleton, replaced_weights(layouts))):
         files.append(work / f"rest-{number:05d}.safetensors")
         write_tensors(files[-1], skeleton.checkpoint.read(names))
     weight_map: dict[str, str] = {}

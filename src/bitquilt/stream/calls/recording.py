@@ -61,10 +61,11 @@ def listen(
     extras: Sequence[Extras],
     passing: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     last: int | None = None,
+    gradient: bool = False,
 ) -> Heard:
     """Record the calls of all blocks, or those up to block `last`; each returns `passing` of its input and its extras.
 
-    `extras`: those of each block.
+    `extras`: those of each block. `gradient`: keep the graph of the inputs.
     """
     calls: list[Call] = []
     inputs: list[Tensor] = []
@@ -78,7 +79,7 @@ def listen(
             raise Stop
         return wrap_output(passing(hidden), extras[len(calls) - 1])
 
-    run_model(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), listening))
+    run_model(skeleton, ids, dict.fromkeys(range(len(skeleton.blocks)), listening), gradient)
     return Heard(inputs, calls)
 
 

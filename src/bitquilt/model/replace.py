@@ -1,76 +1,33 @@
-"""Token embeddings in few bits: `QuantizedEmbedding`, and `SharedHead`, which multiplies by the same codes.
+"""Quantized modules put into a model: `replace_layers` for a checkpoint's layouts, `put_embedding` for one table.
 
-The table is stored like a `QuantizedLinear` of `[vocabulary, width]`; a lookup unpacks only the rows that are read.
-`replace_layers` puts quantized modules into a model, `guard_resizing` keeps their number of rows.
+`SharedHead` multiplies by the codes of the embedding that it is tied to. `lookup` reads rows without keeping the pages
+of a mapped file. `guard_resizing` keeps the number of rows.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
-from bitquilt.model.linear import QuantizedLinear, replace_linears, replace_module
+from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_linears, replace_module
 from bitquilt.model.shared_layers import share_layers, shared_layers
-from bitquilt.ops.bits import unpack_bits
+from bitquilt.model.tables.embedding import QuantizedEmbedding, lookup_scale
+from bitquilt.model.tables.mixed_rows import MixedEmbedding, MixedHead, MixedRows
 from bitquilt.ops.large_pages import let_go
-from bitquilt.ops.reference import decode_uniform
 
 _AROUND = 2**21  # the most bytes that Linux maps around a page of a file: the largest piece in which it caches files
 _AT_ONCE = 8
 
 
-class QuantizedEmbedding(QuantizedLinear):
-    """A table of one symmetric uniform segment. Input: ids `[...]`; output `[..., width]` in the model's dtype."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        bias: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if len(layout.segments) != 1 or not layout.segments[0][0].symmetric or layout.ordering != "identity":
-            raise ValueError("a table of embeddings is one symmetric segment in the order of its columns")
-        super().__init__(layout, bias, device=device, dtype=dtype)
-        self.num_embeddings, self.embedding_dim = layout.out_features, layout.in_features
-        self.dtype = dtype or torch.float32
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings `[..., width]` of `ids` `[...]`."""
-        form, width = self.layout.segments[0]
-        flat = ids.reshape(-1)
-        codes = unpack_bits(self.get_buffer("codes_0")[flat], form.bits, width)
-        scale = self.get_buffer("scale_0")[flat]
-        rows = decode_uniform(codes, scale, scale.new_empty(0), form.bits, form.group_size)
-        return rows.to(self.dtype).view(*ids.shape, width)
-
-    def arrange(self) -> None:
-        """Do nothing: rows are looked up in the stored order."""
-
-    def project(self, x: Tensor) -> Tensor:
-        """Return x W^T `[..., vocabulary]` of x `[..., width]`, the product of a tied head."""
-        return super().forward(x)
-
-    @property
-    def weight(self) -> Tensor:
-        """The table, dequantized on each access, for model code that reads `embedding.weight`."""
-        return self.dequantize().to(self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.get_buffer("scale_0").device)).dtype
-        return super()._apply(fn, recurse)
-
-
 class SharedHead(nn.Module):
     """A head whose logits are products with the embeddings: it has no weight of its own, and may have a bias."""
 
-    def __init__(self, embedding: QuantizedEmbedding, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, embedding: QuantizedEmbedding | MixedEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._shared = (embedding,)  # not a submodule: its tensors are stored once, under the embedding's name
         self.in_features, self.out_features = embedding.in_features, embedding.out_features
@@ -78,7 +35,7 @@ class SharedHead(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def table(self) -> QuantizedEmbedding:
+    def table(self) -> QuantizedEmbedding | MixedEmbedding:
         """The embedding whose codes the head multiplies by."""
         return self._shared[0]
 
@@ -100,27 +57,35 @@ def lookup(embedding: nn.Module, ids: Tensor) -> Tensor:
     made 126 MB of a 131 MB table count as this process's memory. A smaller table is left alone: it would be mapped
     whole again at once, and freeing takes 0.1 ms a token, as long as such a model's own step.
     """
-    held = (*embedding.parameters(recurse=False), *embedding.buffers(recurse=False))
-    tables = [t for t in held if t.dim() == 2 and t.numel() * t.itemsize > _AROUND]
-    if ids.device.type != "cpu" or not tables:
+    mapped = any(True for _ in _mapped(embedding, ids[:1]))
+    if ids.device.type != "cpu" or not mapped:
         found: Tensor = embedding(ids)
         return found
     parts = []
     for part in ids.split(_AT_ONCE):
         parts.append(embedding(part))
-        for table in tables:
+        for table, rows in _mapped(embedding, part):
             around = _AROUND // max(1, table.stride(0) * table.itemsize) + 1
-            let_go([table.detach()[max(0, row - around) : row + around + 1] for row in part.tolist()])
+            let_go([table.detach()[max(0, row - around) : row + around + 1] for row in rows.tolist()])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _mapped(embedding: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each table that is large enough to be let go, with its rows that a lookup of `ids` reads."""
+    read = embedding.read(ids) if isinstance(embedding, MixedEmbedding) else ((embedding, ids),)
+    for module, rows in read:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dim() == 2 and tensor.numel() * tensor.itemsize > _AROUND:
+                yield tensor, rows
+
+
 def embedding_path(model: Any) -> str | None:
-    """Return the path of the token embedding if it is a plain `nn.Embedding`, which only looks rows up; else None."""
+    """Return the path of the token embedding if it only looks rows up, and scales them perhaps; else None."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    if type(table) is not nn.Embedding or table.max_norm is not None:
+    if lookup_scale(table) is None:
         return None
     return next(name for name, module in model.named_modules() if module is table)
 
@@ -128,10 +93,14 @@ def embedding_path(model: Any) -> str | None:
 def replace_layers(model: Any, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
     """Put an empty quantized module at each path of `layouts`, the embedding included; a tied head shares it.
 
+    Parts of one table, such as "lm_head.rows_4", are put at the table's path together.
+
     Raises ValueError for a layer that does not exist, is of another kind, or has another shape.
     """
     path = embedding_path(model)
-    linear = dict(layouts)
+    linear = {name: layout for name, layout in layouts.items() if not layout.of_rows}
+    for home, parts in _tables(layouts).items():
+        _replace_table(model, home, parts, dtype, embedding=home == path)
     if path is not None and path in linear:
         table, layout = model.get_submodule(path), linear.pop(path)
         if tuple(table.weight.shape) != (layout.out_features, layout.in_features):
@@ -179,13 +148,14 @@ def _quantized_tables(model: Any) -> list[str]:
     found = []
     for name, get in tables.items():
         with contextlib.suppress(AttributeError, NotImplementedError):  # a model without such a table
-            found += [name] * isinstance(get(), QuantizedLinear | SharedHead)
+            found += [name] * isinstance(get(), QuantizedLinear | MixedRows | SharedHead)
     return found
 
 
-def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:
+def put_embedding(model: Any, path: str, table: QuantizedEmbedding | MixedEmbedding) -> None:
     """Replace the embedding at `path` by `table`, and every module whose weight is tied to it by a `SharedHead`."""
     tied = [name for name, source in model.all_tied_weights_keys.items() if source == f"{path}.weight"]
+    table.lookup_scale = lookup_scale(model.get_submodule(path)) or 1.0
     replace_module(model, path, table)
     for name in tied:
         owner = name.removesuffix(".weight")
@@ -195,3 +165,47 @@ def put_embedding(model: Any, path: str, table: QuantizedEmbedding) -> None:
     model._tied_weights_keys = {
         name: source for name, source in (model._tied_weights_keys or {}).items() if name not in tied
     }
+
+
+def replaced_weights(layouts: Mapping[str, Layout]) -> set[str]:
+    """Return the names of the parameters whose place the layers in `layouts` take; parts of a table take its own."""
+    return {f"{table_path(name) if layout.of_rows else name}.weight" for name, layout in layouts.items()}
+
+
+def table_path(part: str) -> str:
+    """Return the path of the table of which `part` is the path of a part."""
+    return part.rpartition(".")[0]
+
+
+def _tables(layouts: Mapping[str, Layout]) -> dict[str, dict[str, Layout]]:
+    """The parts of each table, by the table's path and their own name."""
+    found: dict[str, dict[str, Layout]] = {}
+    for path, layout in layouts.items():
+        if layout.of_rows:
+            found.setdefault(table_path(path), {})[path.rpartition(".")[2]] = layout
+    return found
+
+
+def _replace_table(
+    model: Any, path: str, parts: Mapping[str, Layout], dtype: torch.dtype | None, *, embedding: bool
+) -> None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the checkpoint quantizes the table {path}, but the model has none there") from None
+    if not embedding and not is_linear(module):
+        raise ValueError(
+            f"the checkpoint quantizes the table {path}, but the model has a {type(module).__name__} there"
+        )
+    weight = module.weight if embedding else linear_weight(module)
+    first = next(iter(parts.values()))
+    if tuple(weight.shape) != (first.of_rows, first.in_features):
+        raise ValueError(
+            f"{path} is {list(weight.shape)} in the model, but the checkpoint's layout says [{first.of_rows}, "
+            f"{first.in_features}]"
+        )
+    dtype = dtype or weight.dtype
+    if embedding:
+        put_embedding(model, path, MixedEmbedding(parts, device=weight.device, dtype=dtype))
+    else:
+        replace_module(model, path, MixedHead(parts, module.bias, device=weight.device, dtype=dtype))
