@@ -34,6 +34,11 @@ def test_the_package_and_the_list_of_verbs_import_nothing_heavy() -> None:
     assert imported(code, "--help").isdisjoint(HEAVY)
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "bitquilt", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "bitquilt")
+
+
 def test_importing_changes_nothing_but_the_finder_that_registers_the_format() -> None:
     code = """
 import os, sys, warnings, logging, signal, random

@@ -1,5 +1,7 @@
 """Stored weights of every kind, and their decoding written as plainly as possible."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import torch
@@ -169,3 +171,9 @@ def arguments(**changes):
         "out_features": 5,
     }
     return list((good | changes).values())
+
+
+def put_product(module: torch.nn.Module, x: Tensor, results: Any) -> None:
+    """Put module(x) into a queue, in a spawned process, which imports this file and nothing larger."""
+    torch.set_num_threads(1)
+    results.put(module(x).tolist())

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from bitquilt.core.types import Layer, Layout, QuantizedWeight, uniform_plan
 from bitquilt.model.linear import QuantizedLinear, is_linear, linear_weight, replace_linears
 from bitquilt.recipes.rtn import RTN
-from tests.weights import codebook_segment, make_weight, naive_dense, uniform_segment
+from tests.weights import codebook_segment, make_weight, naive_dense, put_product, uniform_segment
 
 OUT, IN = 24, 40
 
@@ -274,18 +274,13 @@ def test_a_storage_that_moves_in_place_is_found_again(move: Callable[[nn.Module]
         del rubbish
 
 
-def _in_a_child(module: nn.Module, x: Tensor, results: Any) -> None:
-    torch.set_num_threads(1)
-    results.put(module(x).tolist())
-
-
 def test_a_module_passed_to_a_spawned_process_works_there_and_here() -> None:
     module = QuantizedLinear.from_weight(QuantizedWeight((uniform_segment(3, IN, 8, rows=OUT),)))
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     before = module(x)
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    child = context.Process(target=_in_a_child, args=(module, x, results))
+    child = context.Process(target=put_product, args=(module, x, results))
     child.start()
     assert torch.tensor(results.get(timeout=120)).equal(before)
     child.join()

@@ -1,0 +1,5 @@
+"""`python -m bitquilt` is the command `bitquilt`."""
+
+from bitquilt.cli import main
+
+main()
