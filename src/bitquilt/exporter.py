@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitquilt.core.packing import check_indices, not_finite, unpack
+from bitquilt.core.packing import not_finite, unpack
 from bitquilt.core.types import Layout
 from bitquilt.engines.affine import affine
 from bitquilt.engines.engine import Container, Engine
@@ -16,7 +16,7 @@ from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from bitquilt.model.config import QUANT_METHOD, read_layouts
-from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.linear import QuantizedLinear, check_values
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.model.ties import tied_layers
 from bitquilt.ops.bits import unpack_bits
@@ -26,8 +26,6 @@ from bitquilt.report.facts import check_hashes, read_facts
 from bitquilt.report.run_facts import section
 from bitquilt.stream.workdir import write_json
 from bitquilt.stream.writer import check_output, check_room, publish, reserved
-
-_AGAIN = "copy or quantize the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,8 @@ def _check_headers(checkpoint: Checkpoint, path: str, layout: Layout) -> None:
         info = checkpoint.tensors.get(name)
         got = "missing" if info is None else f"{list(info.shape)} {info.dtype}"
         if got != (wanted := f"{list(shape)} {dtype}"):
-            raise UserError(f"tensor {name} is {got}; config.json wants {wanted}; {_AGAIN}")
+            again = "copy or quantize the checkpoint again"
+            raise UserError(f"tensor {name} is {got}; config.json wants {wanted}; {again}")
 
 
 def _write(source: _Source, engine: Engine, folder: Path) -> Difference:
@@ -177,12 +176,7 @@ def _converted(source: _Source, engine: Engine, path: str) -> tuple[dict[str, Te
     layout, held = source.layouts[path], source.held[path]
     found = source.checkpoint.read(name for name, *_ in layout_tensors(path, layout))
     stored = {name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}
-    try:
-        check_indices(stored, layout, path)
-    except ValueError as error:
-        raise UserError(f"{error}; {_AGAIN}") from None
-    if bad := not_finite(stored):
-        raise UserError(f"tensor {path}.{bad[0]} holds NaN or infinity; {_AGAIN}")
+    check_values(stored, layout, path)
     dtype = half_type(source.checkpoint, source.layouts) or stored["scale_0"].dtype
     tensors = engine.tensors(affine(unpack(stored, layout, path), held.group_size), held, dtype)
     if bad := not_finite(tensors):

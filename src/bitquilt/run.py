@@ -38,7 +38,7 @@ from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
 from bitquilt.request import Request, Result, check_bytes, planned_layout
-from bitquilt.stream.embedding_and_head import RoundedTable, rounded_tables
+from bitquilt.stream.embedding_and_head import RoundedTable, config_changes, rounded_tables
 from bitquilt.stream.hidden_states import check_activations_fit
 from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
 from bitquilt.stream.loop import committed, stream
@@ -204,9 +204,7 @@ def _planned_bytes(request: Request, model: _Model) -> int | None:
     for table in model.tables:
         layouts |= table.parts(np.bincount(plan.table_rows[table.path]))
     written = plan_json(recipe_json(recipe), plan.plans, request.outer, plan.table_rows)
-    configs = [*(table.config for table in model.rounded), *(table.config for table in model.tables)]
-    changed = {key: value for config in configs for key, value in config.items()}
-    return promised_bytes(model.skeleton, layouts, written, changed)
+    return promised_bytes(model.skeleton, layouts, written, config_changes([*model.rounded, *model.tables]))
 
 
 def _planned_layouts(

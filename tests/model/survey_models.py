@@ -1,14 +1,20 @@
 """Tiny random models of the families of transformers, for `test_survey.py`.
 
-`SURVEY` names them, `survey_model` builds one, `chosen_third` says which pairs of family and recipe run today.
+`SURVEY` names them, `survey_model` builds one, `chosen_third` says which pairs of family and recipe run today,
+`folders` writes models once for many tests.
 """
 
 import datetime
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
 
 RECIPES = ("rtn", "slim-llm", "cmpq+")
 VOCABULARY = 64
@@ -66,6 +72,15 @@ _SEQ2SEQ = {
 }
 
 # model type -> its own fields; one with "text" is a wrapper of a language model and a tower
+_MAMBA = {
+    "mamba_d_state": 4,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 _PLAIN = """llama qwen2 qwen3 mistral ministral ministral3 phi3 gemma gemma2 olmo2 olmo3 smollm3 granite glm glm4 cohere
 cohere2 exaone4 nemotron stablelm starcoder2 ernie4_5 hunyuan_v1_dense seed_oss apertus gpt_neox modernbert-decoder
 bitnet bert"""
@@ -89,13 +104,7 @@ SURVEY: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
     "bamba": {
         "attn_layer_indices": [1],
-        "mamba_d_state": 4,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_n_groups": 1,
-        "mamba_chunk_size": 8,
+        **_MAMBA,
     },
     "falcon_h1": {
         "mamba_d_ssm": 32,
@@ -184,13 +193,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],
         "shared_intermediate_size": 24,
-        "mamba_d_state": 4,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_n_groups": 1,
-        "mamba_chunk_size": 8,
+        **_MAMBA,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "qwen3_next": _LINEAR,
@@ -220,7 +223,7 @@ _DBRX = {
     "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
 }
-_TOWER = {
+TOWER = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -228,37 +231,41 @@ _TOWER = {
     "image_size": 28,
     "patch_size": 14,
 }
-_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-_QWEN_TOWER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-_QWEN = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+QWEN_TOWER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 # name -> fields of the text config, of the tower's, and of the wrapper's
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         {"query_pre_attn_scalar": 8},
-        _TOWER,
+        TOWER,
         {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 62, "eoi_token_index": 61},
     ),
     "gemma4": (
         {**_PER_LAYER, "global_head_dim": 8},
-        {**_TOWER, "model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2},
+        {**TOWER, "model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 2},
         {"image_token_id": 60, "boi_token_id": 62, "eoi_token_id": 61, "audio_config": None},
     ),
-    "qwen2_vl": (_MROPE, {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14}, _QWEN),
-    "qwen2_5_vl": (_MROPE, {**_QWEN_TOWER, "patch_size": 14}, _QWEN),
-    "qwen3_vl": (_MROPE, {**_QWEN_TOWER, "patch_size": 16, "deepstack_visual_indexes": [0]}, _QWEN),
-    "qwen3_5": (_LINEAR, {**_QWEN_TOWER, "patch_size": 16}, _QWEN),
-    "llava": ({"model_type": "llama"}, {**_TOWER, "model_type": "clip_vision_model"}, {"image_token_index": 60}),
+    "qwen2_vl": (
+        MROPE,
+        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        QWEN_TOKENS,
+    ),
+    "qwen2_5_vl": (MROPE, {**QWEN_TOWER, "patch_size": 14}, QWEN_TOKENS),
+    "qwen3_vl": (MROPE, {**QWEN_TOWER, "patch_size": 16, "deepstack_visual_indexes": [0]}, QWEN_TOKENS),
+    "qwen3_5": (_LINEAR, {**QWEN_TOWER, "patch_size": 16}, QWEN_TOKENS),
+    "llava": ({"model_type": "llama"}, {**TOWER, "model_type": "clip_vision_model"}, {"image_token_index": 60}),
     "mistral3": (
         {"model_type": "mistral"},
-        {**_TOWER, "model_type": "pixtral", "head_dim": 8},
+        {**TOWER, "model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 60},
     ),
     "internvl": (
         {"model_type": "qwen2"},
-        {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
+        {**TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
         {"image_token_id": 60, "image_seq_length": 1},
     ),
-    "smolvlm": ({"model_type": "llama"}, _TOWER, {"image_token_id": 60, "scale_factor": 2}),
+    "smolvlm": ({"model_type": "llama"}, TOWER, {"image_token_id": 60, "scale_factor": 2}),
 }
 ENCODER_DECODERS = ("t5", "bart", "mbart", "marian")
 _CLASSES = {
@@ -329,3 +336,21 @@ def chosen_third() -> tuple[str, list[tuple[str, str]]]:
         "all pairs" if wanted == "all" else f"third {wanted} of 0 to 2, by the day; BITQUILT_SURVEY=all runs all pairs"
     )
     return f"survey of {len(families)} families: {text}", pairs
+
+
+def folders(make: Callable[[str], PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`name` -> a folder with the model that `make` returns for it, made once: read only."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / name
+            make(name).save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+def tokens(rows: int, length: int, seed: int) -> Tensor:
+    """Random token ids `[rows, length]` of the small vocabulary."""
+    return torch.randint(3, 58, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -15,27 +15,15 @@ from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import find_towers, open_skeleton
 from bitquilt.recipes.quilt import Quilt
 from bitquilt.stream.block_calls import learn_calls
-from tests.model.survey_models import ENCODER_DECODERS, survey_model
+from tests.model.survey_models import ENCODER_DECODERS, folders, survey_model, tokens
 
 Folder = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """`name` -> a folder with such a model, made once: read only."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / name
-            survey_model(name).save_pretrained(made[name])
-        return made[name]
-
-    return make
-
-
-def tokens(rows: int, length: int, seed: int) -> Tensor:
-    return torch.randint(3, 58, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """See `folders`."""
+    return folders(survey_model, tmp_path_factory)
 
 
 def written_again(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:

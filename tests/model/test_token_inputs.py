@@ -19,6 +19,7 @@ from bitquilt.stream import workdir
 from bitquilt.stream.block_calls import learn_calls
 from bitquilt.stream.calls.columns import SMALL_SHAPES, TokenTensor, lives, token_tensor
 from bitquilt.stream.loop import quantize_block as true_quantize_block
+from tests.model.survey_models import folders, tokens
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -107,20 +108,8 @@ def build(name: str) -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """`name` -> a folder with such a model, made once: read only."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / name
-            build(name).save_pretrained(made[name])
-        return made[name]
-
-    return make
-
-
-def tokens(rows: int, length: int, seed: int) -> Tensor:
-    return torch.randint(3, 58, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """See `folders`."""
+    return folders(build, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,6 +14,7 @@ from bitquilt import Result, UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import open_skeleton
 from bitquilt.stream.block_calls import learn_calls
+from tests.model.survey_models import MROPE, QWEN_TOKENS, QWEN_TOWER, TOWER
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -26,31 +27,19 @@ _TEXT: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-_QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-_QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-
 # name -> model type, fields of text config, vision config and the wrapper itself
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "llava": ("llava", {"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}, {}),
+    "llava": ("llava", {"model_type": "llama"}, {**TOWER, "model_type": "clip_vision_model"}, {}),
     "gemma3": (
         "gemma3",
         {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
-        {**_VISION, "model_type": "siglip_vision_model"},
+        {**TOWER, "model_type": "siglip_vision_model"},
         {"mm_tokens_per_image": 4, "boi_token_index": 62, "eoi_token_index": 61},
     ),
-    "qwen2_5_vl": ("qwen2_5_vl", _MROPE, {**_QWEN_VISION, "fullatt_block_indexes": [1]}, _QWEN_TOKENS),
-    "qwen3_vl": ("qwen3_vl", _MROPE, {**_QWEN_VISION, "deepstack_visual_indexes": [0]}, _QWEN_TOKENS),
-    "mistral3": ("mistral3", {"model_type": "mistral"}, {**_VISION, "model_type": "pixtral", "head_dim": 8}, {}),
-    "smolvlm": ("smolvlm", {"model_type": "llama"}, _VISION, {"image_token_id": 60, "scale_factor": 2}),
+    "qwen2_5_vl": ("qwen2_5_vl", MROPE, {**QWEN_TOWER, "fullatt_block_indexes": [1]}, QWEN_TOKENS),
+    "qwen3_vl": ("qwen3_vl", MROPE, {**QWEN_TOWER, "deepstack_visual_indexes": [0]}, QWEN_TOKENS),
+    "mistral3": ("mistral3", {"model_type": "mistral"}, {**TOWER, "model_type": "pixtral", "head_dim": 8}, {}),
+    "smolvlm": ("smolvlm", {"model_type": "llama"}, TOWER, {"image_token_id": 60, "scale_factor": 2}),
 }
 Folder = Callable[..., Path]
 

@@ -12,28 +12,15 @@ from transformers import AutoModelForCausalLM
 import bitquilt
 from bitquilt import UserError
 from bitquilt.core.events import BlockDone
-from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
+from bitquilt.core.types import LayerStats
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream
 from bitquilt.model.linear import QuantizedLinear
-from bitquilt.recipes.gptq import GPTQ
 from bitquilt.stream.drift import InputStage, collect_pairs, find_stages, full_copy, observe_pass
 from bitquilt.stream.hidden_states import CalibratedStates
+from tests.stream.watching import watching_recipe
 
 REPAIRING = {"recipe": "gptq", "bits": 2, "alpha": 0.5, "stream_alpha": 0.5, "group_order": True}
-
-
-def watching_recipe() -> tuple[GPTQ, dict[str, LayerStats]]:
-    """GPTQ with a full-precision target, and the statistics it is handed, by layer."""
-    seen: dict[str, LayerStats] = {}
-
-    class Watching(GPTQ):
-        def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
-            assert layer.stats is not None
-            seen[layer.name] = layer.stats
-            return super().quantize(layer, plan, prepared)
-
-    return Watching(bits=2, group_size=8, alpha=0.5, stream_alpha=0.5), seen
 
 
 def inputs_and_streams(model: nn.Module, names: list[str], ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -67,7 +54,7 @@ def test_the_drift_is_that_of_whole_models_in_memory(
     tmp_path: Path,
 ) -> None:
     """Layer after layer is replaced in a copy of the model, in the order of the run; both are run on all tokens."""
-    recipe, measured = watching_recipe()
+    recipe, measured = watching_recipe(alpha=0.5, stream_alpha=0.5)
     quantize_tiny(make_model("llama"), tmp_path / "out", recipe, batch_size=4)
     ids = token_stream(token_file, load_tokenizer(token_file.parent)).view(6, 16)
     full = AutoModelForCausalLM.from_pretrained(make_model("llama"))

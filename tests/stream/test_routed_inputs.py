@@ -13,30 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import bitquilt
-from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
+from bitquilt.core.types import LayerStats
 from bitquilt.model.experts import SplitExperts, experts_of, split_experts
 from bitquilt.recipes import make_recipe
-from bitquilt.recipes.gptq import GPTQ
 from bitquilt.stream.calls.routed_inputs import PRIOR, ExpertStats, routed_inputs, shrunk
 from bitquilt.stream.job import LoadedBlock
 from tests.model.survey_models import survey_model
+from tests.stream.watching import watching_recipe
 
 Quantize = Callable[..., bitquilt.Result]
 MakeModel = Callable[..., Path]
 EXPERTS = "model.layers.1.mlp.experts"
-
-
-def watching(**options: Any) -> tuple[GPTQ, dict[str, LayerStats]]:
-    """GPTQ, and the statistics it is handed, by layer."""
-    seen: dict[str, LayerStats] = {}
-
-    class Watching(GPTQ):
-        def quantize(self, layer: Layer, plan: LayerPlan, prepared: Any) -> Solution:
-            assert layer.stats is not None
-            seen[layer.name] = layer.stats
-            return super().quantize(layer, plan, prepared)
-
-    return Watching(bits=2, group_size=8, **options), seen
 
 
 def received(model: nn.Module, path: str, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +50,7 @@ def test_an_expert_sees_its_tokens_and_a_share_of_all_others(
     make_model: MakeModel, quantize_tiny: Quantize, token_file: Path, tmp_path: Path
 ) -> None:
     source = make_model("qwen3-moe")
-    recipe, measured = watching()
+    recipe, measured = watching_recipe()
     quantize_tiny(source, tmp_path / "out", recipe)
     full, quantized = whole_models(source, tmp_path / "out")
     # the full-precision block reads what the quantized blocks before it return
@@ -90,7 +77,7 @@ def test_with_the_full_model_alongside_each_expert_sees_its_own_drift(
     make_model: MakeModel, quantize_tiny: Quantize, token_file: Path, tmp_path: Path
 ) -> None:
     source = make_model("qwen3-moe")
-    recipe, measured = watching(alpha=0.5, stream_alpha=0.5)
+    recipe, measured = watching_recipe(alpha=0.5, stream_alpha=0.5)
     quantize_tiny(source, tmp_path / "out", recipe)
     full, quantized = whole_models(source, tmp_path / "out")
     ids = load_file(token_file)["input_ids"]

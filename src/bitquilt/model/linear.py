@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bitquilt import ops
-from bitquilt.core.packing import bits_per_weight, check_tensors, op_layout, pack, tensor_specs
+from bitquilt.core.packing import (
+    bits_per_weight,
+    check_indices,
+    check_tensors,
+    not_finite,
+    op_layout,
+    pack,
+    tensor_specs,
+)
 from bitquilt.core.types import Layout, QuantizedWeight
+from bitquilt.errors import UserError
 from bitquilt.ops import cpu_kernels, gpu
 from bitquilt.ops.gpu_order import ARRANGED, arrange, arrangeable
 from bitquilt.ops.large_pages import place
@@ -292,3 +301,13 @@ def replace_linears(root: nn.Module, layouts: Mapping[str, Layout], dtype: torch
             )
         bias = module.bias is not None
         replace_module(root, path, QuantizedLinear(layout, bias, device=weight.device, dtype=dtype or weight.dtype))
+
+
+def check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
+    """Raise UserError naming the first stored tensor whose values contradict the layout or are not finite."""
+    try:
+        check_indices(tensors, layout, name)
+    except ValueError as error:
+        raise UserError(f"{error}; copy or quantize the checkpoint again") from None
+    if bad := not_finite(tensors):
+        raise UserError(f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again")

@@ -29,7 +29,7 @@ from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.search import Search
 from bitquilt.planning.sensitivities import Sensitivities
 from bitquilt.planning.unit_costs import Units
-from bitquilt.stream.embedding_and_head import RoundedTable
+from bitquilt.stream.embedding_and_head import RoundedTable, config_changes
 from bitquilt.stream.run_report import recipe_json
 
 
@@ -114,8 +114,7 @@ class Planner:
         self.sizes = self._sizes()
         self.exported = None
         if self.engine is not None:
-            changed = {key: value for table in outer for key, value in table.config.items()}
-            self.exported = ExportedSize(skeleton, self.engine, self.sizes, changed)
+            self.exported = ExportedSize(skeleton, self.engine, self.sizes, config_changes(outer))
             self.held(self.layouts(np.zeros(self.units.count, np.int8)))
         self._reached: dict[tuple[str, int | None], tuple[float, float]] = {}
 
@@ -126,8 +125,7 @@ class Planner:
         rows = {table.path: np.full(table.rows, 8, np.uint8) for table in self.tables}
         text = json_bytes(plan_json(recipe_json(self.recipe), empty, self.outer_bits, rows)) + digits
         layers = [*self.shapes, *(table.path for table in self.outer)]
-        configs = [*(table.config for table in self.outer), *(table.config for table in self.tables)]
-        changed = {key: value for config in configs for key, value in config.items()}
+        changed = config_changes([*self.outer, *self.tables])
         tables = [table.path for table in self.tables]
         return Sizes(self.skeleton, layers, plan_text=text, digits=digits, tables=tables, config=changed)
 
@@ -145,13 +143,10 @@ class Planner:
             return total_nominal_bits(layouts)
         if budget.kind == "bpw":
             return self.bpw(layouts)
-        if budget.kind == "size":
-            exported = self.exported_bytes(layouts)
-            return self.sizes.of(layouts).total if exported is None else exported
-        if budget.kind == "total-bpw":
+        if budget.kind in ("size", "total-bpw"):
             exported = self.exported_bytes(layouts)
             total = self.sizes.of(layouts).total if exported is None else exported
-            return 8 * total / self.skeleton.checkpoint.weights
+            return total if budget.kind == "size" else 8 * total / self.skeleton.checkpoint.weights
         assert budget.ctx is not None
         return self.memory(layouts, budget.ctx).total
 

@@ -15,13 +15,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitquilt.core.packing import check_indices, not_finite, tensor_specs
+from bitquilt.core.packing import tensor_specs
 from bitquilt.core.types import Layout
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import Checkpoint, open_checkpoint, refuse_two_sources
 from bitquilt.model.config import GUARDED, QUANT_METHOD, layouts_of_entry
 from bitquilt.model.experts import split_experts
-from bitquilt.model.linear import QuantizedLinear
+from bitquilt.model.linear import QuantizedLinear, check_values
 from bitquilt.model.replace import guard_resizing, replace_layers, replaced_weights
 from bitquilt.ops import gpu
 
@@ -90,7 +90,7 @@ class BitquiltQuantizer(HfQuantizer):
                 if absent := tensor_specs(module.layout).keys() - held.keys():  # offloaded by `device_map`
                     held |= {} if files is None else files.values(name, absent)
                 if files is not None or not absent:
-                    _check_values(held, module.layout, name)
+                    check_values(held, module.layout, name)
         guard_resizing(model)
         for module in model.modules():  # they were loaded onto the GPU, not moved there
             if isinstance(module, QuantizedLinear) and module.get_buffer("codes_0").is_cuda and gpu.in_use():
@@ -160,16 +160,6 @@ def _check_files(files: Sequence[str] | None, layouts: Mapping[str, Layout], mod
     if missing := missing_parameters(model, found | quantized):
         raise UserError(f"tensor {missing[0]} is missing in the checkpoint; copy or quantize it again")
     return found_at
-
-
-def _check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> None:
-    """Raise UserError naming the first tensor whose values contradict the layout or are not finite."""
-    try:
-        check_indices(tensors, layout, name)
-    except ValueError as error:
-        raise UserError(f"{error}; copy or quantize the checkpoint again") from None
-    if bad := not_finite(tensors):
-        raise UserError(f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again")
 
 
 def _check_packed(checkpoint: Checkpoint, layouts: Mapping[str, Layout], model: "PreTrainedModel") -> _Files:

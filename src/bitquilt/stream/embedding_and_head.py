@@ -1,11 +1,11 @@
 """Embedding and head in few bits, stored before the blocks, so that these see the embedding's errors.
 
-`rounded_tables` says which tables are rounded to one width on request; `model.tables` which share a budget with the
-layers. `put_tables` stores both kinds and puts them into the model, `put_head` puts in any quantized head.
+`rounded_tables` says which tables are rounded to one width on request; `model.free_tables` which share a budget with
+the layers. `put_tables` stores both kinds and puts them into the model, `put_head` puts in any quantized head.
 """
 
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,11 @@ def _head(skeleton: Skeleton, layers: Container[str]) -> str:
 def _weight(skeleton: Skeleton, path: str) -> Tensor:
     """The table `[rows, columns]`."""
     return linear_weight(skeleton.model.get_submodule(path))
+
+
+def config_changes(tables: Iterable[RoundedTable | Table]) -> dict[str, Any]:
+    """Entries of config.json that differ from the source's once these tables are stored, besides the layouts."""
+    return {key: value for table in tables for key, value in table.config.items()}
 
 
 def committed_tables(folder: Path) -> list[BlockRecord]:
