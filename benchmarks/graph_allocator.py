@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bitquilt
 from benchmarks.common import OUTPUT, SHARED, markdown_table, stamp
 from bitquilt.allocation.graph_network import GraphTraining, graph_bits
-from bitquilt.allocation.knapsack import best_bits
+from bitquilt.allocation.knapsack import best_bits, greedy_bits
 from bitquilt.core.types import Layer, LayerPlan, LayerStats
 from bitquilt.layer.sensitivity.column_graph import adjacency, column_features
 from bitquilt.recipes.mg_ptq import MGPTQ
@@ -82,7 +82,7 @@ def compared(layer: Layer, recipe: MGPTQ) -> dict[str, float]:
 
     exact = swept(best_bits(errors, recipe.palette, widths, budget))
     found = {
-        "greedy": swept(best_bits(errors, recipe.palette, widths, budget, exact=False)),
+        "greedy": swept(greedy_bits(errors, recipe.palette, widths, budget)),
         "table only": swept(plan(graph, GraphTraining(rounds=0), swept)),
         "graph": swept(plan(graph, GraphTraining(), counting)),
     }

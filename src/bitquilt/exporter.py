@@ -71,8 +71,8 @@ def export(folder: str | Path, out: str | Path, to: str = "mlx") -> Exported:
     """Write the checkpoint in `folder`, or of a hub id, to the new folder `out` for the engine `to`.
 
     Every layer is read back as the engine reads it and compared with the checkpoint's. Raises UserError for a
-    checkpoint that the engine cannot hold, before anything is written, and VerificationError for files that are not as
-    `report.json` says.
+    checkpoint that the engine cannot hold, before anything is written, and VerificationError for files whose hashes
+    differ from `report.json`.
     """
     engine = engine_named(to)
     out = Path(out)

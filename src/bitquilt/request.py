@@ -73,7 +73,7 @@ class Request:
     `sensitivities`: a file of measured losses; without one a run with a budget measures first. `rounds`: 2 quantizes
     once, measures again in the quantized model, plans and quantizes again.
 
-    Raises UserError for a value that is out of range or calibration data that are not there.
+    Raises UserError for a value that is out of range or calibration data that do not exist.
     """
 
     model: str | Path

@@ -7,7 +7,7 @@ Everything up to the calibration takes seconds and writes nothing. Everything af
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,32 +17,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitquilt._version import __version__
-from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started, Untouched
-from bitquilt.core.plan_file import PlanFile, check_plan, check_plan_tables, plan_json
-from bitquilt.core.recipe import ChecksLayers, Plannable
+from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started
+from bitquilt.core.plan_file import plan_json
 from bitquilt.core.settings import Calibration
-from bitquilt.core.types import Event, LayerPlan, Layout
-from bitquilt.data.calibration import clip_to_context, describe_calibration, make_calibration
-from bitquilt.engines.known import engine_named
+from bitquilt.core.types import Event, LayerPlan
+from bitquilt.data.calibration import make_calibration
 from bitquilt.errors import UserError, VerificationError
-from bitquilt.model.checkpoint import Checkpoint, open_checkpoint
-from bitquilt.model.free_tables import Table, free_tables
-from bitquilt.model.shared_layers import shared_layers
-from bitquilt.model.structure import Skeleton, open_skeleton, vocabulary_size
-from bitquilt.planning.folder_size import folder_bytes, promised_bytes
+from bitquilt.model.checkpoint import open_checkpoint
+from bitquilt.model.structure import vocabulary_size
+from bitquilt.planning.folder_size import folder_bytes
 from bitquilt.planning.interaction import LossPrediction, predict
 from bitquilt.planning.measure_sensitivities import measure
 from bitquilt.planning.plan_model import refuse_quantized
-from bitquilt.planning.planner import Planned, Planner
-from bitquilt.planning.sensitivities import Sensitivities, file_hash, load_sensitivities, read_sensitivities
-from bitquilt.planning.untouched import untouched_tensors
-from bitquilt.request import Request, Result, check_bytes, planned_layout
-from bitquilt.stream.embedding_and_head import RoundedTable, config_changes, rounded_tables
+from bitquilt.planning.planner import Planned
+from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities, read_sensitivities
+from bitquilt.preflight import ExaminedModel, examine, planned_bytes, run_fingerprint, settle
+from bitquilt.request import Request, Result
 from bitquilt.stream.hidden_states import check_activations_fit
-from bitquilt.stream.job import CalibratedJob, Job, all_targets, shapes
+from bitquilt.stream.job import CalibratedJob, Job
 from bitquilt.stream.loop import committed, stream
-from bitquilt.stream.model_training import TrainingMemory
 from bitquilt.stream.resume.damage import WorkFiles, drop_damaged
 from bitquilt.stream.run_report import Promise, RunReport, recipe_json
 from bitquilt.stream.workdir import (
@@ -77,12 +70,12 @@ def run(request: Request, observe: Observer) -> Result:
     """Make the checkpoint, or find it done. Raises UserError and VerificationError as `api.quantize` does."""
     checkpoint = open_checkpoint(request.model)
     refuse_quantized(checkpoint)
-    request = _settled(request, checkpoint, observe)
+    request = settle(request, checkpoint, observe)
     assert request.out is not None
     known = None
     if request.sensitivities is not None:
         known = load_sensitivities(request.sensitivities, checkpoint, request.wish.recipe)
-    fingerprint = _fingerprint(request, checkpoint)
+    fingerprint = run_fingerprint(request, checkpoint)
     work_path = request.work_dir or request.out.with_name(f"{request.out.name}.work")
     if (done := finished(request.out, fingerprint)) is not None:
         if read_fingerprint(work_path) == fingerprint:  # killed after the checkpoint was in place
@@ -90,8 +83,8 @@ def run(request: Request, observe: Observer) -> Result:
         return Result(request.out, done, already_done=True)
     budget = request.wish.budget
     check_output(request.out, work_path, budget.value if budget is not None and budget.kind == "size" else 0.0)
-    model = _examined(request, checkpoint, known)
-    if (wanted := _planned_bytes(request, model)) is not None:
+    model = examine(request, checkpoint, known)
+    if (wanted := planned_bytes(request, model)) is not None:
         check_room(request.out, work_path, wanted)
     clock = StageClock(observe)
     with open_workdir(work_path, fingerprint) as work, reserved(request.out), full_disk_is_an_error(work):
@@ -100,127 +93,12 @@ def run(request: Request, observe: Observer) -> Result:
     return Result(request.out, report)
 
 
-def _settled(request: Request, checkpoint: Checkpoint, observe: Observer) -> Request:
-    """Return the request with the sequence length that the model can take and the name of the output folder."""
-    calibration, notice = clip_to_context(request.calibration, checkpoint)
-    if notice and request.wish.recipe.needs.calibration:
-        observe(Stage(notice))
-    # the folder of a hub model is named after its commit, which says nothing
-    stem = checkpoint.folder.resolve().name if Path(request.model).is_dir() else Path(request.model).name
-    out = request.out or Path(f"{stem}-{request.wish.recipe.name}")
-    return replace(request, calibration=calibration, out=out)
-
-
-def _fingerprint(request: Request, checkpoint: Checkpoint) -> Fingerprint:
-    wish, selection = request.wish, request.selection
-    settings: dict[str, object] = {
-        "version": __version__,
-        "model": {"sha256": checkpoint.fingerprint(), "files": checkpoint.companion_hashes()},
-        "recipe": recipe_json(wish.recipe),
-        "calibration": describe_calibration(request.calibration) if request.calibrates else None,
-        "seed": request.calibration.seed,
-        "skip": selection.skip,
-        "include_head": selection.include_head,
-        "embedding_bits": request.outer.embedding,
-        "plan": None if wish.plan is None else wish.plan.sha256,
-    }
-    if wish.budget is not None:
-        settings["budget"] = wish.budget_json
-    if wish.engine is not None:
-        settings["engine"] = wish.engine
-    if request.outer.head is not None:
-        settings["head_bits"] = request.outer.head
-    if selection.keep_embedding:
-        settings["keep_embedding"] = True
-    if selection.blocks is not None:
-        settings["blocks"] = selection.blocks
-    if request.rounds == 2:
-        settings["rounds"] = request.rounds
-    if request.sensitivities is not None:
-        settings["sensitivities"] = file_hash(request.sensitivities)
-    return Fingerprint(settings)
-
-
-@dataclass(frozen=True, eq=False)
-class _Model:
-    """What a run works on: the model, its layers `[out, in]` by path, embedding and head where they share the budget,
-    what stays untouched, and the run's planner."""
-
-    skeleton: Skeleton
-    layers: Mapping[str, tuple[int, int]]
-    rounded: tuple[RoundedTable, ...]
-    tables: tuple[Table, ...]
-    untouched: tuple[Untouched, ...]
-    planner: Planner | None
-
-
-def _examined(request: Request, checkpoint: Checkpoint, known: Sensitivities | None) -> _Model:
-    """Open the model without weights. Raises UserError for anything that headers and shapes show to be impossible."""
-    wish, selection = request.wish, request.selection
-    if wish.engine is not None:
-        engine_named(wish.engine).check_family(checkpoint.config.get("model_type"))
-    skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
-    layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
-    rounded, tables = rounded_tables(skeleton, request.outer, layers), wish.tables(skeleton, selection, layers)
-    if wish.recipe.training.model is not None and (shared := shared_layers(skeleton.model)):
-        target, source = next(iter(shared.items()))
-        raise UserError(
-            f"{target} has the weight of {source}, and all blocks cannot be trained together where they share weights; "
-            "effort=normal trains one block at a time"
-        )
-    TrainingMemory(wish.recipe, skeleton, layers, request.calibration.seq_len).check(request.device)
-    planner = None
-    if wish.plan is not None:
-        channels = isinstance(wish.recipe, Plannable) and wish.recipe.plan_terms.unit_columns == 1
-        check_plan(wish.plan.plans, layers, channels=channels)
-        check_bytes(wish, layers)
-        free = {table.path: table for table in free_tables(skeleton, request.outer, layers)}
-        check_plan_tables(wish.plan.tables, {path: table.rows for path, table in free.items()})
-        tables = tuple(free[path] for path in wish.plan.tables)
-        if wish.engine is not None and isinstance(wish.recipe, Plannable):
-            planned = _planned_layouts(wish.recipe, wish.plan, layers, rounded)
-            Planner(skeleton, wish.recipe, layers, outer=rounded, engine=wish.engine).held(planned)
-    elif wish.budget is not None:
-        planner = Planner(skeleton, wish.recipe, layers, outer=rounded, tables=tables, engine=wish.engine)
-        planner.check(wish.budget)
-        planner.units.losses(known)  # refuses tables that do not fit the layers
-    elif wish.engine is not None:  # every layer gets the same bits; refuse what the engine cannot hold
-        Planner(skeleton, wish.recipe, layers, outer=rounded, engine=wish.engine)
-    elif isinstance(wish.recipe, ChecksLayers):
-        try:
-            wish.recipe.check_layers(layers)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    untouched = untouched_tensors(skeleton, {*layers, *(t.path for t in rounded), *(t.path for t in tables)})
-    return _Model(skeleton, layers, rounded, tables, untouched, planner)
-
-
-def _planned_bytes(request: Request, model: _Model) -> int | None:
-    """Bytes of the output where a given plan fixes them, else None."""
-    recipe, plan = request.wish.recipe, request.wish.plan
-    if plan is None or not isinstance(recipe, Plannable):
-        return None
-    layouts = _planned_layouts(recipe, plan, model.layers, model.rounded)
-    for table in model.tables:
-        layouts |= table.parts(np.bincount(plan.table_rows[table.path]))
-    written = plan_json(recipe_json(recipe), plan.plans, request.outer, plan.table_rows)
-    return promised_bytes(model.skeleton, layouts, written, config_changes([*model.rounded, *model.tables]))
-
-
-def _planned_layouts(
-    recipe: Plannable, plan: PlanFile, layers: Mapping[str, tuple[int, int]], tables: Sequence[RoundedTable]
-) -> dict[str, Layout]:
-    """Layouts of the layers of a given plan, and of embedding and head."""
-    layouts = {name: planned_layout(recipe, name, layers[name], layer) for name, layer in plan.plans.items()}
-    return layouts | {table.path: table.layout for table in tables}
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _RunInFolder:
-    """A run in its work directory `work`. `mended`: an event for each damaged file that was found there."""
+    """A run in its work directory `work`. `mended`: an event for each damaged file found there so far."""
 
     request: Request
-    model: _Model
+    model: ExaminedModel
     work: Path
     observe: Observer
     mended: list[Event] = field(default_factory=list)
@@ -253,7 +131,9 @@ class _RunInFolder:
         self.observe(Stage("writing the checkpoint and comparing its logits with the run's"))
         folder = assemble(skeleton, self.work, records)
         difference = verify(folder, self.work)
-        outcome = RunReport(skeleton, fingerprint, records, untouched, difference, clock, request.device, self.mended)
+        outcome = RunReport(
+            skeleton, fingerprint, records, untouched, difference, clock, request.device, mended=self.mended
+        )
         prediction = None
         if plans is not None:
             prediction = predict(known, plans, request.wish.recipe, request.outer, job.table_rows)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitquilt.allocation import exact
 from bitquilt.allocation.exact import exact_choices
 from bitquilt.allocation.path import fill, steepest, steepest_up_to
 from bitquilt.allocation.scopes import order_steps
@@ -35,13 +36,31 @@ def brute(losses, costs, budget):
     )
 
 
-@given(menus(), st.floats(0, 1))
-def test_exact_choices_are_optimal_and_within_the_budget(menu, share):
+@given(menus(), st.floats(0, 1), st.integers(0, 3))
+def test_exact_choices_are_optimal_and_within_the_budget(menu, share, shift):
     losses, costs = menu
+    losses, costs = losses - 50 * shift, costs // (1 + shift)  # negative losses, equal costs
     budget = costs[:, 0].sum() + share * (costs[:, -1] - costs[:, 0]).sum()
     chosen = exact_choices(losses, costs, budget)
     assert total(costs, chosen) <= budget
-    assert total(losses, chosen) == pytest.approx(brute(losses, costs, budget), rel=1e-5, abs=1e-6)
+    assert total(losses, chosen) == pytest.approx(brute(losses, costs, budget), rel=1e-12, abs=1e-9)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=6), st.integers(0, 18))
+def test_lower_choices_of_later_units_win_a_tie(table, budget):
+    losses, costs = np.array(table, dtype=float), np.tile([0.0, 1.0, 3.0], (len(table), 1))
+    fitting = [c for c in itertools.product(range(3), repeat=len(table)) if total(costs, np.array(c)) <= budget]
+    wanted = min(fitting, key=lambda c: (total(losses, np.array(c)), c[::-1]))
+    assert exact_choices(losses, costs, budget).tolist() == list(wanted)
+
+
+def test_too_many_states_end_in_the_filled_path(monkeypatch):
+    losses, costs = realistic(50, 1)
+    least = costs[:, 0].sum()
+    filled = fill(steepest(losses, costs), least)
+    assert total(losses, exact_choices(losses, costs, 2 * least)) < total(losses, filled)
+    monkeypatch.setattr(exact, "_MOST_STATES", 100)
+    assert exact_choices(losses, costs, 2 * least).tolist() == filled.tolist()
 
 
 @given(menus(), st.floats(0, 1), st.floats(0, 1))

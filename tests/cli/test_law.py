@@ -4,10 +4,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from bitquilt.cli.app import main
@@ -21,7 +21,7 @@ DOMAIN = (1.7321, 1.7312, 1.7311, 1.7291, 1.7279, 1.7265, 1.7220)
 QUICK = ("--starts", "20", "--draws", "4")
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object) -> Any:
     return CliRunner().invoke(law_app, [str(argument) for argument in arguments])
 
 

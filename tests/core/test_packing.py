@@ -176,7 +176,7 @@ def falling_rows(tensors):
     [
         ("mixed", flipped_map, r"l\.permutation gives the segments .*; the layout says"),
         ("mixed_ragged", flipped_map, r"l\.permutation gives the segments .*; the layout says"),
-        ("reordered", doubled_order, r"l\.permutation is no order of 0 to"),
+        ("reordered", doubled_order, r"l\.permutation is not an order of 0 to"),
         ("outliers", far_column, r"l\.outlier_columns holds \d+ to 127; the layer has inputs 0 to"),
         ("outliers", falling_rows, r"l\.outlier_rows does not rise from 0 to"),
     ],

@@ -78,7 +78,7 @@ def test_a_model_without_bos_starts_at_random(make_model: Callable[..., Path], t
 def test_an_encoder_cannot_write(
     make_model: Callable[..., Path], quantize_tiny: Callable[..., Result], tmp_path: Path
 ) -> None:
-    match = r"no causal language model.*BertForMaskedLM.*give --calibration FILE"
+    match = r"not a causal language model.*BertForMaskedLM.*give --calibration FILE"
     with pytest.raises(UserError, match=match):
         sample(make_model("bert"))
     with pytest.raises(UserError, match=match):

@@ -31,7 +31,7 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format": "other"}, "is no law"),
+        ({"format": "other"}, "is not a law"),
         ({"version": 99}, "has version 99, wanted 1"),
         ({"kind": "chinchilla"}, "kind 'chinchilla'"),
         ({"laws": {}}, "no readable laws"),

@@ -5,7 +5,7 @@ import torch
 
 from bitquilt.core.types import Layer, LayerStats
 from bitquilt.layer.hessian import factorize
-from bitquilt.layer.target import check_feedback, corrected, layer_factor
+from bitquilt.layer.target import check_repairs, corrected, layer_factor
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_solve_is_the_inverse_of_the_damped_hessian(problem):
 
 def test_shares_are_checked():
     with pytest.raises(ValueError, match=r"stream_alpha is 1\.5; wanted a share"):
-        check_feedback(1.0, 1.5)
-    check_feedback(0.0, 0.0, 3, "attention")
+        check_repairs(1.0, 1.5)
+    check_repairs(0.0, 0.0, 3, "attention")
     with pytest.raises(ValueError, match="hessian is 'attention'; alpha and stream_alpha repair"):
-        check_feedback(0.0, 0.5, 0, "attention")
+        check_repairs(0.0, 0.5, 0, "attention")

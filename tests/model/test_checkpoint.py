@@ -320,7 +320,7 @@ def test_ties_are_as_transformers_makes_them(stored: str, make_model: MakeModel,
     ("changed", "match"),
     [
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1e\+09, and the checkpoint holds \d+ tensors"),
-        ({"num_hidden_layers": 10**400}, "num_hidden_layers is no number of layers"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is not a number of layers"),
         ({"vocab_size": 10**30}, "no model can be built"),
         ({"hidden_size": 10**30}, "no model can be built"),
         ({"hidden_size": "wide"}, "no model can be built"),

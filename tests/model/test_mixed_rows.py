@@ -60,7 +60,7 @@ def test_copies_and_pickles_compute_the_same(parts):
 def test_parts_that_do_not_make_a_table_are_refused(parts):
     packed, _ = parts
     fewer = {name: layout for name, (_, layout) in packed.items() if name != "rows_3"}
-    with pytest.raises(ValueError, match="no whole table"):
+    with pytest.raises(ValueError, match="do not make up one table"):
         MixedEmbedding(fewer)
     names = list(packed)
     tensors, layout = packed[names[0]]

@@ -300,7 +300,7 @@ def test_a_weight_is_prepared_once_and_again_when_it_changed():
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, reference.quantized_matmul(x, *module._stored(), None, ROWS))
     module.permutation[0] = 7
-    with pytest.raises(ValueError, match="permutation is no order of 24 channels"):
+    with pytest.raises(ValueError, match="permutation is not an order of 24 channels"):
         module(x)
 
 
@@ -333,13 +333,13 @@ def on_device(*values):
         ({"layout": [2, 5, 32, 24]}, "segment 0 has grid 2, 5 bits"),
         ({"layout": [0, 2, 0, 24]}, "group size 0"),
         ({"layout": [0, 2, 8]}, "a layout of 3 numbers"),
-        ({"permutation": torch.tensor([2, 0, 2], dtype=torch.int16)}, "permutation is no order of 24 channels"),
+        ({"permutation": torch.tensor([2, 0, 2], dtype=torch.int16)}, "permutation is not an order of 24 channels"),
         ({"block": 0}, "blocks of 0 channels"),
         ({"outlier_columns": torch.tensor([3, 24], dtype=torch.int16)}, "outlier_columns go from 3 to 24; .* 24 col"),
         ({"outlier_columns": torch.tensor([-1, 2], dtype=torch.int32)}, "outlier_columns go from -1"),
         ({"outlier_columns": torch.tensor([3], dtype=torch.int16)}, "do not go together"),
-        ({"outlier_rows": torch.tensor([0, 1, 0, 2, 2, 2])}, "outlier_rows are no pointers from 0 to 2"),
-        ({"outlier_rows": torch.tensor([0, 1, 1, 2, 2, 3])}, "outlier_rows are no pointers from 0 to 2"),
+        ({"outlier_rows": torch.tensor([0, 1, 0, 2, 2, 2])}, "outlier_rows are not pointers from 0 to 2"),
+        ({"outlier_rows": torch.tensor([0, 1, 1, 2, 2, 3])}, "outlier_rows are not pointers from 0 to 2"),
         ({"out_features": -1}, "out_features is -1"),
     ],
 )

@@ -400,7 +400,7 @@ def test_an_order_of_channels_that_the_layout_does_not_allow_is_refused(
     tensors = load_file(_shard_of(folder, name))
     tensors[name][0] ^= 1
     save_file(tensors, _shard_of(folder, name), {"format": "pt"})
-    match = rf"tensor {name} (gives the segments|is no order)"
+    match = rf"tensor {name} (gives the segments|is not an order)"
     _refused(folder, match)
     with pytest.raises(UserError, match=match):
         _offloaded(folder, tmp_path / "offloaded")

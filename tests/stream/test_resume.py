@@ -221,7 +221,7 @@ def test_another_text_in_the_same_file_is_another_run(
 def test_another_version_is_another_run(
     begun: Path, source: Path, quantize_tiny: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitquilt.run.__version__", "99.0")
+    monkeypatch.setattr("bitquilt.preflight.__version__", "99.0")
     with pytest.raises(UserError, match=rf"version was '{bitquilt.__version__}', now it is '99.0'"):
         run(quantize_tiny, source, begun)
 
@@ -262,7 +262,7 @@ def test_a_work_directory_that_is_not_ours_is_refused_and_left_alone(
 ) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"work exists and is no work directory"):
+    with pytest.raises(UserError, match=r"work exists and is not a work directory"):
         run(quantize_tiny, source, tmp_path / "out", work_dir=tmp_path / "work")
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.txt"]
 

@@ -126,7 +126,7 @@ def test_a_plan_for_other_rows_is_refused(make_model, ids, tmp_path):
     settings = {key: value for key, value in SETTINGS.items() if key != "group_size"}
     for change, message in (
         ({"model.embed_tokens": "22"}, "gives bits to 2 rows"),
-        ({"model.nothing": "22"}, "no table of this model"),
+        ({"model.nothing": "22"}, "not a table of this model"),
         ({"lm_head": "1" * 64}, "gives 1 bit"),
     ):
         (tmp_path / "plan.json").write_text(json.dumps({**found, "tables": change}))

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from bitquilt.allocation.exact import exact_choices
-from bitquilt.allocation.knapsack import best_bits
 
 Costs = Mapping[str, Mapping[int, int]]
 """Cost by layer and width; widths ascend and are the same for all layers."""
@@ -37,17 +36,13 @@ def by_trace(sensitivities: Mapping[str, float], costs: Costs, budget: float) ->
 def by_weighted_error(errors: Mapping[str, Mapping[int, float]], costs: Costs, budget: float) -> dict[str, int]:
     """Return bits by layer with the least sum of errors[layer][bits] within `budget` (the form of HAWQ-V2).
 
-    The optimum is exact where that is affordable. Raises ValueError as `by_trace` does.
+    Raises ValueError as `by_trace` does.
     """
-    _check({name: sum(row.values()) for name, row in errors.items()}, costs, budget)
+    least = _check({name: sum(row.values()) for name, row in errors.items()}, costs, budget)
     names, widths = sorted(errors), _widths(costs)
-    table = [[errors[name][b] for b in widths] for name in names]
-    sizes = [costs[name][widths[0]] // widths[0] for name in names]
-    if all(costs[name][b] == size * b for name, size in zip(names, sizes, strict=True) for b in widths):
-        return dict(zip(names, best_bits(table, widths, sizes, int(budget + 1e-6)), strict=True))
-    losses = np.minimum.accumulate(np.asarray(table, dtype=np.float32), axis=1)
+    losses = np.asarray([[errors[name][b] for b in widths] for name in names], dtype=np.float64)
     prices = np.asarray([[costs[name][b] for b in widths] for name in names], dtype=np.float64)
-    chosen = exact_choices(losses, prices, budget)
+    chosen = exact_choices(losses, prices, max(budget + 1e-6, least))
     return {name: widths[i] for name, i in zip(names, chosen.tolist(), strict=True)}
 
 
@@ -55,10 +50,12 @@ def _widths(costs: Costs) -> tuple[int, ...]:
     return tuple(sorted(next(iter(costs.values()))))
 
 
-def _check(values: Mapping[str, float], costs: Costs, budget: float) -> None:
+def _check(values: Mapping[str, float], costs: Costs, budget: float) -> int:
+    """Return the least cost of all layers."""
     least = sum(min(cost.values()) for cost in costs.values())
     if least > budget * (1 + 1e-9):
         raise ValueError(f"a budget of {budget:g} bits is below {least:g}, the lowest width everywhere")
     for name, value in values.items():
         if not abs(value) < float("inf"):
             raise ValueError(f"the sensitivity of {name} is {value}; wanted a finite number")
+    return least

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitquilt.allocation.knapsack import best_bits, least_error, repair
+from bitquilt.allocation.knapsack import best_bits, repair
 from bitquilt.threads import one_thread
 
 Bits = tuple[int, ...]
@@ -31,8 +31,8 @@ _CHANGED = 4.0  # units that leave their likeliest width in a sample, before the
 class GraphTraining:
     """Training settings of the network.
 
-    `steps`: at most so many on the table; the exact map, or ten times `patience` without a gain of a thousandth, ends
-    them. `rounds`: at most so many of `samples` plans in the loop; `patience` rounds without such a gain end them.
+    `steps`: the most on the table, ended by the exact map or by ten times `patience` steps without a gain of a
+    thousandth. `rounds`: the most in the loop, each of `samples` plans, ended by `patience` rounds without such a gain.
     """
 
     width: int = 64
@@ -46,7 +46,7 @@ class GraphTraining:
 
 @dataclass(frozen=True, eq=False)
 class _Allocator:
-    """The network of one layer: what it reads, its weights, and what its choices must keep to."""
+    """The network of one layer: its inputs, its weights, and the budget of its choices."""
 
     table: Tensor
     palette: Sequence[int]
@@ -70,7 +70,7 @@ class _Allocator:
         brought to the budget afterwards would lose its changes again, one by one."""
         noise = torch.rand(scores.shape, generator=generator, dtype=torch.float64).clamp_min(1e-12)
         errors = -(scores.double() - (-noise.log()).log())
-        bits = least_error(errors.tolist(), self.palette, self.widths, self.budget)
+        bits = best_bits(errors.tolist(), self.palette, self.widths, self.budget)
         return repair(bits, self.table.tolist(), self.palette, self.widths, self.budget, exchange=False)
 
     def step(self, loss: Tensor) -> None:
@@ -98,7 +98,7 @@ def graph_bits(
     table, features, adjacency = table.cpu(), features.cpu(), adjacency.cpu()  # the network is too small for a GPU
     weights = _initial(features.shape[1], training.width, len(palette), training.seed)
     optimizer = torch.optim.Adam(weights, lr=training.learning_rate)
-    allocator = _Allocator(table, palette, widths, budget, features, adjacency, weights, optimizer)
+    allocator = _Allocator(table, palette, widths, budget, features, adjacency, weights, optimizer=optimizer)
     _learn_map(allocator, best_bits(table.tolist(), palette, widths, budget), training)
     return _train_on_sweeps(allocator, training, swept)
 

@@ -1,73 +1,43 @@
-"""Bits per unit of one layer with the least tabulated error within a budget: `best_bits`.
+"""Bits per unit of one layer within a budget of bits x columns: `best_bits` is exact, `greedy_bits` near it.
 
-`least_error` is the exact dynamic program over summed bits, `least_error_relaxed` follows the steepest path for many
-equal units, and `repair` brings any map to its budget. Costs are whole bits x columns. numpy only, no tensors.
-
-`exact.py` solves the same problem for costs of any size, which this program's states cannot count (stored bits of whole
-layers, up to 1e9). It cannot replace this one: it stops within a gap of 1e-5 and chooses freely among equal maps. Here
-the optimum is exact, fewer bits win a tie, and the same table gives the same map with any version of the solver.
+`repair` brings any map to its budget; `spend_all` serves layers of many equal units. The solvers are `exact.py` and
+`path.py`; here are palettes instead of choices, and whole columns. numpy only, no tensors.
 """
 
 from collections.abc import Sequence
-from math import gcd
 
 import numpy as np
 
+from bitquilt.allocation.exact import exact_choices
 from bitquilt.allocation.path import steepest
 
 Table = Sequence[Sequence[float]]
 """Error of each unit (rows) at each width of the palette (columns)."""
-# units x choices x budget states of the exact program: 4096 columns at 3 bits and 4 widths take 2e8 and 0.6 s.
-_EXACT_STEPS = 10**9
 
 
-def best_bits(
-    table: Table, palette: Sequence[int], widths: Sequence[int], budget: int, exact: bool | None = None
-) -> tuple[int, ...]:
+def best_bits(table: Table, palette: Sequence[int], widths: Sequence[int], budget: int) -> tuple[int, ...]:
     """Return bits per unit with the least total error, sum_j widths[j] * b_j being within `budget`.
 
-    `table[j][i]` is the error of unit j at `palette[i]` bits. `exact` None solves exactly where that is affordable.
-    Raises ValueError if an error is not finite or the budget is below the smallest width everywhere.
+    `table[j][i]` is the error of unit j at `palette[i]` bits. Fewer bits win a tie.
+    Raises ValueError if an error is not finite, the palette does not ascend or the budget is below its smallest width
+    everywhere.
     """
+    errors = _checked(table, palette)
+    _check_reachable(palette, widths, budget)
+    return tuple(palette[i] for i in exact_choices(errors, np.outer(widths, palette).astype(np.float64), budget))
+
+
+def greedy_bits(table: Table, palette: Sequence[int], widths: Sequence[int], budget: int) -> tuple[int, ...]:
+    """Return bits per unit as `best_bits` does, by the steepest path and `repair`: what a Lagrange multiplier finds."""
     errors = non_increasing(table, palette)
-    steps = len(errors) * len(palette) * (budget // gcd(*widths) + 1)
-    if exact or (exact is None and steps <= _EXACT_STEPS):
-        return least_error(errors.tolist(), palette, widths, budget)
-    check_reachable(palette, widths, budget)
+    _check_reachable(palette, widths, budget)
     prices = np.outer(widths, palette).astype(np.float64)
     path = steepest(errors, prices)
     choice = path.at(path.within(budget - float(prices[:, 0].sum())))
     return repair([palette[i] for i in choice], table, palette, widths, budget)
 
 
-def least_error(table: Table, palette: Sequence[int], widths: Sequence[int], budget: int) -> tuple[int, ...]:
-    """Return the exact optimum of `best_bits`, errors taken as they are. Fewer bits win a tie."""
-    errors = _checked(table, palette)
-    check_reachable(palette, widths, budget)
-    unit_size = gcd(*widths)
-    sizes = [width // unit_size for width in widths]
-    states = budget // unit_size + 1
-    order = sorted(range(len(palette)), key=lambda i: palette[i])
-    best = np.zeros(states)
-    choices = np.zeros((len(sizes), states), dtype=np.int8)
-    for j, size in enumerate(sizes):
-        candidates = np.full((len(palette), states), np.inf)
-        for rank, i in enumerate(order):
-            cost = size * palette[i]
-            if cost < states:
-                candidates[rank, cost:] = best[: states - cost] + errors[j, i]
-        choices[j] = candidates.argmin(axis=0)
-        best = candidates.min(axis=0)
-    left = states - 1
-    bits: list[int] = []
-    for j in reversed(range(len(sizes))):
-        chosen = palette[order[choices[j, left]]]
-        bits.append(chosen)
-        left -= sizes[j] * chosen
-    return tuple(reversed(bits))
-
-
-def least_error_relaxed(table: Table, costs: Sequence[int], budget: float) -> tuple[int, ...]:
+def spend_all(table: Table, costs: Sequence[int], budget: float) -> tuple[int, ...]:
     """Return one choice per unit for many units of equal size, the sum of `costs[i]` being within `budget`.
 
     `costs` ascend. The steepest path is optimal for what it spends; the best single steps that fit then spend the rest,
@@ -111,7 +81,7 @@ def repair(
     most of the map they start from. The first unit wins a tie. Raises ValueError as `best_bits` does.
     """
     errors = non_increasing(table, palette)
-    check_reachable(palette, widths, budget)
+    _check_reachable(palette, widths, budget)
     prices = np.outer(widths, palette)
     choice = np.asarray([list(palette).index(b) for b in bits])
     spare = budget - sum(width * b for width, b in zip(widths, bits, strict=True))
@@ -144,18 +114,18 @@ def non_increasing(table: Table, palette: Sequence[int]) -> np.ndarray:
 
     Raises ValueError for an error that is not finite or a palette that does not ascend.
     """
-    if list(palette) != sorted(set(palette)):
-        raise ValueError(f"palette is {tuple(palette)}; wanted ascending bits, each once")
     return np.minimum.accumulate(_checked(table, palette), axis=1)
 
 
-def check_reachable(palette: Sequence[int], widths: Sequence[int], budget: int) -> None:
+def _check_reachable(palette: Sequence[int], widths: Sequence[int], budget: int) -> None:
     """Raise ValueError if the budget is below the smallest width everywhere."""
     if budget < min(palette) * sum(widths):
         raise ValueError(f"budget {budget} is below {min(palette)} bits for each of {sum(widths)} columns")
 
 
 def _checked(table: Table, palette: Sequence[int], spelled: str = "{} bits") -> np.ndarray:
+    if list(palette) != sorted(set(palette)):
+        raise ValueError(f"palette is {tuple(palette)}; wanted ascending bits, each once")
     errors = np.asarray(table, dtype=np.float64)
     if not np.isfinite(errors).all():
         unit, choice = np.argwhere(~np.isfinite(errors))[0]

@@ -195,7 +195,7 @@ def _version(package: str) -> str | None:
 
 
 def _body(device: str) -> str:
-    """The body of `quantized_matmul` on a device, and why it is no faster one."""
+    """The body of `quantized_matmul` on a device, and why no faster one is used."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key("bitquilt::quantized_matmul", device)
     if not own:
         missing = "to get kernels: pip install 'bitquilt[gpu]'" if device == "CUDA" else "installed without its kernels"

@@ -78,7 +78,7 @@ def evaluate(
     reference: Reference = None,
     batch_size: Annotated[int | None, Option(help="Windows per forward pass; affects speed and memory only.")] = None,
     tasks: Annotated[str | None, Option(metavar="A,B", help="Tasks of lm-eval, by name.")] = None,
-    limit: Annotated[int | None, Option(help="Use only the first so many examples of each task.")] = None,
+    limit: Annotated[int | None, Option(metavar="N", help="Use only the first N examples of each task.")] = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustCode = False,
     save: Annotated[bool, Option("--save/--no-save", help="Keep the figures in the checkpoint's folder.")] = True,

@@ -1,4 +1,4 @@
-"""`bitquilt inspect DIR`: where a checkpoint's bits went, or what of a full-precision model would be quantized."""
+"""`bitquilt inspect DIR`: where a checkpoint's bits went, or what would be quantized in a full-precision model."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -125,7 +125,7 @@ class _Bound:
 def optimise(
     law: LawArgument,
     params: Annotated[float | None, typer.Option(help="Parameters of the model.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Training tokens; with --domain-tokens at most so many.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Training tokens; with --domain-tokens an upper bound.")] = None,
     max_general_loss: Annotated[float | None, typer.Option(help="Bound on the general loss, nats per token.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Or a largest rise, such as 0.03.")] = None,
     general_loss: Annotated[

@@ -127,8 +127,8 @@ class WindowOptions:
     """How a text is cut into windows for evaluation."""
 
     seq_len: Annotated[Count, _window(help="Tokens per window. Default: the model's context, at most 2048.")] = None
-    stride: Annotated[Count, _window(help="Start a window every so many tokens; windows then overlap.")] = None
-    max_tokens: Annotated[Count, _window(help="Read only the first so many tokens of the text.")] = None
+    stride: Annotated[Count, _window(metavar="N", help="Start a window every N tokens; windows then overlap.")] = None
+    max_tokens: Annotated[Count, _window(metavar="N", help="Read only the first N tokens of the text.")] = None
     column: Annotated[Word, _window(metavar="NAME", help=_COLUMN)] = None
     bos: Annotated[bool, _window("--bos/--no-bos", help=_BOS)] = True
 

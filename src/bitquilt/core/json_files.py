@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """Return a file's JSON value. Raises ValueError where it is no text, no JSON, or nested too deeply for the parser.
+    """Return a file's JSON value. Raises ValueError for text that is not UTF-8, not JSON, or nested too deeply.
 
     Raises OSError where the file cannot be read.
     """

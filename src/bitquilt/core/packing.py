@@ -142,7 +142,7 @@ def unpack(tensors: Mapping[str, Tensor], layout: Layout, name: str = "weight") 
 
 
 def table_rows(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor | None:
-    """Which rows of its table a packed weight holds, bool `[layout.of_rows]`; None where it is no part of a table."""
+    """Which rows of its table a packed weight holds, bool `[layout.of_rows]`; None for a weight of its own."""
     if not layout.of_rows:
         return None
     return unpack_bits(tensors["rows"].unsqueeze(0), 1, layout.of_rows).squeeze(0).bool()
@@ -175,7 +175,7 @@ def check_indices(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
     elif layout.ordering == "order" and order is not None:
         expected = torch.arange(layout.blocks, device=order.device)
         if not torch.equal(order.long().sort().values, expected):
-            raise ValueError(f"tensor {name}.permutation is no order of 0 to {layout.blocks - 1}: each must occur once")
+            raise ValueError(f"tensor {name}.permutation is not an order of 0 to {layout.blocks - 1}, each once")
     if layout.outliers:
         columns, rows = tensors["outlier_columns"].long(), tensors["outlier_rows"].long()
         low, high = int(columns.min()), int(columns.max())
@@ -250,11 +250,11 @@ def layout_from_json(value: Mapping[str, Any], name: str = "weight") -> Layout:
             rows,
             columns,
             tuple(segments),
-            value["ordering"],
-            _whole(value, "block"),
-            _whole(value, "outliers", most=rows * columns),
-            _dtype(value, "row_gain_dtype") if "row_gain_dtype" in value else None,
-            _whole(value, "of_rows") if "of_rows" in value else 0,
+            ordering=value["ordering"],
+            block=_whole(value, "block"),
+            outliers=_whole(value, "outliers", most=rows * columns),
+            row_gain_dtype=_dtype(value, "row_gain_dtype") if "row_gain_dtype" in value else None,
+            of_rows=_whole(value, "of_rows") if "of_rows" in value else 0,
         )
     except KeyError as error:
         raise ValueError(f"layout of {name}: field {error} is missing") from None

@@ -140,7 +140,7 @@ def check_plan_tables(tables: Mapping[str, str], rows: Mapping[str, int]) -> Non
     for name, bits in tables.items():
         if name not in rows:
             raise UserError(
-                f"the plan has bits for the rows of {name}, which is no table of this model that can share a budget; "
+                f"the plan has bits for the rows of {name}, not a table of this model that can share a budget; "
                 "plan again for this model and these flags"
             )
         if len(bits) != rows[name]:

@@ -174,11 +174,11 @@ class QuantizedWeight:
             out_features,
             sum(width for _, width in segments),
             segments,
-            self._ordering(),
-            self.permutation.block if self.permutation else 0,
-            len(self.outliers.values) if self.outliers else 0,
-            None if self.row_gains is None else self.row_gains.dtype,
-            0 if self.rows is None else len(self.rows),
+            ordering=self._ordering(),
+            block=self.permutation.block if self.permutation else 0,
+            outliers=len(self.outliers.values) if self.outliers else 0,
+            row_gain_dtype=None if self.row_gains is None else self.row_gains.dtype,
+            of_rows=0 if self.rows is None else len(self.rows),
         )
 
     def _ordering(self) -> Ordering:

@@ -29,6 +29,6 @@ def ratio_text(ratio: float) -> str:
 
 
 def percent_text(share: float, digits: int = 3) -> str:
-    """Format a share with so many significant digits: 0.5 -> "50 %". A large share gets no exponent."""
+    """Format a share with `digits` significant digits: 0.5 -> "50 %". A large share gets no exponent."""
     percent = 100 * share
     return f"{percent:.0f} %" if percent >= 10**digits else f"{percent:.{digits}g} %"

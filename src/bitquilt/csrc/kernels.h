@@ -17,7 +17,7 @@ constexpr int strip_columns = 256;  // of a codebook segment: its tables (2 digi
 constexpr int group_padding = 16;  // group arrays start at multiples of this, so that 16 floats can always be read
 
 // Floats that hold two rows in fp32; or the levels of 4-bit codebooks in 16 bits, each segment's up to the next 64,
-// beside a row of codes.
+// next to a row of codes.
 constexpr int64_t dense_scratch(int64_t columns, int segments) { return 8 * columns + 32 * segments + 64; }
 
 enum class Type : int64_t { f32 = 0, f16 = 1, bf16 = 2 };

@@ -142,8 +142,8 @@ def sample_from_model(
     kind = class_of(checkpoint.model_config.architectures)
     if kind is not AutoModelForCausalLM and not kind.can_generate():
         raise UserError(
-            f"{checkpoint.name} is no causal language model (its config names {kind.__name__}), so it cannot write its "
-            "own calibration text; give --calibration FILE, and no --self-samples"
+            f"{checkpoint.name} is not a causal language model (its config names {kind.__name__}), so it cannot write "
+            "its own calibration text; give --calibration FILE, and no --self-samples"
         )
     if checkpoint.model_config.encoder_decoder:
         raise UserError(

@@ -37,7 +37,7 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[Document]:
 
 
 def decode(raw: bytes, path: Path, offset: int) -> str:
-    """Return UTF-8 text. Raises UserError with the place of the first byte that is none."""
+    """Return UTF-8 text. Raises UserError with the offset of the first byte that is not."""
     bad = raw.find(b"\0")
     try:
         text = raw.decode("utf-8")

@@ -24,7 +24,7 @@ class Affine:
 
 
 def affine(weight: QuantizedWeight, group_size: int) -> Affine:
-    """Return the weight with a scale and a bias per `group_size` inputs, which `Engine.container` found to be possible.
+    """Return the weight with a scale and a bias per `group_size` inputs, a size that `Engine.container` found possible.
 
     Products of a stored scale and a zero are exact in fp32.
     """

@@ -48,7 +48,7 @@ class Engine:
     has, None for all; it attends to all tokens in the others.
     `zeros`: "free" engines add a number of 16 bits to each group, "integer" ones subtract a code, and those with
     "middle" always half the range. `alike`: layers that share one form: "none", what it fuses ("fused"), or "all".
-    `tables`: whether it has embedding and head in few bits. `zero_rule`: the recipes' option for it.
+    `tables`: whether it can hold embedding and head in few bits. `zero_rule`: the recipes' option for it.
     `tensors` converts a layer, with scales in the type given, and `decode` reads it back as the engine does; `specs` is
     its size, from `[out, in]`. `config` makes config.json for the layers by path.
     `metadata`: the format that its safetensors name.
@@ -70,7 +70,7 @@ class Engine:
     metadata: str
 
     def container(self, layout: Layout, middle: bool = False) -> Container:
-        """Return the smallest form that holds the layout without loss but for the rounding of scales and biases.
+        """Return the smallest form that holds the layout exactly, except that scales and biases are rounded.
 
         Codes of fewer bits fit in a wider form with the same scales, and a group can be cut into equal groups.
         `middle`: all zeros of the layer are half its range. Raises ValueError that says what stands in the way, and
@@ -103,7 +103,7 @@ class Engine:
             )
         if self.zeros == "middle" and layout.out_features * bits % 32:
             raise ValueError(
-                f"its {layout.out_features} outputs of {bits} bits fill no whole words; leave the layer out"
+                f"its {layout.out_features} outputs of {bits} bits do not fill whole words; leave the layer out"
             )
         exact = all(form.bits == bits and not form.symmetric for form, _ in layout.segments)
         return Container(bits, sizes[-1], self.zeros == "middle" or (self.zeros == "integer" and middle and exact))
@@ -142,7 +142,7 @@ class Engine:
         for path, layout in layouts.items():
             try:
                 if path in tables and not self.tables:
-                    raise ValueError(f"{self.title} has no embedding or head in few bits; quantize without these bits")
+                    raise ValueError(f"{self.title} holds embedding and head in 16 bits; leave out --embedding-bits")
                 held[path] = self.container(layout, path in middle)
             except ValueError as error:
                 refused[path] = str(error)

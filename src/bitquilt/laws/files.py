@@ -93,7 +93,7 @@ def load(path: Path) -> LawFile:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; wanted a law written by `bitquilt law fit`") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f'{path} is no law: wanted "format": "{FORMAT}"; write one with `bitquilt law fit`')
+        raise UserError(f'{path} is not a law: wanted "format": "{FORMAT}"; write one with `bitquilt law fit`')
     if content.get("version") != VERSION:
         raise UserError(f"{path} has version {content.get('version')}, wanted {VERSION}; fit the runs again")
     kind = content.get("kind")

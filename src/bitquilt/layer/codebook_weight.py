@@ -38,13 +38,13 @@ class LevelTables:
     row_gain_dtype: torch.dtype | None = None
 
     def format(self, bits: int, width: int) -> Format:
-        """The format of `width` channels of so many bits."""
+        """The format of `width` channels with this many bits."""
         if self.scope == "channel":
             return Format(bits, 1, "codebook", self.dtype)
         return Format(bits, width, "codebook", self.dtype, gain_dtype=self.gain_dtype)
 
     def fitter(self, weight: Tensor, bits: int, counted: Tensor, importance: Tensor | None) -> FitChannels:
-        """Return the fit for channels of so many bits; a shared table is fitted here, to `weight` fp32 `[out, n]`."""
+        """Return the fit for channels with these bits; a shared table is fitted here, to `weight` fp32 `[out, n]`."""
         if self.scope == "shared":
             return fit_table(weight, bits, counted, importance, dtype=self.dtype, gain_dtype=self.gain_dtype)
         return lambda columns, mass: fit_codebook(columns, bits, mass, self.dtype)

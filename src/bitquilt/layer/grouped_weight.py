@@ -22,7 +22,7 @@ from bitquilt.layer.grids.uniform import OneBitRule, RangeSearch, UniformGrid, f
 from bitquilt.layer.hessian import Factor, check_damp, damped, factorize
 from bitquilt.layer.layouts import check_group_size
 from bitquilt.layer.outliers import activation_count, activation_outliers, check_share, error_outliers, sparse_remainder
-from bitquilt.layer.target import check_feedback, corrected, layer_factor
+from bitquilt.layer.target import check_repairs, corrected, layer_factor
 
 FitColumns = Callable[[slice, Tensor, int, torch.dtype], Grid]
 """(columns of the group, their weights `[out, n]`, bits, scale dtype) -> grid."""
@@ -64,7 +64,7 @@ class FeedbackSweep:
         """Raise ValueError naming the option that cannot work."""
         check_damp(self.damp)
         check_group_size(self.group_size)
-        check_feedback(self.alpha, self.stream_alpha, self.passes, self.hessian)
+        check_repairs(self.alpha, self.stream_alpha, self.passes, self.hessian)
         check_share(error_outliers=self.error_outliers, act_outliers=self.act_outliers)
         if self.passes and (self.error_outliers or self.act_outliers):
             raise ValueError(f"passes is {self.passes}; coordinate descent cannot move outliers: set one of them to 0")

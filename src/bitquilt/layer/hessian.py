@@ -1,6 +1,6 @@
 """The cost of an error in one column once later columns may compensate it: `factorize` a Hessian into a `Factor`.
 
-`hessian` is the sum of x x^T over calibration tokens; a factor on it changes no result.
+`hessian` is the sum of x x^T over calibration tokens; scaling it changes no result.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ Widths = Sequence[int] | NDArray[np.integer[Any]]
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless groups of so many columns can be packed."""
+    """Raise ValueError unless groups of this many columns can be packed."""
     if group_size < _GROUP_SIZE_STEP or group_size % _GROUP_SIZE_STEP:
         raise ValueError(f"group size is {group_size}; wanted a positive multiple of 8, such as 32, 64 or 128")
 

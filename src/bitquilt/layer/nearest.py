@@ -1,7 +1,7 @@
 """Rounding to nearest, without feedback: `round_to_nearest`, `round_groups` and `round_symmetric`.
 
 `round_to_nearest` gives codes and grids of any kind, `round_groups` the rounded weight for tables of loss.
-`round_symmetric` is for tables of which single rows are read, such as embeddings.
+`round_symmetric` is for tables whose rows are read one by one, such as embeddings.
 """
 
 from collections.abc import Sequence

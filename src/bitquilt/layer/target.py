@@ -13,7 +13,7 @@ from bitquilt.core.types import Event, Layer, LayerStats, group_slices
 from bitquilt.layer.hessian import Factor, factorize, group_order
 
 
-def check_feedback(alpha: float, stream_alpha: float, passes: int = 0, hessian: str = "input") -> None:
+def check_repairs(alpha: float, stream_alpha: float, passes: int = 0, hessian: str = "input") -> None:
     """Raise ValueError unless both alphas are shares, `passes` is a count and an alpha has the input's Hessian."""
     for name, value in (("alpha", alpha), ("stream_alpha", stream_alpha)):
         if not 0 <= value <= 1:

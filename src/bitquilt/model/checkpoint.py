@@ -131,7 +131,7 @@ def is_companion(name: str) -> bool:
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a local folder, or a hub id such as `org/name`, of which safetensors and small files are downloaded first.
+    """Open a local folder, or download the safetensors and small files of a hub id such as `org/name` first.
 
     Raises UserError if there is no such folder or repository, no config.json, no safetensors (pickled weights are
     refused), or if a file is truncated, an indexed tensor is missing, a file is outside the folder, two files hold
@@ -251,7 +251,7 @@ def _read_stored(infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
 
 
 def _refuse_second_model(single: Path, files: list[Path]) -> None:
-    """Raise UserError for a model.safetensors beside an index of other files: transformers would read the former."""
+    """Raise UserError for a model.safetensors next to an index of other files: transformers would read the former."""
     if single.is_file() and single not in files:
         raise UserError(
             f"{single.parent} holds two models: {single.name}, and {len(files)} files that {INDEX_NAME} names, such as "

@@ -1,7 +1,8 @@
 """Everything that config.json says: `read_config` returns a `ModelConfig`, `read_layouts` the quantized layers.
 
 `config_of` reads a loaded model instead of a file, `with_quantization` adds the entry of a quantized model, and
-`total_bpw` and `total_nominal_bits` average over its layers. No other file looks a setting up by its name.
+`total_bpw` and `total_nominal_bits` average over its layers. What another tool says about its quantization is read by
+`encoded/stated_format.py`; no other file looks a setting up by its name.
 """
 
 from collections.abc import Mapping
@@ -165,7 +166,7 @@ def refuse_endless(values: Mapping[str, Any], tensors: int, where: object) -> No
                 f"{where}: {name} is {layers:.3g}, and the checkpoint holds {tensors} tensors: the file is damaged; "
                 "copy or download it again"
                 if layers < _MOST
-                else f"{where}: {name} is no number of layers: the file is damaged; copy or download it again"
+                else f"{where}: {name} is not a number of layers: the file is damaged; copy or download it again"
             )
 
 

@@ -230,14 +230,14 @@ def refuse_parts(block: nn.Module, path: str, chosen: Container[str]) -> None:
             left = [name for name in names if name not in chosen]
             if left and len(left) < len(names):
                 raise UserError(
-                    f"--skip leaves out {path}.{left[0]}, but not all experts beside it: {', '.join(layers)} of the "
+                    f"--skip leaves out {path}.{left[0]}, but not all experts with it: {', '.join(layers)} of the "
                     f"{experts.form.count} experts of {path}.{home} are quantized together or not at all; give "
                     + " and ".join(f"--skip '{path}.{home}.*.{layer}'" for layer in layers)
                 )
 
 
 def _form(module: nn.Module) -> _Form | None:
-    """Return how the module stores its experts, or None if it is no such module or stores them in another way."""
+    """Return how the module stores its experts, or None for any other module."""
     traits = {name: vars(module).get(name) for name in _TRAITS}
     if (type(module).__module__, type(module).__name__) == _LLAMA4:
         traits = {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}

@@ -38,7 +38,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _state(path: Path) -> list[int]:
-    """What tells that a file is unchanged: size, times of its content and of its entry, inode and device."""
+    """What changes with a file: size, times of its content and of its entry, inode and device."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
@@ -63,7 +63,7 @@ def _read() -> dict[str, Any]:
 
 
 def _keep(key: str, entry: list[Any]) -> None:
-    """Remember one hash; a cache that cannot be written is no error."""
+    """Remember one hash; ignore a cache that cannot be written."""
     with contextlib.suppress(OSError, RuntimeError):
         known = _read()
         known.pop(key, None)

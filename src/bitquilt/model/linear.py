@@ -221,11 +221,11 @@ class QuantizedLinear(nn.Module):
             [buffers[f"scale_{i}"] for i in segments],  # type: ignore[misc]
             [empty if zero is None else zero for zero in zeros],
             self._op_layout,
-            buffers.get("permutation"),
-            self.layout.block,
-            buffers.get("outlier_values"),
-            buffers.get("outlier_columns"),
-            buffers.get("outlier_rows"),
+            permutation=buffers.get("permutation"),
+            block=self.layout.block,
+            outlier_values=buffers.get("outlier_values"),
+            outlier_columns=buffers.get("outlier_columns"),
+            outlier_rows=buffers.get("outlier_rows"),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -284,7 +284,7 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def replace_linears(root: nn.Module, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None) -> None:
     """Put an empty `QuantizedLinear` at each path of `layouts`, on the device of the layer it replaces.
 
-    Raises ValueError for a layer that does not exist, is no linear layer, or has another shape.
+    Raises ValueError for a layer that does not exist, is not linear, or has another shape.
     """
     for path, layout in layouts.items():
         try:

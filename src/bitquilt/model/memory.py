@@ -33,7 +33,7 @@ class Memory:
 
 
 def memory_bytes(skeleton: Skeleton, layouts: Mapping[str, Layout], ctx: int, looked_up: Container[str] = ()) -> Memory:
-    """Count the memory for a context of `ctx` tokens. `looked_up`: tables of which only rows are ever unpacked."""
+    """Count the memory for a context of `ctx` tokens. `looked_up`: tables that are never unpacked whole."""
     replaced = replaced_weights(layouts)
     kept = sum(
         info.nbytes

@@ -173,7 +173,7 @@ def replaced_weights(layouts: Mapping[str, Layout]) -> set[str]:
 
 
 def table_path(part: str) -> str:
-    """Return the path of the table of which `part` is the path of a part."""
+    """Return the path of the table that the part at the path `part` belongs to."""
     return part.rpartition(".")[0]
 
 

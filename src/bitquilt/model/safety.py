@@ -47,7 +47,7 @@ def refuse_hub_kernels(config: Mapping[str, Any], path: Path) -> None:
 def trusted_text(text: str) -> str:
     """Return `text` without control characters, which a terminal would obey; line breaks and tabs stay.
 
-    Characters that turn the direction of writing count as control characters.
+    Characters that change the direction of writing count as control characters.
     """
     if text.isascii() and text.isprintable():
         return text

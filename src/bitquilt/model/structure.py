@@ -186,7 +186,7 @@ def _split(model: nn.Module, blocks: Sequence[str], names: Mapping[str, str]) ->
 
 
 def _refuse_codes(model: nn.Module, checkpoint: Checkpoint, parameters: Mapping[str, str]) -> None:
-    """Raise UserError for a parameter that is stored in a type of which no full-precision weight is."""
+    """Raise UserError for a parameter that is stored as integers or fp8, which full-precision weights never are."""
     floating = {name for name, value in model.named_parameters(remove_duplicate=False) if value.is_floating_point()}
     for source, name in parameters.items():
         if name in floating and (dtype := checkpoint.tensors[source].dtype) not in FLOATS:
@@ -281,7 +281,7 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def gates(linears: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of a block's linear layers that stay in 16 bits: their bytes are nothing, their errors are not.
+    """Return the names of a block's linear layers that stay in 16 bits: few bytes, but errors that matter.
 
     Layers of one output row; and those no larger than a sixteenth of the block's largest that choose experts, by their
     name, or have fewer than 1000 weights.

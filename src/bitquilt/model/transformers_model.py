@@ -65,8 +65,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
             f"transformers {transformers.__version__} does not know this model: model_type is {values['model_type']!r} "
             f"in {checkpoint.folder}/config.json"
         )
+    names = list(checkpoint.model_config.architectures)  # transformers 5.16 refuses a config with damaged names
     with _mistakes_of(checkpoint):
-        return AutoConfig.for_model(**_with_infinities(values))
+        return AutoConfig.for_model(**_with_infinities({**values, "architectures": names or None}))
 
 
 def _knows(model_type: object) -> bool:
@@ -205,7 +206,7 @@ def _load_decoded(kind: Any, checkpoint: Checkpoint, options: dict[str, Any]) ->
     config = load_config(checkpoint)
     if kind is AutoModelForCausalLM:
         if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise UserError(f"{checkpoint.name} is no causal language model: its config is a {type(config).__name__}")
+            raise UserError(f"{checkpoint.name} is not a causal language model: its config is {type(config).__name__}")
         kind = AutoModelForCausalLM._model_mapping[type(config)]
     if options.get("dtype") == "auto":
         options["dtype"] = DTYPES[checkpoint.tensors[next(iter(checkpoint.source.weights))].dtype]

@@ -15,7 +15,7 @@ OTHER_FILES = "tokenizer and other files"
 
 @dataclass(frozen=True)
 class Content:
-    """One part of a folder: its bytes, and the number of weights there, 0 for what is no tensor of the model."""
+    """One part of a folder: its bytes, and the number of weights there, 0 for anything but tensors of the model."""
 
     part: str
     nbytes: int

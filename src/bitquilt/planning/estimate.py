@@ -1,4 +1,4 @@
-"""Estimates before a run, from headers alone: `estimate` for time and memory, `permits` for who can read the result.
+"""Estimates before a run, from headers alone: `estimate` for time and memory, `permits` for kernels and formats.
 
 Estimates give the order of magnitude: floating-point operations over a rate measured here, and one block in memory.
 """

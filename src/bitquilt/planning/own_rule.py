@@ -1,6 +1,6 @@
 """`most_bytes` bounds the folder of a recipe that gives out its own bits by a rule which needs calibration data.
 
-Which column gets how many bits is then unknown before the run, but the mean is known. The bound is the dearest mixture
+Which column gets how many bits is then unknown before the run, but the mean is known. The bound is the largest mixture
 of the rule's widths within that mean (its linear relaxation), with the largest maps, tables and headers.
 """
 
@@ -27,7 +27,7 @@ def most_bytes(planner: Planner, budget: Budget) -> int:
         bits = budget.value * sum(float(np.prod(shapes[name])) for name in shapes if name not in outside)
         bits += sum(storage_bits(widest[name]) for name in outside)
     else:
-        bits = _dearest(units, budget.value, outside, terms.overshoot) + _lone_channels(units)
+        bits = _most_bits(units, budget.value, outside, terms.overshoot) + _lone_channels(units)
 
     def others(choices: Ints) -> float:
         """Bytes of the folder that are not in `bits`."""
@@ -43,7 +43,7 @@ def most_bytes(planner: Planner, budget: Budget) -> int:
     return int(np.ceil(bits / 8 + max(others(choices.astype(np.int8)) for choices in mixtures)))
 
 
-def _dearest(units: Units, mean: float, outside: set[str], overshoot: int) -> float:
+def _most_bits(units: Units, mean: float, outside: set[str], overshoot: int) -> float:
     """Most bits that units take whose codes have a mean of `mean`; layers `outside` may have the widest codes."""
     nominal, costs = units.nominal().astype(np.float64), units.costs.astype(np.float64)
     allowed = 0.0

@@ -106,7 +106,7 @@ class Planner:
         if self.engine is not None and self.engine.alike == "fused":
             ties = tied_layers(skeleton.model, shapes)
         # a recipe that fixes its zeros there; others may need a wider form
-        self.middle = self.engine is not None and getattr(recipe, "zeros", None) == "middle"
+        self.middle = self.engine is not None and recipe.plan_terms.middle_zeros
         self.units, self.ties = Units(recipe, shapes, ties, tables=tables, engine=self.engine), ties
         self.skeleton, self.shapes, self.recipe, self.outer = skeleton, self.units.shapes, recipe, tuple(outer)
         self.tables = tuple(tables)
@@ -223,7 +223,7 @@ class Planner:
         layouts, plans, rows = self.layouts(choices), units.plans(choices), units.table_rows(choices, known)
         prediction = predict(known, plans, self.recipe, self.outer_bits, rows)
         size, spent, exported = self.sizes.of(layouts), self.spent(budget, layouts), self.exported_bytes(layouts)
-        return Planned(plans, layouts, size, prediction, spent, reach, scope, rows, exported)
+        return Planned(plans, layouts, size, prediction, spent, reach, scope, table_rows=rows, exported_bytes=exported)
 
     def plan_own(self, budget: Budget, scope: Scope, known: Sensitivities | None = None) -> Planned:
         """Return the plan within a recipe's own bits, which do not count embedding and head; the size does."""

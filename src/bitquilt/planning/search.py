@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitquilt.allocation.exact import MAX_VARIABLES, exact_choices
+from bitquilt.allocation.exact import exact_choices
 from bitquilt.allocation.path import Floats, Ints, Path, cut, spend_rest, steepest_up_to
 from bitquilt.allocation.scopes import order_steps, paired, summed
 from bitquilt.core.budget import Scope
@@ -23,6 +23,8 @@ _FEW_UNITS = 30_000
 _NEAR = 0.998
 # Up to so many widths of layers, headers are counted with them: in a folder of 270 kB they are 0.06 % of it.
 _FEW_WIDTHS = 1024
+# Up to so many losses, the exact optimum over all units refines the path. Beyond, it gains less than 1e-4.
+_FEW_LOSSES = 4096
 # Solutions tried for layers of one width; two or three are enough, because headers differ by a few bytes.
 _TRIES = 8
 
@@ -121,12 +123,12 @@ class Search:
         return spend_rest(choices, self.losses, self.costs, self.exact, self.target)
 
     def _refined(self, choices: Ints) -> Ints:
-        """Return the exact optimum where there are few variables and it is better.
+        """Return the exact optimum where there are few losses and it is better.
 
         Its budget is what remains when everything that belongs to no unit (maps, headers) is as large as it can be, so
         that any choice fits.
         """
-        if self.losses.size > MAX_VARIABLES:
+        if self.losses.size > _FEW_LOSSES:
             return choices
         rows = np.arange(self.units.count)
 

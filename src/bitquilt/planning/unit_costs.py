@@ -1,4 +1,4 @@
-"""`Units`: the parts of a model that get bits as one, what each width of them takes and what it loses.
+"""`Units`: the parts of a model that get one width each, the bits that each width takes and its loss.
 
 A unit is a column group (one channel, for recipes that work channel by channel) of one layer, or of several tied
 layers, or a block of rows of an embedding or head (`table_units`). A choice is a position in `palette`, one per unit.
@@ -107,7 +107,7 @@ class Units:
         return self._widths[rows]
 
     def bare(self, rows: int, columns: int, bits: int) -> Layout:
-        """Layout of one group by itself, without map and outliers."""
+        """Layout of a single group, without map and outliers."""
         layout = self.recipe.layout(rows, columns, LayerPlan((bits,) * -(-columns // self.group_size), self.group_size))
         return Layout(rows, columns, layout.segments)
 
@@ -153,7 +153,7 @@ class Units:
 
     def layer_costs(self) -> NDArray[np.float64]:
         """Bits `[wholes, palette]` of each of `wholes`."""
-        engine, middle = self._engine, getattr(self.recipe, "zeros", None) == "middle"
+        engine, middle = self._engine, self.recipe.plan_terms.middle_zeros
         size = storage_bits if engine is None else lambda layout: engine.storage_bits(layout, middle)
         known = {
             shape: [size(self.bare(*shape, bits)) for bits in self._own_widths(shape[0])]

@@ -39,7 +39,7 @@ RECIPES: dict[str, type[NamedRecipe]] = {kind.name: kind for kind in _KINDS}
 
 @runtime_checkable
 class TakesBpw(Protocol):
-    """A recipe that can meet a budget in true bits per weight by itself."""
+    """A recipe with an option `bpw`, its own budget in true bits per weight."""
 
     bpw: float | None
 

@@ -2,9 +2,9 @@
 
 1. e_j(b): the loss that unit j (a column group, or a column) adds to the sweep at b bits, tabulated with the quantizer
    of the final weight;
-2. the map: exact for the table (dynamic program, or Lagrange multiplier and repair), or on request a small graph
-   network over the graph of the inverse Hessian, which learns the exact map and is then trained, as published, on the
-   loss after the sweep of the plans that it samples, until a stopping rule says so;
+2. the map: exact for the table, or on request from a small graph network over the graph of the inverse Hessian, which
+   learns the exact map and is then trained, as published, on the loss after the sweep of the plans that it samples,
+   until a stopping rule ends it;
 3. a GPTQ sweep with bits per unit. The table ignores compensation, so the chosen allocator's map and, where the mean is
    whole, uniform bits are both swept and the better is kept. The report shows every map that was made.
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.graph_network import GraphTraining, graph_bits
-from bitquilt.allocation.knapsack import best_bits, table_error
+from bitquilt.allocation.knapsack import best_bits, greedy_bits, table_error
 from bitquilt.core.budget import Budget
 from bitquilt.core.recipe import Needs, PlanTerms
 from bitquilt.core.training import Training
@@ -135,10 +135,10 @@ class MGPTQ:
                 budget,
                 features,
                 graph,
-                GraphTraining(),
-                lambda bits: loss_of(plan_of(bits)),
+                training=GraphTraining(),
+                swept=lambda bits: loss_of(plan_of(bits)),
             )
-        relaxed = best_bits(errors, self.palette, widths, budget, exact=False)
+        relaxed = greedy_bits(errors, self.palette, widths, budget)
         if float(self.bits).is_integer() and int(self.bits) in self.palette:
             maps["uniform"] = uniform_plan(columns, int(self.bits), self._plan_size()).bits
         plans = {name: plan_of(bits) for name, bits in maps.items()}

@@ -7,13 +7,13 @@
 
 Where paper and public code differ, this follows the paper: magnitudes, not signed values; shares in their right order;
 a part's weights in the part's format. Deviations, undone by `published=True`: scales are rounded as in the public code
-("ceil": 36 % less FP4 error on Gaussian blocks than the paper's formula); channels are ranked by the loudest of 32 runs
+("ceil": 36 % less FP4 error on Gaussian blocks than the paper's formula); channels are ranked by the largest of 32 runs
 of tokens instead of the mean of all. Other deviations: shares and order come from an even sample of 4096 tokens; parts
 are whole multiples of 32 channels where 128 does not divide the layer, and padded elements are not stored. Layers of
 one input share the parts.
 Beyond the paper: `bits`, a mean reached by scaling both thresholds, per input, because one block is in memory at a
 time; one budget for the whole model, given to blocks of 32 channels by their cost to it.
-A plan counts blocks of channels from the loudest one, not columns: calibration decides which channels these are.
+A plan counts blocks of channels by falling magnitude, not columns: calibration decides which channels these are.
 Not offered: smoothing, a quantized KV cache.
 """
 
@@ -61,7 +61,7 @@ class MicroMix:
     part of `alignment` channels.
     `multiplier`: scales both thresholds; 1 as published, 0 nearly all FP8, a large number all FP4.
     `published`: scales by the paper's formula and channels ranked by the mean of all tokens.
-    `alignment`: channels that a part is a multiple of, as published 128; narrow layers want 32. On stories260k a mean
+    `alignment`: channels that a part is a multiple of, as published 128; narrow layers need 32. On stories260k a mean
     of 4.25 bits takes 5.48 bits per weight even so (docs/results.md).
     `quantize_activations`: False rounds weights only, and the input stays in its own type.
     """
@@ -201,7 +201,7 @@ class MicroMix:
         return layer.stats.hessian.diagonal() / layer.stats.tokens
 
     def column_order(self, layer: Layer, prepared: Partition | None) -> Tensor:
-        """The channels `[in]`, loudest first; in their own order where nothing is known about the input."""
+        """The channels `[in]` by falling magnitude; in their own order where nothing is known about the input."""
         if prepared is None:
             return torch.arange(layer.weight.shape[1], device=layer.weight.device)
         return prepared.order.flip(0)

@@ -106,7 +106,7 @@ class Quilt:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups at the recipe's bits."""
-        return PlanTerms(self.group_size, Budget("bits", self.bits))
+        return PlanTerms(self.group_size, Budget("bits", self.bits), middle_zeros=self.zeros == "middle")
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""

@@ -60,7 +60,8 @@ class RTN:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups at the recipe's bits."""
-        return PlanTerms(self.group_size, Budget("bits", self.bits), searches_ranges=self.scale_search)
+        own, middle = Budget("bits", self.bits), self.zeros == "middle"
+        return PlanTerms(self.group_size, own, searches_ranges=self.scale_search, middle_zeros=middle)
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""

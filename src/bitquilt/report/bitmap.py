@@ -63,7 +63,7 @@ def _shares(runs: Runs, columns: int) -> Iterator[tuple[int, str]]:
 
 
 def _share(runs: Runs, bits: int, columns: int) -> NDArray[np.float64]:
-    """The share of channels with so many bits in each column of the picture."""
+    """The share of channels with `bits` bits in each column of the picture."""
     widths = np.array([width for _, width in runs])
     ends = np.cumsum(widths)
     mine = np.cumsum(np.where(np.array([here for here, _ in runs]) == bits, widths, 0))

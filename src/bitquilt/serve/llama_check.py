@@ -1,8 +1,8 @@
 """Checks that a model is built like Llama: `llama_base` and `layer_products` return its parts or raise ValueError.
 
 The build is RMS norms before attention and MLP, rotary positions, grouped attention without a window, and a gated MLP
-with SiLU. It is found by looking at the modules, not from a list of families. A model that looks the same and computes
-something else is found by trying: `agrees` compares a decoder's first logits with those of `read_prompt`.
+with SiLU. The modules decide, not a list of families. A model that looks the same may compute
+something else, so `agrees` compares a decoder's first logits with those of `read_prompt`.
 """
 
 from typing import Any, NamedTuple

@@ -285,7 +285,7 @@ def _others(ids: Tensor) -> Tensor:
 
 def _not_per_token(path: str, name: str) -> UserError:
     return UserError(
-        f"block {path} receives {name!r}, which depends on the tokens and is no value per token: {_SENTENCE}"
+        f"block {path} receives {name!r}, which depends on the tokens but has no value per token: {_SENTENCE}"
     )
 
 
@@ -300,7 +300,7 @@ def _refuse_state(path: str, call: Call) -> None:
 
 
 def _state_in(value: Any) -> str | None:
-    """Name what in nested `value` is no plain value: an object, or an empty list or dict, which waits to be filled."""
+    """Name the part of nested `value` that is not plain: an object, or an empty list or dict to be filled."""
     if value is None or isinstance(value, _PLAIN) or is_shared(value):
         return None
     if isinstance(value, (list, dict)) and not value:

@@ -15,7 +15,7 @@ from bitquilt.stream.job import Job, LoadedBlock, open_block
 
 
 class BlockReader:
-    """Opens the blocks of a job. `prefetch`: read the next one meanwhile; by default wherever the device is no CPU."""
+    """Opens the blocks of a job. `prefetch`: read the next one meanwhile; by default on any device but a CPU."""
 
     def __init__(self, job: Job, prefetch: bool | None = None) -> None:
         self._job = job

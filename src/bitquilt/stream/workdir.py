@@ -71,7 +71,7 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
     """
     mark = folder / _MARK
     if folder.exists() and not mark.is_file() and any(p.name[0] != "." for p in folder.iterdir()):
-        raise UserError(f"{folder} exists and is no work directory; move it away or give another --work-dir")
+        raise UserError(f"{folder} exists and is not a work directory; move it away or give another --work-dir")
     with full_disk_is_an_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -96,7 +96,7 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """Return the fingerprint of the run that `folder` belongs to, or None if it is no work directory."""
+    """Return the fingerprint of the run that `folder` belongs to, or None for any other folder."""
     mark = folder / _MARK
     if not mark.is_file():
         return None

@@ -56,7 +56,7 @@ class Rounding:
         """Start from a sweep's result.
 
         Raises ValueError for grids that are not uniform, and for a one-bit group with two free levels: its lower level
-        is no zero.
+        is not zero.
         """
         grids = [grid for grid in swept.grids if isinstance(grid, UniformGrid)]
         if len(grids) < len(swept.grids):

@@ -29,7 +29,7 @@ class Partition:
     smaller: tuple[tuple[tuple[int, int, int], float], ...] = ()
 
     def bits(self, block: int) -> tuple[int, ...]:
-        """The bits of every `block` channels, the loudest first; all parts but the last are multiples of it."""
+        """The bits of every `block` channels by falling magnitude; all but the last part are multiples of it."""
         four, six, eight = self.sizes
         starts = range(0, four + six + eight, block)
         return tuple(8 if start < eight else 6 if start < eight + six else 4 for start in starts)

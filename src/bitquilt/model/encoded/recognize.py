@@ -1,7 +1,7 @@
 """`recognize` tells from headers which weights of a checkpoint are stored encoded, and how.
 
 The names and types of the tensors decide. config.json is asked only for what headers leave open, such as the size of
-blocks, and is never believed that a checkpoint is full precision.
+blocks, and cannot make a checkpoint full precision.
 """
 
 import math
@@ -116,7 +116,7 @@ def _refuse_leftovers(
             )
     if stated.by_file and not weights:
         raise _Undecodable(
-            f"{stated.by_file} says that the model is quantized ({stated.name}), and no tensor is; remove the file if "
+            f"{stated.by_file} says that the model is quantized ({stated.name}), but no tensor is; remove the file if "
             "it is out of date"
         )
 
@@ -138,7 +138,7 @@ _Found = tuple[str, EncodedWeight] | None
 
 
 def _scaled(tensors: Mapping[str, TensorInfo], name: str, stated: StatedFormat) -> _Found:
-    """`X` in fp8 or int8 beside `X_scale_inv` or `X_scale`, or `weight` beside `scale`."""
+    """`X` in fp8 or int8 with `X_scale_inv` or `X_scale`, or `weight` with `scale`."""
     codes, base = tensors[name], name.removesuffix("weight")
     if codes.dtype == "U8" and f"{name}_scale_2" in tensors and f"{name}_scale" in tensors:
         return name, _pairs(tensors, {"codes": name, "scale": f"{name}_scale", "factor": f"{name}_scale_2"})

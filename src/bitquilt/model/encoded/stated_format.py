@@ -1,4 +1,4 @@
-"""`StatedFormat` is what a model's folder says about its quantization: `read_stated` reads all places where it may be.
+"""`StatedFormat` is what a model's folder says about its quantization: `read_stated` reads every place for it.
 
 Headers decide whether a model is quantized. These settings answer what headers leave open.
 """
@@ -81,7 +81,7 @@ class StatedFormat:
 
 
 def read_stated(folder: Path, config: Mapping[str, Any]) -> StatedFormat:
-    """Return what config.json and the files beside it say; a file that is no JSON says nothing."""
+    """Return what config.json and the files next to it say; a file that is not JSON is ignored."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     places = [part.get(key) for part in (config, text) for key in ("quantization_config", "compression_config")]

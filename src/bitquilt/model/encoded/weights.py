@@ -15,6 +15,7 @@ from torch import Tensor
 from bitquilt.errors import UserError
 from bitquilt.model.tensor_info import TensorInfo
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.microscaling import E2M1, decode_element
 
 # Column i of a word of eight: AWQ writes columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits up.
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -213,7 +214,7 @@ class Mxfp4Blocks:
 
 @dataclass(frozen=True)
 class Fp4Pairs:
-    """Two numbers of 4 bits per byte `[out, in / 2]`, with a scale for each block; unpacked by transformers.
+    """Two numbers of 4 bits per byte `[out, in / 2]`, with a scale for each block of a row.
 
     Parts: `codes`, `scale`, which bytes hold as exponents (MXFP4), and for NVFP4 a number that all scales are
     multiplied by (`factor`, of ModelOpt) or divided by (`divisor`, of compressed-tensors).
@@ -224,16 +225,13 @@ class Fp4Pairs:
     bits: int = 4
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # late: imports model code
-
         scale = _scale(parts["scale"])
         if "factor" in parts:
             scale = scale * parts["factor"].float()
         if "divisor" in parts:
             scale = scale / parts["divisor"].float()
-        stored = {"weight": parts["codes"].view(torch.int8), "weight_scale_inv": scale}
-        decoded: Tensor = Fp8Dequantize(None).convert(stored)["weight"]
-        return decoded
+        numbers = decode_element(unpack_bits(parts["codes"].view(torch.uint8), 4, self.shape[-1]), E2M1)
+        return numbers * scale.repeat_interleave(self.shape[-1] // scale.shape[-1], dim=-1)
 
 
 def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:

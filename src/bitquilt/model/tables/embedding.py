@@ -30,7 +30,7 @@ def lookup_scale(table: object) -> float | None:
             rows = torch.linspace(1, 2, 8).view(2, 4)
             probe = copy.copy(table)
             probe._parameters, probe.padding_idx = {"weight": nn.Parameter(rows, requires_grad=False)}, None
-            # transformers fills such buffers after loading, from the number beside them
+            # transformers fills such buffers after loading, from the number next to them
             probe._buffers = {
                 name: torch.tensor(getattr(table, f"scalar_{name}")) if value is not None and value.is_meta else value
                 for name, value in table._buffers.items()

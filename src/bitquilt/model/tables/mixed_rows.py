@@ -34,7 +34,7 @@ class MixedRows(nn.Module):
         sizes = {(layout.of_rows, layout.in_features) for layout in layouts.values()}
         held = sum(layout.out_features for layout in layouts.values())
         if len(sizes) != 1 or held != next(iter(sizes))[0]:
-            raise ValueError(f"parts of {held} rows in all are no whole table of (rows, columns) {sorted(sizes)}")
+            raise ValueError(f"parts of {held} rows in all do not make up one table of (rows, columns) {sorted(sizes)}")
         self.out_features, self.in_features = next(iter(sizes))
         for name, layout in layouts.items():
             self.add_module(name, self._part(layout, device=device, dtype=dtype))

@@ -173,7 +173,11 @@ class PreparedWeight:
             form, read = (kind, bits, group, flag), DIRECT if direct else int(even)
             if quads:
                 read = QUADS if even else QUADS + 1
-            parts.append(PreparedSegment(form, start, width, row_bytes, groups, zero_bytes, chunk, read, arranged))
+            parts.append(
+                PreparedSegment(
+                    form, start, width, row_bytes, groups, zero_bytes, first_chunk=chunk, read=read, arranged=arranged
+                )
+            )
             start += width
             chunk += -(-width // CHUNK)
         return tuple(parts)
@@ -194,7 +198,7 @@ class PreparedWeight:
         channels = reference.expand_permutation(weight.permutation, weight.block, len(weight.codes), self.columns)
         every = torch.arange(self.columns, device=self.device)
         if channels.numel() != self.columns or not torch.equal(channels.sort().values, every):
-            raise ValueError(f"permutation is no order of {self.columns} channels: an entry is out of range or twice")
+            raise ValueError(f"permutation is not an order of {self.columns} channels: an entry is bad or twice")
         runs = None
         if weight.block % 8 == 0 and self.columns % 8 == 0 and all(part.start % 8 == 0 for part in self.parts):
             runs = (channels[::8] // 8).to(torch.int32)
@@ -285,7 +289,7 @@ def _check_outliers(weight: StoredWeight, out_features: int) -> None:
         raise ValueError("outlier_values, outlier_columns and outlier_rows do not go together")
     pointers = rows.to(torch.int64)
     if int(pointers[0]) != 0 or int(pointers[-1]) != values.numel() or bool((pointers.diff() < 0).any()):
-        raise ValueError(f"outlier_rows are no pointers from 0 to {values.numel()}, ascending")
+        raise ValueError(f"outlier_rows are not pointers from 0 to {values.numel()}, ascending")
     low, high = int(columns.min()), int(columns.max())
     if low < 0 or high >= weight.in_features:
         raise ValueError(f"outlier_columns go from {low} to {high}; the layer has {weight.in_features} columns")

@@ -68,5 +68,5 @@ def _tiling(numbers: Any) -> Tiling:
     tiling = Tiling(*map(int, numbers))
     powers = (tiling.rows, tiling.tokens, tiling.stack, tiling.warps)
     if min(powers) < 1 or any(n & (n - 1) for n in powers) or tiling.parts < 1 or tiling.stages < 1:
-        raise ValueError(f"{numbers} is no tiling: rows, tokens, stack and warps are powers of two")
+        raise ValueError(f"{numbers} is not a tiling: rows, tokens, stack and warps are powers of two")
     return tiling

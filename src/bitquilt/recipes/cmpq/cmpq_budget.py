@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from bitquilt.allocation.fractional import FULL_PALETTE, check_budget, largest_within, spread_bits
-from bitquilt.allocation.knapsack import least_error_relaxed
+from bitquilt.allocation.knapsack import spend_all
 from bitquilt.core.packing import storage_bits
 from bitquilt.core.types import MAX_BITS
 from bitquilt.layer.codebook_weight import LevelTables
@@ -113,7 +113,7 @@ class ChannelBudget:
         neighbouring widths is tried, and the rank of the norms, which also decides where nothing else fits.
         """
         if self.bpw is None:
-            return tuple(widths[i] for i in least_error_relaxed(table, widths, total))
+            return tuple(widths[i] for i in spend_all(table, widths, total))
         target = self.bpw * out_features * len(table) + _ROUNDING
         column = {b: i for i, b in enumerate(widths)}
         ranked = self.spread(norms, out_features, total)
@@ -143,7 +143,7 @@ class ChannelBudget:
         allowed, found = target, []
         for _ in range(4):
             allowed = max(allowed, prices[0] * len(table))
-            found.append(tuple(widths[among[i]] for i in least_error_relaxed(part, prices, allowed)))
+            found.append(tuple(widths[among[i]] for i in spend_all(part, prices, allowed)))
             spare = target - self.size(out_features, found[-1])
             if len(found) > 1 and found[-1] == found[-2]:
                 break

@@ -16,7 +16,7 @@ from bitquilt.core.types import Layer, LayerPlan, LayerStats, Solution
 from bitquilt.layer.codebook_weight import sweep_channels
 from bitquilt.layer.grouped_weight import layer_events
 from bitquilt.layer.hessian import check_damp, factorize
-from bitquilt.layer.target import check_feedback, corrected
+from bitquilt.layer.target import check_repairs, corrected
 from bitquilt.recipes.cmpq.cmpq import CMPQ, ChannelAllocation
 from bitquilt.recipes.cmpq.input_norms import InputNorms, channel_norms
 from bitquilt.recipes.cmpq.trial_losses import Trial
@@ -88,7 +88,7 @@ class CMPQPlus(CMPQ):
             raise ValueError("recipe cmpq+ has no published variant; leave out `published`, or use recipe cmpq")
         super().check()
         check_damp(self.damp)
-        check_feedback(self.alpha, self.stream_alpha)
+        check_repairs(self.alpha, self.stream_alpha)
         self.effort_training.check()
         for name, share in (("error_outliers", self.error_outliers), ("act_outliers", self.act_outliers)):
             if share and self.effort != "fast":

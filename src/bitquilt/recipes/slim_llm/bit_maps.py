@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.allocation.double_pointer import pair_candidates, pairs, raised_map, spread_evenly, within_budget
-from bitquilt.allocation.knapsack import least_error
+from bitquilt.allocation.knapsack import best_bits
 from bitquilt.core.packing import bits_per_weight
 from bitquilt.core.types import Cost, Layer, LayerPlan, Layout, group_slices
 from bitquilt.layer.sensitivity.output_divergence import Objective, pair_losses
@@ -77,7 +77,7 @@ class MapSearch:
         widths = [group.stop - group.start for group in groups]
         uniform = spread_evenly(len(groups), self.bits, raised)
         budget = sum(width * b for width, b in zip(widths, uniform, strict=True))
-        maps = (uniform, least_error(table, palette, widths, budget))
+        maps = (uniform, best_bits(table, palette, widths, budget))
         losses = tuple(sum(row[palette.index(b)] for row, b in zip(table, bit_map, strict=True)) for bit_map in maps)
         return Cost(tuple(LayerPlan(bit_map, self.group_size) for bit_map in maps), losses)
 

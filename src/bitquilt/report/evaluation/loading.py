@@ -109,7 +109,7 @@ def check_causal(model: Any, ids: Tensor) -> None:
 def check_finite(model: Any, logits: Tensor, ids: Tensor) -> None:
     """Raise UserError if `logits` of `ids` int64 [tokens] hold NaN or infinity, naming the layer where they begin.
 
-    -inf alone is no fault: some models mask tokens that they never write."""
+    -inf alone is fine: some models mask tokens that they never write."""
     if not bool((logits.isnan() | logits.isposinf()).any()):
         return
     found: list[str] = []

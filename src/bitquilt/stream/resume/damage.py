@@ -25,7 +25,7 @@ _LATER = ("tuned", HEAD_STEM, "logits")
 
 @dataclass(frozen=True)
 class WorkFiles:
-    """The files that a run has in `folder` for a model of so many `blocks`.
+    """The files that a run has in `folder` for a model of `blocks` blocks.
 
     `tables`: what is rounded besides the blocks, "embedding" or "head". `planned`: the bits are known before the run.
     `others`: files that no block depends on, with a function that raises DamagedError.
@@ -121,7 +121,7 @@ def _is_sound(files: WorkFiles, name: str, check: Callable[[Path], object], opti
         return False
     try:
         if path.is_symlink() or not path.is_file():
-            raise DamagedError("is no file")
+            raise DamagedError("is not a file")
         check(path)
     except (DamagedError, OSError) as error:
         files.faults[name] = str(error) if isinstance(error, DamagedError) else f"cannot be read ({error.strerror})"
