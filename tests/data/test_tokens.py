@@ -15,7 +15,7 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from bitquilt.data import documents
+from bitquilt.data import documents, tokens
 from bitquilt.data.documents import content_hash, read_documents
 from bitquilt.data.tokens import token_stream, windows
 from bitquilt.errors import UserError
@@ -334,3 +334,22 @@ def test_jsonl_lines_may_end_in_carriage_returns(tmp_path: Path) -> None:
     lines = "\r\n".join(json.dumps({"text": word}) for word in ("é", "b"))
     path = written(tmp_path / "a.JSON", "\ufeff" + lines)
     assert [document.text for document in read_documents(path)] == ["é", "b"]
+
+
+def test_a_long_row_is_tokenized_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer takes 160 bytes of memory per byte of text: one line of 100 MB would end a run without a word."""
+    monkeypatch.setattr(tokens, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(tokens, "PIECE_BYTES", 8)
+    seen: list[str] = []
+
+    def listening(document: str, **options: bool) -> dict[str, Any]:
+        seen.append(document)
+        return by_bytes(document, **options)
+
+    row = "some words\nand alineofletters only"
+    source = written(tmp_path / "rows.jsonl", json.dumps({"text": row}))
+    assert token_stream(source, listening).tolist() == [BOS, *row.encode()]
+    assert max(map(len, seen)) <= 8
+    seen.clear()
+    assert token_stream(source, listening, max_tokens=4).tolist() == [BOS, *b"som"]
+    assert seen == ["some"]

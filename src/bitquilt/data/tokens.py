@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitquilt.data.documents import check_source, read_documents
+from bitquilt.data.documents import PIECE_BYTES, WHOLE_BYTES, check_source, read_documents
 from bitquilt.data.rows import Document
 from bitquilt.errors import UserError
 
@@ -131,10 +131,14 @@ def _tokenize(
             skipped["no text in them"] += 1
             continue
         # verbose=False: no warning that a stream is longer than the model's context
-        options = {"add_special_tokens": starts_with_bos(document), "truncation": False, "verbose": False}
-        ids = tokenizer(text, **options)
-        parts.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
-        total += len(parts[-1])
+        special = starts_with_bos(document)
+        for piece in _pieces(text):
+            ids = tokenizer(piece, add_special_tokens=special, truncation=False, verbose=False)
+            parts.append(torch.tensor(ids["input_ids"], dtype=torch.int64))
+            total += len(parts[-1])
+            special = False
+            if max_tokens is not None and total >= max_tokens:
+                break
         if max_tokens is not None and total >= max_tokens:
             break
     why = "; ".join(f"{number} with {reason}" for reason, number in skipped.items())
@@ -145,6 +149,18 @@ def _tokenize(
     if skipped:
         notify(f"{source}: {passed}")
     return torch.cat(parts)[:max_tokens]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a document over 8 MiB as a plain file is, at a line end or space; anywhere in one that has neither."""
+    start, piece = 0, len(text) if len(text) <= WHOLE_BYTES else PIECE_BYTES
+    while start < len(text):
+        end = start + piece
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or max(text.rfind(" ", start, end), 0) or end
+            end = end if end > start else start + piece
+        yield text[start:end]
+        start = end
 
 
 class _RefusedChatError(Exception):

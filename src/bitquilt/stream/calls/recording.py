@@ -111,7 +111,12 @@ def _extras_of(skeleton: Skeleton, ids: Tensor, start: int, before: Sequence[Ext
         with skeleton.resident(skeleton.blocks[start]) as first:
             run_model(skeleton, ids, {**{i: partial(passing, i) for i in range(start)}, start: watch})
     except (TypeError, ValueError, AttributeError) as error:  # it wants pixels, or a decoder's inputs, or a mask
-        name = type(skeleton.model).__name__
+        name, wanted = type(skeleton.model).__name__, getattr(skeleton.model, "main_input_name", "input_ids")
+        if wanted != "input_ids":
+            raise UserError(
+                f"{name} reads {wanted}, not token ids, and calibration gives it none, so its blocks cannot be "
+                "measured; give a model that reads text"
+            ) from error
         raise UserError(
             f"{name} does not run on token ids alone ({error}); give a causal language model or an encoder"
         ) from error
