@@ -124,6 +124,16 @@ def test_a_run_that_did_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "deep" / "work"
+    with (
+        pytest.raises(UserError, match=r"deep/work cannot be created \(Not a directory\)"),
+        open_workdir(place, Fingerprint({"seed": 0})),
+    ):
+        pass
+
+
 def test_half_written_files_are_dropped_and_finished_ones_kept(tmp_path: Path) -> None:
     def work_and_stop(work: Path) -> None:
         write_json(work / "block-00000.json", {})

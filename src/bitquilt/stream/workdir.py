@@ -73,7 +73,7 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
     if folder.exists() and not mark.is_file() and any(p.name[0] != "." for p in folder.iterdir()):
         raise UserError(f"{folder} exists and is not a work directory; move it away or give another --work-dir")
     with full_disk_is_an_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = FileLock(folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -93,6 +93,16 @@ def open_workdir(folder: Path, fingerprint: Fingerprint) -> Iterator[Path]:
                 if _nothing_done(folder):
                     delete_workdir(folder)
             lock.release()
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents. Raises UserError where none can be made; a full disk stays an OSError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder} cannot be created ({error.strerror}); give a folder in a place of yours") from None
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:

@@ -29,7 +29,7 @@ from bitquilt.model.replace import replaced_weights
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.stream.block_calls import learn_calls
 from bitquilt.stream.records import BlockRecord
-from bitquilt.stream.workdir import Fingerprint, read_tensors, write_json, write_tensors
+from bitquilt.stream.workdir import Fingerprint, make_folder, read_tensors, write_json, write_tensors
 
 _SHARD_BYTES = 10**9
 # The reloaded model runs the same ops on the same bytes: what differs is the order of thread sums at most.
@@ -200,7 +200,7 @@ def _existing(path: Path) -> Path:
 @contextlib.contextmanager
 def reserved(out: Path) -> Iterator[None]:
     """Hold a lock on the name `out`. Raises UserError if another run writes there, whatever its work directory."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path)
     try:
