@@ -7,7 +7,7 @@ from bitquilt.core.budget import Budget
 from bitquilt.core.events import Observer, silent
 from bitquilt.core.plan_file import PlanFile, read_plan
 from bitquilt.core.recipe import Recipe
-from bitquilt.core.settings import SELF, Calibration, Selection, grouped
+from bitquilt.core.settings import GENERAL, Calibration, Selection, grouped
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import QUANT_METHOD
@@ -24,7 +24,7 @@ __all__ = ["Result", "load", "quantize"]
 def quantize(
     model: str | Path,
     recipe: str | Recipe | None = None,
-    calibration: str | Path | Calibration = SELF,
+    calibration: str | Path | Calibration = GENERAL,
     out: str | Path | None = None,
     *,
     budget: Budget | None = None,
@@ -42,8 +42,8 @@ def quantize(
 ) -> Result:
     """Quantize a model folder or hub id into the folder `out`, block by block. An interrupted run continues.
 
-    - `recipe`: a recipe or its name. Default: that of the plan, else slim-llm.
-    - `calibration`: a source of text (see `Calibration`), or a `Calibration`. Default: the model writes its own text.
+    - `recipe`: a recipe or its name. Default: that of the plan, else cmpq+.
+    - `calibration`: a source of text (see `Calibration`), or a `Calibration`. Default: text of the package.
     - `out`: the output folder. Default: named after the model and the recipe.
     - `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`; bits go where they lower the loss
       most.

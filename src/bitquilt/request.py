@@ -18,9 +18,7 @@ from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.free_tables import Table, free_tables
 from bitquilt.model.structure import Skeleton
-from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
-
-_DEFAULT_RECIPE = "slim-llm"
+from bitquilt.recipes import DEFAULT_RECIPE, make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def wish(
 ) -> Wish:
     """Make a wish from a recipe or its name and options, a budget and its scope, or a plan.
 
-    Without `recipe`, take the plan's recipe, else slim-llm. A fraction of a bit, or `bpw`, is a budget for the whole
+    Without `recipe`, take the plan's recipe, else cmpq+. A fraction of a bit, or `bpw`, is a budget for the whole
     model, unless the recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own). A scope, or
     `allocation="global"`, makes it a budget for the whole model there too. For an `engine` every layer has one width.
 
@@ -143,7 +141,7 @@ def wish(
     if plan is not None:
         return replace(_wish_for_plan(plan, recipe, options, budget, scope), engine=engine)
     if isinstance(recipe, str) or recipe is None:
-        name = recipe or _DEFAULT_RECIPE
+        name = recipe or DEFAULT_RECIPE
         if engine is not None and takes_option(name, "zeros"):
             options.setdefault("zeros", engine_named(engine).zero_rule)
         budget, scope = _taken_from(options, name, budget, scope)
@@ -235,7 +233,7 @@ def _wish_for_plan(
         given = f"budget {budget}"
     elif options.get("bpw"):
         given = f"budget {options['bpw']} bpw"
-    elif isinstance(bits, float) and not bits.is_integer() and not takes_fractions(name or _DEFAULT_RECIPE):
+    elif isinstance(bits, float) and not bits.is_integer() and not takes_fractions(name or DEFAULT_RECIPE):
         given = f"budget {bits} bits"
     elif scope is not None:
         given = f"allocation {scope}"
@@ -246,7 +244,7 @@ def _wish_for_plan(
         return Wish(recipe, plan=plan)
     if name == made_for:
         options = {**_options_in(plan), **options}
-    return Wish(make_recipe(name or _DEFAULT_RECIPE, **options), plan=plan)
+    return Wish(make_recipe(name or DEFAULT_RECIPE, **options), plan=plan)
 
 
 def _options_in(plan: PlanFile) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from bitquilt.core.events import BlockDone, Observer, Stage, StageClock, Started
 from bitquilt.core.plan_file import plan_json
 from bitquilt.core.settings import Calibration
 from bitquilt.core.types import Event, LayerPlan
-from bitquilt.data.calibration import make_calibration
+from bitquilt.data.calibration import make_calibration, tokens_read
 from bitquilt.errors import UserError, VerificationError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import vocabulary_size
@@ -181,7 +181,8 @@ class _RunInFolder:
     def _calibration(self) -> torch.Tensor:
         """Token ids `[samples, tokens]`; a continued run reads those that it wrote."""
         asked, skeleton = self.request.calibration, self.model.skeleton
-        check_activations_fit(self.work, skeleton.checkpoint, self.request.wish.recipe, asked.tokens)
+        tokens = tokens_read(skeleton.checkpoint, asked)
+        check_activations_fit(self.work, skeleton.checkpoint, self.request.wish.recipe, tokens)
         path = self.work / _IDS
         if path.is_file():  # whole: see `_mend`
             return read_tensors(path)["input_ids"]

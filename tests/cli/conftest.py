@@ -13,7 +13,7 @@ import bitquilt
 from bitquilt import cli
 from bitquilt.cli.demo import DEMO_MODEL
 
-FLAGS = ("--bits", "3", "--group-size", "16", "--samples", "4", "--seq-len", "16")
+FLAGS = ("--recipe", "slim-llm", "--bits", "3", "--group-size", "16", "--samples", "4", "--seq-len", "16")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from bitquilt.model.checkpoint import open_checkpoint
 
 from .conftest import Command
 
-GROUPS = ("--group-size", "16")
+GROUPS = ("--recipe", "slim-llm", "--group-size", "16")
+NARROW = ("--recipe", "slim-llm", "--bpw", "9", "--group-size", "8")
 KEYS = {"bytes", "bpw", "nominal_bits", "reachable_bytes", "memory", "estimate", "layers", "permits", "untouched"}
 
 
@@ -105,13 +106,11 @@ def test_measure_once_plan_often_quantize_the_plan(
     assert (tmp_path / f"{tiny.name}-slim-llm.sensitivities").is_file()
     first = json.loads(ran.out)
     assert 5.4 < first["bpw"] <= 5.5
-    ran = command("plan", tiny, "--bpw", "9", "--group-size", "8", "--out", "p.json", "--skip", "*.up_proj", *data)
+    ran = command("plan", tiny, *NARROW, "--out", "p.json", "--skip", "*.up_proj", *data)
     assert f"{tiny.name}-slim-llm.sensitivities is here but not used" in ran.err
     assert "not exact: `quantize` measures first" in ran.out
     assert f"OUT --plan p.json --calibration {text} --samples 4 --seq-len 16 --skip '*.up_proj'" in ran.out
-    ran = command(
-        "plan", tiny, "--bpw", "9", "--group-size", "8", "--sensitivities", f"{tiny.name}-slim-llm.sensitivities"
-    )
+    ran = command("plan", tiny, *NARROW, "--sensitivities", f"{tiny.name}-slim-llm.sensitivities")
     assert ran.code == 2
     assert first["prediction"]["kl"] > 0
     assert sum(layer["predicted_loss"] for layer in first["layers"].values()) == pytest.approx(

@@ -10,11 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bitquilt import Calibration, Result, UserError
+from bitquilt.cli.demo import DEMO_MODEL
 from bitquilt.data import calibration
-from bitquilt.data.calibration import describe_source, load_tokenizer, make_calibration
+from bitquilt.data.calibration import describe_source, load_tokenizer, make_calibration, usual_samples
+from bitquilt.data.tokens import token_stream
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.stream.workdir import write_tensors
 
@@ -25,7 +27,7 @@ def sample(folder: Path, seed: int = 0, samples: int = 18, seq_len: int = 12) ->
     said: list[str] = []
     ids = make_calibration(
         open_checkpoint(folder),
-        Calibration(samples=samples, seq_len=seq_len, seed=seed),
+        Calibration("self", samples=samples, seq_len=seq_len, seed=seed),
         vocabulary=VOCAB,
         progress=said.append,
     )
@@ -163,7 +165,7 @@ def test_own_sequences_stand_behind_those_of_the_text(make_model: Callable[..., 
 
     alone = read(Calibration(text, samples=5, seq_len=12))
     mixed = read(Calibration(text, samples=5, self_samples=7, seq_len=12))
-    own = read(Calibration(samples=7, seq_len=12))
+    own = read(Calibration("self", samples=7, seq_len=12))
     assert torch.equal(mixed, torch.cat([alone, own]))
 
 
@@ -185,7 +187,9 @@ def test_a_cache_that_grows_large_is_sampled_in_smaller_parts(
     each = checkpoint.model_config.cache_bytes(12)
     monkeypatch.setattr(calibration, "_CACHE_BYTES", 2 * each)
     said: list[str] = []
-    ids = make_calibration(checkpoint, Calibration(samples=5, seq_len=12), vocabulary=VOCAB, progress=said.append)
+    ids = make_calibration(
+        checkpoint, Calibration("self", samples=5, seq_len=12), vocabulary=VOCAB, progress=said.append
+    )
     assert ids.shape == (5, 12)
     assert [text.split(": ")[1].split()[0] for text in said] == ["0", "2", "4"]
 
@@ -201,3 +205,28 @@ def test_a_damaged_tokenizer_is_named_and_not_needed_for_ids(
     checkpoint = open_checkpoint(tmp_path / "model")
     asked = Calibration(token_file, samples=2, seq_len=4)
     assert make_calibration(checkpoint, asked, vocabulary=64, progress=lambda _: None).shape == (2, 4)
+
+
+def test_text_comes_with_the_package(make_model: Callable[..., Path]) -> None:
+    """Enough of it for the largest default, whatever the tokenizer; read without any setting."""
+    tokens = token_stream("general", AutoTokenizer.from_pretrained(DEMO_MODEL))
+    assert len(tokens) > calibration._MOST_TOKENS
+    assert (
+        describe_source("general")["sha256"]
+        == describe_source(Path(calibration.__file__).with_name("general.jsonl"))["sha256"]
+    )
+    assert Calibration().source == "general"
+    with pytest.raises(UserError, match=r"general is text and the model's folder has no tokenizer.*`self`"):
+        make_calibration(open_checkpoint(make_model()), Calibration(), vocabulary=VOCAB, progress=str)
+
+
+def test_the_number_of_sequences_follows_the_widest_matrix(make_model: Callable[..., Path], token_file: Path) -> None:
+    checkpoint = open_checkpoint(make_model())
+    assert usual_samples(checkpoint, 512) == 64  # the least
+    wide = SimpleNamespace(tensors={"a": SimpleNamespace(shape=(8, 11008)), "b": SimpleNamespace(shape=(99999,))})
+    assert usual_samples(wide, 512) == 430  # type: ignore[arg-type]
+    widest = SimpleNamespace(tensors={"a": SimpleNamespace(shape=(8, 10**6))})
+    assert usual_samples(widest, 512) == 512  # type: ignore[arg-type]
+    said: list[str] = []
+    ids = make_calibration(checkpoint, Calibration(token_file, seq_len=16), vocabulary=VOCAB, progress=said.append)
+    assert f"the text gives {len(ids)} sequences of 16 tokens; 2048 are usual for this model" in said

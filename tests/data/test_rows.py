@@ -181,7 +181,7 @@ def test_a_column_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no columns, so --column body does not apply"):
         check_calibration(Calibration(written(tmp_path / "a.txt", "text"), column="body"))
     with pytest.raises(UserError, match="column is body, but the model writes its own text"):
-        Calibration(column="body")
+        Calibration("self", column="body")
 
 
 def test_windows_begin_with_the_bos_that_the_tokenizer_adds(tokenizer: PreTrainedTokenizerFast) -> None:

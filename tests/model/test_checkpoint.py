@@ -283,6 +283,7 @@ def test_weights_go_when_they_are_released(family: str, make_model: MakeModel) -
         with skeleton.resident(""):
             assert held()
             assert not any(name.startswith(skeleton.blocks) for name in held())
+            assert not any(p.requires_grad for p in skeleton.model.parameters())
         assert held() == []
     before = list(skeleton.model.modules())  # what a caller that looked at the layers goes on holding
 
@@ -291,6 +292,7 @@ def test_weights_go_when_they_are_released(family: str, make_model: MakeModel) -
             assert held()
             assert all(p.is_meta for module in before for p in module.parameters(recurse=False))
             assert all(name.startswith(f"{skeleton.blocks[0]}.") for name in held())
+            assert not any(p.requires_grad for p in skeleton.model.parameters())
             raise RuntimeError("in the block")
 
     with pytest.raises(RuntimeError, match="in the block"):

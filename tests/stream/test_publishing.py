@@ -100,7 +100,7 @@ def test_another_disk_too_small_for_the_plan(
     total = sum(path.stat().st_size for path in first.folder.iterdir())
     options: dict[str, Any] = {"plan": first.folder / "plan.json"}
     if kind == "bpw":
-        options = {"recipe": "rtn", "group_size": 8, "budget": bitquilt.Budget.of(bpw=4.7)}
+        options = {"recipe": "rtn", "group_size": 8, "budget": bitquilt.Budget.of(bpw=4.7), "calibration": "self"}
     events: list[object] = []
     home = other_disk(total - 1 if kind == "plan" else 9999)
     with pytest.raises(UserError, match=r"the checkpoint takes .* are free; give another output folder"):

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from bitquilt.core.budget import SCOPES, Budget
-from bitquilt.core.settings import Calibration, Selection
+from bitquilt.core.settings import GENERAL, Calibration, Selection
 from bitquilt.errors import UserError
-from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option
+from bitquilt.recipes import DEFAULT_RECIPE, RECIPES, own_allocations, takes_fractions, takes_option
 from bitquilt.request import Wish, wish
 
-DEFAULT_RECIPE = "slim-llm"
 _DATA = "text, jsonl, json, csv, parquet, a folder of these, a hub data set, or token ids in safetensors"
+_CALIBRATION = f"{_DATA.capitalize()}; general: comes with Bitquilt; self: the model writes it."
 _COLUMN = "Column of a data set to read. Default: text, messages, conversations, or instruction with output."
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
@@ -86,11 +86,9 @@ class BudgetOptions:
 class CalibrationOptions:
     """Calibration data."""
 
-    calibration: Annotated[str, _data(metavar="SOURCE", help=f"{_DATA.capitalize()}; self: the model writes it.")] = (
-        "self"
-    )
-    samples: Annotated[int, _data(help="Number of calibration sequences.")] = 128
-    seq_len: Annotated[int, _data(help="Tokens per calibration sequence.")] = 2048
+    calibration: Annotated[str, _data(metavar="SOURCE", help=_CALIBRATION)] = GENERAL
+    samples: Annotated[Count, _data(help="Number of calibration sequences. Default: by the widest layer.")] = None
+    seq_len: Annotated[int, _data(help="Tokens per calibration sequence.")] = 512
     seed: Annotated[int, _data(help="Seed of everything that is drawn at random.")] = 0
     trust_remote_code: TrustCode = False
     column: Annotated[Word, _data(metavar="NAME", help=_COLUMN)] = None

@@ -11,7 +11,6 @@ from rich.markup import escape
 from typer import Exit, Option
 
 from bitquilt.cli.options import (
-    DEFAULT_RECIPE,
     Asked,
     BudgetOptions,
     CalibrationOptions,
@@ -31,6 +30,7 @@ from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
+from bitquilt.recipes import DEFAULT_RECIPE
 
 EXIT_DOES_NOT_FIT = 4
 # A table of so many bits per weight that takes such a share of the folder is pointed out; `_FEW`: of 6-bit codes.

@@ -11,7 +11,7 @@ from typing import Any
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.errors import UserError
 
-SELF = "self"
+SELF, GENERAL = "self", "general"
 _CALIBRATION = ("samples", "self_samples", "seq_len", "seed", "column", "bos", "trust_remote_code")
 _SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "keep_embedding", "blocks")
 
@@ -20,8 +20,10 @@ _SELECTION = ("skip", "include_head", "embedding_bits", "head_bits", "keep_embed
 class Calibration:
     """Calibration data of a run.
 
-    `source`: text, jsonl, json, csv, parquet, a folder of files, a hub data set, token ids in a safetensors file, or
-    "self", which lets the model write its own text. `samples` sequences of `seq_len` tokens are drawn with `seed`.
+    `source`: text, jsonl, json, csv, parquet, a folder of files, a hub data set, token ids in a safetensors file,
+    "general", which is text that comes with the package, or "self", which lets the model write its own. `samples`
+    sequences of `seq_len` tokens are drawn with `seed`; None: as many as the widest layer wants
+    (`data.calibration.usual_samples`), or as the text has.
     `self_samples`: sequences that the model writes in addition to the text, for recipes that train. `column`: the
     column of a data set to read, instead of the usual ones. `bos`: begin every sequence of a text with BOS, where the
     tokenizer adds it to a document. `trust_remote_code`: run the Python code of a tokenizer that comes with its own.
@@ -29,10 +31,10 @@ class Calibration:
     Raises UserError for a count that is too small, or for `self_samples` or a column with the source "self".
     """
 
-    source: str | Path = SELF
-    samples: int = 128
+    source: str | Path = GENERAL
+    samples: int | None = None
     self_samples: int = 0
-    seq_len: int = 2048
+    seq_len: int = 512
     seed: int = 0
     trust_remote_code: bool = False
     column: str | None = None
@@ -40,7 +42,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seq_len", self.seq_len)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; wanted at least 1")
         if self.self_samples < 0:
             raise UserError(f"self_samples is {self.self_samples}; wanted 0 or more")
@@ -56,11 +58,6 @@ class Calibration:
     def is_self(self) -> bool:
         """Whether the model writes its own text."""
         return str(self.source) == SELF
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that the run reads."""
-        return (self.samples + self.self_samples) * self.seq_len
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Selection:
 
 
 def grouped(
-    options: dict[str, Any], calibration: str | Path | Calibration = SELF, selection: Selection = Selection()
+    options: dict[str, Any], calibration: str | Path | Calibration = GENERAL, selection: Selection = Selection()
 ) -> tuple[Calibration, Selection]:
     """Take the fields of `Calibration` and `Selection` out of `options` and return both values with them set."""
     if not isinstance(calibration, Calibration):

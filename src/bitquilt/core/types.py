@@ -291,10 +291,15 @@ def group_slices(in_features: int, group_size: int) -> list[slice]:
     return [slice(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)]
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floating-point numbers holds no NaN or Inf; without a temporary of its size."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+
+
 def check_finite(name: str, **tensors: Tensor | None) -> None:
     """Raise ValueError naming the layer and the first tensor that holds NaN or Inf."""
     for label, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{name}: {label} holds {bad} NaN or Inf values of {tensor.numel()}")
 

@@ -1,7 +1,7 @@
 """`make_calibration` returns the token ids that a run calibrates on, int64 `[samples, tokens]`.
 
-The default source, `self`, lets the full-precision model write its own text by seeded sampling. Nothing has to be
-downloaded, and the text has every language and format that the model knows.
+The default source, `general`, comes with the package (`data/documents.py`). `self` lets the full-precision model write
+its own text by seeded sampling: every language and format that the model knows, for the time and memory of writing it.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,21 @@ from bitquilt.model.transformers_logging import quiet_transformers
 # Sequences sampled side by side: their key-value caches are what grows (1.1B Llama: 45 MB per 2048 tokens, so 35), and
 # a token of a small model takes as long for 256 sequences as for 32.
 _CACHE_BYTES, _SAMPLED_AT_ONCE = 3 * 2**29, 256
+
+# Tokens per column of the widest matrix, and the least and most: a Hessian needs several times as many as columns.
+_TOKENS_PER_COLUMN, _LEAST_TOKENS, _MOST_TOKENS = 20, 2**15, 2**18
+
+
+def usual_samples(checkpoint: Checkpoint, seq_len: int) -> int:
+    """Return how many sequences of `seq_len` tokens a run reads unless asked: by the columns of the widest matrix."""
+    widest = max((info.shape[-1] for info in checkpoint.tensors.values() if len(info.shape) > 1), default=0)
+    return -(-min(max(_TOKENS_PER_COLUMN * widest, _LEAST_TOKENS), _MOST_TOKENS) // seq_len)
+
+
+def tokens_read(checkpoint: Checkpoint, calibration: Calibration) -> int:
+    """Return the number of tokens that a run calibrates on, if its text has that many."""
+    samples = calibration.samples or usual_samples(checkpoint, calibration.seq_len)
+    return (samples + calibration.self_samples) * calibration.seq_len
 
 
 def clip_to_context(calibration: Calibration, checkpoint: Checkpoint) -> tuple[Calibration, str | None]:
@@ -61,6 +76,8 @@ def make_calibration(
 ) -> Tensor:
     """Return token ids `[samples + self_samples, seq_len]`; the last `self_samples` are written by the model.
 
+    Without `calibration.samples` there are `usual_samples`, or as many as a shorter text has.
+
     Raises UserError if the source is empty, too short or not text, if ids leave the vocabulary, or if the model
     cannot write text (too large for the memory, or no causal language model).
     """
@@ -75,8 +92,9 @@ def make_calibration(
             vocabulary=vocabulary,
         )
 
+    count = calibration.samples or usual_samples(checkpoint, calibration.seq_len)
     if calibration.is_self:
-        return written(calibration.samples)
+        return written(count)
     progress(f"reading calibration text from {calibration.source}")
     tokenizer = None
     if Path(calibration.source).suffix.lower() != ".safetensors":  # ids need none, and it may be a broken one
@@ -89,7 +107,10 @@ def make_calibration(
         column=calibration.column,
         notify=progress,
     )
-    ids = windows(stream, calibration.seq_len, calibration.samples, calibration.seed, bos)
+    if calibration.samples is None and count > (fit := max(1, len(stream) // calibration.seq_len)):
+        progress(f"the text gives {fit} sequences of {calibration.seq_len} tokens; {count} are usual for this model")
+        count = fit
+    ids = windows(stream, calibration.seq_len, count, calibration.seed, bos)
     return torch.cat([ids, written(calibration.self_samples)]) if calibration.self_samples else ids
 
 

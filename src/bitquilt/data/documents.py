@@ -6,6 +6,7 @@ A source is one of
     stories.jsonl        one document per row, as are .json, .csv, .tsv and .parquet: text in the column `text` or in
                          one that is named, a conversation, or an instruction with its answer (`data/rows.py`)
     folder/              its .txt, .jsonl and .parquet files, recursively, in the order of their paths
+    general              text that comes with the package (`general.jsonl`, made by tools/general_text.py)
     name[:config][@split][#revision]
                          a dataset of the Hugging Face hub, streamed; the split defaults to `train`,
                          as in `Salesforce/wikitext:wikitext-2-raw-v1@test`. An existing path takes precedence.
@@ -19,6 +20,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from bitquilt.core.settings import GENERAL
 from bitquilt.data.row_files import NEED_DATASETS, ROW_FILES, decode, read_rows
 from bitquilt.data.rows import Document, row_document
 from bitquilt.errors import UserError
@@ -80,16 +82,21 @@ def content_hash(source: str | Path) -> str:
     files = _files(source)
     if files is None:
         return hashlib.sha256(json.dumps(_hub_id(str(source))).encode()).hexdigest()
-    root = Path(source)
+    root = _path(source)
     if root.is_file():
         return _file_hash(root)
     listing = "".join(f"{_file_hash(file)}  {file.relative_to(root).as_posix()}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
+def _path(source: str | Path) -> Path:
+    """Return where a source is, if it is on this machine."""
+    return Path(__file__).with_name("general.jsonl") if str(source) == GENERAL else Path(source)
+
+
 def _files(source: str | Path) -> list[Path] | None:
     """Return the files of a source on this machine, or None for a hub id."""
-    path = Path(source)
+    path = _path(source)
     if path.is_file():
         return [path]
     if path.is_dir():

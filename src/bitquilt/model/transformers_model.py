@@ -161,6 +161,8 @@ def load_tensors(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     if info.conversion_errors:
         name, reason = next(iter(info.conversion_errors.items()))
         raise UserError(f"tensor {name} could not be converted: {reason}")
+    # the tensors put in are asked for gradients by default, which costs a third of a backward pass and their size again
+    model.requires_grad_(False)
 
 
 _FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_})

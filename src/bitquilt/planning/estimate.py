@@ -12,6 +12,7 @@ import torch
 from bitquilt.core.recipe import Plannable
 from bitquilt.core.settings import Calibration
 from bitquilt.core.types import GRID_KINDS, Layout
+from bitquilt.data.calibration import tokens_read
 from bitquilt.model.structure import Skeleton
 from bitquilt.planning.sensitivities import measured_tokens
 from bitquilt.stream.model_training import TrainingMemory
@@ -54,7 +55,7 @@ def estimate(
     measures: bool,
 ) -> Estimate:
     """Estimate a quantization of the layers `[out, in]` by path. `measures`: the run measures sensitivities first."""
-    tokens = calibration.samples * calibration.seq_len
+    tokens = tokens_read(skeleton.checkpoint, calibration)
     batch = _ALIVE * skeleton.config.hidden_size * min(tokens, _BATCH_TOKENS)
     outer = sum(skeleton.checkpoint.tensors[name].nbytes for name in skeleton.sources[""])
     peak = _PYTHON_BYTES + max(_FLOAT * (_largest_block(skeleton, shapes) + batch), 2 * outer + _FLOAT * batch)

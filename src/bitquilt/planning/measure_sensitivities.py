@@ -23,7 +23,7 @@ from bitquilt.core.events import Observer, Stage
 from bitquilt.core.packing import tensor_specs
 from bitquilt.core.plan_file import read_plan
 from bitquilt.core.recipe import Plannable, RoundsInputs
-from bitquilt.core.types import LayerStats
+from bitquilt.core.types import LayerStats, all_finite
 from bitquilt.errors import UserError, not_plannable
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.config import read_layouts
@@ -44,9 +44,10 @@ from bitquilt.stream.statistics import collect
 from bitquilt.stream.workdir import ActivationFile, check_disk
 
 MAX_SEQUENCE = 512
-# Logits in memory at once, in numbers; the loss holds five such matrices. SmolLM2's (49152 tokens) take 100 MB for a
+# Logits in memory at once, in numbers; the loss holds three such matrices. SmolLM2's (49152 tokens) take 100 MB for a
 # sequence of 512, where batches of 2048 tokens took a peak of 2.3 GB.
 _MOST_LOGITS = 2**24
+_ROWS = 64  # logits of so many tokens at a time for what is computed from them
 
 
 def measure(
@@ -211,21 +212,22 @@ class _Measurement:
             for rows in self._loss_batches():
                 hidden = inputs.read(rows).requires_grad_()
                 logits = self.calls.finish(self.ids[rows], hidden, gradient=True).float()
-                if not bool(torch.isfinite(logits.detach()).all()):
+                if not all_finite(logits):
                     raise UserError(
                         "the full-precision model's logits hold NaN or Inf: its weights are damaged; fetch it again"
                     )
                 flat = logits.reshape(-1, logits.shape[-1])
                 with torch.no_grad():
-                    probabilities = flat.softmax(-1)
-                    self.use.add_logits(probabilities)
-                    drawn = _draw(probabilities, self.draws[rows])
-                    del probabilities
                     if not skeleton.config.encoder_decoder:  # its logits are of the token itself
                         losses.extend(_next_token_losses(logits, self.ids[rows]))
-                nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
+                    slope = flat.softmax(-1)
+                    self.use.add_logits(slope)
+                    drawn = _draw(slope, self.draws[rows])
+                    slope[torch.arange(len(drawn)), drawn] -= 1.0  # of the cross-entropy of the drawn labels
+                flat.backward(slope)
                 assert hidden.grad is not None
                 gradients.write(rows, hidden.grad)
+                del logits, flat, slope  # before the next ones are made
                 yield
 
         with skeleton.resident(""), self.use.watching():
@@ -302,11 +304,14 @@ class _Measurement:
 
 def _draw(probabilities: Tensor, places: Tensor) -> Tensor:
     """Draw labels `[n]` from `probabilities` `[n, classes]`: where `places`, from 0 to 1 and one a token, fall."""
-    reached = probabilities.cumsum(-1)
     # a model without a logit per token, such as a classifier, takes the first token's place
-    chosen = places.flatten()[torch.arange(len(reached)) * places.numel() // len(reached)]
-    wanted = chosen.unsqueeze(1).to(reached) * reached[:, -1:]
-    return torch.searchsorted(reached, wanted).squeeze(1).clamp_(max=reached.shape[-1] - 1)
+    chosen = places.flatten()[torch.arange(len(probabilities)) * places.numel() // len(probabilities)]
+    drawn = []
+    for part, place in zip(probabilities.split(_ROWS), chosen.split(_ROWS), strict=True):
+        reached = part.cumsum(-1)
+        wanted = place.unsqueeze(1).to(reached) * reached[:, -1:]
+        drawn.append(torch.searchsorted(reached, wanted).squeeze(1).clamp_(max=reached.shape[-1] - 1))
+    return torch.cat(drawn)
 
 
 def _next_token_losses(logits: Tensor, ids: Tensor) -> list[Tensor]:

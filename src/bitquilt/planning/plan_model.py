@@ -8,7 +8,7 @@ from bitquilt.core.budget import Budget
 from bitquilt.core.events import Observer, Stage, silent
 from bitquilt.core.plan_file import OuterBits
 from bitquilt.core.recipe import Plannable, Recipe
-from bitquilt.core.settings import SELF, Calibration, Selection, grouped
+from bitquilt.core.settings import GENERAL, Calibration, Selection, grouped
 from bitquilt.data.calibration import check_calibration, clip_to_context, make_calibration
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
@@ -26,6 +26,7 @@ from bitquilt.planning.own_rule import most_bytes
 from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
+from bitquilt.recipes import DEFAULT_RECIPE
 from bitquilt.request import Wish, own_budget, wish
 from bitquilt.stream.devices import choose_device
 from bitquilt.stream.embedding_and_head import rounded_tables
@@ -37,7 +38,7 @@ _CTX = 2048  # tokens in the cache whose memory `plan` states unless a context i
 
 def plan(
     model: str | Path,
-    recipe: str | Recipe = "slim-llm",
+    recipe: str | Recipe = DEFAULT_RECIPE,
     *,
     budget: Budget | None = None,
     scope: str | None = None,
@@ -117,8 +118,8 @@ def _planned(planner: Planner, wanted: Wish, known: Sensitivities | None) -> tup
 def measure_model(
     model: str | Path,
     path: str | Path,
-    recipe: str | Recipe = "slim-llm",
-    calibration: str | Path | Calibration = SELF,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    calibration: str | Path | Calibration = GENERAL,
     *,
     selection: Selection = Selection(),
     work_dir: str | Path | None = None,

@@ -178,6 +178,12 @@ def _checked_weight(job: Job, path: str) -> Tensor:
     return _weight(job.skeleton, path)
 
 
+def _relative_error(rounded: Tensor, weight: Tensor) -> float:
+    """Sum of squared errors over that of squared weights; with one temporary: tables are large."""
+    wrong, right = torch.linalg.vector_norm(rounded - weight), torch.linalg.vector_norm(weight)
+    return float((wrong.double() / right.double().clamp_min(1e-15)).square())
+
+
 def _commit(
     job: Job,
     table: RoundedTable | Table,
@@ -200,7 +206,7 @@ def _commit(
             bits=str(form.bits) * -(-width // form.group_size),
             group_size=form.group_size,
             output_error=None,
-            weight_error=float((rounded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)),
+            weight_error=_relative_error(rounded, weight),
             loss=None,
             seconds=seconds,
         )

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bitquilt.core.types import LayerStats
+from bitquilt.core.types import LayerStats, all_finite
 from bitquilt.errors import UserError
 from bitquilt.model.hooks import hooked
 
@@ -46,7 +46,7 @@ class InputSums:
         matrix = torch.zeros(0, 0) if self._hessian is None else self._hessian
         found = LayerStats(matrix, self._tokens, torch.cat(self._kept) if self._kept else None, self._drift)
         for tensor in (found.hessian, found.sample, found.drift, *more):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not all_finite(tensor):
                 raise UserError(
                     f"the input of layer {name} holds NaN or Inf; calibrate a model whose activations are finite"
                 )
