@@ -4,7 +4,7 @@
     pip download --no-deps chatterbot-corpus==1.3.3
     (unpack each into SOURCES, then) python tools/general_text.py SOURCES
 
-Prose, speeches, encyclopedic articles, conversations, code and a text in 24 languages, some 1.3 MB, one document a
+Prose, speeches, encyclopedic articles, conversations, code and a text in 24 languages, some 1.4 MB, one document a
 line. Nothing of it is private or copied from the web. Licences:
 
     Moby-Dick, State of the Union addresses   public domain (the package's data: PDDL, CC0)
@@ -47,7 +47,7 @@ def speeches(package: Path) -> list[str]:
 def articles(package: Path) -> list[str]:
     """Some countries, as headings and sentences."""
     countries = sorted(package.glob("*/??.json"))
-    return [f"= {path.parent.name} =\n\n{_article(json.loads(path.read_text()))}"[:14_000] for path in countries[::11]]
+    return [f"= {path.parent.name} =\n\n{_article(json.loads(path.read_text()))}"[:14_000] for path in countries[::6]]
 
 
 def _article(content: dict[str, Any], depth: int = 2) -> str:
@@ -63,13 +63,13 @@ def _article(content: dict[str, Any], depth: int = 2) -> str:
 
 
 def declarations(package: Path) -> list[str]:
-    """The declaration in each language, without the marks of the page."""
+    """The beginning of the declaration in each language, without the marks of the page."""
     found = []
     for language in LANGUAGES:
         page = (package / "declaration" / f"{language}.html").read_text()
         body = page[page.index("<body>") :]
         text = unescape(re.sub(r"<[^>]*>", "", re.sub(r"</(p|h\d|li)>", "\n", body)))
-        found.append(re.sub(r"\s*\n\s*", "\n", text).strip()[:9_000])
+        found.append(re.sub(r"\s*\n\s*", "\n", text).strip()[:2_400])
     return found
 
 

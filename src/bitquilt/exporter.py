@@ -1,7 +1,7 @@
 """`export` writes a checkpoint in the files of another engine, and compares every weight with the checkpoint's."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bitquilt.core.packing import not_finite, unpack
 from bitquilt.core.types import Layout
-from bitquilt.engines.affine import affine
 from bitquilt.engines.engine import Container, Engine
+from bitquilt.engines.gguf_engine import GgufEngine
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
@@ -20,7 +20,7 @@ from bitquilt.model.linear import QuantizedLinear, check_values
 from bitquilt.model.structure import Skeleton, open_skeleton
 from bitquilt.model.ties import tied_layers
 from bitquilt.ops.bits import unpack_bits
-from bitquilt.planning.exported_size import half_type, settings
+from bitquilt.planning.exported_size import gguf_entries, half_type, settings
 from bitquilt.planning.folder_size import layout_tensors
 from bitquilt.report.facts import check_hashes, read_facts
 from bitquilt.report.run_facts import section
@@ -86,7 +86,8 @@ def export(folder: str | Path, out: str | Path, to: str = "mlx") -> Exported:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            difference = _write(source, engine, staging)
+            write = _write_gguf if isinstance(engine, GgufEngine) else _write
+            difference = write(source, engine, staging)
             size = sum(path.stat().st_size for path in staging.iterdir())
             publish(staging, out)
         finally:
@@ -171,6 +172,28 @@ def _write(source: _Source, engine: Engine, folder: Path) -> Difference:
     return worst
 
 
+def _write_gguf(source: _Source, engine: Engine, folder: Path) -> Difference:
+    """Write the one file of an export to GGUF, a tensor at a time, and return the largest difference of a weight."""
+    assert isinstance(engine, GgufEngine)
+    checkpoint = source.checkpoint
+    found: list[Difference] = []
+    entries = gguf_entries(source.held, source.layouts, checkpoint.tensors)
+
+    def tensors() -> Iterator[Tensor]:
+        for entry in entries:
+            path = entry.name.removesuffix(".weight")
+            if path in source.held:
+                made, difference = _converted(source, engine, path)
+                found.append(difference)
+                yield made["weight"]
+            else:
+                yield checkpoint.read([entry.name])[entry.name]
+
+    file = engine.file(settings(source.skeleton, source.layouts), checkpoint.folder)
+    file.write(folder / "model.gguf", entries, tensors())
+    return max(found, key=lambda each: each.relative)
+
+
 def _converted(source: _Source, engine: Engine, path: str) -> tuple[dict[str, Tensor], Difference]:
     """Tensors of a layer by name, and their largest difference from the checkpoint's."""
     layout, held = source.layouts[path], source.held[path]
@@ -178,7 +201,7 @@ def _converted(source: _Source, engine: Engine, path: str) -> tuple[dict[str, Te
     stored = {name.removeprefix(f"{path}."): tensor for name, tensor in found.items()}
     check_values(stored, layout, path)
     dtype = half_type(source.checkpoint, source.layouts) or stored["scale_0"].dtype
-    tensors = engine.tensors(affine(unpack(stored, layout, path), held.group_size), held, dtype)
+    tensors = engine.converted(unpack(stored, layout, path), held, dtype)
     if bad := not_finite(tensors):
         raise UserError(f"{path}.{bad[0]} leaves the range of {dtype}, the type of the model; leave the layer out")
     ours = QuantizedLinear.from_tensors(stored, layout).dequantize()

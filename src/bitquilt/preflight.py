@@ -95,7 +95,8 @@ def examine(request: Request, checkpoint: Checkpoint, known: Sensitivities | Non
         engine_named(wish.engine).check_family(checkpoint.config.get("model_type"))
     skeleton = open_skeleton(checkpoint, blocks=selection.blocks)
     layers = shapes(all_targets(skeleton, selection.skip, selection.include_head))
-    rounded, tables = rounded_tables(skeleton, request.outer, layers), wish.tables(skeleton, selection, layers)
+    rounded = rounded_tables(skeleton, request.outer, wish.recipe, layers)
+    tables = wish.tables(skeleton, selection, layers)
     _check_training(request, skeleton, layers)
     planner = None
     if wish.plan is not None:

@@ -16,6 +16,7 @@ from bitquilt.core.types import LayerPlan, Layout
 from bitquilt.data.calibration import check_calibration
 from bitquilt.engines.known import engine_named
 from bitquilt.errors import UserError, not_plannable
+from bitquilt.layer.grids.blocks import RUN
 from bitquilt.model.free_tables import Table, free_tables
 from bitquilt.model.structure import Skeleton
 from bitquilt.recipes import DEFAULT_RECIPE, make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
@@ -144,6 +145,10 @@ def wish(
         name = recipe or DEFAULT_RECIPE
         if engine is not None and takes_option(name, "zeros"):
             options.setdefault("zeros", engine_named(engine).zero_rule)
+        if engine is not None and engine_named(engine).zero_rule == "blocks":
+            if not takes_option(name, "zeros"):
+                raise UserError(f"{name} has no grids for {engine_named(engine).title}; take rtn, gptq or quilt")
+            options.setdefault("group_size", RUN)
         budget, scope = _taken_from(options, name, budget, scope)
         recipe = make_recipe(name, **options)
     else:

@@ -30,7 +30,7 @@ def test_from_a_plan_for_mlx_to_its_folder(command: Command, tiny: Path, text: P
     assert (tmp_path / "q-mlx" / "tokenizer.json").is_file()
     value = json.loads(command("export", tmp_path / "q", tmp_path / "again", "--to", "mlx", "--json").out)
     assert value["bytes"] == promised
-    assert value["layers"]["model.layers.0.mlp.up_proj"] == {"bits": 4, "group_size": 32, "middle": False}
+    assert value["layers"]["model.layers.0.mlp.up_proj"] == {"bits": 4, "group_size": 32, "middle": False, "kind": ""}
 
 
 def test_refusals(command: Command, quantized: Path, tmp_path: Path) -> None:

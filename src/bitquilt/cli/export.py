@@ -19,6 +19,7 @@ _NEXT = {
     "mlx": "mlx_lm.generate --model {} --prompt 'Once upon a time'",
     "vllm": "vllm serve {}",
     "gptq": "vllm serve {}",
+    "gguf": "llama-cli -m {}/model.gguf -p 'Once upon a time'",
 }
 
 
@@ -39,8 +40,10 @@ def export(
 
 
 def _summarize(done: Exported) -> None:
-    forms = Counter((held.bits, held.group_size) for held in done.layers.values())
-    shown = ", ".join(f"{count} x {bits} bits in groups of {size}" for (bits, size), count in sorted(forms.items()))
+    forms = Counter((held.bits, held.group_size, held.kind) for held in done.layers.values())
+    shown = ", ".join(
+        f"{count} x {kind or f'{bits} bits in groups of {size}'}" for (bits, size, kind), count in sorted(forms.items())
+    )
     stdout.print(str(done.folder), style="bold", markup=False, soft_wrap=True)
     print_fact(stdout, "layers", shown)
     print_fact(stdout, "size", f"{done.bytes} bytes ({size_text(done.bytes)}) in the whole folder")

@@ -22,7 +22,9 @@ _COLUMN = "Column of a data set to read. Default: text, messages, conversations,
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
 Or a rule of the recipe: sba, dp (slim-llm); trace, hawq2 (aptq); norm, error_table (cmpq, cmpq+)."""
-_FOR = "Engine to export to (mlx, vllm, gptq): use only widths and groups that its files hold, and count their bytes."
+_FOR = (
+    "Engine to export to (mlx, vllm, gptq, gguf): use only widths and groups that it holds, and count its files' bytes."
+)
 _EFFORT = "For quilt and cmpq+. fast (default); normal: train each block; best: then the whole model."
 _recipe = functools.partial(Option, rich_help_panel="Recipe")
 _budget = functools.partial(Option, rich_help_panel="Bits and budget")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitquilt.core.types import GRID_KINDS, Format, Layout, Ordering, Outliers, Permutation, QuantizedWeight, Segment
 from bitquilt.ops.bits import pack_bits, packed_bytes, unpack_bits
+from bitquilt.ops.block_types import BLOCK_TYPES, read_heads
 from bitquilt.ops.reference import ACTIVATIONS, expand_permutation, map_bits
 
 _SCALE_DTYPES = {
@@ -51,7 +52,8 @@ def tensor_specs(layout: Layout) -> dict[str, TensorSpec]:
             if form.gain_dtype is not None:
                 specs[f"gain_{i}"] = TensorSpec((width,), form.gain_dtype)
             continue
-        specs[f"scale_{i}"] = TensorSpec((rows, groups), form.scale_dtype)
+        own = BLOCK_TYPES[form.grid].head if form.grid in BLOCK_TYPES else 1
+        specs[f"scale_{i}"] = TensorSpec((rows, groups * own), form.scale_dtype)
         if form.symmetric:
             continue
         if form.bits == 1:
@@ -191,11 +193,18 @@ def check_indices(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> N
         raise ValueError(f"tensor {name}.rows names {count} rows; the layout says {layout.out_features}")
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the stored tensors that hold NaN or infinity: scales, gains, levels, zeros and outliers."""
+def not_finite(tensors: Mapping[str, Tensor], layout: Layout | None = None) -> list[str]:
+    """Names of the stored tensors that hold NaN or infinity: scales, gains, levels, zeros and outliers.
+
+    `layout` tells which scales are heads of blocks."""
     found = []
+    segments = () if layout is None else layout.segments
+    heads = {f"scale_{i}": BLOCK_TYPES[form.grid] for i, (form, _) in enumerate(segments) if form.grid in BLOCK_TYPES}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
+        if name in heads:
+            step, low = read_heads(tensor, heads[name]).steps()
+            bad = not bool(step.isfinite().all()) or (low is not None and not bool(low.isfinite().all()))
+        elif tensor.is_floating_point():
             bad = not bool(tensor.float().isfinite().all())
         else:  # 255 is the NaN of E8M0, the exponents of mx
             bad = name.startswith("scale_") and tensor.dtype == torch.uint8 and bool((tensor == 255).any())
@@ -292,7 +301,7 @@ def _format_from_json(item: Mapping[str, Any]) -> Format:
         _whole(item, "bits"),
         _whole(item, "group_size"),
         grid,  # type: ignore[arg-type]
-        _dtype(item, "scale_dtype", numbers=not GRID_KINDS[grid].microscaled),  # type: ignore[index]
+        _dtype(item, "scale_dtype", numbers=not (GRID_KINDS[grid].microscaled or grid in BLOCK_TYPES)),  # type: ignore[index]
         item["symmetric"],
         _dtype(item, "gain_dtype") if "gain_dtype" in item else None,
         activation,

@@ -63,7 +63,8 @@ class PlanTerms:
     `searches_ranges`: quantizing searches the range of each group, which takes longer.
     `own_widths`: widths, ascending, that the recipe's own rule gives out within `budget` where no plan is made; none
     where every layer then gets the same bits. `overshoot`: columns of a layer that may exceed the mean of `bits`.
-    `middle_zeros`: every zero is half the range, which engines without zeros can hold.
+    `zeros`: which zeros groups have: "middle" = half the range, which engines without zeros can hold; "blocks" = none,
+    layers are stored in llama.cpp's blocks.
     """
 
     unit_columns: int
@@ -73,7 +74,7 @@ class PlanTerms:
     searches_ranges: bool = False
     own_widths: tuple[int, ...] = ()
     overshoot: int = 0
-    middle_zeros: bool = False
+    zeros: str = "fitted"
 
 
 class Recipe(Protocol):

@@ -7,14 +7,17 @@ each, plus an optional sparse remainder. A recipe decides the segments. Weights 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from bitquilt.ops.block_types import BLOCK_TYPES
 from bitquilt.ops.reference import GRID_CODEBOOK, GRID_MX, GRID_UNIFORM, mx_grid
 
-GridName = Literal["uniform", "codebook", "mx", "mx_e2m3"]
+BlockName = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"]
+SuperBlockName = Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"]
+GridName = Literal["uniform", "codebook", "mx", "mx_e2m3", BlockName, SuperBlockName]
 Activation = Literal["none", "ceil", "paper", "ocp"]
 Ordering = Literal["identity", "map", "order"]
 MIN_BITS, MAX_BITS = 1, 8
@@ -38,6 +41,7 @@ GRID_KINDS: Mapping[GridName, GridKind] = {
     "codebook": GridKind(GRID_CODEBOOK, _ALL_BITS),
     "mx": GridKind(GRID_MX, (4, 6, 8), microscaled=True),
     "mx_e2m3": GridKind(mx_grid(True, "none"), (6,), microscaled=True),
+    **{cast(GridName, name): GridKind(kind.grid, (kind.bits,)) for name, kind in BLOCK_TYPES.items()},
 }
 """Every grid by the name that config.json uses. A new grid needs a row here and a class in `layer/grids`."""
 
@@ -53,6 +57,8 @@ class Format:
     mx: elements of 4 (E2M1), 6 (E3M2; mx_e2m3: E2M3) or 8 bits (E4M3) with one power of two, a uint8 E8M0, per row and
     32 columns. `activation`: the scale rule by which the layer's input is quantized to the same elements in this
     segment; "none" leaves the input alone.
+    q2_k and the other names of `ops.block_types`: llama.cpp's blocks; `group_size` is the columns of a block, the scale
+    uint8, the bytes of its head.
     """
 
     bits: int
@@ -77,7 +83,11 @@ class Format:
             stored = self.group_size == 32 and self.scale_dtype == torch.uint8 and self.symmetric
             if not stored:
                 raise ValueError(f"grid {self.grid} stores 32 columns to a uint8 scale and no zero")
-        elif self.activation != "none":
+        elif self.grid in BLOCK_TYPES:
+            columns = BLOCK_TYPES[self.grid].columns
+            if (self.group_size, self.scale_dtype, self.symmetric) != (columns, torch.uint8, True):
+                raise ValueError(f"grid {self.grid} stores {columns} columns to a uint8 head and no zero")
+        if self.activation != "none" and not kind.microscaled:
             raise ValueError(f"grid {self.grid} with activation {self.activation!r}; only mx quantizes its input")
 
 

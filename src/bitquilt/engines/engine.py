@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.packing import TensorSpec
-from bitquilt.core.types import Format, Layout
-from bitquilt.engines.affine import Affine
+from bitquilt.core.types import Format, Layout, QuantizedWeight
+from bitquilt.engines.affine import Affine, affine
 from bitquilt.errors import UserError
 from bitquilt.layer.grids.uniform import ZeroRule
 
@@ -21,12 +21,13 @@ from bitquilt.layer.grids.uniform import ZeroRule
 class Container:
     """Form of one layer in an engine: `bits` of every code, and `group_size` columns to a scale.
 
-    `middle`: all zeros are 2^(bits - 1), and engines without biases store none.
+    `middle`: all zeros are 2^(bits - 1), and engines without biases store none. `kind`: name of the block type in GGUF.
     """
 
     bits: int
     group_size: int
     middle: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class Engine:
         if form.bits == 1 and not form.symmetric:
             raise ValueError(f"its groups of 1 bit have two free levels, {self.title} holds steps from zero")
         return form.bits + 1
+
+    def converted(self, weight: QuantizedWeight, held: Container, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of a layer by name, scales as `dtype`."""
+        return self.tensors(affine(weight, held.group_size), held, dtype)
 
     def check_family(self, family: object) -> None:
         """Raise UserError for a `model_type` that is not in `families`."""

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from bitquilt.engines.compressed_tensors import COMPRESSED_TENSORS
 from bitquilt.engines.engine import Engine
+from bitquilt.engines.gguf_engine import GGUF
 from bitquilt.engines.gptq_files import GPTQ_FILES
 from bitquilt.engines.mlx import MLX
 from bitquilt.errors import UserError
 
-ENGINES: Mapping[str, Engine] = {"mlx": MLX, "vllm": COMPRESSED_TENSORS, "gptq": GPTQ_FILES}
+ENGINES: Mapping[str, Engine] = {"mlx": MLX, "vllm": COMPRESSED_TENSORS, "gptq": GPTQ_FILES, "gguf": GGUF}
 
 
 def engine_named(name: str) -> Engine:

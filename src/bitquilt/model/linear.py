@@ -309,5 +309,5 @@ def check_values(tensors: Mapping[str, Tensor], layout: Layout, name: str) -> No
         check_indices(tensors, layout, name)
     except ValueError as error:
         raise UserError(f"{error}; copy or quantize the checkpoint again") from None
-    if bad := not_finite(tensors):
+    if bad := not_finite(tensors, layout):
         raise UserError(f"tensor {name}.{bad[0]} holds NaN or infinity; copy or quantize the checkpoint again")

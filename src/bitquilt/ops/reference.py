@@ -8,7 +8,7 @@ Arguments, as in the op's schema (one entry per column segment in the three list
              codebook: a factor per column [width_i], or empty;  mx, or a symmetric uniform grid: empty
   layout     per segment four integers: grid (0 uniform, 1 codebook, from 2 on mx, see `mx_grid`), bits, group_size,
              width. mx: `scales` are E8M0 bytes, codes are elements (`ops.microscaling`). With `ops.gpu_order.ARRANGED`
-             added to the grid the codes are in another order
+             added to the grid the codes are in another order. Grids of `ops.block_types`: `scales` are heads
   permutation, block
              order of the input channels in storage, in blocks of that many neighbours; None = unchanged.
              int16 or int32: stored position -> original block.  uint8: the segment of each original block, packed
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.block_types import BY_GRID
+from bitquilt.ops.block_types import decode_blocks as decode_block_type
 from bitquilt.ops.gpu_order import ARRANGED, restore
 from bitquilt.ops.microscaling import E2M1, E2M3, E3M2, E4M3, Element, decode_blocks, quantize_blocks
 
@@ -198,6 +200,8 @@ def _stored_order(
         unpacked = unpack_bits(stream, bits, width)
         if grid == GRID_CODEBOOK:
             parts.append(decode_codebook(unpacked, column_levels(scale, zero, group_size, width)))
+        elif grid in BY_GRID:
+            parts.append(decode_block_type(unpacked, scale, BY_GRID[grid]))
         elif grid >= GRID_MX:
             parts.append(decode_blocks(unpacked, scale, _mx(grid, bits)[0], group_size))
         else:

@@ -14,6 +14,7 @@ from bitquilt.core.settings import Calibration
 from bitquilt.core.types import GRID_KINDS, Layout
 from bitquilt.data.calibration import tokens_read
 from bitquilt.model.structure import Skeleton
+from bitquilt.ops.block_types import BLOCK_TYPES
 from bitquilt.planning.sensitivities import measured_tokens
 from bitquilt.stream.model_training import TrainingMemory
 
@@ -104,7 +105,7 @@ def permits(layouts: Mapping[str, Layout]) -> dict[str, Permit]:
     checks = {
         "bitquilt reference (any device)": lambda _: None,
         "bitquilt cpu kernels": _cpu_kernel,
-        "bitquilt gpu kernels (Triton)": lambda _: None,
+        "bitquilt gpu kernels (Triton)": _blocks,
         "gptq format, one width per layer": lambda layout: _one_width(layout, (2, 3, 4, 8)),
         "compressed-tensors, packed 4 or 8 bits": lambda layout: _one_width(layout, (4, 8)),
     }
@@ -120,6 +121,8 @@ def _cpu_kernel(layout: Layout) -> str | None:
     """Why the CPU kernels do not take the layer."""
     if any(GRID_KINDS[form.grid].microscaled for form, _ in layout.segments):
         return "MX numbers, which the reference computes"
+    if reason := _blocks(layout):
+        return reason
     if layout.in_features > _MAX_COLUMNS:
         return f"{layout.in_features} columns, at most {_MAX_COLUMNS}"
     return next(
@@ -132,6 +135,12 @@ def _cpu_kernel(layout: Layout) -> str | None:
     )
 
 
+def _blocks(layout: Layout) -> str | None:
+    """Why no kernel takes the layer."""
+    blocks = any(form.grid in BLOCK_TYPES for form, _ in layout.segments)
+    return "llama.cpp's blocks, which the reference computes" if blocks else None
+
+
 def _one_width(layout: Layout, widths: tuple[int, ...]) -> str | None:
     """Why a format with one of `widths` bits per layer does not take the layer."""
     form = layout.segments[0][0]
@@ -140,7 +149,7 @@ def _one_width(layout: Layout, widths: tuple[int, ...]) -> str | None:
     if len(layout.segments) > 1:
         return f"{len(layout.segments)} widths in one layer"
     if form.grid != "uniform":
-        return "codebooks" if form.grid == "codebook" else "MX numbers"
+        return "codebooks" if form.grid == "codebook" else "blocks" if _blocks(layout) else "MX numbers"
     if form.bits not in widths:
         return f"{form.bits} bits; wanted {', '.join(map(str, widths[:-1]))} or {widths[-1]}"
     return None

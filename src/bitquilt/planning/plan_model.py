@@ -72,7 +72,7 @@ def plan(
     shapes = shapes_of(all_targets(skeleton, selection.skip, selection.include_head))
     known = None if sensitivities is None else load_sensitivities(sensitivities, checkpoint, wanted.recipe)
     ties = tied_layers(skeleton.model, shapes) if tie else []
-    outer = rounded_tables(skeleton, selection.outer, shapes)
+    outer = rounded_tables(skeleton, selection.outer, wanted.recipe, shapes)
     tables = wanted.tables(skeleton, selection, shapes)
     planner = Planner(skeleton, wanted.recipe, shapes, ties=ties, outer=outer, tables=tables, engine=engine)
     planned, own_rule_bytes = _planned(planner, wanted, known)

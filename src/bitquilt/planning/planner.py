@@ -106,7 +106,7 @@ class Planner:
         if self.engine is not None and self.engine.alike == "fused":
             ties = tied_layers(skeleton.model, shapes)
         # a recipe that fixes its zeros there; others may need a wider form
-        self.middle = self.engine is not None and recipe.plan_terms.middle_zeros
+        self.middle = self.engine is not None and recipe.plan_terms.zeros == "middle"
         self.units, self.ties = Units(recipe, shapes, ties, tables=tables, engine=self.engine), ties
         self.skeleton, self.shapes, self.recipe, self.outer = skeleton, self.units.shapes, recipe, tuple(outer)
         self.tables = tuple(tables)

@@ -153,7 +153,7 @@ class Units:
 
     def layer_costs(self) -> NDArray[np.float64]:
         """Bits `[wholes, palette]` of each of `wholes`."""
-        engine, middle = self._engine, self.recipe.plan_terms.middle_zeros
+        engine, middle = self._engine, self.recipe.plan_terms.zeros == "middle"
         size = storage_bits if engine is None else lambda layout: engine.storage_bits(layout, middle)
         known = {
             shape: [size(self.bare(*shape, bits)) for bits in self._own_widths(shape[0])]

@@ -22,6 +22,7 @@ from bitquilt.core.types import (
     Solution,
     uniform_plan,
 )
+from bitquilt.layer.grids.blocks import BLOCK_WIDTHS, UnitFit, block_layout, block_values, check_blocks, run_plan
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, ZeroRule, zeros_at
 from bitquilt.layer.grouped_weight import FeedbackSweep, HessianAt, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
@@ -53,7 +54,8 @@ class GPTQ:
     `hessian`: "input", or "attention": that of the output of the layer's sub-block (`layer.sensitivity.attention`), for
     half as much time again. With scale search: KL 0.513 to 0.465 on babyllama, 1.964 to 1.976 on stories260k. Not
     together with alpha or stream_alpha.
-    `zeros`: "middle" fixes every zero at half the range, for engines that store none (docs/engines.md).
+    `zeros`: "middle" fixes every zero at half the range, for engines that store none; "blocks" solves on
+    llama.cpp's block types (docs/engines.md).
     `clipping`: "trained" trains the ranges of each block after the sweep; codes and bytes stay. With scale search, KL
     2.003 to 1.508 and 0.513 to 0.329.
     """
@@ -90,8 +92,8 @@ class GPTQ:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups at the recipe's bits."""
-        own, middle = Budget("bits", self.bits), self.zeros == "middle"
-        return PlanTerms(self.group_size, own, searches_ranges=self.scale_search, middle_zeros=middle)
+        own = Budget("bits", self.bits)
+        return PlanTerms(self.group_size, own, searches_ranges=self.scale_search, zeros=self.zeros)
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
@@ -99,6 +101,7 @@ class GPTQ:
         if self.symmetric and self.zeros != "fitted":
             raise ValueError(f"symmetric stores no zeros, and zeros is {self.zeros}; leave one of them out")
         self.sweep.check()
+        check_blocks(self.zeros, self.group_size, self.clipping == "trained")
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -114,6 +117,9 @@ class GPTQ:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Sweep the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        if self.zeros == "blocks":
+            kind, plan = run_plan(plan, layer.weight.shape[1])
+            return self.sweep.solve(layer, plan, prepared, lambda f: UnitFit(live_weight(layer, f), kind, f.importance))
         search = zeros_at(RangeSearch() if self.scale_search else MIN_MAX, self.zeros)
         return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, search, self._no_zero))
 
@@ -124,11 +130,13 @@ class GPTQ:
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
-        return GROUP_WIDTHS
+        return BLOCK_WIDTHS if self.zeros == "blocks" else GROUP_WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
         count = self.sweep.outlier_count(out_features, in_features)
+        if self.zeros == "blocks":
+            return replace(block_layout(out_features, in_features, plan), outliers=count)
         return grouped_layout(
             out_features, in_features, plan.bits, plan.group_size, symmetric=self._no_zero, outliers=count
         )
@@ -140,8 +148,10 @@ class GPTQ:
 
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, errors weighted as in the sweep."""
-        search = zeros_at(COARSE if self.scale_search else MIN_MAX, self.zeros)
         weight = live_weight(layer, prepared)
+        if self.zeros == "blocks":
+            return block_values(weight, bits, prepared.importance)
+        search = zeros_at(COARSE if self.scale_search else MIN_MAX, self.zeros)
         return round_groups(weight, bits, self.group_size, prepared.importance, search, self.symmetric)
 
     def column_cost(self, layer: Layer, prepared: Factor) -> Tensor:

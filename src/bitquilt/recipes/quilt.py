@@ -32,6 +32,7 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.assembly import assemble, disassemble
+from bitquilt.layer.grids.blocks import BLOCK_WIDTHS, UnitFit, block_layout, block_values, check_blocks, run_plan
 from bitquilt.layer.grids.uniform import RangeSearch, ZeroRule, zeros_at
 from bitquilt.layer.grouped_weight import FeedbackSweep, fit_ranges, live_weight
 from bitquilt.layer.hessian import Factor
@@ -60,7 +61,7 @@ class Quilt:
     that the layer repairs. 0.75 each: KL 1.030; 0.5 each 1.039, 1 each 1.078, 0 each 1.595.
     `passes`: coordinate descent over the codes after the sweep. 3 passes: KL 1.030; none 1.091.
     `zeros`: "stored" gives groups of 2 bits an integer zero too, "middle" fixes every zero at half the range, for
-    engines that hold no others (docs/engines.md).
+    engines that hold no others; "blocks" solves on llama.cpp's block types (docs/engines.md).
     `effort`: "fast" = no training, KL 1.030 in 8 s; "normal" = each block is trained, 0.765 in 48 s; "best" = then the
     whole model, 0.730, and with 192 sequences that the model writes itself 0.447 (without block training).
     `epochs`: passes over the samples per block. 20: KL 0.765; 10 0.766; 4 0.813. With "best", 0 skips blocks: 0.701.
@@ -106,13 +107,14 @@ class Quilt:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups at the recipe's bits."""
-        return PlanTerms(self.group_size, Budget("bits", self.bits), middle_zeros=self.zeros == "middle")
+        return PlanTerms(self.group_size, Budget("bits", self.bits), zeros=self.zeros)
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
         check_whole_bits(self.bits)
         self.sweep.check()
         self.effort_training.check()
+        check_blocks(self.zeros, self.group_size, self.effort != "fast")
 
     def prepare(self, stats: LayerStats | None) -> Factor:
         """Factor the Hessian once for all layers that read this input."""
@@ -128,6 +130,9 @@ class Quilt:
 
     def quantize(self, layer: Layer, plan: LayerPlan, prepared: Factor) -> Solution:
         """Solve the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
+        if self.zeros == "blocks":
+            kind, plan = run_plan(plan, layer.weight.shape[1])
+            return self.sweep.solve(layer, plan, prepared, lambda f: UnitFit(live_weight(layer, f), kind, f.importance))
         search = zeros_at(_SEARCH, self.zeros)
         return self.sweep.solve(layer, plan, prepared, lambda f: fit_ranges(f.importance, search, self._no_zero))
 
@@ -138,10 +143,14 @@ class Quilt:
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """1 to 8 bits: when layers share a budget of 2.25 bits, groups of one bit take a third off the KL."""
+        if self.zeros == "blocks":
+            return BLOCK_WIDTHS
         return WIDTHS_FROM_ONE if self.zeros == "fitted" else GROUP_WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
+        if self.zeros == "blocks":
+            return block_layout(out_features, in_features, plan)
         return grouped_layout(out_features, in_features, plan.bits, plan.group_size, symmetric=self._no_zero)
 
     @property
@@ -152,6 +161,8 @@ class Quilt:
     def rounded(self, layer: Layer, prepared: Factor, bits: int) -> Tensor:
         """The weight with every group at `bits`, fitted as in the sweep with fewer candidates."""
         weight = live_weight(layer, prepared)
+        if self.zeros == "blocks":
+            return block_values(weight, bits, prepared.importance)
         search = zeros_at(COARSE, self.zeros)
         return round_groups(weight, bits, self.group_size, prepared.importance, search, bits in self._no_zero)
 

@@ -6,6 +6,7 @@ The baseline that every method has to beat at the same bytes.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bitquilt.core.budget import Budget
@@ -23,6 +24,7 @@ from bitquilt.core.types import (
     uniform_plan,
 )
 from bitquilt.layer.assembly import assemble
+from bitquilt.layer.grids.blocks import BLOCK_WIDTHS, block_layout, block_values, check_blocks, round_blocks, run_plan
 from bitquilt.layer.grids.uniform import MIN_MAX, RangeSearch, UniformGrid, ZeroRule, fit, scale_dtype_for, zeros_at
 from bitquilt.layer.grouped_weight import layer_events
 from bitquilt.layer.layouts import GROUP_WIDTHS, check_group_size, grouped_layout
@@ -38,7 +40,8 @@ class RTN:
     `bits`: width of every code, 2 to 8.
     `group_size`: input columns that share a scale and a zero.
     `scale_search`: choose each range by its squared error instead of taking min and max.
-    `zeros`: "middle" fixes every zero at half the range, for engines that store none (docs/engines.md).
+    `zeros`: "middle" fixes every zero at half the range, for engines that store none; "blocks" rounds to
+    llama.cpp's block types (docs/engines.md).
     `clipping`: "trained" trains the ranges of each block after rounding; codes and bytes stay. At 2 bits it takes the
     KL divergence on stories260k from 4.343 to 2.464, on babyllama from 1.544 to 0.764 (docs/results.md).
     """
@@ -60,13 +63,14 @@ class RTN:
     @property
     def plan_terms(self) -> PlanTerms:
         """Column groups at the recipe's bits."""
-        own, middle = Budget("bits", self.bits), self.zeros == "middle"
-        return PlanTerms(self.group_size, own, searches_ranges=self.scale_search, middle_zeros=middle)
+        own = Budget("bits", self.bits)
+        return PlanTerms(self.group_size, own, searches_ranges=self.scale_search, zeros=self.zeros)
 
     def check(self) -> None:
         """Raise ValueError naming the option that cannot work."""
         check_whole_bits(self.bits)
         check_group_size(self.group_size)
+        check_blocks(self.zeros, self.group_size, self.clipping == "trained")
 
     def prepare(self, stats: LayerStats | None) -> None:
         """Layers share nothing: rounding does not look at data."""
@@ -83,6 +87,9 @@ class RTN:
         """Round the layer. Raises ValueError naming the layer if a weight is NaN or Inf."""
         check_finite(layer.name, weight=layer.weight)
         scale_dtype = scale_dtype_for(layer.weight)
+        if self.zeros == "blocks":
+            kind, _ = run_plan(plan, layer.weight.shape[1])
+            return Solution(round_blocks(layer.weight, kind), None, layer_events(layer, torch.float16))
         search = zeros_at(RangeSearch() if self.scale_search else MIN_MAX, self.zeros)
 
         def fit_group(k: int, columns: Tensor) -> UniformGrid:
@@ -99,14 +106,18 @@ class RTN:
 
     def widths(self, out_features: int) -> tuple[int, ...]:
         """2 to 8 bits."""
-        return GROUP_WIDTHS
+        return BLOCK_WIDTHS if self.zeros == "blocks" else GROUP_WIDTHS
 
     def layout(self, out_features: int, in_features: int, plan: LayerPlan) -> Layout:
         """The layout in which `quantize` stores a plan."""
+        if self.zeros == "blocks":
+            return block_layout(out_features, in_features, plan)
         return grouped_layout(out_features, in_features, plan.bits, plan.group_size)
 
     def rounded(self, layer: Layer, prepared: None, bits: int) -> Tensor:
         """The weight with every group at `bits`."""
+        if self.zeros == "blocks":
+            return block_values(layer.weight, bits)
         search = zeros_at(COARSE if self.scale_search else MIN_MAX, self.zeros)
         return round_groups(layer.weight, bits, self.group_size, search=search)
 

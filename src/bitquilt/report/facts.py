@@ -146,13 +146,13 @@ def check_hashes(facts: Facts) -> int:
     return len(known)
 
 
-def damaged_scales(checkpoint: Checkpoint, layouts: Iterable[str]) -> list[str]:
+def damaged_scales(checkpoint: Checkpoint, layers: Iterable[str]) -> list[str]:
     """Names of the stored tensors of these layers that hold NaN or infinity; codes are not read."""
-    found = []
-    for path in layouts:
+    found, layouts = [], read_layouts(checkpoint.config)
+    for path in layers:
         names = [n for n in checkpoint.tensors if n.rpartition(".")[0] == path and not n.startswith(f"{path}.codes_")]
         tensors = {name.rpartition(".")[2]: tensor for name, tensor in checkpoint.read(names).items()}
-        found += [f"{path}.{name}" for name in not_finite(tensors)]
+        found += [f"{path}.{name}" for name in not_finite(tensors, layouts.get(path))]
     return found
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bitquilt.core.packing import pack
 from bitquilt.core.plan_file import OuterBits
+from bitquilt.core.recipe import Plannable, Recipe
 from bitquilt.core.types import Event, Format, Layout, QuantizedWeight
 from bitquilt.errors import UserError
+from bitquilt.layer.grids.blocks import BLOCK_WIDTHS, block_format, block_type, round_blocks
 from bitquilt.layer.nearest import round_symmetric
 from bitquilt.layer.table import solve_rows
 from bitquilt.model.free_tables import TABLE_GROUP_SIZE, Table, part_name
@@ -25,6 +27,7 @@ from bitquilt.model.replace import embedding_path, put_embedding
 from bitquilt.model.structure import Skeleton
 from bitquilt.model.tables.embedding import QuantizedEmbedding
 from bitquilt.model.tables.mixed_rows import MixedEmbedding, MixedHead
+from bitquilt.ops.block_types import BLOCK_TYPES
 from bitquilt.stream.job import Job, check_weights, head_path
 from bitquilt.stream.records import TABLE_STEMS, BlockRecord, LayerRecord, read_record, write_record
 from bitquilt.stream.workdir import read_tensors, tensors_of, tensors_sum, write_tensors
@@ -59,8 +62,12 @@ class RoundedTable:
         return {"tie_word_embeddings": self.tied}
 
 
-def rounded_tables(skeleton: Skeleton, outer: OuterBits, layers: Container[str] = ()) -> tuple[RoundedTable, ...]:
+def rounded_tables(
+    skeleton: Skeleton, outer: OuterBits, recipe: Recipe, layers: Container[str] = ()
+) -> tuple[RoundedTable, ...]:
     """Return the tables to round, the embedding first. `layers`: paths of the layers that the recipe solves.
+
+    A recipe that solves on blocks has tables in blocks too.
 
     Raises UserError for a table that cannot be rounded, for a number of bits out of range, and for a head in `layers`.
     """
@@ -71,6 +78,12 @@ def rounded_tables(skeleton: Skeleton, outer: OuterBits, layers: Container[str] 
         path = _embedding(skeleton) if kind == "embedding" else _head(skeleton, layers)
         rows, width = _weight(skeleton, path).shape
         form = Format(bits, GROUP_SIZE, symmetric=True)
+        if isinstance(recipe, Plannable) and recipe.plan_terms.zeros == "blocks":
+            if bits not in BLOCK_WIDTHS or width % GROUP_SIZE:
+                raise UserError(
+                    f"{kind} bits is {bits}, of {width} columns; blocks have {BLOCK_WIDTHS} bits of a multiple of 32"
+                )
+            form = block_format(block_type(bits, width))
         tied = f"{path}.weight" in skeleton.model.all_tied_weights_keys.values()
         found.append(RoundedTable(kind, path, bits, Layout(rows, width, ((form, width),)), tied))
     return tuple(found)
@@ -120,7 +133,7 @@ def put_tables(job: Job) -> Job:
     Return the job with a skeleton that no longer reads the full-precision tables. Raises UserError for a table with
     NaN or Inf.
     """
-    tables: list[RoundedTable | Table] = [*rounded_tables(job.skeleton, job.outer), *job.tables]
+    tables: list[RoundedTable | Table] = [*rounded_tables(job.skeleton, job.outer, job.recipe), *job.tables]
     for table in tables:
         record = read_record(job.folder / f"{TABLE_STEMS[table.kind]}.json")
         if record is None:
@@ -158,7 +171,11 @@ def put_head(skeleton: Skeleton, path: str, tensors: dict[str, Tensor], layout: 
 def _round(job: Job, table: RoundedTable) -> BlockRecord:
     started, path = time.perf_counter(), table.path
     weight = _checked_weight(job, path)
-    stored = round_symmetric(weight, table.bits, GROUP_SIZE)
+    form = table.layout.segments[0][0]
+    if form.grid in BLOCK_TYPES:
+        stored = round_blocks(weight, BLOCK_TYPES[form.grid])
+    else:
+        stored = round_symmetric(weight, table.bits, GROUP_SIZE)
     return _commit(job, table, {path: (stored, weight)}, (), started)
 
 

@@ -4,18 +4,22 @@ A new grid is a file in this folder, with a subclass of `Grid` and a function th
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 from bitquilt.core.types import GridName
+from bitquilt.layer.grids.blocks import RunGrid
 from bitquilt.layer.grids.codebook import CodebookGrid
 from bitquilt.layer.grids.grid import Grid
 from bitquilt.layer.grids.mx import MXGrid
 from bitquilt.layer.grids.uniform import UniformGrid
+from bitquilt.ops.block_types import BLOCK_TYPES
 
 GRID_CLASSES: Mapping[GridName, type[Grid]] = {
     "uniform": UniformGrid,
     "codebook": CodebookGrid,
     "mx": MXGrid,
     "mx_e2m3": MXGrid,
+    **{cast(GridName, name): RunGrid for name in BLOCK_TYPES},
 }
 
 __all__ = ["GRID_CLASSES", "CodebookGrid", "Grid", "MXGrid", "UniformGrid"]

@@ -16,9 +16,10 @@ from bitquilt.core.types import Format, Segment
 from bitquilt.layer.grids.grid import Grid
 
 OneBitRule = Literal["symmetric", "code"]
-ZeroRule = Literal["fitted", "stored", "middle"]
+ZeroRule = Literal["fitted", "stored", "middle", "blocks"]
 """Zeros of groups of two and more bits, for recipes that export to other engines: as the recipe fits them; integers in
-every group; 2^(bits - 1) in every group."""
+every group; 2^(bits - 1) in every group. "blocks": no groups, but llama.cpp's block types with what they have in place
+of zeros (`grids.blocks`)."""
 # fp16 steps below 2^-14 lose digits and above 2^15 may overflow: such layers keep bfloat16 scales.
 _FP16_SAFE = (2.0**-11, 2.0**14)
 

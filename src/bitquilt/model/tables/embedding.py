@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitquilt.core.types import Layout
 from bitquilt.model.linear import QuantizedLinear
 from bitquilt.ops.bits import unpack_bits
+from bitquilt.ops.block_types import BLOCK_TYPES, decode_blocks
 from bitquilt.ops.reference import decode_uniform
 
 
@@ -48,7 +49,8 @@ def scaled(rows: Tensor, scale: float) -> Tensor:
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """A table of one symmetric uniform segment. Input: ids `[...]`; output `[..., width]` in the model's dtype."""
+    """A table of one symmetric uniform segment, or of blocks. Input: ids `[...]`; output `[..., width]` in the model's
+    dtype."""
 
     def __init__(
         self,
@@ -71,7 +73,10 @@ class QuantizedEmbedding(QuantizedLinear):
         flat = ids.reshape(-1)
         codes = unpack_bits(self.get_buffer("codes_0")[flat], form.bits, width)
         scale = self.get_buffer("scale_0")[flat]
-        rows = decode_uniform(codes, scale, scale.new_empty(0), form.bits, form.group_size)
+        if form.grid in BLOCK_TYPES:
+            rows = decode_blocks(codes, scale, BLOCK_TYPES[form.grid])
+        else:
+            rows = decode_uniform(codes, scale, scale.new_empty(0), form.bits, form.group_size)
         return scaled(rows.to(self.dtype), self.lookup_scale).view(*ids.shape, width)
 
     def arrange(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitquilt.ops import reference
 from bitquilt.ops.bits import packed_bytes
+from bitquilt.ops.block_types import BY_GRID
 from bitquilt.ops.gpu_order import ARRANGED, TAIL, arrangeable, plane_bytes, quad_bytes, quad_units
 from bitquilt.ops.stored_weight import StoredWeight, TensorVersions
 
@@ -213,6 +214,8 @@ def prepared(weight: StoredWeight, out_features: int) -> PreparedWeight | None:
 
     ValueError: tensors that do not go together, naming the first.
     """
+    if any(grid in BY_GRID for grid in weight.layout[:: reference.LAYOUT_FIELDS]):
+        return None
     _check_layout(weight, out_features)
     key = weight.codes[0]
     found: Any = _known.get(key)
