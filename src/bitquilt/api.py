@@ -42,7 +42,7 @@ def quantize(
 ) -> Result:
     """Quantize a model folder or hub id into the folder `out`, block by block. An interrupted run continues.
 
-    - `recipe`: a recipe or its name. Default: that of the plan, else cmpq+.
+    - `recipe`: a recipe or its name. Default: that of the plan, else cmpq+ (quilt for an engine).
     - `calibration`: a source of text (see `Calibration`), or a `Calibration`. Default: text of the package.
     - `out`: the output folder. Default: named after the model and the recipe.
     - `budget`: what the whole model may take, such as `Budget.of(size="6.5GiB")`; bits go where they lower the loss

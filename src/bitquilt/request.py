@@ -19,7 +19,7 @@ from bitquilt.errors import UserError, not_plannable
 from bitquilt.layer.grids.blocks import RUN
 from bitquilt.model.free_tables import Table, free_tables
 from bitquilt.model.structure import Skeleton
-from bitquilt.recipes import DEFAULT_RECIPE, make_recipe, own_allocations, takes_fractions, takes_option, without_bpw
+from bitquilt.recipes import make_recipe, own_allocations, takes_fractions, takes_option, usual_recipe, without_bpw
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,10 @@ def wish(
 ) -> Wish:
     """Make a wish from a recipe or its name and options, a budget and its scope, or a plan.
 
-    Without `recipe`, take the plan's recipe, else cmpq+. A fraction of a bit, or `bpw`, is a budget for the whole
-    model, unless the recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of its own). A scope, or
-    `allocation="global"`, makes it a budget for the whole model there too. For an `engine` every layer has one width.
+    Without `recipe`, take the plan's recipe, else cmpq+, or quilt for an engine. A fraction of a bit, or `bpw`, is a
+    budget for the whole model, unless the recipe meets it in every layer (`cmpq`, or `slim-llm` with an allocation of
+    its own). A scope, or `allocation="global"`, makes it a budget for the whole model there too. For an `engine` every
+    layer has one width.
 
     Raises UserError for two budgets, for a budget together with a plan, for an unknown scope, and for whatever
     `make_recipe` refuses.
@@ -142,7 +143,7 @@ def wish(
     if plan is not None:
         return replace(_wish_for_plan(plan, recipe, options, budget, scope), engine=engine)
     if isinstance(recipe, str) or recipe is None:
-        name = recipe or DEFAULT_RECIPE
+        name = recipe or usual_recipe(engine)
         if engine is not None and takes_option(name, "zeros"):
             options.setdefault("zeros", engine_named(engine).zero_rule)
         if engine is not None and engine_named(engine).zero_rule == "blocks":
@@ -238,7 +239,7 @@ def _wish_for_plan(
         given = f"budget {budget}"
     elif options.get("bpw"):
         given = f"budget {options['bpw']} bpw"
-    elif isinstance(bits, float) and not bits.is_integer() and not takes_fractions(name or DEFAULT_RECIPE):
+    elif isinstance(bits, float) and not bits.is_integer() and not takes_fractions(name or usual_recipe()):
         given = f"budget {bits} bits"
     elif scope is not None:
         given = f"allocation {scope}"
@@ -249,7 +250,7 @@ def _wish_for_plan(
         return Wish(recipe, plan=plan)
     if name == made_for:
         options = {**_options_in(plan), **options}
-    return Wish(make_recipe(name or DEFAULT_RECIPE, **options), plan=plan)
+    return Wish(make_recipe(name or usual_recipe(), **options), plan=plan)
 
 
 def _options_in(plan: PlanFile) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bitquilt.cli.demo import DEMO_MODEL
 from bitquilt.model.checkpoint import open_checkpoint
 
 from .conftest import Command
@@ -164,3 +165,10 @@ def test_mistakes(command: Command, tiny: Path, flags: list[str], message: str) 
     ran = command("plan", tiny, *flags)
     assert ran.code == 2
     assert message in ran.err
+
+
+@pytest.mark.parametrize(("engine", "recipe"), [(None, "cmpq+"), ("mlx", "quilt"), ("gguf", "quilt")])
+def test_the_recipe_without_being_asked(command: Command, engine: str | None, recipe: str) -> None:
+    """An engine's files hold uniform steps only."""
+    flags = () if engine is None else ("--for", engine, "--embedding-bits", "8")
+    assert json.loads(command("plan", DEMO_MODEL, "--bpw", "5", *flags, "--json").out)["recipe"]["name"] == recipe

@@ -13,11 +13,12 @@ from typer import Argument, Option
 from bitquilt.core.budget import SCOPES, Budget
 from bitquilt.core.settings import GENERAL, Calibration, Selection
 from bitquilt.errors import UserError
-from bitquilt.recipes import DEFAULT_RECIPE, RECIPES, own_allocations, takes_fractions, takes_option
+from bitquilt.recipes import RECIPES, own_allocations, takes_fractions, takes_option, usual_recipe
 from bitquilt.request import Wish, wish
 
 _DATA = "text, jsonl, json, csv, parquet, a folder of these, a hub data set, or token ids in safetensors"
 _CALIBRATION = f"{_DATA.capitalize()}; general: comes with Bitquilt; self: the model writes it."
+_RECIPES = f"{', '.join(RECIPES)}. Default: {usual_recipe()}, or {usual_recipe('any')} with --for."
 _COLUMN = "Column of a data set to read. Default: text, messages, conversations, or instruction with output."
 _SCOPES = """What may differ in bits. global: column groups of the whole model; layers: whole layers; layer: groups
 within a layer, with the same mean in every layer; pairs: as layer, with N-1 and N+1 in equal numbers; uniform: nothing.
@@ -63,7 +64,7 @@ Words = list[str] | None
 class RecipeOptions:
     """The recipe and its settings."""
 
-    recipe: Annotated[Word, _recipe("--recipe", "-r", help=f"{', '.join(RECIPES)}. Default: {DEFAULT_RECIPE}.")] = None
+    recipe: Annotated[Word, _recipe("--recipe", "-r", help=_RECIPES)] = None
     group_size: Annotated[Count, _recipe(help="Input channels per scale, a multiple of 8. Default: by recipe.")] = None
     effort: Annotated[Word, _recipe(metavar="LEVEL", help=_EFFORT)] = None
     published: Annotated[bool, _recipe("--published", help="Follow the publication, without our improvements.")] = False
@@ -146,14 +147,14 @@ class Asked:
     @property
     def wish(self) -> Wish:
         """The recipe, budget and scope to plan for."""
-        return wish(self.recipe or DEFAULT_RECIPE, self.options, self.budget, self.scope, engine=self.engine)
+        return wish(self.recipe, self.options, self.budget, self.scope, engine=self.engine)
 
 
 def read_flags(given: RecipeOptions, budget: BudgetOptions, *, by_plan: bool = False) -> Asked:
     """Return what the flags ask for. `by_plan`: a plan names the recipe unless --recipe does.
 
     Raises UserError for flags that exclude each other."""
-    name = given.recipe or DEFAULT_RECIPE
+    name = given.recipe or usual_recipe(budget.engine)
     names = list(RECIPES) if by_plan and given.recipe is None else [name]
     limit, fractions = _size_budget(budget), takes_fractions(name)
     if given.group_size is not None and not any(takes_option(each, "group_size") for each in names):

@@ -30,7 +30,6 @@ from bitquilt.planning.forecast import Forecast
 from bitquilt.planning.plan_model import measure_model
 from bitquilt.planning.plan_model import plan as run
 from bitquilt.planning.planner import UnreachableError
-from bitquilt.recipes import DEFAULT_RECIPE
 
 EXIT_DOES_NOT_FIT = 4
 # A table of so many bits per weight that takes such a share of the folder is pointed out; `_FEW`: of 6-bit codes.
@@ -113,7 +112,7 @@ def plan(
     if out is not None and not out.parent.is_dir():
         raise UserError(f"cannot write the plan to {out}: there is no folder {out.parent}; create it")
     wish = question.asked.wish
-    path = sensitivities or Path(f"{Path(model).resolve().name}-{recipe.recipe or DEFAULT_RECIPE}.sensitivities")
+    path = sensitivities or Path(f"{Path(model).resolve().name}-{wish.recipe.name}.sensitivities")
     with calm(quiet, models=measure):
         if measure:
             chosen = {name: getattr(layers, name) for name in ("include_head", "blocks")}

@@ -26,7 +26,6 @@ from bitquilt.planning.own_rule import most_bytes
 from bitquilt.planning.planner import Planned, Planner
 from bitquilt.planning.sensitivities import Sensitivities, load_sensitivities
 from bitquilt.planning.untouched import untouched_tensors
-from bitquilt.recipes import DEFAULT_RECIPE
 from bitquilt.request import Wish, own_budget, wish
 from bitquilt.stream.devices import choose_device
 from bitquilt.stream.embedding_and_head import rounded_tables
@@ -38,7 +37,7 @@ _CTX = 2048  # tokens in the cache whose memory `plan` states unless a context i
 
 def plan(
     model: str | Path,
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     *,
     budget: Budget | None = None,
     scope: str | None = None,
@@ -118,7 +117,7 @@ def _planned(planner: Planner, wanted: Wish, known: Sensitivities | None) -> tup
 def measure_model(
     model: str | Path,
     path: str | Path,
-    recipe: str | Recipe = DEFAULT_RECIPE,
+    recipe: str | Recipe | None = None,
     calibration: str | Path | Calibration = GENERAL,
     *,
     selection: Selection = Selection(),

@@ -1,4 +1,4 @@
-"""`RECIPES` holds the recipes by name, `DEFAULT_RECIPE` names the usual one, `make_recipe` makes one from its name and
+"""`RECIPES` holds the recipes by name, `usual_recipe` names the default, `make_recipe` makes one from its name and
 options."""
 
 import difflib
@@ -36,8 +36,6 @@ _KINDS: tuple[type[NamedRecipe], ...] = (
     MicroMix,
 )
 RECIPES: dict[str, type[NamedRecipe]] = {kind.name: kind for kind in _KINDS}
-# The lowest loss at every size of SmolLM2-135M (docs/results.md).
-DEFAULT_RECIPE = CMPQPlus.name
 
 
 @runtime_checkable
@@ -45,6 +43,12 @@ class TakesBpw(Protocol):
     """A recipe with an option `bpw`, its own budget in true bits per weight."""
 
     bpw: float | None
+
+
+def usual_recipe(engine: str | None = None) -> str:
+    """Return the name of the recipe that a run takes without one: the lowest loss at every size of SmolLM2-135M
+    (docs/results.md), or of those whose uniform steps the files of an `engine` hold."""
+    return CMPQPlus.name if engine is None else Quilt.name
 
 
 def make_recipe(name: str, /, **options: Any) -> Recipe:
