@@ -106,7 +106,10 @@ def main() -> None:
             command = [sys.executable, "-c", _CLI, "plan", str(Path(place) / name), "--recipe", chosen.recipe]
             started = time.perf_counter()
             done = subprocess.run(
-                [*command, "--bpw", chosen.bpw, "--json"], capture_output=True, text=True, check=False
+                [*command, "--recipe", "slim-llm", "--bpw", chosen.bpw, "--json"],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             seconds = time.perf_counter() - started
             if done.returncode:
