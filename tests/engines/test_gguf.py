@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import bitquilt
 from bitquilt.core.budget import Budget
+from bitquilt.engines.engine import ModelSettings
+from bitquilt.engines.gguf_model import GgufModel
 from bitquilt.engines.known import ENGINES
 from bitquilt.errors import UserError
 from bitquilt.ops.block_types import BLOCK_TYPES
@@ -15,11 +19,13 @@ from tests.engines.test_affine import stored
 
 GGUF = ENGINES["gguf"]
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 16
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 64}
 # the name of the tests' family -> fields besides WIDE, options of the run
 FAMILIES = {
     "llama": ({}, {"include_head": True}),
-    "llama-tied-bias": ({}, {"embedding_bits": 4}),
+    "llama-tied-bias": ({"rope_parameters": LLAMA3}, {"embedding_bits": 4}),
     "mistral": ({"sliding_window": 64}, {"head_bits": 6}),
     "qwen2": ({}, {}),
     "qwen3": ({}, {}),
@@ -53,6 +59,16 @@ def test_llama_cpp_computes_our_logits(family, make_model, quantize_tiny, tmp_pa
     found.close()
     apart = float((ours.exp() * (ours - theirs)).sum(-1).mean())
     assert apart < 0.01  # it rounds inputs to 8 bits; another order of rows, or no 1 in Gemma's norms, gives over 0.5
+
+
+def test_llama_3s_rotary_divisors_are_those_of_transformers(tmp_path):
+    config = LlamaConfig(head_dim=64, rope_parameters={**LLAMA3, "original_max_position_embeddings": 8192})
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    known = {"model_type": "llama", "head_dim": 64, "rope_parameters": config.rope_parameters}
+    divisors = GgufModel(ModelSettings({}, known, ()), tmp_path).rotary_divisors
+    plain = 1e4 ** -(torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(plain / divisors, theirs, rtol=1e-5)
+    assert set(divisors.tolist()) >= {1.0, 8.0}
 
 
 def test_every_type_in_a_plan_takes_the_bytes_that_were_promised(make_model, token_file, tmp_path, gguf):

@@ -109,6 +109,9 @@ class GgufFile:
         writer = gguf.GGUFWriter(path, self.model.architecture)
         self.model.write_settings(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        divisors = self.model.rotary_divisors
+        if divisors is not None:
+            writer.add_tensor_info("rope_freqs.weight", divisors.shape, np.dtype(np.float32), divisors.nbytes)
         for entry in entries:
             kind, wide = self._type(entry)
             shape = (*entry.shape[:-1], entry.nbytes // (torch.Size(entry.shape[:-1]).numel() * wide.itemsize))
@@ -116,6 +119,8 @@ class GgufFile:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if divisors is not None and tensors is not None:
+            writer.write_tensor_data(array(divisors))
         for entry, tensor in zip(entries, tensors or (), strict=tensors is not None):
             ready = self.model.ordered if entry.kind is not None else self.model.plain
             writer.write_tensor_data(array(ready(entry.name, tensor)))
@@ -133,7 +138,9 @@ class GgufFile:
 
     def nbytes(self, entries: Sequence[GgufTensor], head: int | None = None) -> int:
         """Bytes of the file; `head`: bytes that precede the tensors, where they are known."""
-        return (head or self.head_bytes(entries)) + sum(-(-entry.nbytes // _PAD) * _PAD for entry in entries)
+        divisors = self.model.rotary_divisors
+        sizes = [*(entry.nbytes for entry in entries), 0 if divisors is None else divisors.nbytes]
+        return (head or self.head_bytes(entries)) + sum(-(-size // _PAD) * _PAD for size in sizes)
 
     def head_bytes(self, entries: Sequence[GgufTensor]) -> int:
         """Bytes that precede the tensors: they depend on names and shapes, not on types."""

@@ -4,6 +4,7 @@ After llama.cpp's `convert_hf_to_gguf.py`. Names come from `gguf`'s own tensor m
 read from a file, and would compute with others instead, are refused by name.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,14 +116,34 @@ class GgufModel:
         self._write_attention(writer)
         self._write_tokenizer(writer)
 
+    @property
+    def _rotary(self) -> Mapping[str, Any]:
+        nested: Mapping[str, Any] = self.values["rope_parameters"]
+        return nested.get("full_attention", nested)  # Gemma 3 has a second one for windowed layers
+
+    @cached_property
+    def rotary_divisors(self) -> Tensor | None:
+        """Divisors of the rotary frequencies, fp32 `[head_dim / 2]`, by the scaling of Llama 3.1; else None.
+
+        Frequencies of fewer turns in the original context than `low_freq_factor` are divided by `factor`, those of more
+        than `high_freq_factor` stay. llama.cpp reads the divisors as a tensor.
+        """
+        rope, size = self._rotary, self._head_dim
+        if rope.get("rope_type") != "llama3":
+            return None
+        frequencies = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return (1 / ((1 - kept) / rope["factor"] + kept)).float()
+
     def _write_rotary(self, writer: Any) -> None:
-        nested = self.values["rope_parameters"]
-        if "full_attention" in nested:  # Gemma 3
-            _require("rope_theta of windowed layers", nested[_WINDOWED]["rope_theta"], 10000.0)
-            nested = nested["full_attention"]
+        if _WINDOWED in self.values["rope_parameters"]:
+            _require("rope_theta of windowed layers", self.values["rope_parameters"][_WINDOWED]["rope_theta"], 10000.0)
+        nested = self._rotary
         kind = nested.get("rope_type", "default")
-        if kind not in ("default", "linear"):
-            raise UserError(f"its rope_type is {kind}; GGUF exports know default and linear")
+        if kind not in ("default", "linear", *(("llama3",) if self.architecture == "llama" else ())):
+            raise UserError(f"its rope_type is {kind}; GGUF exports know default, linear and, for Llama, llama3")
         _require("partial_rotary_factor", nested.get("partial_rotary_factor") or 1.0, 1.0)
         writer.add_rope_freq_base(nested["rope_theta"])
         if kind == "linear":
