@@ -47,7 +47,7 @@ def speeches(package: Path) -> list[str]:
 def articles(package: Path) -> list[str]:
     """Some countries, as headings and sentences."""
     countries = sorted(package.glob("*/??.json"))
-    return [f"= {path.parent.name} =\n\n{_article(json.loads(path.read_text()))}"[:14_000] for path in countries[::6]]
+    return [f"= {path.parent.name} =\n\n{_article(json.loads(path.read_text()))}"[:14_000] for path in countries[::11]]
 
 
 def _article(content: dict[str, Any], depth: int = 2) -> str:
@@ -69,7 +69,7 @@ def declarations(package: Path) -> list[str]:
         page = (package / "declaration" / f"{language}.html").read_text()
         body = page[page.index("<body>") :]
         text = unescape(re.sub(r"<[^>]*>", "", re.sub(r"</(p|h\d|li)>", "\n", body)))
-        found.append(re.sub(r"\s*\n\s*", "\n", text).strip()[:2_400])
+        found.append(re.sub(r"\s*\n\s*", "\n", text).strip()[:9_000])
     return found
 
 
