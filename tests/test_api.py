@@ -168,7 +168,10 @@ def test_groups_of_settings_mean_what_single_keywords_mean(
     [
         ({"samples": 0}, "samples is 0; wanted at least 1"),
         ({"self_samples": -1}, "self_samples is -1; wanted 0 or more"),
-        ({"self_samples": 4}, "self_samples is 4, but the model writes all of its calibration text already"),
+        (
+            {"source": "self", "self_samples": 4},
+            "self_samples is 4, but the model writes all of its calibration text already",
+        ),
     ],
 )
 def test_calibrations_check_themselves(fields: dict[str, Any], message: str) -> None:

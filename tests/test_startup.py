@@ -53,7 +53,7 @@ assert sys.meta_path[1:] == finders and type(sys.meta_path[0]).__module__ == "bi
 
 
 def test_a_plan_of_a_model_like_llama_does_not_import_transformers(make_model: Callable[..., Path]) -> None:
-    found = imported("from bitquilt.cli import main; main()", "plan", str(make_model("llama")), "--group-size", "8")
+    found = imported("from bitquilt.cli import main; main()", "plan", str(make_model("llama")), "--recipe", "rtn")
     assert found & set(HEAVY) == {"torch"}
     assert "torch._dynamo" not in found
 

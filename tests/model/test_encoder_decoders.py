@@ -94,7 +94,7 @@ def test_its_loss_is_that_of_writing_the_text_it_reads(
 
 def test_what_an_encoder_decoder_cannot_do_is_refused(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="writes none of its own; give --calibration FILE"):
-        bitquilt.quantize(folder("bart"), "gptq", out=tmp_path / "out", samples=2, seq_len=8)
+        bitquilt.quantize(folder("bart"), "gptq", "self", tmp_path / "out", samples=2, seq_len=8)
     config = transformers.WhisperConfig(
         vocab_size=64,
         d_model=16,

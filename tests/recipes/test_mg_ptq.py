@@ -96,7 +96,7 @@ def test_every_map_is_swept_and_the_better_of_the_chosen_and_uniform_stays(
 ):
     trained = []
     original = mg_ptq.graph_bits
-    monkeypatch.setattr(mg_ptq, "graph_bits", lambda *args: trained.append(1) or original(*args))
+    monkeypatch.setattr(mg_ptq, "graph_bits", lambda *args, **named: trained.append(1) or original(*args, **named))
     layer = make_layer(width=64, tokens=500)
     recipe = make_recipe("mg-ptq", bits=2, group_size=8, allocator=allocator)
     cost = recipe.measure(layer, recipe.prepare(layer.stats))
