@@ -5,7 +5,8 @@
     (unpack each into SOURCES, then) python tools/general_text.py SOURCES
 
 Prose, speeches, encyclopedic articles, conversations, code and a text in 24 languages, some 1.4 MB, one document a
-line. Nothing of it is private or copied from the web. Licences:
+line. Nothing of it is private or copied from the web. The code is the project's at that time, so a new run makes
+another text. Licences:
 
     Moby-Dick, State of the Union addresses   public domain (the package's data: PDDL, CC0)
     The World Factbook                        public domain

@@ -86,8 +86,10 @@ def export(folder: str | Path, out: str | Path, to: str = "mlx") -> Exported:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            write = _write_gguf if isinstance(engine, GgufEngine) else _write
-            difference = write(source, engine, staging)
+            if isinstance(engine, GgufEngine):
+                difference = _write_gguf(source, engine, staging)
+            else:
+                difference = _write(source, engine, staging)
             size = sum(path.stat().st_size for path in staging.iterdir())
             publish(staging, out)
         finally:
@@ -172,9 +174,8 @@ def _write(source: _Source, engine: Engine, folder: Path) -> Difference:
     return worst
 
 
-def _write_gguf(source: _Source, engine: Engine, folder: Path) -> Difference:
+def _write_gguf(source: _Source, engine: GgufEngine, folder: Path) -> Difference:
     """Write the one file of an export to GGUF, a tensor at a time, and return the largest difference of a weight."""
-    assert isinstance(engine, GgufEngine)
     checkpoint = source.checkpoint
     found: list[Difference] = []
     entries = gguf_entries(source.held, source.layouts, checkpoint.tensors)

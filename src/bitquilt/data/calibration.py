@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitquilt.core.settings import SELF, Calibration
+from bitquilt.core.types import all_finite
 from bitquilt.data.documents import check_source, content_hash
 from bitquilt.data.tokens import token_stream, window_bos, windows
 from bitquilt.errors import UserError
@@ -202,7 +203,7 @@ def _sample(model: Any, first: Tensor, length: int, generator: torch.Generator) 
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
-        if not bool(torch.isfinite(logits).all()):
+        if not all_finite(logits):
             raise UserError("the full-precision model's logits hold NaN or Inf: its weights are damaged or overflow")
         token = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
         ids.append(token)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquilt.core.types import all_finite
 from bitquilt.data.calibration import load_tokenizer
 from bitquilt.data.tokens import token_stream, window_bos
 from bitquilt.errors import UserError
@@ -241,7 +242,7 @@ def _score_rows(
 
 
 def _log_probs(logits: Tensor, whose: str, where: str) -> Tensor:
-    if not logits.isfinite().all():
+    if not all_finite(logits):
         raise UserError(
             f"{whose} gives NaN or infinite logits in {where}; load it in float32 or bfloat16, "
             "or find a damaged layer with `bitquilt inspect`"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquilt.core.types import all_finite
 from bitquilt.errors import UserError
 from bitquilt.model.checkpoint import open_checkpoint
 from bitquilt.model.structure import is_encoder_decoder
@@ -116,7 +117,7 @@ def check_finite(model: Any, logits: Tensor, ids: Tensor) -> None:
 
     def look(name: str, output: Any) -> None:
         tensors = [t for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, Tensor)]
-        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+        if any(t.is_floating_point() and not all_finite(t) for t in tensors):
             found.append(name)
 
     leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
